@@ -1,0 +1,1 @@
+"""Interventions as data: where, what, and the tap that applies them."""

@@ -1,0 +1,102 @@
+"""The tap of one layer: applies the edits of each site and keeps what is captured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from mijax._types import Array, Int
+from mijax.interventions.edits import AnyEdit, Edit
+from mijax.interventions.where import Axis, Where, narrow, selection
+from mijax.model.config import Config
+from mijax.model.position import Frame
+from mijax.model.sites import SITES, Site
+
+
+class Tap:
+    """Called by the forward pass at every site; a fresh one for each layer, and one around them.
+
+    `edits` hold this layer's arrays only. `acts` fills with what is captured, narrowed as asked.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        frame: Frame,
+        edits: Mapping[str, Sequence[AnyEdit]],
+        capture: Mapping[str, Where | None],
+        layer: Int[Array, ""] | None = None,
+    ):
+        self.config, self.frame, self.edits, self.capture, self.layer = config, frame, edits, capture, layer
+        self.acts: dict[str, Array] = {}
+
+    def __call__(self, site: str, x: Array, heads: Int[Array, " k"] | None = None) -> Array:
+        """Edit, then keep."""
+        x = self._edit(site, x, heads)
+        if site in self.capture:
+            where = self.capture[site]
+            axes = SITES[site].inner_axes
+            self.acts[site] = x if where is None else narrow(x, where, axes, self._axes(SITES[site], x, None))
+        return x
+
+    def edited(self, site: str, x: Array) -> Array:
+        """Edit only."""
+        return self._edit(site, x, None)
+
+    def heads(self, site: str) -> Int[Array, " k"] | None:
+        """The heads that the edits of a per-head copy select; all where it is captured."""
+        edits = self.edits.get(site, ())
+        if not edits and site not in self.capture:
+            return None
+        n = self._head_count(SITES[site])
+        lists = [getattr(getattr(edit, "where", None), "head", None) for edit in edits]
+        if site in self.capture or any(i is None or i.dtype == bool for i in lists):
+            return jnp.arange(n)
+        heads = jnp.concatenate([jnp.asarray(i).reshape(-1) for i in lists])
+        return jnp.arange(n) if heads.size >= n else jnp.where(heads < 0, heads + n, heads)
+
+    def _edit(self, name: str, x: Array, heads: Int[Array, " k"] | None) -> Array:
+        site = SITES[name]
+        for edit in self.edits.get(name, ()):
+            if isinstance(edit, Edit):
+                new = (edit if heads is None else _of_heads(edit, heads, self._head_count(site)))(x)
+                mask = selection(edit.where, site.inner_axes, self._axes(site, x, heads))
+                x = jnp.where(mask, new, x)
+            else:
+                x = _checked(edit(x, name, self.layer, self.frame.positions), x, name)
+        return x
+
+    def _axes(self, site: Site, x: Array, heads: Int[Array, " k"] | None) -> dict[str, Axis]:
+        axes = {}
+        for axis, n in zip(site.inner_axes, x.shape):
+            if axis in ("pos", "query", "key"):
+                axes[axis] = Axis(self.frame.positions, self.frame.lengths)
+            elif axis in ("head", "kv_head") and heads is not None:
+                axes[axis] = Axis(heads, self._head_count(site))
+            else:
+                axes[axis] = Axis(jnp.arange(n), n)
+        if self.layer is not None:
+            axes["layer"] = Axis(self.layer[None], self.config.n_layers)
+        return axes
+
+    def _head_count(self, site: Site) -> int:
+        return self.config.n_kv_heads if "kv_head" in site.axes else self.config.n_heads
+
+
+def _of_heads(edit: Edit, heads: Int[Array, " k"], n: int) -> Any:
+    """The edit with those operands that differ between heads narrowed to `heads`."""
+    for name in edit.operands:
+        value = jnp.asarray(getattr(edit, name))
+        if value.ndim >= 2 and value.shape[-2] == n > 1:
+            edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, value[..., heads, :])
+    return edit
+
+
+def _checked(new: Any, x: Array, site: str) -> Array:
+    given = (jnp.shape(new), jnp.result_type(new))
+    if given != (x.shape, x.dtype):
+        raise ValueError(f"the callable edit at site {site!r} returned {given[1]}{list(given[0])}, expected {x.dtype}{list(x.shape)}")
+    return new
+
+

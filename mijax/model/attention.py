@@ -1,0 +1,98 @@
+"""Attention, the only statement of it: MHA, GQA and MQA, with every site inside it."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from mijax._types import Array, Float, Heads, Int, Scores, Stream
+from mijax.model.config import Config
+from mijax.model.norm import Norm, normalise
+from mijax.model.numerics import einsum
+from mijax.model.position import Frame, rotate
+from mijax.model.sites import Tap
+
+
+class Attention(eqx.Module):
+    """Projections, stacked over layers. The layouts let products run without transposing weights."""
+
+    W_Q: Float[Array, "layer d_model head d_head"]
+    W_K: Float[Array, "layer d_model kv_head d_head"]
+    W_V: Float[Array, "layer d_model kv_head d_head"]
+    W_O: Float[Array, "layer head d_head d_model"]
+    b_Q: Float[Array, "layer head d_head"] | None
+    b_K: Float[Array, "layer kv_head d_head"] | None
+    b_V: Float[Array, "layer kv_head d_head"] | None
+    b_O: Float[Array, "layer d_model"] | None
+
+
+class Branch(NamedTuple):
+    """The stream on its way into q, k and v: as it is, and after ln1."""
+
+    params: Norm
+    stream: Stream
+    normed: Stream
+
+
+def attention(config: Config, params: Attention, ln1: Norm, x: Stream, frame: Frame, tap: Tap) -> Stream:
+    """What attention adds to the residual stream `x`."""
+    branch = Branch(ln1, x, normalise(config, ln1, x, "ln1", tap))
+    q = _project(config, branch, params.W_Q, params.b_Q, "q", tap)
+    k = _project(config, branch, params.W_K, params.b_K, "k", tap)
+    v = _project(config, branch, params.W_V, params.b_V, "v", tap)
+    if config.positions == "rotary":
+        q, k = tap("rot_q", rotate(config, q, frame)), tap("rot_k", rotate(config, k, frame))
+    z = tap("z", _mix(config, q, k, v, frame, tap, params.W_Q.dtype))
+    out = einsum("bphe,hed->bpd", z, params.W_O)
+    if params.b_O is not None:
+        out = out + params.b_O.astype(out.dtype)[None, None]
+    return tap("attn_out", out + _result_change(z, params.W_O, tap))
+
+
+def _mix(config: Config, q: Heads, k: Heads, v: Heads, frame: Frame, tap: Tap, dtype) -> Heads:
+    """Scores, pattern, and the values that the pattern gathers; a query with no key gathers zero."""
+    batch, n_query, _, d_head = q.shape
+    grouped = (batch, n_query, config.n_kv_heads, config.n_heads // config.n_kv_heads, d_head)
+    scores = einsum("bqhge,bkhe->bhgqk", q.reshape(grouped), k, dtype) * config.attn_scale
+    scores = tap("attn_scores", scores.reshape(batch, config.n_heads, n_query, k.shape[1]))
+    pattern = tap("pattern", _masked_softmax(scores, frame))
+    by_group = pattern.reshape(batch, *grouped[2:4], n_query, k.shape[1])
+    return einsum("bhgqk,bkhe->bqhge", by_group, v, dtype).reshape(q.shape)
+
+
+def _masked_softmax(scores: Scores, frame: Frame) -> Scores:
+    allowed = frame.allowed[:, None]
+    # A row without any allowed key (padding) comes out uniform here and zero below, never NaN.
+    pattern = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    return jnp.where(allowed, pattern, 0.0)
+
+
+def _project(config: Config, branch: Branch, W: Array, b: Array | None, name: str, tap: Tap) -> Heads:
+    out = einsum("bpd,dhe->bphe", branch.normed, W)
+    if b is not None:
+        out = out + b.astype(out.dtype)[None, None]
+    heads = tap.heads(f"{name}_input")
+    if heads is not None:
+        before = jnp.broadcast_to(branch.stream[:, :, None], (*branch.stream.shape[:2], heads.size, config.d_model))
+        after = tap(f"{name}_input", before, heads)
+        norm = jax.vmap(lambda x: normalise(config, branch.params, x, "ln1", tap.edited), in_axes=2, out_axes=2)
+        change = einsum("bpjd,dje->bpje", norm(after) - branch.normed[:, :, None], W[:, heads])
+        out = out.at[:, :, heads].add(change * _first_of_each(heads)[None, None, :, None])
+    return tap(name, out)
+
+
+def _result_change(z: Heads, W_O: Float[Array, "head d_head d_model"], tap: Tap) -> Stream | float:
+    """What edits of `result` change in the sum over heads, computed for the edited heads only."""
+    heads = tap.heads("result")
+    if heads is None:
+        return 0.0
+    before = einsum("bpje,jed->bpjd", z[:, :, heads], W_O[heads])
+    change = tap("result", before, heads) - before
+    return jnp.sum(change * _first_of_each(heads)[None, None, :, None], axis=2)
+
+
+def _first_of_each(heads: Int[Array, " k"]) -> Float[Array, " k"]:
+    """1 where a head is listed for the first time: one listed twice must count once."""
+    seen = jnp.tril(heads[:, None] == heads[None, :], k=-1)
+    return jnp.where(jnp.any(seen, axis=1), 0.0, 1.0)

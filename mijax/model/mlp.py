@@ -1,0 +1,46 @@
+"""The MLP: dense or gated."""
+
+import equinox as eqx
+import jax
+
+from mijax._types import Array, Float, Stream
+from mijax.model.config import Config
+from mijax.model.norm import Norm, normalise
+from mijax.model.numerics import einsum
+from mijax.model.sites import Tap
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),  # the tanh form of GPT-2
+}
+
+
+class MLP(eqx.Module):
+    """Weights stacked over layers; the gate's are `None` in a dense MLP."""
+
+    W_in: Float[Array, "layer d_model d_mlp"]
+    W_out: Float[Array, "layer d_mlp d_model"]
+    W_gate: Float[Array, "layer d_model d_mlp"] | None
+    b_in: Float[Array, "layer d_mlp"] | None
+    b_out: Float[Array, "layer d_model"] | None
+    b_gate: Float[Array, "layer d_mlp"] | None
+
+
+def mlp(config: Config, params: MLP, ln2: Norm, x: Stream, tap: Tap) -> Stream:
+    """What the MLP adds to the residual stream, of which it sees `x`."""
+    x = normalise(config, ln2, tap("mlp_in", x), "ln2", tap)
+    linear = _affine(x, params.W_in, params.b_in)
+    if config.mlp == "gated":
+        assert params.W_gate is not None
+        post = ACTIVATIONS[config.activation](tap("pre", _affine(x, params.W_gate, params.b_gate)))
+        post = post * tap("pre_linear", linear)
+    else:
+        post = ACTIVATIONS[config.activation](tap("pre", linear))
+    return tap("mlp_out", _affine(tap("post", post), params.W_out, params.b_out))
+
+
+def _affine(x: Array, W: Array, b: Array | None) -> Array:
+    out = einsum("bpi,io->bpo", x, W)
+    return out if b is None else out + b.astype(out.dtype)[None, None]

@@ -1,0 +1,43 @@
+"""LayerNorm, RMSNorm, or nothing."""
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from mijax._types import Array, Float
+from mijax.model.config import Config
+
+
+class Norm(eqx.Module):
+    """Weight and bias of a norm, stacked over layers inside the blocks."""
+
+    weight: Float[Array, "*layer d_model"] | None
+    bias: Float[Array, "*layer d_model"] | None
+
+    @classmethod
+    def init(cls, config: Config, *stack: int, dtype) -> "Norm":
+        """The identity's affine part."""
+        shape = (*stack, config.d_model)
+        return cls(
+            weight=None if config.norm == "none" else jnp.ones(shape, dtype),
+            bias=jnp.zeros(shape, dtype) if config.norm_bias else None,
+        )
+
+
+def normalise(config: Config, norm: Norm, x: Float[Array, "*axes d_model"], name: str, tap) -> Float[Array, "*axes d_model"]:
+    """Centre (LayerNorm), divide by the scale, apply the affine part; `tap` is called as `tap(site, x)`."""
+    if config.norm == "none":
+        return x
+    if config.norm == "layer":
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    scale = jnp.sqrt(jnp.mean(x * x, axis=-1) + config.norm_eps)
+    x = tap(f"{name}.normalized", x / tap(f"{name}.scale", scale)[..., None])
+    return affine(norm, x)
+
+
+def affine(norm: Norm, x: Float[Array, "*axes d_model"]) -> Float[Array, "*axes d_model"]:
+    """Multiply by the weight and add the bias, where there are any."""
+    expand = lambda p: jnp.expand_dims(p.astype(x.dtype), tuple(range(x.ndim - 1)))
+    x = x if norm.weight is None else x * expand(norm.weight)
+    return x if norm.bias is None else x + expand(norm.bias)
+
+

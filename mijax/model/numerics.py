@@ -1,0 +1,28 @@
+"""The one matrix product of the model, and the dtypes around it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def accumulator(dtype) -> jnp.dtype:
+    """The dtype of every activation of a model whose parameters have `dtype`: at least float32.
+
+    >>> accumulator(jnp.bfloat16), accumulator(jnp.float64)
+    (dtype('float32'), dtype('float64'))
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def einsum(spec: str, x: Float[Array, "..."], w: Float[Array, "..."], dtype=None) -> Float[Array, "..."]:
+    """Multiply in the parameters' dtype (`dtype`, by default `w`'s), accumulate in at least float32.
+
+    float32 means float32 on every device, where GPUs and TPUs would by default round it to fewer
+    bits; `jax.default_matmul_precision(...)` asks for something else.
+    """
+    dtype = dtype or w.dtype
+    asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    precision = None if asked else jax.lax.Precision.HIGHEST
+    return jnp.einsum(
+        spec, x.astype(dtype), w.astype(dtype), precision=precision, preferred_element_type=accumulator(dtype)
+    )

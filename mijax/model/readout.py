@@ -1,0 +1,75 @@
+"""The unembedding, for the positions and tokens that somebody asks for and no others."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from mijax._types import Array, ArrayLike, Float, Int, Logits, Stream
+from mijax.model.numerics import einsum
+from mijax.model.tokens import Tokens, columns, is_concrete
+
+
+class Readout(eqx.Module):
+    """The final residual stream, after the last norm, with the unembedding."""
+
+    final: Stream
+    tokens: Tokens
+    W_U: Float[Array, "vocab d_model"]
+    b_U: Float[Array, " vocab"] | None
+
+    def logits(self, pos: ArrayLike | None = None, tokens: ArrayLike | None = None) -> Logits:
+        """Logits at some positions (all by default) for some tokens (all by default).
+
+        Indices are read by their rank, as in `Where`: 0-d is one (and drops the axis), `[k]` are
+        several, `[batch, k]` several for each example. `pos` counts real tokens and is negative from
+        the last. Gives `[batch, pos, vocab]`, with `pos` and `vocab` narrowed or dropped accordingly.
+
+        Raises `IndexError` for a position that a prompt has not, or a token outside the vocabulary;
+        inside a trace, where values cannot be looked at, these logits are NaN.
+
+        >>> import jax, mijax as mj
+        >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+        >>> readout = mj.run(model, [[1, 2, 3]]).readout
+        >>> readout.logits().shape, readout.logits(pos=-1).shape, readout.logits(pos=[0, 2], tokens=[4]).shape
+        ((1, 3, 11), (1, 11), (1, 2, 1))
+        """
+        x, dropped = self._at(pos)
+        if tokens is None:
+            logits = einsum("bpd,vd->bpv", x, self.W_U)
+            logits = logits if self.b_U is None else logits + self.b_U.astype(logits.dtype)[None, None]
+        else:
+            logits = self._some(x, _integers(tokens, "token"))
+        return logits[:, 0] if dropped else logits
+
+    def _at(self, pos: ArrayLike | None) -> tuple[Stream, bool]:
+        if pos is None:
+            return self.final, False
+        pos = _integers(pos, "position")
+        column, found = columns(self.tokens, pos if pos.ndim else pos[None])
+        if is_concrete(found) and not np.all(found):
+            example = int(np.argmin(np.all(found, axis=1)))
+            length = int(self.tokens.lengths[example])
+            raise IndexError(f"position {np.asarray(pos).tolist()} asked of example {example}, which has {length} tokens")
+        x = jnp.take_along_axis(self.final, column[:, :, None], axis=1)
+        return jnp.where(found[:, :, None], x, jnp.nan), pos.ndim == 0
+
+    def _some(self, x: Stream, tokens: Int[Array, "..."]) -> Logits:
+        valid = (tokens >= 0) & (tokens < self.W_U.shape[0])
+        if is_concrete(valid) and not np.all(valid):
+            bad = np.asarray(tokens)[~np.asarray(valid)][0]
+            raise IndexError(f"token {bad} is outside the vocabulary of {self.W_U.shape[0]}")
+        batch_k = tokens if tokens.ndim == 2 else tokens.reshape(1, -1)
+        safe = jnp.where(valid, tokens, 0).reshape(batch_k.shape)
+        columns = self.W_U[safe[0]] if tokens.ndim < 2 else self.W_U[safe]
+        logits = einsum("bpd,vd->bpv" if tokens.ndim < 2 else "bpd,bvd->bpv", x, columns)
+        if self.b_U is not None:
+            logits = logits + self.b_U[safe].astype(logits.dtype)[:, None]
+        logits = jnp.where(valid.reshape(batch_k.shape)[:, None], logits, jnp.nan)
+        return logits[..., 0] if tokens.ndim == 0 else logits
+
+
+def _integers(index: ArrayLike, what: str) -> Int[Array, "..."]:
+    index = jnp.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer) or index.ndim > 2:
+        raise TypeError(f"a {what} index must be integers of rank 0, 1 or 2, given {index.dtype} of rank {index.ndim}")
+    return index

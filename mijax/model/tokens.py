@@ -1,0 +1,116 @@
+"""A batch of tokenised prompts, and what padding does to positions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mijax._types import Array, ArrayLike, Bool, Ids, Int, Mask
+
+PADDING = np.iinfo(np.int32).min // 2
+"""The position of a padding token: smaller than any index, whether counted from the front or the end."""
+
+
+@jax.tree_util.register_pytree_node_class
+class Tokens:
+    """Token ids `[batch pos]` with the mask of those that are real (not padding).
+
+    `strings` are the tokens as text, for labels: they are no part of the pytree, so that prompts of
+    equal shape share compiled code, and they are `None` on the other side of a JAX transformation.
+
+    >>> Tokens([[5, 6, 7]]).positions
+    Array([[0, 1, 2]], dtype=int32)
+    """
+
+    ids: Ids
+    mask: Mask
+    strings: Sequence[Sequence[str]] | None
+
+    def __init__(self, ids: ArrayLike, mask: ArrayLike | None = None, strings: Sequence[Sequence[str]] | None = None):
+        """`ids` and `mask` are `[batch pos]`; without a mask every token is real.
+
+        Raises `TypeError` for ids that are not integers and a mask that is not boolean or 0/1
+        integers, `ValueError` for another rank, an empty batch, or a mask of another shape.
+        """
+        ids, mask = _as_array(ids), None if mask is None else _as_array(mask)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise TypeError(f"token ids must be integers, given dtype {ids.dtype}")
+        if ids.ndim != 2 or 0 in ids.shape:
+            raise ValueError(f"token ids must be a non-empty [batch, pos], given shape {tuple(ids.shape)}")
+        if mask is None:
+            mask = jnp.ones(ids.shape, bool)
+        if mask.shape != ids.shape:
+            raise ValueError(f"the mask has shape {tuple(mask.shape)}, the token ids {tuple(ids.shape)}")
+        if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+            raise TypeError(f"the mask must be boolean (or 0 and 1), given dtype {mask.dtype}")
+        self.ids = jnp.asarray(ids).astype(jnp.int32)
+        self.mask = jnp.asarray(mask).astype(bool)
+        self.strings = strings
+
+    def tree_flatten(self):
+        """`ids` and `mask` are the leaves."""
+        return (self.ids, self.mask), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Any, Any]) -> "Tokens":
+        """Rebuild without checks: inside a transformation leaves may be anything."""
+        del aux
+        tokens = object.__new__(cls)
+        tokens.ids, tokens.mask = children
+        tokens.strings = None
+        return tokens
+
+    def __repr__(self):
+        return f"Tokens(batch={self.ids.shape[0]}, pos={self.ids.shape[1]})"
+
+    @property
+    def positions(self) -> Int[Array, "batch pos"]:
+        """Each real token's place among its prompt's real tokens, from 0; `PADDING` elsewhere."""
+        return jnp.where(self.mask, jnp.cumsum(self.mask, axis=1, dtype=jnp.int32) - 1, PADDING)
+
+    @property
+    def lengths(self) -> Int[Array, " batch"]:
+        """The number of real tokens of each prompt."""
+        return jnp.sum(self.mask, axis=1, dtype=jnp.int32)
+
+
+def as_tokens(tokens: "Tokens | ArrayLike") -> Tokens:
+    """Accept a batch as it is, or plain ids of which every one is real."""
+    return tokens if isinstance(tokens, Tokens) else Tokens(tokens)
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether the values of `x` can be looked at now (it is not being traced)."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def _as_array(x: ArrayLike) -> Any:
+    if isinstance(x, jax.Array):
+        return x
+    x = np.asarray(x)
+    wide = np.issubdtype(x.dtype, np.integer) and x.dtype.itemsize > 4
+    return np.clip(x, -(2**31), 2**31 - 1) if wide else x  # out of range must stay out of range as int32
+
+
+def columns(
+    tokens: Tokens, pos: Int[Array, " k"] | Int[Array, "batch k"]
+) -> tuple[Int[Array, "batch k"], Bool[Array, "batch k"]]:
+    """The columns of `tokens` at which positions stand, and whether they exist.
+
+    `pos` counts real tokens, from the end where it is negative: one list for all prompts, or one
+    list each.
+
+    >>> padded = Tokens([[0, 0, 5, 6], [1, 2, 3, 4]], mask=[[0, 0, 1, 1], [1, 1, 1, 1]])
+    >>> columns(padded, jnp.array([0, -1, 2]))[0]
+    Array([[2, 3, 0],
+           [0, 3, 2]], dtype=int32)
+    >>> columns(padded, jnp.array([0, -1, 2]))[1]
+    Array([[ True,  True, False],
+           [ True,  True,  True]], dtype=bool)
+    """
+    wanted = (pos if pos.ndim == 2 else pos[None, :])[:, :, None]
+    places, lengths = tokens.positions[:, None, :], tokens.lengths[:, None, None]
+    hits = (places == wanted) | (places - lengths == wanted)
+    return jnp.argmax(hits, axis=-1).astype(jnp.int32), jnp.any(hits, axis=-1)

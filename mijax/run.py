@@ -1,0 +1,214 @@
+"""The waist: one pure function from (model, tokens, interventions) to a readout and activations."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mijax._types import Array, ArrayLike, Bool, Float, Int, Logits, Stream
+from mijax.interventions.edits import Edit, Interventions, as_edits, by_layer, check_shapes
+from mijax.interventions.tap import Tap
+from mijax.interventions.where import Where, check_range, check_structure, out_of_range
+from mijax.model.block import block
+from mijax.model.config import Config
+from mijax.model.numerics import accumulator
+from mijax.model.position import Frame, frame
+from mijax.model.readout import Readout
+from mijax.model.sites import SELECTS, SITES, site_of
+from mijax.model.tokens import Tokens, as_tokens, is_concrete
+from mijax.model.transformer import Transformer, embed, final_norm
+
+Capture: TypeAlias = Iterable[str] | Mapping[str, Where | None]
+_Edits: TypeAlias = dict[str, tuple[Any, ...]]
+_Captures: TypeAlias = dict[str, Where | None]
+
+
+class Out(NamedTuple):
+    """What a run gives: the readout, and the captured activations by site."""
+
+    readout: Readout
+    acts: dict[str, Array]
+
+    @property
+    def logits(self) -> Logits:
+        """`[batch, pos, vocab]`, computed when asked for; `readout.logits` computes fewer."""
+        return self.readout.logits()
+
+
+def run(
+    model: Transformer,
+    tokens: Tokens | ArrayLike,
+    interventions: Interventions | None = None,
+    *,
+    capture: Capture = (),
+) -> Out:
+    """Run `model` on `tokens` under `interventions`, keeping the activations named in `capture`.
+
+    A pure function of data: use it under `jit`, `vmap`, `grad`, `scan`, `checkpoint`, `shard_map`.
+    Inside a function to be vmapped, return what you need of the result, not all of it.
+
+    `interventions` maps sites to an edit, or to several that act in order. What is captured at a site
+    is what stands there after its edits. `capture` names sites, or maps them to a `Where` that says
+    which entries to keep, axis by axis (`{"z": Where(layer=[3, 9], pos=-1)}` keeps the last position
+    of two layers); no axis is ever dropped, so that a captured value fits where it came from.
+
+    Raises `ValueError` for a site that does not exist, an axis that a site lacks, shapes that do not
+    fit, an index out of range, a token outside the vocabulary, a prompt longer than the context.
+    Where an index is out of range that is known only inside a trace, the result is NaN.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> clean, other = [[1, 2, 3]], [[1, 4, 3]]
+    >>> source = mj.run(model, other, capture=("z",)).acts
+    >>> out = mj.run(model, clean, {"z": mj.Replace(source["z"], mj.Where(layer=1, head=0))})
+    >>> out.logits.shape
+    (1, 3, 11)
+    """
+    tokens, edits, captures = as_tokens(tokens), as_edits(interventions), _as_captures(capture)
+    check(model.config, tokens, edits, captures)
+    final, acts = _run(model, tokens, edits, captures)
+    unembedding = model.W_E if model.W_U is None else model.W_U
+    return Out(Readout(final, tokens, unembedding, model.b_U), acts)
+
+
+def check(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) -> None:
+    """Raise for whatever is wrong and can be known before anything runs."""
+    _check_tokens(config, tokens)
+    lengths = _lengths(config, tokens)
+    for name in (*edits, *captures):
+        site = site_of(name, config)
+        shape = site.shape(config, tokens)
+        sizes = dict(zip(site.axes, shape))
+        wheres = [edit.where for edit in edits.get(name, ()) if isinstance(edit, Edit)]
+        if isinstance(captures.get(name), Where):
+            wheres.append(captures[name])
+            if any(index.dtype == bool for index in wheres[-1].given.values()):
+                raise ValueError(f"capture at site {name!r} must be narrowed by indices: a mask has no fixed size")
+        for where in wheres:
+            if not isinstance(where, Where):
+                raise TypeError(f"expected a mijax.Where at site {name!r}, given {type(where).__name__}; a grid goes to mijax.sweep")
+            check_structure(where, name, site.axes, sizes)
+            fields = {SELECTS[axis]: lengths.get(axis, size) for axis, size in sizes.items()}
+            check_range(where, name, fields)
+        for edit in edits.get(name, ()):
+            if isinstance(edit, Edit):
+                check_shapes(edit, name, site.axes, shape)
+
+
+@eqx.filter_jit
+def _run(model: Transformer, tokens: Tokens, edits: _Edits, captures: _Captures) -> tuple[Stream, dict[str, Array]]:
+    config, dtype = model.config, accumulator(model.W_E.dtype)
+    positions = frame(config, tokens, dtype)
+    outer = Tap(config, positions, edits, captures)
+    x = embed(model, tokens, positions, outer)
+    bad = _faulty(config, tokens, edits, captures)
+    x = jnp.where(bad, jnp.nan, x) + _zero_varying_like((model, edits, captures), dtype)
+    x, acts = _layers(model, x, positions, edits, captures)
+    x = jnp.where(bad, jnp.nan, final_norm(model, x, outer))
+    return x, outer.acts | acts
+
+
+def _layers(model: Transformer, x: Stream, positions: Frame, edits: _Edits, captures: _Captures):
+    """Scan the one block over the layers; captured layers are stacked, or kept in the slots asked for."""
+    config = model.config
+    edits = {name: given for name, given in edits.items() if SITES[name].has_layer}
+    captures = {name: where for name, where in captures.items() if SITES[name].has_layer}
+    layered, shared = _split(edits, config.n_layers)
+    slots = {name: _slots(where, config) for name, where in captures.items() if where is not None and where.layer is not None}
+
+    def layer(x, scanned):
+        params, index, own = scanned
+        tap = Tap(config, positions, eqx.combine(own, shared), captures, index)
+        return block(config, params, x, positions, tap), tap.acts
+
+    def body(carry, scanned):
+        x, kept = carry
+        x, acts = layer(x, scanned)
+        for name, layers in slots.items():
+            hit = jnp.expand_dims(layers == scanned[1], tuple(range(1, acts[name].ndim + 1)))
+            kept[name] = jnp.where(hit, acts.pop(name)[None], kept[name])
+        return (x, kept), acts
+
+    scanned = (model.blocks, jnp.arange(config.n_layers), layered)
+    if not slots:  # the plain case carries the stream alone
+        return jax.lax.scan(layer, x, scanned)
+    first = jax.tree.map(lambda a: a[0] if eqx.is_array(a) else a, scanned)
+    shapes = jax.eval_shape(layer, x, first)[1]
+    kept = {name: jax.lax.full_like(x, 0, shapes[name].dtype, (len(s), *shapes[name].shape)) for name, s in slots.items()}
+    (x, kept), acts = jax.lax.scan(body, (x, kept), scanned)
+    return x, acts | kept
+
+
+def _slots(where: Where, config: Config) -> Int[Array, " k"]:
+    layers = jnp.asarray(where.layer).reshape(-1)
+    return jnp.where(layers < 0, layers + config.n_layers, layers)
+
+
+def _split(edits: _Edits, n_layers: int) -> tuple[Any, Any]:
+    """Separate the arrays that differ between layers, to be scanned over, from the rest."""
+    layered, shared = {}, {}
+    for name, given in edits.items():
+        rank = len(SITES[name].axes)
+        pairs = [eqx.partition(_squeezed(edit, by_layer(edit, rank), n_layers), by_layer(edit, rank)) for edit in given]
+        layered[name], shared[name] = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+    return layered, shared
+
+
+def _squeezed(edit: Any, spec: Any, n_layers: int) -> Any:
+    """Give arrays with a layer axis of size 1 the full axis (of which XLA makes no copy)."""
+    return jax.tree.map(
+        lambda leaf, own: jnp.broadcast_to(leaf, (n_layers, *leaf.shape[1:])) if own else leaf, edit, spec
+    )
+
+
+def _as_captures(capture: Capture) -> _Captures:
+    if isinstance(capture, str):
+        raise TypeError(f"capture must be a sequence of sites, given the string {capture!r}; write ({capture!r},)")
+    if isinstance(capture, Mapping) and all(isinstance(w, Where) or w is None for w in capture.values()):
+        return dict(capture)
+    return dict.fromkeys(capture)
+
+
+def _check_tokens(config: Config, tokens: Tokens) -> None:
+    if tokens.ids.ndim != 2:
+        raise ValueError(f"tokens must be [batch, pos], given shape {tokens.ids.shape}")
+    if tokens.ids.shape[1] > config.n_ctx:
+        raise ValueError(f"the prompts have {tokens.ids.shape[1]} tokens, the model's context {config.n_ctx}")
+    if is_concrete(tokens.ids) and is_concrete(tokens.mask):
+        ids, mask = np.asarray(tokens.ids), np.asarray(tokens.mask)
+        bad = np.argwhere((ids < 0) | (ids >= config.d_vocab))
+        if len(bad):
+            example, column = map(int, bad[0])
+            raise ValueError(f"token {ids[example, column]} (example {example}, column {column}) is outside the vocabulary of {config.d_vocab}")
+        if not mask.any(axis=1).all():
+            raise ValueError(f"example {int(np.argmin(mask.any(axis=1)))} is all padding")
+
+
+def _lengths(config: Config, tokens: Tokens) -> dict[str, Any]:
+    return {"pos": tokens.lengths, "query": tokens.lengths, "key": tokens.lengths, "layer": config.n_layers}
+
+
+def _faulty(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) -> Bool[Array, ""]:
+    """Whether an index is out of range, or a token outside the vocabulary, once values are known."""
+    bad = jnp.any((tokens.ids < 0) | (tokens.ids >= config.d_vocab))
+    lengths = _lengths(config, tokens)
+    for name in (*edits, *captures):
+        sizes = dict(zip(SITES[name].axes, SITES[name].shape(config, tokens)))
+        fields = {SELECTS[axis]: lengths.get(axis, size) for axis, size in sizes.items()}
+        wheres = [edit.where for edit in edits.get(name, ()) if isinstance(edit, Edit)]
+        for where in (*wheres, captures.get(name) or Where()):
+            for field, index in where.given.items():
+                bad = bad | jnp.any(out_of_range(jnp.asarray(index), field, fields[field]))
+    return bad
+
+
+def _zero_varying_like(tree: Any, dtype) -> Float[Array, "1 1 1"]:
+    """Zero, marked by `shard_map` as varying over whatever mesh axes the tree's arrays vary over.
+
+    The scan over layers must begin with a stream that varies as it will after the first edit.
+    """
+    zeros = [jax.lax.full_like(a, 0, dtype, (1, 1, 1)) for a in jax.tree.leaves(tree) if eqx.is_array(a)]
+    return sum(zeros, jnp.zeros((1, 1, 1), dtype))
