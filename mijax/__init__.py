@@ -1,5 +1,8 @@
 """mijax: mechanistic interpretability in JAX, the forward pass as a pure function of data."""
 
+from mijax import metrics
+from mijax.checkpoints.load import load
+from mijax.checkpoints.tokenizer import Tokenizer
 from mijax.interventions.edits import Add, Edit, Interchange, Mix, Project, Replace, Scale
 from mijax.interventions.where import Where
 from mijax.model.config import Config, RotaryScaling
@@ -8,8 +11,13 @@ from mijax.model.sites import SITES, sites
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer, init
 from mijax.run import Out, run
+from mijax.sweeps.grid import Grid, grid
+from mijax.sweeps.patch import patch
+from mijax.sweeps.statistics import bootstrap, normalise
+from mijax.sweeps.sweep import sweep
 
 __all__ = [
-    "SITES", "Add", "Config", "Edit", "Interchange", "Mix", "Out", "Project", "Readout", "Replace",
-    "RotaryScaling", "Scale", "Tokens", "Transformer", "Where", "init", "run", "sites",
+    "SITES", "Add", "Config", "Edit", "Grid", "Interchange", "Mix", "Out", "Project", "Readout", "Replace",
+    "RotaryScaling", "Scale", "Tokenizer", "Tokens", "Transformer", "Where", "bootstrap", "grid", "init", "load",
+    "metrics", "normalise", "patch", "run", "sites", "sweep",
 ]  # fmt: skip

@@ -37,7 +37,7 @@ class Tap:
         if site in self.capture:
             where = self.capture[site]
             axes = SITES[site].inner_axes
-            self.acts[site] = x if where is None else narrow(x, where, axes, self._axes(SITES[site], x, None))
+            self.acts[site] = x if where is None else narrow(x, where, axes, self._axes(SITES[site], x.shape))
         return x
 
     def edited(self, site: str, x: Array) -> Array:
@@ -49,7 +49,7 @@ class Tap:
         edits = self.edits.get(site, ())
         if not edits and site not in self.capture:
             return None
-        n = self._head_count(SITES[site])
+        n = head_count(SITES[site], self.config)
         lists = [getattr(getattr(edit, "where", None), "head", None) for edit in edits]
         if site in self.capture or any(i is None or i.dtype == bool for i in lists):
             return jnp.arange(n)
@@ -60,28 +60,42 @@ class Tap:
         site = SITES[name]
         for edit in self.edits.get(name, ()):
             if isinstance(edit, Edit):
-                new = (edit if heads is None else _of_heads(edit, heads, self._head_count(site)))(x)
-                mask = selection(edit.where, site.inner_axes, self._axes(site, x, heads))
+                new = (edit if heads is None else _of_heads(edit, heads, head_count(site, self.config)))(x)
+                mask = selection(edit.where, site.inner_axes, self._axes(site, x.shape, heads))
                 x = jnp.where(mask, new, x)
             else:
                 x = _checked(edit(x, name, self.layer, self.frame.positions), x, name)
         return x
 
-    def _axes(self, site: Site, x: Array, heads: Int[Array, " k"] | None) -> dict[str, Axis]:
-        axes = {}
-        for axis, n in zip(site.inner_axes, x.shape):
-            if axis in ("pos", "query", "key"):
-                axes[axis] = Axis(self.frame.positions, self.frame.lengths)
-            elif axis in ("head", "kv_head") and heads is not None:
-                axes[axis] = Axis(heads, self._head_count(site))
-            else:
-                axes[axis] = Axis(jnp.arange(n), n)
-        if self.layer is not None:
-            axes["layer"] = Axis(self.layer[None], self.config.n_layers)
-        return axes
+    def _axes(self, site: Site, shape: tuple[int, ...], heads: Int[Array, " k"] | None = None) -> dict[str, Axis]:
+        return known_axes(self.config, self.frame, site, shape, self.layer, heads)
 
-    def _head_count(self, site: Site) -> int:
-        return self.config.n_kv_heads if "kv_head" in site.axes else self.config.n_heads
+
+def head_count(site: Site, config: Config) -> int:
+    """How many heads the site's head axis has."""
+    return config.n_kv_heads if "kv_head" in site.axes else config.n_heads
+
+
+def known_axes(
+    config: Config,
+    frame: Frame,
+    site: Site,
+    shape: tuple[int, ...],
+    layer: Int[Array, ""] | None,
+    heads: Int[Array, " k"] | None = None,
+) -> dict[str, Axis]:
+    """What `Where` is compared with at a site of (inner) `shape`: every axis's labels, and the layer."""
+    axes = {}
+    for axis, n in zip(site.inner_axes, shape):
+        if axis in ("pos", "query", "key"):
+            axes[axis] = Axis(frame.positions, frame.lengths)
+        elif axis in ("head", "kv_head") and heads is not None:
+            axes[axis] = Axis(heads, head_count(site, config))
+        else:
+            axes[axis] = Axis(jnp.arange(n), n)
+    if layer is not None:
+        axes["layer"] = Axis(layer[None], config.n_layers)
+    return axes
 
 
 def _of_heads(edit: Edit, heads: Int[Array, " k"], n: int) -> Any:

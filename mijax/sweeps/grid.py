@@ -1,0 +1,110 @@
+"""Grids: every combination of choices on several axes, stacked so that they can be vmapped."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mijax.interventions.where import FIELDS, Where
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Stacked places, one per cell in row-major order, and the labels of each dimension.
+
+    The arrays of `where` have a leading axis of cells in front of what `Where` describes.
+    """
+
+    where: Where
+    labels: Mapping[str, Sequence[int | str]]
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the dimensions."""
+        return tuple(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of choices in each dimension."""
+        return tuple(len(labels) for labels in self.labels.values())
+
+    @property
+    def size(self) -> int:
+        """The number of cells."""
+        return int(np.prod(self.shape))
+
+    def flat(self) -> Where:
+        """All cells' indices at once, as one `Where` for each axis alone: what a check of ranges reads."""
+        together = {}
+        for field, index in self.where.given.items():
+            cells_last = np.moveaxis(index, 0, -1)
+            together[field] = cells_last.reshape(len(cells_last), -1) if index.ndim == 3 else index.reshape(-1)
+        return Where(**together)
+
+
+def grid(**axes: Iterable[Any] | Mapping[str, Any]) -> Grid:
+    """Every combination of choices on several axes of a site, in the order given.
+
+    Each keyword is an axis of `Where`, its value the choices: numbers, or a dictionary of named ones
+    (roles). A choice is anything that `Where` takes there: one index, a list of several, or a list per
+    example, `[batch, k]`. Lists on several axes are combined, within a cell, to every pair.
+
+    Raises `ValueError` for an unknown axis or an axis without choices.
+
+    >>> grid(layer=range(12), pos={"subject": [[3], [4]], "end": -1}).shape
+    (12, 2)
+    """
+    if not axes:
+        raise ValueError("a grid needs at least one axis")
+    unknown = [axis for axis in axes if axis not in FIELDS]
+    if unknown:
+        raise ValueError(f"unknown axis {', '.join(map(repr, unknown))}; the axes are {', '.join(FIELDS)}")
+    choices = {axis: _choices(axis, given) for axis, given in axes.items()}
+    stacked = {axis: _stack(axis, indices) for axis, (_, indices) in choices.items()}
+    picks = np.indices([len(s) for s in stacked.values()]).reshape(len(stacked), -1)
+    cells = {axis: array[picks[i]] for i, (axis, array) in enumerate(stacked.items())}
+    return Grid(Where(**_combined(cells)), {axis: labels for axis, (labels, _) in choices.items()})
+
+
+def _choices(axis: str, given: Any) -> tuple[list[int | str], list[np.ndarray]]:
+    named = isinstance(given, Mapping)
+    values = list(given.values() if named else given)
+    if not values:
+        raise ValueError(f"axis {axis!r} of the grid has no choices")
+    if any(isinstance(v, jax.core.Tracer) for v in values):
+        raise TypeError(f"a grid is made outside of JAX transformations, given traced indices for {axis!r}")
+    indices = [np.asarray(getattr(Where(**{axis: v}), axis)) for v in values]
+    if any(i.dtype == bool for i in indices):
+        raise TypeError(f"the choices for {axis!r} must be indices, given a boolean mask")
+    if named:
+        return [str(name) for name in given], indices
+    plain = all(i.ndim == 0 for i in indices)
+    return [int(i) for i in indices] if plain else list(range(len(indices))), indices
+
+
+def _stack(axis: str, indices: list[np.ndarray]) -> np.ndarray:
+    """Give all choices one rank and one length; a shorter list repeats its last index, which selects
+    nothing new."""
+    rank = max(i.ndim for i in indices)
+    batches = {len(i) for i in indices if i.ndim == 2}
+    if len(batches) > 1:
+        raise ValueError(f"the choices for {axis!r} have indices for different numbers of examples: {sorted(batches)}")
+    if rank == 2:
+        wide = [np.broadcast_to(i if i.ndim == 2 else i.reshape(1, -1), (*batches, i.size if i.ndim < 2 else i.shape[1])) for i in indices]
+    else:
+        wide = [i.reshape((-1,) * rank) for i in indices]
+    if rank:
+        k = max(i.shape[-1] for i in wide)
+        wide = [np.concatenate([i, np.repeat(i[..., -1:], k - i.shape[-1], axis=-1)], axis=-1) for i in wide]
+    return np.stack(wide)
+
+
+def _combined(cells: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Where several axes hold lists, `Where` would zip them: make it every combination."""
+    lists = [axis for axis, array in cells.items() if array.ndim > 1]
+    if len(lists) < 2:
+        return cells
+    picks = np.indices([cells[axis].shape[-1] for axis in lists]).reshape(len(lists), -1)
+    return cells | {axis: cells[axis][..., picks[i]] for i, axis in enumerate(lists)}

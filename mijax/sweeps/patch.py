@@ -1,0 +1,146 @@
+"""Activation patching: put one run's activations into another, place by place."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mijax._types import Array, ArrayLike, Bool
+from mijax.interventions.edits import Replace
+from mijax.interventions.tap import known_axes
+from mijax.interventions.where import Where, selection
+from mijax.model.config import Config
+from mijax.model.position import frame
+from mijax.model.sites import SELECTS, SITES, site_of
+from mijax.model.tokens import Tokens, as_tokens
+from mijax.model.transformer import Transformer
+from mijax.run import run
+from mijax.sweeps.grid import Grid, grid
+from mijax.sweeps.sweep import Metrics, described, labelled, measure, named, swept
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+Direction = Literal["denoise", "noise"]
+
+
+def patch(
+    model: Transformer,
+    *,
+    clean: Tokens | ArrayLike,
+    corrupted: Tokens | ArrayLike,
+    site: str,
+    over: Sequence[str] | Grid,
+    metric: Metrics,
+    direction: Direction = "denoise",
+    memory: int | None = None,
+    progress: bool = True,
+) -> "xr.DataArray | xr.Dataset":
+    """Replace `site` in one run by its values in the other, at every cell of a grid.
+
+    `direction="denoise"` edits the corrupted run with clean activations (what suffices to restore the
+    behaviour), `"noise"` the clean run with corrupted ones (what is necessary for it). `over` names
+    axes of the site (`"layer"`, `"pos"`, `"head"`, `"unit"`, `"query"`, `"key"`), each taken in full,
+    or is a `mijax.grid`, for chosen layers or named roles. A position that a shorter prompt has not is NaN.
+
+    Gives what `sweep` gives, with the coordinate `source` beside `base`, and, over positions, the
+    prompts' tokens as `token`. See Heimersheim and Nanda 2024, "How to use and interpret activation
+    patching".
+
+    Raises `ValueError` where the batches differ in shape or padding, or `over` has an axis that the
+    site lacks; and what `sweep` raises.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> metric = mj.metrics.logit_diff(7, 8)
+    >>> r = mj.patch(model, clean=[[1, 2, 3]], corrupted=[[1, 4, 3]], site="resid_pre", over=("layer", "pos"), metric=metric)
+    >>> r.dims, float(abs(r.sel(layer=0, pos=1) - r.source).max()) < 1e-6
+    (('layer', 'pos', 'batch'), True)
+    """
+    clean, corrupted = as_tokens(clean), as_tokens(corrupted)
+    _check_pair(clean, corrupted)
+    if direction not in ("denoise", "noise"):
+        raise ValueError(f"direction must be 'denoise' or 'noise', given {direction!r}")
+    base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    places = over if isinstance(over, Grid) else _full_grid(model, base, site, over)
+    metrics = named(metric)
+    goal = measure(model, source, {}, metrics, "source")
+    own, value = (run(model, side, capture=(site,)).acts[site] for side in (base, source))
+    _, at_base, values = swept(
+        model, base, {site: Replace(value, places)}, metrics,
+        memory=memory, progress=progress, changed=np.asarray(_changes(model.config, base, site, places.where, own != value)),
+    )  # fmt: skip
+    attrs = {"site": site, "direction": direction, **described(model)}
+    runs = {"base": at_base, "source": goal}
+    result = labelled(values, places, runs, single=not isinstance(metric, Mapping), attrs=attrs)
+    return result if isinstance(over, Grid) else _positions_told(result, base)
+
+
+@eqx.filter_jit
+def _changes(config: Config, tokens: Tokens, site: str, cells: Where, differs: Bool[Array, "..."]) -> Bool[Array, "cell batch"]:
+    """Whether a cell puts in anything but what stands there: two runs agree to the bit where they must
+    (before the first token that differs), and such a cell's effect is zero, not rounding."""
+    found, positions = SITES[site], frame(config, tokens, jnp.float32)
+    if "unit" not in cells.given and found.inner_axes[-1] in ("d_model", "d_head", "d_mlp"):
+        differs = jnp.any(differs, axis=-1, keepdims=True)
+    layers = differs if found.has_layer else differs[None]
+
+    def cell(where: Where) -> Bool[Array, " batch"]:
+        def layer(index, here):
+            known = known_axes(config, positions, found, here.shape, index if found.has_layer else None)
+            hit = selection(where, found.inner_axes, known) & here
+            return jnp.any(hit, axis=tuple(range(1, hit.ndim)))
+
+        return jnp.any(jax.vmap(layer)(jnp.arange(len(layers)), layers), axis=0)
+
+    return jax.lax.map(cell, cells)
+
+
+def _check_pair(clean: Tokens, corrupted: Tokens) -> None:
+    if clean.ids.shape != corrupted.ids.shape:
+        raise ValueError(f"clean and corrupted must have one shape, given {clean.ids.shape} and {corrupted.ids.shape}")
+    differ = np.argwhere(np.asarray(clean.mask) != np.asarray(corrupted.mask))
+    if len(differ):
+        example = int(differ[0][0])
+        lengths = int(clean.lengths[example]), int(corrupted.lengths[example])
+        raise ValueError(
+            f"clean and corrupted prompts must be padded alike: example {example} has {lengths[0]} and {lengths[1]} tokens"
+        )
+
+
+def _full_grid(model: Transformer, tokens: Tokens, site: str, over: Sequence[str]) -> Grid:
+    """All of the site's axes `over`; in shorter prompts, missing positions stand in for the last one."""
+    found = site_of(site, model.config)
+    sizes = {SELECTS[axis]: n for axis, n in zip(found.axes, found.shape(model.config, tokens)) if axis != "batch"}
+    unknown = [axis for axis in over if axis not in sizes]
+    if unknown or isinstance(over, str) or not over:
+        raise ValueError(f"over must name axes of site {site!r}, some of {', '.join(sizes)}; given {over!r}")
+    choices: dict[str, Any] = {}
+    lengths = np.asarray(tokens.lengths)
+    for axis in over:
+        choices[axis] = range(sizes[axis])
+        if axis in ("pos", "query", "key"):
+            choices[axis] = range(lengths.max())
+            if len(set(lengths.tolist())) > 1:
+                choices[axis] = {str(p): np.minimum(p, lengths - 1)[:, None] for p in choices[axis]}
+    places = grid(**choices)
+    return Grid(places.where, {axis: list(map(int, labels)) for axis, labels in places.labels.items()})
+
+
+def _positions_told(result: Any, tokens: Tokens) -> Any:
+    """Blank the positions that a prompt has not; put the tokens beside their positions."""
+    import xarray as xr
+
+    lengths = xr.DataArray(np.asarray(tokens.lengths), dims="batch")
+    for axis in ("pos", "query", "key"):
+        if axis in result.dims:
+            result = result.where(result[axis] < lengths)
+            if tokens.strings is not None:
+                rows = [[s for s, real in zip(row, mask) if real] for row, mask in zip(tokens.strings, np.asarray(tokens.mask))]
+                table = np.asarray([row + [""] * (result.sizes[axis] - len(row)) for row in rows])
+                name = "token" if axis == "pos" else f"{axis}_token"
+                result = result.assign_coords({name: (("batch", axis), table)})
+    return result

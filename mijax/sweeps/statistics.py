@@ -1,0 +1,78 @@
+"""From the metric of each prompt to effects with their uncertainty."""
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+T = TypeVar("T", "xr.DataArray", "xr.Dataset")
+
+
+def normalise(result: T) -> T:
+    """(result - base) / (source - base) of the batch means: 0 nothing happened, 1 the whole source.
+
+    Raises `ValueError` where there is no source, or where base and source coincide.
+
+    >>> import xarray as xr
+    >>> coords = {"base": ("batch", [0.0, 2.0]), "source": ("batch", [4.0, 6.0])}
+    >>> float(normalise(xr.DataArray([[2.0, 4.0]], coords, ("layer", "batch"))).item())
+    0.5
+    """
+    if hasattr(result, "data_vars"):
+        return result.map(normalise, keep_attrs=True)
+    base, source = _runs(result)
+    _check_apart(base.mean(), source.mean(), np.abs(np.concatenate([base, source])).max(), result.name)
+    values = (result - base).mean("batch") / float((source - base).mean())
+    return values.drop_vars([n for n in values.coords if "batch" in values[n].dims]).assign_attrs(result.attrs)
+
+
+def bootstrap(result: T, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> T:
+    """Percentile intervals of `normalise(result)` over prompts drawn with replacement (Efron 1979).
+
+    Gives the dimension `bound` (`low`, `high`). Prompts are taken as independent: where several share a
+    template, the interval says nothing about other templates. Prompts that are NaN in a cell are left
+    out of that cell.
+
+    Raises `ValueError` for fewer than two prompts, and where some draw has base and source coincide.
+    """
+    import xarray as xr
+
+    if hasattr(result, "data_vars"):
+        return result.map(bootstrap, keep_attrs=True, level=level, draws=draws, seed=seed)
+    base, source = _runs(result)
+    n = len(base)
+    if n < 2:
+        raise ValueError(f"a bootstrap over prompts needs at least two, given {n}")
+    picks = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)  # [draw, batch] counts
+    scale = picks @ (source - base) / n
+    _check_apart(0.0, np.abs(scale).min(), np.abs(np.concatenate([base, source])).max(), result.name)
+    effects = (result - base).transpose("batch", ...)
+    values = effects.values.reshape(n, -1)
+    present = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        means = (picks @ np.where(present, values, 0.0)) / (picks @ present) / scale[:, None]
+    bounds = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    dims = effects.dims[1:]
+    coords: dict[Any, Any] = {"bound": ["low", "high"], **{d: result[d] for d in dims if d in result.coords}}
+    shape = (2, *(result.sizes[d] for d in dims))
+    return xr.DataArray(bounds.reshape(shape), coords, ("bound", *dims), name=result.name, attrs={**result.attrs, "level": level})
+
+
+def _runs(result: Any) -> tuple[np.ndarray, np.ndarray]:
+    found = []
+    for which in ("base", "source"):
+        name = next((n for n in (which, f"{which}.{result.name}") if n in result.coords), None)
+        if name is None:
+            raise ValueError(f"the result has no coordinate {which!r}: normalising takes both baselines, which mijax.patch gives")
+        found.append(np.asarray(result[name].values, np.float64))
+    return found[0], found[1]
+
+
+def _check_apart(base: float, source: float, size: float, name: Any) -> None:
+    if not abs(source - base) > 1e-6 * size:
+        raise ValueError(
+            f"metric {name!r} is {base:.6g} on the base and {source:.6g} on the source run: they coincide, so that nothing can"
+            " be normalised by their difference"
+        )
