@@ -15,7 +15,7 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike, Float, Int, Logits, Real
 from mijax.model.readout import Readout
-from mijax.model.tokens import Tokens, as_tokens
+from mijax.model.tokens import Tokens, as_tokens, is_concrete
 
 
 class Metric(eqx.Module):
@@ -88,7 +88,7 @@ def cross_entropy(tokens: Tokens | ArrayLike) -> Metric:
     Raises `ValueError` for a prompt of fewer than two real tokens, which has no next token.
     """
     tokens = as_tokens(tokens)
-    if not isinstance(tokens.mask, jax.core.Tracer) and (np.asarray(tokens.lengths) < 2).any():
+    if is_concrete(tokens.mask) and (np.asarray(tokens.lengths) < 2).any():
         raise ValueError(f"example {int(np.argmin(tokens.lengths))} has fewer than two tokens, so none to predict")
     return Metric("cross_entropy", _cross_entropy, {"tokens": tokens})
 
@@ -152,16 +152,17 @@ def _kl(readout: Readout, reference: Logits, pos: Array | None) -> Float[Array, 
     log_q, log_p = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference.astype(logits.dtype))
     p = jnp.exp(log_p)
     divergence = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
-    return _mean(divergence, readout.tokens.mask) if pos is None else divergence
+    return _mean(divergence, jnp.asarray(readout.tokens.mask)) if pos is None else divergence
 
 
 def _cross_entropy(readout: Readout, tokens: Tokens) -> Float[Array, " batch"]:
     logits = readout.logits()
     if tokens.ids.shape != logits.shape[:2]:
         raise ValueError(f"cross_entropy was given tokens of shape {tokens.ids.shape}, the run has {logits.shape[:2]}")
-    own = jnp.take_along_axis(logits[:, :-1], tokens.ids[:, 1:, None], axis=-1)[..., 0]
+    ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
+    own = jnp.take_along_axis(logits[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
     loss = jax.nn.logsumexp(logits[:, :-1], axis=-1) - own
-    return _mean(loss, tokens.mask[:, 1:] & tokens.mask[:, :-1])
+    return _mean(loss, mask[:, 1:] & mask[:, :-1])
 
 
 def _mean(x: Real[Array, "batch pos"], mask: Array) -> Float[Array, " batch"]:

@@ -201,7 +201,7 @@ def _faulty(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) 
         wheres = [edit.where for edit in edits.get(name, ()) if isinstance(edit, Edit)]
         for where in (*wheres, captures.get(name) or Where()):
             for field, index in where.given.items():
-                bad = bad | jnp.any(out_of_range(jnp.asarray(index), field, fields[field]))
+                bad = bad | jnp.any(out_of_range(index, fields[field]))
     return bad
 
 

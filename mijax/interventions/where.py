@@ -135,34 +135,30 @@ def check_structure(where: Where, site: str, axes: Sequence[str], sizes: dict[st
         raise ValueError("; ".join(faults))
 
 
-def out_of_range(index: Array, field: str, length: Int[Array, "..."] | int) -> Bool[Array, "..."]:
-    """Which indices do not exist on an axis of `length` (per example, for positions)."""
+def out_of_range(index: Any, length: Any) -> Any:
+    """Which indices do not exist on an axis of `length`: an integer, or `[batch]` lengths of prompts.
+
+    NumPy arrays give a NumPy array, so that what is known on the host is checked there.
+    """
     if index.dtype == bool:
-        return jnp.zeros((), bool)
-    length = jnp.asarray(length)
-    if length.ndim:  # [batch] against [], [k] or [batch, k]
+        return np.zeros((), bool)
+    if np.ndim(length):
         length, index = length[:, None], index if index.ndim == 2 else index.reshape(1, -1)
-    else:
-        length, index = length.reshape((1,) * index.ndim), index
     return (index >= length) | (index < -length)
 
 
 def check_range(where: Where, site: str, lengths: dict[str, Any]) -> None:
-    """Raise `ValueError` for concrete indices that do not exist; traced ones are passed over.
-
-    `lengths` gives each field's number of entries: an integer, or `[batch]` lengths of prompts.
-    """
+    """Raise `ValueError` for indices that do not exist, as far as indices and lengths are known."""
     for field, index in where.given.items():
         if not (is_concrete(index) and is_concrete(lengths[field])):
             continue
         index, length = np.asarray(index), np.asarray(lengths[field])
-        bad = np.asarray(out_of_range(jnp.asarray(index), field, jnp.asarray(length)))
-        if bad.any():
-            where_bad = tuple(int(i) for i in np.argwhere(bad)[0])
-            wide = np.broadcast_to(index if index.ndim == 2 or not length.ndim else index.reshape(1, -1), bad.shape)
-            size = int(np.broadcast_to(length[:, None], bad.shape)[where_bad]) if length.ndim else int(length)
-            example = f" of example {where_bad[0]}" if length.ndim else ""
-            raise ValueError(f"{field}={wide[where_bad]} is out of range at site {site!r}: the {field} axis{example} has {size} entries")
+        bad = np.argwhere(out_of_range(index, length))
+        if len(bad):
+            place = tuple(bad[0])
+            wide = index if index.ndim == 2 or not length.ndim else np.broadcast_to(index.reshape(1, -1), (len(length), index.size))
+            size, whose = (length[place[0]], f" of example {place[0]}") if length.ndim else (length, "")
+            raise ValueError(f"{field}={wide[place]} is out of range at site {site!r}: the {field} axis{whose} has {size} entries")
 
 
 def narrow(x: Array, where: Where, axes: Sequence[str], known: dict[str, Axis]) -> Array:

@@ -25,15 +25,15 @@ class Frame(NamedTuple):
 
 def frame(config: Config, tokens: Tokens, dtype) -> Frame:
     """Compute once per run what every layer's attention needs to know of positions."""
-    positions = tokens.positions
-    allowed = jnp.broadcast_to(tokens.mask[:, None, :], (*tokens.ids.shape, tokens.ids.shape[1]))
+    positions, mask = tokens.positions, jnp.asarray(tokens.mask)
+    allowed = jnp.broadcast_to(mask[:, None, :], (*tokens.ids.shape, tokens.ids.shape[1]))
     if config.causal:
         allowed = allowed & (positions[:, :, None] >= positions[:, None, :])
     rotary = None
     if config.positions == "rotary":
         angles = jnp.maximum(positions, 0).astype(dtype)[:, :, None] * jnp.asarray(frequencies(config), dtype)[None, None]
         rotary = jnp.cos(angles), jnp.sin(angles)
-    return Frame(positions, tokens.lengths, allowed, rotary)
+    return Frame(positions, jnp.asarray(tokens.lengths), allowed, rotary)
 
 
 def frequencies(config: Config) -> np.ndarray:

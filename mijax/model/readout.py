@@ -51,7 +51,7 @@ class Readout(eqx.Module):
             length = int(self.tokens.lengths[example])
             raise IndexError(f"position {np.asarray(pos).tolist()} asked of example {example}, which has {length} tokens")
         x = jnp.take_along_axis(self.final, column[:, :, None], axis=1)
-        return jnp.where(found[:, :, None], x, jnp.nan), pos.ndim == 0
+        return jnp.where(found[:, :, None], x, jnp.nan), np.ndim(pos) == 0
 
     def _some(self, x: Stream, tokens: Int[Array, "..."]) -> Logits:
         valid = (tokens >= 0) & (tokens < self.W_U.shape[0])

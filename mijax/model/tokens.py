@@ -24,8 +24,8 @@ class Tokens:
     Array([[0, 1, 2]], dtype=int32)
     """
 
-    ids: Ids
-    mask: Mask
+    ids: Ids | np.ndarray
+    mask: Mask | np.ndarray
     strings: Sequence[Sequence[str]] | None
 
     def __init__(self, ids: ArrayLike, mask: ArrayLike | None = None, strings: Sequence[Sequence[str]] | None = None):
@@ -40,13 +40,14 @@ class Tokens:
         if ids.ndim != 2 or 0 in ids.shape:
             raise ValueError(f"token ids must be a non-empty [batch, pos], given shape {tuple(ids.shape)}")
         if mask is None:
-            mask = jnp.ones(ids.shape, bool)
+            mask = np.ones(ids.shape, bool)
         if mask.shape != ids.shape:
             raise ValueError(f"the mask has shape {tuple(mask.shape)}, the token ids {tuple(ids.shape)}")
         if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
             raise TypeError(f"the mask must be boolean (or 0 and 1), given dtype {mask.dtype}")
-        self.ids = jnp.asarray(ids).astype(jnp.int32)
-        self.mask = jnp.asarray(mask).astype(bool)
+        # What is given on the host stays there until it is used: looking at it then costs nothing.
+        self.ids = ids.astype(np.int32)
+        self.mask = mask.astype(bool)
         self.strings = strings
 
     def tree_flatten(self):
@@ -71,9 +72,9 @@ class Tokens:
         return jnp.where(self.mask, jnp.cumsum(self.mask, axis=1, dtype=jnp.int32) - 1, PADDING)
 
     @property
-    def lengths(self) -> Int[Array, " batch"]:
-        """The number of real tokens of each prompt."""
-        return jnp.sum(self.mask, axis=1, dtype=jnp.int32)
+    def lengths(self) -> Any:
+        """The number of real tokens of each prompt, `[batch]`; on the host where the mask is there."""
+        return self.mask.sum(axis=1, dtype=np.int32)
 
 
 def as_tokens(tokens: "Tokens | ArrayLike") -> Tokens:
@@ -111,6 +112,6 @@ def columns(
            [ True,  True,  True]], dtype=bool)
     """
     wanted = (pos if pos.ndim == 2 else pos[None, :])[:, :, None]
-    places, lengths = tokens.positions[:, None, :], tokens.lengths[:, None, None]
+    places, lengths = tokens.positions[:, None, :], jnp.asarray(tokens.lengths)[:, None, None]
     hits = (places == wanted) | (places - lengths == wanted)
     return jnp.argmax(hits, axis=-1).astype(jnp.int32), jnp.any(hits, axis=-1)

@@ -17,7 +17,7 @@ from mijax.model.position import frame
 from mijax.model.sites import SELECTS, SITES, site_of
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.run import run
+from mijax.run import check, run
 from mijax.sweeps.grid import Grid, grid
 from mijax.sweeps.sweep import Metrics, described, labelled, measure, named, swept
 
@@ -66,6 +66,7 @@ def patch(
         raise ValueError(f"direction must be 'denoise' or 'noise', given {direction!r}")
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     places = over if isinstance(over, Grid) else _full_grid(model, base, site, over)
+    check(model.config, base, {site: (Replace(0.0, places.flat()),)}, {})
     metrics = named(metric)
     goal = measure(model, source, {}, metrics, "source")
     own, value = (run(model, side, capture=(site,)).acts[site] for side in (base, source))
