@@ -1,9 +1,13 @@
 """Array types that every floor uses."""
 
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Real
-from numpy.typing import ArrayLike
+
+ArrayLike: TypeAlias = Array | np.ndarray | np.generic | float | int | bool | Sequence[Any]
+"""What `numpy.asarray` makes an array of: arrays, numbers, and lists of them."""
 
 Ids: TypeAlias = Int[Array, "batch pos"]
 """Token ids."""
@@ -20,7 +24,10 @@ Scores: TypeAlias = Float[Array, "batch head query key"]
 Heads: TypeAlias = Float[Array, "batch pos head d_head"]
 """One vector per position and head."""
 
+KVHeads: TypeAlias = Float[Array, "batch key kv_head d_head"]
+"""One vector per position and key/value head."""
+
 Logits: TypeAlias = Float[Array, "batch *pos vocab"]
 """Logits for some positions and some tokens."""
 
-__all__ = ["Array", "ArrayLike", "Bool", "Float", "Heads", "Ids", "Int", "Logits", "Mask", "Real", "Scores", "Stream"]
+__all__ = ["Array", "ArrayLike", "Bool", "Float", "Heads", "Ids", "Int", "KVHeads", "Logits", "Mask", "Real", "Scores", "Stream"]

@@ -132,7 +132,7 @@ def _layers(model: Transformer, x: Stream, positions: Frame, edits: _Edits, capt
             kept[name] = jnp.where(hit, acts.pop(name)[None], kept[name])
         return (x, kept), acts
 
-    scanned = (model.blocks, jnp.arange(config.n_layers), layered)
+    scanned = (model.blocks, jnp.arange(config.n_layers, dtype=jnp.int32), layered)
     if not slots:  # the plain case carries the stream alone
         return jax.lax.scan(layer, x, scanned)
     first = jax.tree.map(lambda a: a[0] if eqx.is_array(a) else a, scanned)

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike, Float, Int
 from mijax.interventions.where import Where
+from mijax.model.numerics import accumulator
 from mijax.model.tokens import is_concrete
 
 
@@ -31,7 +32,7 @@ def _orthonormal(basis: ArrayLike) -> Float[Array, "*layer k unit"]:
     basis = basis[None] if basis.ndim == 1 else basis
     if basis.shape[-2] > basis.shape[-1]:
         raise ValueError(f"a basis must have rows [k, unit] with k <= unit, given shape {basis.shape}")
-    q, r = jnp.linalg.qr(jnp.swapaxes(basis, -1, -2).astype(jnp.promote_types(basis.dtype, jnp.float32)))
+    q, r = jnp.linalg.qr(jnp.swapaxes(basis, -1, -2).astype(accumulator(basis.dtype)))
     diagonal = jnp.abs(jnp.diagonal(r, axis1=-2, axis2=-1))
     tolerance = jnp.finfo(q.dtype).eps * basis.shape[-1] * jnp.max(diagonal, axis=-1, keepdims=True)
     degenerate = jnp.any(~(diagonal > tolerance), axis=-1)
@@ -148,6 +149,7 @@ class Mix(Edit):
         return (1 - gate) * x + gate * _fit(self.value, x)
 
 
+@runtime_checkable
 class Callback(Protocol):
     """Any function may be an edit; to vmap over its numbers, make it an Equinox module.
 

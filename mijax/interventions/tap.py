@@ -52,9 +52,9 @@ class Tap:
         n = head_count(SITES[site], self.config)
         lists = [getattr(getattr(edit, "where", None), "head", None) for edit in edits]
         if site in self.capture or any(i is None or i.dtype == bool for i in lists):
-            return jnp.arange(n)
+            return jnp.arange(n, dtype=jnp.int32)
         heads = jnp.concatenate([jnp.asarray(i).reshape(-1) for i in lists])
-        return jnp.arange(n) if heads.size >= n else jnp.where(heads < 0, heads + n, heads)
+        return jnp.arange(n, dtype=jnp.int32) if heads.size >= n else jnp.where(heads < 0, heads + n, heads)
 
     def _edit(self, name: str, x: Array, heads: Int[Array, " k"] | None) -> Array:
         site = SITES[name]
@@ -92,7 +92,7 @@ def known_axes(
         elif axis in ("head", "kv_head") and heads is not None:
             axes[axis] = Axis(heads, head_count(site, config))
         else:
-            axes[axis] = Axis(jnp.arange(n), n)
+            axes[axis] = Axis(jnp.arange(n, dtype=jnp.int32), n)
     if layer is not None:
         axes["layer"] = Axis(layer[None], config.n_layers)
     return axes

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Float, Heads, Int, Scores, Stream
+from mijax._types import Array, Float, Heads, Int, KVHeads, Scores, Stream
 from mijax.model.config import Config
 from mijax.model.norm import Norm, normalise
 from mijax.model.numerics import einsum
@@ -50,13 +50,15 @@ def attention(config: Config, params: Attention, ln1: Norm, x: Stream, frame: Fr
     return tap("attn_out", out + _result_change(z, params.W_O, tap))
 
 
-def _mix(config: Config, q: Heads, k: Heads, v: Heads, frame: Frame, tap: Tap, dtype) -> Heads:
+def _mix(config: Config, q: Heads, k: KVHeads, v: KVHeads, frame: Frame, tap: Tap, dtype) -> Heads:
     """Scores, pattern, and the values that the pattern gathers; a query with no key gathers zero."""
     batch, n_query, _, d_head = q.shape
     grouped = (batch, n_query, config.n_kv_heads, config.n_heads // config.n_kv_heads, d_head)
     scores = einsum("bqhge,bkhe->bhgqk", q.reshape(grouped), k, dtype) * config.attn_scale
     scores = tap("attn_scores", scores.reshape(batch, config.n_heads, n_query, k.shape[1]))
     pattern = tap("pattern", _masked_softmax(scores, frame))
+    # An edit may attend to any token, the future included, but padding is none.
+    pattern = jnp.where((frame.positions >= 0)[:, None, None, :], pattern, 0.0)
     by_group = pattern.reshape(batch, *grouped[2:4], n_query, k.shape[1])
     return einsum("bhgqk,bkhe->bqhge", by_group, v, dtype).reshape(q.shape)
 

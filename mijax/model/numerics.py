@@ -11,7 +11,8 @@ def accumulator(dtype) -> jnp.dtype:
     >>> accumulator(jnp.bfloat16), accumulator(jnp.float64)
     (dtype('float32'), dtype('float64'))
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    dtype = jnp.dtype(dtype)
+    return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
 def einsum(spec: str, x: Float[Array, "..."], w: Float[Array, "..."], dtype=None) -> Float[Array, "..."]:
@@ -20,9 +21,13 @@ def einsum(spec: str, x: Float[Array, "..."], w: Float[Array, "..."], dtype=None
     float32 means float32 on every device, where GPUs and TPUs would by default round it to fewer
     bits; `jax.default_matmul_precision(...)` asks for something else.
     """
-    dtype = dtype or w.dtype
+    dtype = jnp.dtype(dtype or w.dtype)
     asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     precision = None if asked else jax.lax.Precision.HIGHEST
-    return jnp.einsum(
-        spec, x.astype(dtype), w.astype(dtype), precision=precision, preferred_element_type=accumulator(dtype)
-    )
+    product = lambda x, w: jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulator(dtype))
+    x, w = x.astype(dtype), w.astype(dtype)
+    if dtype == accumulator(dtype):
+        return product(x, w)
+    # XLA's CPU backend has no product of bfloat16 into float32; that of the widened inputs is the same.
+    widened = lambda x, w: product(x.astype(accumulator(dtype)), w.astype(accumulator(dtype)))
+    return jax.lax.platform_dependent(x, w, cpu=widened, default=product)

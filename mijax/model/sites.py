@@ -1,11 +1,11 @@
 """The named points of the forward pass: the one table of what each means, for every architecture."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
-from mijax._types import Array, Float, Int
+from mijax._types import Array, ArrayLike, Int
 from mijax.model.config import Config
 from mijax.model.numerics import accumulator
 from mijax.model.tokens import Tokens, as_tokens
@@ -95,6 +95,7 @@ PER_HEAD_COPIES = ("q_input", "k_input", "v_input", "result")
 """Sites with d_model numbers for every head: only the heads that are asked for are ever computed."""
 
 
+@runtime_checkable
 class Tap(Protocol):
     """What the forward pass calls at every site: it edits the activation and may keep it."""
 
@@ -148,7 +149,7 @@ class SiteTable(dict[str, SiteInfo]):
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
-def sites(model, tokens: Tokens | Float[Array, "batch pos"]) -> SiteTable:
+def sites(model: Any, tokens: Tokens | ArrayLike) -> SiteTable:
     """Every site that `model` has, with the axes, shape, dtype and bytes that capturing it would take.
 
     Nothing is run. The result is a mapping: `capture=tuple(mj.sites(model, tokens))` captures all.

@@ -95,7 +95,7 @@ def _changes(config: Config, tokens: Tokens, site: str, cells: Where, differs: B
             hit = selection(where, found.inner_axes, known) & here
             return jnp.any(hit, axis=tuple(range(1, hit.ndim)))
 
-        return jnp.any(jax.vmap(layer)(jnp.arange(len(layers)), layers), axis=0)
+        return jnp.any(jax.vmap(layer)(jnp.arange(len(layers), dtype=jnp.int32), layers), axis=0)
 
     return jax.lax.map(cell, cells)
 

@@ -1,0 +1,71 @@
+"""The architectures that every law is tested on: a new one joins by a line."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mijax as mj
+
+_small = {"n_layers": 3, "d_model": 12, "n_heads": 4, "d_vocab": 19, "n_ctx": 16, "d_mlp": 10}
+ARCHITECTURES = {
+    "gpt2": mj.Config(**_small),
+    "llama_gqa": mj.Config(
+        **_small, n_kv_heads=2, d_head=6, positions="rotary", norm="rms", mlp="gated", activation="silu",
+        qkv_bias=False, attn_out_bias=False, mlp_bias=False, tied_unembed=False,
+    ),
+    "parallel_mqa_partial_rotary": mj.Config(
+        **_small, n_kv_heads=1, d_head=6, positions="rotary", rotary_dim=4, parallel=True, activation="gelu",
+        tied_unembed=False, unembed_bias=True,
+    ),
+    "attention_only": mj.Config(**{**_small, "d_mlp": 0}, mlp="none", norm="none", attn_out_bias=False),
+    "normless": mj.Config(**_small, norm="none", positions="none", activation="relu", qkv_bias=False, mlp_bias=False),
+    "bidirectional": mj.Config(**_small, causal=False, norm="rms", mlp="gated", activation="gelu_new", attn_scale=0.3),
+}  # fmt: skip
+
+IDS = np.array([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0], [3, 1, 18, 2, 4, 0]])
+LENGTHS = np.array([6, 4, 5])
+PADDINGS = ("none", "left", "right")
+
+
+def batch(padding: str, ids: np.ndarray = IDS) -> mj.Tokens:
+    """Three prompts: all of one length, or of several, padded (with a token that is no zero)."""
+    if padding == "none":
+        return mj.Tokens(ids)
+    rows, masks = np.full(ids.shape, 11), np.zeros(ids.shape, bool)
+    for row, mask, own, n in zip(rows, masks, ids, LENGTHS):
+        place = slice(len(row) - n, None) if padding == "left" else slice(n)
+        row[place], mask[place] = own[:n], True
+    return mj.Tokens(rows, masks)
+
+
+def random_model(config: mj.Config, seed: int = 0, dtype=jnp.float64) -> mj.Transformer:
+    """A model of which every parameter matters: no bias is zero, no norm's weight one."""
+    empty = jax.eval_shape(lambda key: mj.init(config, key, dtype), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    leaves, treedef = jax.tree.flatten(empty)
+    draw = lambda leaf: jnp.asarray(rng.normal(0.1, 0.5, leaf.shape), leaf.dtype)
+    return jax.tree.unflatten(treedef, [draw(leaf) for leaf in leaves])
+
+
+def real(tokens: mj.Tokens, i: int) -> np.ndarray:
+    """The columns of an example's real tokens."""
+    return np.flatnonzero(np.asarray(tokens.mask)[i])
+
+
+def example(acts, site: str, tokens: mj.Tokens, i: int) -> np.ndarray:
+    """One example of a captured site, without its padding: `[layer?, *axes]`."""
+    axes, x, columns = mj.SITES[site].axes, np.asarray(acts), real(tokens, i)
+    x = np.take(x, i, axis=axes.index("batch"))
+    left = [axis for axis in axes if axis != "batch"]
+    for axis in ("pos", "query", "key"):
+        if axis in left:
+            x = np.take(x, columns, axis=left.index(axis))
+    return x
+
+
+def error(given, reference) -> float:
+    """max|difference| / max|reference|."""
+    given, reference = np.asarray(given, np.float64), np.asarray(reference, np.float64)
+    assert given.shape == reference.shape, (given.shape, reference.shape)
+    assert np.isfinite(given).all()
+    return float(np.max(np.abs(given - reference)) / np.max(np.abs(reference)))

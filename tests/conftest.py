@@ -1,0 +1,29 @@
+"""Strictness for the whole run: no silent promotion of dtypes or ranks."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+import jax
+import pytest
+from hypothesis import settings
+
+settings.register_profile("mijax", deadline=None, max_examples=20, derandomize=True, print_blob=True)
+settings.load_profile("mijax")
+
+
+@pytest.fixture
+def x64():
+    """Run a test in float64, where rounding cannot hide an error."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model and its tokenizer."""
+    import mijax as mj
+
+    return mj.load("smollm2-135m-instruct")
