@@ -27,7 +27,7 @@ Heads: TypeAlias = Float[Array, "batch pos head d_head"]
 KVHeads: TypeAlias = Float[Array, "batch key kv_head d_head"]
 """One vector per position and key/value head."""
 
-Logits: TypeAlias = Float[Array, "batch *pos vocab"]
-"""Logits for some positions and some tokens."""
+Logits: TypeAlias = Float[Array, "batch *pos_vocab"]
+"""Logits for some positions and some tokens; an axis of which one entry was asked for is dropped."""
 
 __all__ = ["Array", "ArrayLike", "Bool", "Float", "Heads", "Ids", "Int", "KVHeads", "Logits", "Mask", "Real", "Scores", "Stream"]

@@ -82,20 +82,20 @@ def check(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) ->
         site = site_of(name, config)
         shape = site.shape(config, tokens)
         sizes = dict(zip(site.axes, shape))
-        wheres = [edit.where for edit in edits.get(name, ()) if isinstance(edit, Edit)]
-        if isinstance(captures.get(name), Where):
-            wheres.append(captures[name])
-            if any(index.dtype == bool for index in wheres[-1].given.values()):
-                raise ValueError(f"capture at site {name!r} must be narrowed by indices: a mask has no fixed size")
-        for where in wheres:
-            if not isinstance(where, Where):
-                raise TypeError(f"expected a mijax.Where at site {name!r}, given {type(where).__name__}; a grid goes to mijax.sweep")
-            check_structure(where, name, site.axes, sizes)
-            fields = {SELECTS[axis]: lengths.get(axis, size) for axis, size in sizes.items()}
-            check_range(where, name, fields)
+        fields = {SELECTS[axis]: lengths.get(axis, size) for axis, size in sizes.items()}
         for edit in edits.get(name, ()):
             if isinstance(edit, Edit):
+                if not isinstance(edit.where, Where):
+                    raise TypeError(f"expected a mijax.Where at site {name!r}, given {type(edit.where).__name__}; a grid goes to mijax.sweep")
+                check_structure(edit.where, name, site.axes, sizes)
+                check_range(edit.where, name, fields)
                 check_shapes(edit, name, site.axes, shape)
+        kept = captures.get(name)
+        if kept is not None:
+            if any(index.dtype == bool for index in kept.given.values()):
+                raise ValueError(f"capture at site {name!r} must be narrowed by indices: a mask has no fixed size")
+            check_structure(kept, name, site.axes, sizes, zipped=False)
+            check_range(kept, name, fields)
 
 
 @eqx.filter_jit

@@ -18,7 +18,7 @@ from mijax.model.tokens import is_concrete
 def _number(value: Any) -> Any:
     """An array of floats; Python numbers are taken at the site's precision."""
     if isinstance(value, bool | int | float):
-        return np.asarray(value, np.float32)
+        return np.asarray(value, np.float64)  # JAX rounds it to what the site has
     if not isinstance(value, jax.Array):
         value = np.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.floating):

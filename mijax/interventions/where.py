@@ -110,10 +110,10 @@ def _membership(index: Array, axis: str, axes: Sequence[str], known: Axis) -> Bo
     return member.reshape(shape)
 
 
-def check_structure(where: Where, site: str, axes: Sequence[str], sizes: dict[str, int]) -> None:
+def check_structure(where: Where, site: str, axes: Sequence[str], sizes: dict[str, int], *, zipped: bool = True) -> None:
     """Raise `ValueError` for an axis the site lacks, ranks and lengths that do not fit together."""
     selectors = {SELECTS[axis]: axis for axis in axes}
-    batch, faults, zipped = sizes["batch"], [], {}
+    batch, faults, lists = sizes["batch"], [], {}
     for field, index in where.given.items():
         shape = jnp.shape(index)
         if field not in selectors:
@@ -128,9 +128,9 @@ def check_structure(where: Where, site: str, axes: Sequence[str], sizes: dict[st
         elif len(shape) == 2 and shape[0] != batch:
             faults.append(f"{field!r} has indices for {shape[0]} examples, the batch has {batch}")
         elif shape:
-            zipped[field] = shape[-1]
-    if len({k for k in zipped.values() if k > 1}) > 1:
-        faults.append(f"lists on several axes are zipped and must be equally long, given {zipped}; products are mijax.grid")
+            lists[field] = shape[-1]
+    if zipped and len({k for k in lists.values() if k > 1}) > 1:
+        faults.append(f"lists on several axes are zipped and must be equally long, given {lists}; products are mijax.grid")
     if faults:
         raise ValueError("; ".join(faults))
 

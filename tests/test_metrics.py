@@ -1,0 +1,112 @@
+"""Every metric against a NumPy statement, padded on either side (float64, 1e-10)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+import mijax as mj
+from tests.architectures import ARCHITECTURES, IDS, PADDINGS, batch, error, random_model, real
+
+pytestmark = pytest.mark.usefixtures("x64")
+ANSWERS, WRONG = np.array([3, 5, 7]), np.array([4, 6, 8])
+
+
+def at(logits, tokens, pos):
+    """`[batch, vocab]` at one real position of each example."""
+    pos = np.broadcast_to(pos, 3)
+    return np.stack([np.asarray(logits)[i, real(tokens, i)[pos[i]]] for i in range(3)])
+
+
+# name: (our metric, the same from logits [batch, vocab] at the position)
+METRICS = {
+    "logit": (lambda pos: mj.metrics.logit(ANSWERS, pos), lambda x: x[range(3), ANSWERS]),
+    "logit_diff": (lambda pos: mj.metrics.logit_diff(ANSWERS, WRONG, pos), lambda x: x[range(3), ANSWERS] - x[range(3), WRONG]),
+    "log_prob": (lambda pos: mj.metrics.log_prob(ANSWERS, pos), lambda x: log_softmax(x, -1)[range(3), ANSWERS]),
+    "prob": (lambda pos: mj.metrics.prob(ANSWERS, pos), lambda x: np.exp(log_softmax(x, -1))[range(3), ANSWERS]),
+    "rank": (lambda pos: mj.metrics.rank(ANSWERS, pos), lambda x: [sorted(-row).index(-row[a]) for row, a in zip(x, ANSWERS)]),
+    "accuracy": (lambda pos: mj.metrics.accuracy([10, 2, 7], pos), lambda x: x.argmax(-1) == [10, 2, 7]),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("pos", [-1, 0, [1, -2, 3]])
+def test_metrics_at_a_position(name, padding, pos):
+    model, tokens = random_model(ARCHITECTURES["parallel_mqa_partial_rotary"]), batch(padding)
+    out = mj.run(model, tokens)
+    ours, theirs = METRICS[name]
+    expected = np.asarray(theirs(at(out.logits, tokens, pos)), np.float64)
+    given = ours(pos)(out.readout)
+    assert given.shape == (3,) and np.abs(np.asarray(given) - expected).max() < 1e-10 * max(1, np.abs(expected).max())
+
+
+def test_accuracy_is_one_where_the_answer_is_on_top():
+    model, tokens = random_model(ARCHITECTURES["gpt2"]), batch("left")
+    out = mj.run(model, tokens)
+    top = at(out.logits, tokens, -1).argmax(-1)
+    assert (np.asarray(mj.metrics.accuracy(top)(out.readout)) == 1).all()
+    assert (np.asarray(mj.metrics.rank(top)(out.readout)) == 0).all()
+    assert np.asarray(mj.metrics.accuracy((top + 1) % 19)(out.readout)).sum() == 0
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_kl_and_cross_entropy(padding):
+    model, tokens = random_model(ARCHITECTURES["gpt2"]), batch(padding)
+    other = mj.run(random_model(ARCHITECTURES["gpt2"], seed=1), tokens)
+    out = mj.run(model, tokens)
+    q, p = log_softmax(np.asarray(out.logits), -1), log_softmax(np.asarray(other.logits), -1)
+    divergence = (np.exp(p) * (p - q)).sum(-1)
+    everywhere = [divergence[i, real(tokens, i)].mean() for i in range(3)]
+    last = [divergence[i, real(tokens, i)[-1]] for i in range(3)]
+    assert error(mj.metrics.kl(other.logits, pos=None)(out.readout), everywhere) < 1e-10
+    assert error(mj.metrics.kl(other.readout.logits(pos=-1))(out.readout), last) < 1e-10
+    assert error(mj.metrics.kl(jax.nn.log_softmax(other.readout.logits(pos=-1)))(out.readout), last) < 1e-10
+    assert np.abs(np.asarray(mj.metrics.kl(out.logits, pos=None)(out.readout))).max() < 1e-10
+    losses = []
+    for i in range(3):
+        columns = real(tokens, i)
+        losses.append(np.mean([-q[i, a, np.asarray(tokens.ids)[i, b]] for a, b in zip(columns[:-1], columns[1:])]))
+    assert error(mj.metrics.cross_entropy(tokens)(out.readout), losses) < 1e-10
+
+
+def test_logits_are_computed_where_they_are_asked_for():
+    model, tokens = random_model(ARCHITECTURES["parallel_mqa_partial_rotary"]), batch("left")
+    readout = mj.run(model, tokens).readout
+    whole = np.asarray(readout.logits())
+    last = at(whole, tokens, -1)
+    assert error(readout.logits(pos=-1), last) < 1e-10
+    assert error(readout.logits(pos=-1, tokens=[3, 4]), last[:, [3, 4]]) < 1e-10
+    assert error(readout.logits(pos=-1, tokens=5), last[:, 5]) < 1e-10
+    own = np.array([[1, 2], [3, 4], [5, 6]])
+    assert error(readout.logits(pos=-1, tokens=own), np.take_along_axis(last, own, 1)) < 1e-10
+    several = np.stack([at(whole, tokens, p) for p in (0, -1)], axis=1)
+    assert error(readout.logits(pos=[0, -1]), several) < 1e-10
+    assert error(readout.logits(pos=[[0, -1]] * 3, tokens=own), np.take_along_axis(several, own[:, None], 2)) < 1e-10
+    assert error(readout.logits(tokens=[2]), whole[..., [2]]) < 1e-10
+
+
+@pytest.mark.parametrize("metric", [mj.metrics.rank(3), mj.metrics.accuracy(3), mj.metrics.logit(3), mj.metrics.prob(3)])
+def test_a_failed_run_is_nan_in_every_metric(metric):
+    model = random_model(ARCHITECTURES["gpt2"])
+    out = mj.run(model, IDS, {"resid_pre": mj.Replace(np.nan, mj.Where(layer=1))})
+    assert np.isnan(np.asarray(metric(out.readout))).all()
+
+
+def test_out_of_range_inside_a_trace_is_nan():
+    model, tokens = random_model(ARCHITECTURES["gpt2"]), batch("left")
+
+    @jax.jit
+    def measured(pos, token, layer):
+        out = mj.run(model, tokens, {"z": mj.Scale(0.5, mj.Where(layer=layer))})
+        return mj.metrics.logit(token, pos)(out.readout)
+
+    assert np.isfinite(measured(3, 2, 1)).all()
+    assert np.isnan(measured(4, 2, 1)).tolist() == [False, True, False]  # the prompts have 6, 4 and 5 tokens
+    assert np.isnan(measured(-5, 2, 1)).tolist() == [False, True, False]
+    assert np.isnan(measured(3, 19, 1)).all() and np.isnan(measured(3, -1, 1)).all()
+    assert np.isnan(measured(3, 2, 3)).all() and np.isnan(measured(3, 2, -4)).all()
+    ids = jnp.asarray(IDS)
+    outside = jax.jit(lambda ids: mj.run(model, ids).logits)
+    assert np.isfinite(outside(ids)).all() and np.isnan(outside(ids.at[1, 2].set(19))).all()
