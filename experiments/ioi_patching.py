@@ -23,9 +23,13 @@ import mijax as mj
 from experiments.ioi_prompts import IOI, Counterfactual, make
 from mijax.files import atomic
 from mijax.plots import save_heatmaps, save_page
+from mijax.sweeps.patch import Direction
 
 COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
-DIRECTIONS = {"denoise": "denoising: clean into corrupted", "noise": "noising: corrupted into clean"}
+DIRECTIONS: dict[Direction, str] = {
+    "denoise": "denoising: clean into corrupted",
+    "noise": "noising: corrupted into clean",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +72,12 @@ def main(settings: Settings) -> xr.Dataset:
     table = strongest(results["z"], settings.top)
     print(f"\nThe {settings.top} strongest heads (z patched at all positions; 95 % intervals over prompts):\n\n{table}")
     seconds = {"load": loaded - started, "all": time.perf_counter() - started}
-    write(settings, results, effects, {"behaviour": behaviour, "seconds": seconds, "prompts": ioi.texts, "heads": table})
-    print(f"\nwrote {settings.out}/: ioi_patching.png, ioi_patching.html, results.nc, record.json ({seconds['all']:.0f} s)")
+    write(
+        settings, results, effects, {"behaviour": behaviour, "seconds": seconds, "prompts": ioi.texts, "heads": table}
+    )
+    print(
+        f"\nwrote {settings.out}/: ioi_patching.png, ioi_patching.html, results.nc, record.json ({seconds['all']:.0f} s)"
+    )
     return results
 
 
@@ -99,7 +107,9 @@ def study(model: mj.Transformer, ioi: IOI, memory: int | None = None) -> xr.Data
             )
             for direction in DIRECTIONS
         ]  # fmt: skip
-        found[site] = xr.concat(patched, xr.Variable("direction", list(DIRECTIONS)), combine_attrs="drop_conflicts", join="exact")
+        found[site] = xr.concat(
+            patched, xr.Variable("direction", list(DIRECTIONS)), combine_attrs="drop_conflicts", join="exact"
+        )
     results = xr.Dataset(found, attrs={k: v for k, v in found["z"].attrs.items() if k != "site"})
     return results.assign_coords(prompt=("batch", ioi.texts))
 
@@ -131,7 +141,9 @@ def write(settings: Settings, results: xr.Dataset, effects: dict, record: dict) 
     save_page(panels, out / "ioi_patching.html", title=title, limit=1.0)
     with atomic(out / "results.nc") as scratch:
         results.to_netcdf(scratch, engine="scipy")
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(settings).items()}
+    told = {
+        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(settings).items()
+    }
     with atomic(out / "record.json") as scratch:
         scratch.write_text(json.dumps({"settings": told, "versions": dict(results.attrs), **record}, indent=2))
 

@@ -1,6 +1,5 @@
 """Prompts for indirect object identification (Wang et al. 2022), balanced and checked."""
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,8 +15,8 @@ TEMPLATES = (
     "Afterwards,{A} and{B} went to the{place}.{S} gave a{thing} to",
     "Then,{A} and{B} went to the{place}.{S} gave a{thing} to",
 )
-NAMES = (" Mary", " John", " Tom", " James", " Sarah", " Michael", " Anna", " Peter", " Emma", " David", " Alice", " Paul",
-         " Laura", " Mark", " Kate", " Robert")  # fmt: skip
+NAMES = (" Mary", " John", " Tom", " James", " Sarah", " Michael", " Anna", " Peter", " Emma", " David", " Alice",
+         " Paul", " Laura", " Mark", " Kate", " Robert")  # fmt: skip
 PLACES = (" store", " park", " school", " office", " hospital", " station", " restaurant", " garden")
 THINGS = (" drink", " book", " ring", " letter", " basketball", " computer", " kiss", " bone")
 
@@ -68,7 +67,7 @@ def make(tokenizer: mj.Tokenizer, n: int, *, counterfactual: Counterfactual = "f
 
 def _roles(tokens: mj.Tokens, io: np.ndarray, subject: np.ndarray) -> dict[str, np.ndarray]:
     """Where each prompt has its names, counted in real tokens."""
-    rows: list[Sequence[int]] = []
+    rows = []
     for ids, mask, right, wrong in zip(np.asarray(tokens.ids), np.asarray(tokens.mask), io, subject):
         real = ids[mask]
         (first,), (s1, s2) = np.flatnonzero(real == right), np.flatnonzero(real == wrong)

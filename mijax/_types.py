@@ -30,4 +30,18 @@ KVHeads: TypeAlias = Float[Array, "batch key kv_head d_head"]
 Logits: TypeAlias = Float[Array, "batch *pos_vocab"]
 """Logits for some positions and some tokens; an axis of which one entry was asked for is dropped."""
 
-__all__ = ["Array", "ArrayLike", "Bool", "Float", "Heads", "Ids", "Int", "KVHeads", "Logits", "Mask", "Real", "Scores", "Stream"]
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "Bool",
+    "Float",
+    "Heads",
+    "Ids",
+    "Int",
+    "KVHeads",
+    "Logits",
+    "Mask",
+    "Real",
+    "Scores",
+    "Stream",
+]

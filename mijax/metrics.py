@@ -15,7 +15,7 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike, Float, Int, Logits, Real
 from mijax.model.readout import Readout
-from mijax.model.tokens import Tokens, as_tokens, is_concrete
+from mijax.model.tokens import Tokens, as_tokens, integers, is_concrete
 
 
 class Metric(eqx.Module):
@@ -39,7 +39,8 @@ def logit(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
     >>> readout = mj.run(model, [[1, 2, 3], [4, 5, 6]]).readout
-    >>> bool((mj.metrics.logit([7, 8])(readout) == readout.logits(pos=-1)[jax.numpy.arange(2), jax.numpy.array([7, 8])]).all())
+    >>> given, wanted = mj.metrics.logit([7, 8])(readout), readout.logits(pos=-1)[jax.numpy.arange(2), jax.numpy.array([7, 8])]
+    >>> bool(jax.numpy.allclose(given, wanted))
     True
     """
     return Metric("logit", _logit, {"answer": _ids(answer), "pos": _ids(pos)})
@@ -94,12 +95,12 @@ def cross_entropy(tokens: Tokens | ArrayLike) -> Metric:
 
 
 def _ids(value: ArrayLike) -> Int[Array, "..."]:
-    value = jnp.asarray(value)
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise TypeError(f"answers and positions of a metric must be integers, given dtype {value.dtype}")
-    if value.ndim > 1:
-        raise ValueError(f"answers and positions of a metric are one for all, or one per example, given shape {value.shape}")
-    return value.astype(jnp.int32)
+    value = jnp.asarray(integers(value, "answers and positions of a metric"))
+    if value.ndim > 1 or value.dtype == bool:
+        raise ValueError(
+            f"answers and positions of a metric are one for all, or one per example, given shape {value.shape}"
+        )
+    return value
 
 
 def _at(readout: Readout, pos: Int[Array, "..."], *answers: Int[Array, "..."]) -> Logits:

@@ -86,7 +86,9 @@ def check(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) ->
         for edit in edits.get(name, ()):
             if isinstance(edit, Edit):
                 if not isinstance(edit.where, Where):
-                    raise TypeError(f"expected a mijax.Where at site {name!r}, given {type(edit.where).__name__}; a grid goes to mijax.sweep")
+                    raise TypeError(
+                        f"expected a mijax.Where at site {name!r}, given {type(edit.where).__name__}; a grid goes to mijax.sweep"
+                    )
                 check_structure(edit.where, name, site.axes, sizes)
                 check_range(edit.where, name, fields)
                 check_shapes(edit, name, site.axes, shape)
@@ -117,7 +119,9 @@ def _layers(model: Transformer, x: Stream, positions: Frame, edits: _Edits, capt
     edits = {name: given for name, given in edits.items() if SITES[name].has_layer}
     captures = {name: where for name, where in captures.items() if SITES[name].has_layer}
     layered, shared = _split(edits, config.n_layers)
-    slots = {name: _slots(where, config) for name, where in captures.items() if where is not None and where.layer is not None}
+    slots = {
+        name: _slots(where, config) for name, where in captures.items() if where is not None and where.layer is not None
+    }
 
     def layer(x, scanned):
         params, index, own = scanned
@@ -137,7 +141,9 @@ def _layers(model: Transformer, x: Stream, positions: Frame, edits: _Edits, capt
         return jax.lax.scan(layer, x, scanned)
     first = jax.tree.map(lambda a: a[0] if eqx.is_array(a) else a, scanned)
     shapes = jax.eval_shape(layer, x, first)[1]
-    kept = {name: jax.lax.full_like(x, 0, shapes[name].dtype, (len(s), *shapes[name].shape)) for name, s in slots.items()}
+    kept = {
+        name: jax.lax.full_like(x, 0, shapes[name].dtype, (len(s), *shapes[name].shape)) for name, s in slots.items()
+    }
     (x, kept), acts = jax.lax.scan(body, (x, kept), scanned)
     return x, acts | kept
 
@@ -182,7 +188,9 @@ def _check_tokens(config: Config, tokens: Tokens) -> None:
         bad = np.argwhere((ids < 0) | (ids >= config.d_vocab))
         if len(bad):
             example, column = map(int, bad[0])
-            raise ValueError(f"token {ids[example, column]} (example {example}, column {column}) is outside the vocabulary of {config.d_vocab}")
+            raise ValueError(
+                f"token {ids[example, column]} (example {example}, column {column}) is outside the vocabulary of {config.d_vocab}"
+            )
         if not mask.any(axis=1).all():
             raise ValueError(f"example {int(np.argmin(mask.any(axis=1)))} is all padding")
 

@@ -50,24 +50,33 @@ def places(site, config):
 
     fields = [SELECTS[axis] for axis in mj.SITES[site].axes]
     one = st.fixed_dictionaries({f: index(sizes[f]) for f in fields if f != "unit"})
-    zipped = st.fixed_dictionaries({f: st.lists(index(sizes[f]), min_size=3, max_size=3) for f in fields if f not in ("batch", "unit")})
+    zipped = st.fixed_dictionaries(
+        {f: st.lists(index(sizes[f]), min_size=3, max_size=3) for f in fields if f not in ("batch", "unit")}
+    )
     positions = [f for f in fields if f in ("pos", "query", "key")]
     per_example = st.fixed_dictionaries({
         positions[0]: st.lists(st.lists(index(SHORTEST), min_size=2, max_size=2), min_size=3, max_size=3),
         **({"head": st.lists(index(sizes["head"]), min_size=2, max_size=2)} if "head" in fields else {}),
     })  # fmt: skip
-    last = st.fixed_dictionaries({"unit" if "unit" in fields else fields[-1]: st.lists(index(4), min_size=2, max_size=2)})
+    last = st.fixed_dictionaries(
+        {"unit" if "unit" in fields else fields[-1]: st.lists(index(4), min_size=2, max_size=2)}
+    )
     return {"one": one, "zipped": zipped, "per example": per_example, "some of the last axis": last, "all": st.just({})}
 
 
-@pytest.mark.parametrize("name, site", [(e, s) for e in EDITS for s in VECTORS + OTHERS if s in VECTORS or e not in ("project", "interchange")])
+@pytest.mark.parametrize(
+    "name, site",
+    [(e, s) for e in EDITS for s in VECTORS + OTHERS if s in VECTORS or e not in ("project", "interchange")],
+)
 def test_an_edit_does_what_the_loop_does(name, site):
     model, tokens = random_model(ARCHITECTURES["llama_gqa"]), batch("left")
     shape = mj.sites(model, tokens)[site].shape
     rng = np.random.default_rng(0)
     basis = rng.normal(size=(2, shape[-1]))
     ours, theirs = EDITS[name]
-    run = eqx.filter_jit(lambda value, where: mj.run(model, tokens, {site: ours(value, jnp.asarray(basis), where)}).logits)
+    run = eqx.filter_jit(
+        lambda value, where: mj.run(model, tokens, {site: ours(value, jnp.asarray(basis), where)}).logits
+    )
 
     @settings(max_examples=3)
     @given(st.data())
@@ -153,7 +162,9 @@ def test_per_head_copies_compute_the_selected_heads_only(site):
                     yield from shapes(getattr(p, "jaxpr", p))
 
     whole = (3, 6, 4, 12)
-    program = lambda where: jax.make_jaxpr(lambda: mj.run(model, tokens, {site: mj.Scale(0.5, where)}).readout.final)().jaxpr
+    program = lambda where: (
+        jax.make_jaxpr(lambda: mj.run(model, tokens, {site: mj.Scale(0.5, where)}).readout.final)().jaxpr
+    )
     assert whole not in set(shapes(program(mj.Where(head=2))))
     assert whole in set(shapes(program(mj.Where(layer=1))))
 
@@ -189,7 +200,9 @@ def test_values_of_lower_rank_broadcast_and_a_layer_axis_of_one_serves_all_layer
 def test_project_needs_no_orthonormal_basis_and_layers_may_have_their_own():
     model, tokens = random_model(ARCHITECTURES["gpt2"]), batch("none")
     bases = np.random.default_rng(0).normal(size=(3, 2, 12))
-    project = lambda basis, **where: mj.run(model, tokens, {"mlp_out": mj.Project(basis, mj.Where(**where))}, capture=("mlp_out",))
+    project = lambda basis, **where: mj.run(
+        model, tokens, {"mlp_out": mj.Project(basis, mj.Where(**where))}, capture=("mlp_out",)
+    )
     out = project(bases)
     left = np.einsum("lbpd,lkd->lbpk", np.asarray(out.acts["mlp_out"]), bases)
     assert np.abs(left).max() < 1e-10 * np.abs(bases).max() * float(jnp.max(jnp.abs(out.acts["mlp_out"])))
@@ -215,7 +228,9 @@ def test_narrowed_captures_are_the_entries_of_the_whole(where, kept):
             continue
         index = np.asarray(where[name])
         if name == "pos":
-            index = np.broadcast_to(index.reshape(-1, index.shape[-1] if index.ndim else 1), (3, index.shape[-1] if index.ndim else 1))
+            index = np.broadcast_to(
+                index.reshape(-1, index.shape[-1] if index.ndim else 1), (3, index.shape[-1] if index.ndim else 1)
+            )
             rows = [expected[:, i][:, real(tokens, i)[index[i]]] for i in range(3)]
             expected = np.stack(rows, axis=1)
         else:
@@ -229,7 +244,9 @@ def test_narrowed_captures_take_the_memory_that_they_keep():
 
     model = mj.init(mj.Config(n_layers=32, d_model=16, n_heads=2, d_vocab=11, n_ctx=64), jax.random.key(0), jnp.float32)
     ids = jnp.zeros((4, 64), jnp.int32)
-    run = lambda capture: jax.jit(lambda m, i: mj.run(m, i, capture=capture).acts["z"]).lower(model, ids).compile().memory_analysis()
+    run = lambda capture: (
+        jax.jit(lambda m, i: mj.run(m, i, capture=capture).acts["z"]).lower(model, ids).compile().memory_analysis()
+    )
     size = lambda capture: run(capture).output_size_in_bytes + run(capture).temp_size_in_bytes
     one = 4 * 64 * 16 * 4  # bytes of one layer
     assert size(("z",)) - size({"z": mj.Where(layer=[3])}) > 30 * one

@@ -21,7 +21,9 @@ def test_logits_and_every_site(name, padding):
     table = mj.sites(model, tokens)
     out = mj.run(model, tokens, capture=tuple(table))
     assert set(out.acts) == set(table)
-    assert {s: (a.shape, a.dtype, a.nbytes) for s, a in out.acts.items()} == {s: (i.shape, i.dtype, i.bytes) for s, i in table.items()}
+    assert {s: (a.shape, a.dtype, a.nbytes) for s, a in out.acts.items()} == {
+        s: (i.shape, i.dtype, i.bytes) for s, i in table.items()
+    }
     for i in range(3):
         seen = {}
         ids = np.asarray(tokens.ids)[i, real(tokens, i)]
@@ -32,7 +34,9 @@ def test_logits_and_every_site(name, padding):
             layers = range(model.config.n_layers) if mj.SITES[site].has_layer else [None]
             theirs = np.stack([seen[site, layer] for layer in layers])
             mine = mine if mj.SITES[site].has_layer else mine[None]
-            if site == "attn_scores" and model.config.causal:  # the mask comes after this site; the order of sums differs
+            if (
+                site == "attn_scores" and model.config.causal
+            ):  # the mask comes after this site; the order of sums differs
                 assert mine.shape == theirs.shape
             assert error(mine, theirs) < 1e-10, site
 

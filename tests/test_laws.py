@@ -36,7 +36,9 @@ def test_2_replacing_any_site_by_its_own_value_changes_nothing(name, padding):
         return mj.run(model, tokens, {s: mj.Mix(g, acts[s]) for s, g in zip(table, gates)}).logits
 
     for row, site in zip(np.eye(len(table)), table):
-        assert error(on_real(edited(jnp.asarray(row), model, out.acts), tokens), on_real(out.logits, tokens)) < 1e-10, site
+        assert error(on_real(edited(jnp.asarray(row), model, out.acts), tokens), on_real(out.logits, tokens)) < 1e-10, (
+            site
+        )
 
 
 @each_architecture
@@ -99,7 +101,10 @@ def test_7_capturing_changes_nothing_and_uncaptured_edits_act(name):
     model, tokens, other = base_and_source(name, "left")
     table = tuple(mj.sites(model, tokens))
     source = mj.run(model, other, capture=("z", "resid_pre")).acts
-    edits = {"z": mj.Replace(source["z"], mj.Where(layer=1, head=[0, 2])), "resid_pre": mj.Scale(0.5, mj.Where(layer=2, pos=-2))}
+    edits = {
+        "z": mj.Replace(source["z"], mj.Where(layer=1, head=[0, 2])),
+        "resid_pre": mj.Scale(0.5, mj.Where(layer=2, pos=-2)),
+    }
     plain, captured = mj.run(model, tokens, edits), mj.run(model, tokens, edits, capture=table)
     assert error(on_real(captured.logits, tokens), on_real(plain.logits, tokens)) < 1e-10
     assert error(on_real(plain.logits, tokens), on_real(mj.run(model, tokens).logits, tokens)) > 1e-6

@@ -1,5 +1,7 @@
 """Every metric against a NumPy statement, padded on either side (float64, 1e-10)."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,10 +24,16 @@ def at(logits, tokens, pos):
 # name: (our metric, the same from logits [batch, vocab] at the position)
 METRICS = {
     "logit": (lambda pos: mj.metrics.logit(ANSWERS, pos), lambda x: x[range(3), ANSWERS]),
-    "logit_diff": (lambda pos: mj.metrics.logit_diff(ANSWERS, WRONG, pos), lambda x: x[range(3), ANSWERS] - x[range(3), WRONG]),
+    "logit_diff": (
+        lambda pos: mj.metrics.logit_diff(ANSWERS, WRONG, pos),
+        lambda x: x[range(3), ANSWERS] - x[range(3), WRONG],
+    ),
     "log_prob": (lambda pos: mj.metrics.log_prob(ANSWERS, pos), lambda x: log_softmax(x, -1)[range(3), ANSWERS]),
     "prob": (lambda pos: mj.metrics.prob(ANSWERS, pos), lambda x: np.exp(log_softmax(x, -1))[range(3), ANSWERS]),
-    "rank": (lambda pos: mj.metrics.rank(ANSWERS, pos), lambda x: [sorted(-row).index(-row[a]) for row, a in zip(x, ANSWERS)]),
+    "rank": (
+        lambda pos: mj.metrics.rank(ANSWERS, pos),
+        lambda x: [sorted(-row).index(-row[a]) for row, a in zip(x, ANSWERS)],
+    ),
     "accuracy": (lambda pos: mj.metrics.accuracy([10, 2, 7], pos), lambda x: x.argmax(-1) == [10, 2, 7]),
 }
 
@@ -67,7 +75,7 @@ def test_kl_and_cross_entropy(padding):
     losses = []
     for i in range(3):
         columns = real(tokens, i)
-        losses.append(np.mean([-q[i, a, np.asarray(tokens.ids)[i, b]] for a, b in zip(columns[:-1], columns[1:])]))
+        losses.append(np.mean([-q[i, a, np.asarray(tokens.ids)[i, b]] for a, b in itertools.pairwise(columns)]))
     assert error(mj.metrics.cross_entropy(tokens)(out.readout), losses) < 1e-10
 
 
@@ -87,7 +95,9 @@ def test_logits_are_computed_where_they_are_asked_for():
     assert error(readout.logits(tokens=[2]), whole[..., [2]]) < 1e-10
 
 
-@pytest.mark.parametrize("metric", [mj.metrics.rank(3), mj.metrics.accuracy(3), mj.metrics.logit(3), mj.metrics.prob(3)])
+@pytest.mark.parametrize(
+    "metric", [mj.metrics.rank(3), mj.metrics.accuracy(3), mj.metrics.logit(3), mj.metrics.prob(3)]
+)
 def test_a_failed_run_is_nan_in_every_metric(metric):
     model = random_model(ARCHITECTURES["gpt2"])
     out = mj.run(model, IDS, {"resid_pre": mj.Replace(np.nan, mj.Where(layer=1))})

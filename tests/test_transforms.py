@@ -34,7 +34,9 @@ def test_vmap_over_where_value_prompt_parameters_and_all_of_them(model, source):
     tokens = batch("left")
     layers, heads = jnp.array([0, 1, 2, 2]), jnp.array([3, 0, 1, 1])
     values = jnp.stack([source, 2 * source, -source, 0 * source])
-    prompts = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(i) for i in x]), *[batch("left", (IDS + i) % 19) for i in range(4)])
+    prompts = jax.tree.map(
+        lambda *x: jnp.stack([jnp.asarray(i) for i in x]), *[batch("left", (IDS + i) % 19) for i in range(4)]
+    )
     models = jax.tree.map(lambda *x: jnp.stack(x), *[random_model(CONFIG, seed) for seed in range(4)])
     pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
     cases = {
@@ -61,7 +63,9 @@ def test_forward_and_reverse_gradients_agree_and_pass_through_scan_and_checkpoin
     forward = jax.jvp(loss, (source,), (tangent,))[1]
     assert abs(float(forward - jnp.sum(gradient * tangent))) < 1e-10 * abs(float(forward))
     assert error(jax.grad(jax.checkpoint(loss))(source), gradient) < 1e-10
-    scanned = lambda value: jax.lax.scan(lambda total, layer: (total + jnp.sum(patched(model, tokens, value, layer, 2)), None), 0.0, jnp.arange(3))[0]
+    scanned = lambda value: jax.lax.scan(
+        lambda total, layer: (total + jnp.sum(patched(model, tokens, value, layer, 2)), None), 0.0, jnp.arange(3)
+    )[0]
     looped = lambda value: sum(jnp.sum(patched(model, tokens, value, layer, 2)) for layer in range(3))
     assert error(jax.jit(jax.grad(scanned))(source), jax.grad(looped)(source)) < 1e-10
 
@@ -81,7 +85,11 @@ def test_shard_map_over_cells_prompts_and_parameters(model, source):
     layers = jnp.array([0, 1, 2, 0, 1, 2, 0, 1])
     cells = jax.vmap(lambda layer: patched(model, tokens, source, layer, 1))
     assert error(sharded(cells, P("d"))(layers), cells(layers)) < 1e-10
-    kept = jax.vmap(lambda layer: mj.run(model, tokens, {"z": mj.Scale(0.5, mj.Where(layer=layer))}, capture={"z": mj.Where(layer=[0, 2])}).acts["z"])
+    kept = jax.vmap(
+        lambda layer: mj.run(
+            model, tokens, {"z": mj.Scale(0.5, mj.Where(layer=layer))}, capture={"z": mj.Where(layer=[0, 2])}
+        ).acts["z"]
+    )
     assert error(sharded(kept, P("d"))(layers), kept(layers)) < 1e-10
 
     prompts = jnp.asarray(np.arange(8 * 5).reshape(8, 5) % 19)
@@ -132,21 +140,31 @@ def test_9_a_plain_run_compiles_to_the_work_of_a_plain_forward():
 
     def products(jaxpr):
         own = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
-        inner = [p for eqn in jaxpr.eqns for p in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"))]
+        inner = [
+            p
+            for eqn in jaxpr.eqns
+            for p in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"))
+        ]
         return own + sum(products(getattr(p, "jaxpr", p)) for p in inner if hasattr(p, "eqns") or hasattr(p, "jaxpr"))
 
     plain = jax.make_jaxpr(lambda ids: mj.run(model, ids).readout.final)(jnp.asarray(IDS))
     assert products(plain.jaxpr) == 8  # q k v scores z result-sum in out
     answers = jax.make_jaxpr(lambda ids: METRIC(mj.run(model, ids).readout))(jnp.asarray(IDS))
     assert products(answers.jaxpr) == 9
-    assert not any(19 in v.aval.shape for eqn in answers.jaxpr.eqns for v in eqn.outvars), "the whole vocabulary was unembedded"
+    assert not any(19 in v.aval.shape for eqn in answers.jaxpr.eqns for v in eqn.outvars), (
+        "the whole vocabulary was unembedded"
+    )
 
 
 def test_compile_time_does_not_grow_with_depth():
     lines = []
     for n_layers in (2, 24):
         model = mj.init(mj.Config(n_layers=n_layers, d_model=8, n_heads=2, d_vocab=11, n_ctx=8), jax.random.key(0))
-        lines.append(str(jax.make_jaxpr(lambda ids, m=model: mj.run(m, ids).readout.final)(jnp.zeros((1, 4), jnp.int32))).count("\n"))
+        lines.append(
+            str(jax.make_jaxpr(lambda ids, m=model: mj.run(m, ids).readout.final)(jnp.zeros((1, 4), jnp.int32))).count(
+                "\n"
+            )
+        )
     assert lines[0] == lines[1]
 
 

@@ -62,7 +62,11 @@ class _Lookup:
 
 
 def _names(weight: Weight, config: Config) -> list[str]:
-    return [weight.theirs.format(layer=i) for i in range(config.n_layers)] if "{layer}" in weight.theirs else [weight.theirs]
+    return (
+        [weight.theirs.format(layer=i) for i in range(config.n_layers)]
+        if "{layer}" in weight.theirs
+        else [weight.theirs]
+    )
 
 
 def _get(model: Any, path: str) -> Any:

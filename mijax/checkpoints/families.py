@@ -29,7 +29,10 @@ class Family(NamedTuple):
 
 
 def _vector(ours: str, theirs: str) -> list[Weight]:
-    return [Weight((f"{ours}.weight",), f"{theirs}.weight", "d -> d"), Weight((f"{ours}.bias",), f"{theirs}.bias", "d -> d")]
+    return [
+        Weight((f"{ours}.weight",), f"{theirs}.weight", "d -> d"),
+        Weight((f"{ours}.bias",), f"{theirs}.bias", "d -> d"),
+    ]
 
 
 def _gpt2_config(c: Mapping[str, Any]) -> Config:
@@ -74,7 +77,9 @@ def _gpt2_weights(config: Config) -> list[Weight]:
 def _llama_config(c: Mapping[str, Any]) -> Config:
     rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
     if c.get("sliding_window") and c["model_type"] == "mistral":
-        raise ValueError(f"sliding_window={c['sliding_window']} is not supported yet; Mistral models without a window are")
+        raise ValueError(
+            f"sliding_window={c['sliding_window']} is not supported yet; Mistral models without a window are"
+        )
     return Config(
         n_layers=c["num_hidden_layers"],
         d_model=c["hidden_size"],
@@ -124,7 +129,14 @@ def _llama_weights(config: Config) -> list[Weight]:
 
 
 def _activation(name: str, family: str) -> Any:
-    known = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "silu": "silu", "swish": "silu"}
+    known = {
+        "relu": "relu",
+        "gelu": "gelu",
+        "gelu_new": "gelu_new",
+        "gelu_pytorch_tanh": "gelu_new",
+        "silu": "silu",
+        "swish": "silu",
+    }
     if name not in known:
         raise ValueError(f"unsupported activation {name!r} in a {family} config; supported are {', '.join(known)}")
     return known[name]

@@ -25,9 +25,7 @@ _TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _byte_level = lambda use_regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 _PRE_TOKENIZERS = {
     "gpt-2": lambda: _byte_level(True),
@@ -57,7 +55,9 @@ class GGUF:
         except (ValueError, IndexError, KeyError, OSError, OverflowError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a readable GGUF file (truncated or corrupt?): {error}") from error
         if self.fields.get("general.architecture") != "llama":
-            raise ValueError(f"{path}: unsupported GGUF architecture {self.fields.get('general.architecture')!r}; supported is llama")
+            raise ValueError(
+                f"{path}: unsupported GGUF architecture {self.fields.get('general.architecture')!r}; supported is llama"
+            )
         self._tensors.pop("rope_freqs.weight", None)  # what the config's rotary scaling says already
         if "rope_freqs.weight" in {t.name for t in reader.tensors}:
             raise ValueError(f"{path}: rotary scaling by a table (rope_freqs.weight) is not supported yet")
@@ -85,7 +85,9 @@ class GGUF:
             "max_position_embeddings": get("context_length"),
             "rms_norm_eps": float(np.float32(get("attention.layer_norm_rms_epsilon")).astype(str)),
             "rope_theta": get("rope.freq_base", 10_000.0),
-            "rope_scaling": None if scaling in (None, "none") else {"rope_type": scaling, "factor": get("rope.scaling.factor")},
+            "rope_scaling": None
+            if scaling in (None, "none")
+            else {"rope_type": scaling, "factor": get("rope.scaling.factor")},
             "vocab_size": self._tensors["model.embed_tokens.weight"].shape[1].item(),
             "hidden_act": "silu",
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
@@ -117,8 +119,8 @@ class GGUF:
         if get("model") != "gpt2" or get("pre", "gpt-2") not in _PRE_TOKENIZERS:
             known = ", ".join(_PRE_TOKENIZERS)
             raise ValueError(
-                f"{self.path}: unsupported tokenizer {get('model')!r} with splitting {get('pre')!r}; supported is byte-level"
-                f" BPE ('gpt2') split as {known}. mijax.load(path, tokenizer=False) loads the weights alone"
+                f"{self.path}: unsupported tokenizer {get('model')!r} with splitting {get('pre')!r}; supported is"
+                f" byte-level BPE ('gpt2') split as {known}. mijax.load(path, tokenizer=False) loads the weights alone"
             )
         tokens, kinds = get("tokens"), get("token_type")
         merges = [tuple(merge.split(" ")) for merge in get("merges")]
@@ -130,7 +132,9 @@ class GGUF:
         backend.add_tokens([AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds) if kind == _USER_DEFINED])
         if get("add_bos_token", False):
             bos = get("bos_token_id")
-            backend.post_processor = processors.TemplateProcessing(f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)])
+            backend.post_processor = processors.TemplateProcessing(
+                f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+            )
         return Tokenizer(backend)
 
     def write_config(self, path: Path) -> None:

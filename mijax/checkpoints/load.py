@@ -43,7 +43,12 @@ def load(
         name = path.resolve().stem if path.is_file() else path.resolve().name
     elif name in bundled.MODELS:
         path = bundled.fetch(name)
-    elif isinstance(source, os.PathLike) or path.is_absolute() or name.startswith(("./", "../", "~")) or path.suffix == ".gguf":
+    elif (
+        isinstance(source, os.PathLike)
+        or path.is_absolute()
+        or name.startswith(("./", "../", "~"))
+        or path.suffix == ".gguf"
+    ):
         raise FileNotFoundError(f"no such file or folder: {path}")
     else:
         path = _from_hub(name, revision)
@@ -94,7 +99,9 @@ def _safetensors(folder: Path) -> Iterator[tuple[list[str], Callable[[str], np.n
                 # framework="flax" knows bfloat16, which NumPy alone does not
                 file = stack.enter_context(safetensors.safe_open(folder / shard, framework="numpy"))
             except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(f"{folder / shard} is not a readable safetensors file (truncated?): {error}") from error
+                raise ValueError(
+                    f"{folder / shard} is not a readable safetensors file (truncated?): {error}"
+                ) from error
             where |= dict.fromkeys(file.keys(), file)
         yield list(where), lambda name: where[name].get_tensor(name)
 
@@ -110,17 +117,24 @@ def _read_json(path: Path) -> dict:
 
 def _from_hub(name: str, revision: str | None) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
-        raise ValueError(f"{name!r} is neither a path, nor a known name ({', '.join(bundled.MODELS)}), nor a hub id") from error
+        raise ValueError(
+            f"{name!r} is neither a path, nor a known name ({', '.join(bundled.MODELS)}), nor a hub id"
+        ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"the Hugging Face hub has no model {name!r} that you may read") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ConnectionError(
-            f"{name!r} is not cached and the Hugging Face hub cannot be reached. Connect once, or copy the model's folder"
-            " (config.json, *.safetensors, tokenizer.json) here and give mijax.load its path"
+            f"{name!r} is not cached and the Hugging Face hub cannot be reached. Connect once, or copy the model's"
+            " folder (config.json, *.safetensors, tokenizer.json) here and give mijax.load its path"
         ) from error

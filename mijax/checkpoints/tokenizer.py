@@ -28,7 +28,9 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
 
-    def __call__(self, texts: Sequence[str] | str, *, padding: Literal["left", "right"] = "right", special: bool = True) -> Tokens:
+    def __call__(
+        self, texts: Sequence[str] | str, *, padding: Literal["left", "right"] = "right", special: bool = True
+    ) -> Tokens:
         """Encode prompts as one batch, padded to the longest.
 
         `special` lets the tokenizer add what its model expects (a beginning-of-sequence token, say).

@@ -37,7 +37,9 @@ def _orthonormal(basis: ArrayLike) -> Float[Array, "*layer k unit"]:
     tolerance = jnp.finfo(q.dtype).eps * basis.shape[-1] * jnp.max(diagonal, axis=-1, keepdims=True)
     degenerate = jnp.any(~(diagonal > tolerance), axis=-1)
     if is_concrete(degenerate) and bool(jnp.any(degenerate)):
-        raise ValueError(f"the rows of a basis must be finite and linearly independent; this one, of shape {basis.shape}, is not")
+        raise ValueError(
+            f"the rows of a basis must be finite and linearly independent; this one, of shape {basis.shape}, is not"
+        )
     return jnp.where(degenerate[..., None, None], jnp.nan, jnp.swapaxes(q, -1, -2))
 
 
@@ -62,7 +64,7 @@ class Replace(Edit):
     """Put `value` in place of the activation: patching, ablation, freezing.
 
     >>> Replace(0.0, Where(layer=9, head=6))
-    Replace(value=0.0, where=Where(layer=9, head=6))
+    Replace(value=f64[](numpy), where=Where(layer=9, head=6))
     """
 
     operands = ("value",)
@@ -196,14 +198,18 @@ def check_shapes(edit: Edit, site: str, axes: Sequence[str], shape: tuple[int, .
         given = jnp.shape(getattr(edit, name))
         fits = len(given) <= len(shape) and all(g in (1, n) for g, n in zip(given[::-1], shape[::-1]))
         if not fits:
-            raise ValueError(f"{type(edit).__name__}'s {name} has shape {given}, which does not broadcast to {expected}")
+            raise ValueError(
+                f"{type(edit).__name__}'s {name} has shape {given}, which does not broadcast to {expected}"
+            )
     for name in edit.bases:
         given = jnp.shape(getattr(edit, name))
         if axes[-1] not in ("d_model", "d_head", "d_mlp"):
             raise ValueError(f"{type(edit).__name__} needs a site of vectors; the last axis of {expected} is not one")
         layers = (shape[0],) if axes[0] == "layer" else ()
         if given[-1] != shape[-1] or given[:-2] not in ((), layers):
-            raise ValueError(f"{type(edit).__name__}'s {name} has shape {given}, expected [k, {shape[-1]}] (or one per layer) for {expected}")
+            raise ValueError(
+                f"{type(edit).__name__}'s {name} has shape {given}, expected [k, {shape[-1]}] (or one per layer) for {expected}"
+            )
 
 
 def _fit(value: Array, x: Array) -> Array:

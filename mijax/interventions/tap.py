@@ -110,7 +110,7 @@ def _of_heads(edit: Edit, heads: Int[Array, " k"], n: int) -> Any:
 def _checked(new: Any, x: Array, site: str) -> Array:
     given = (jnp.shape(new), jnp.result_type(new))
     if given != (x.shape, x.dtype):
-        raise ValueError(f"the callable edit at site {site!r} returned {given[1]}{list(given[0])}, expected {x.dtype}{list(x.shape)}")
+        raise ValueError(
+            f"the callable edit at site {site!r} returned {given[1]}{list(given[0])}, expected {x.dtype}{list(x.shape)}"
+        )
     return new
-
-

@@ -8,29 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mijax._types import Array, ArrayLike, Bool, Int
+from mijax._types import Array, Bool, Int
 from mijax.model.sites import SELECTS
-from mijax.model.tokens import is_concrete
+from mijax.model.tokens import integers, is_concrete
 
 FIELDS = ("layer", "batch", "pos", "head", "unit", "query", "key")
 
 
 def _index(value: Any) -> Any:
-    """int32 indices or a boolean mask, on the host where the values are known there."""
-    if value is None or isinstance(value, jax.Array) and value.dtype in (jnp.int32, jnp.bool_):
+    if value is None or (isinstance(value, jax.Array) and value.dtype in (jnp.int32, jnp.bool_)):
         return value
-    if not isinstance(value, jax.Array):
-        try:
-            value = np.asarray(list(value) if isinstance(value, range) else value)
-        except ValueError as error:
-            raise ValueError(f"an index must be one number or a rectangular list, given {value!r}") from error
-    if value.dtype == bool:
-        return value
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise TypeError(f"an index must be integers or a boolean mask, given {value!r} of dtype {value.dtype}")
-    if isinstance(value, np.ndarray):
-        value = np.clip(value, -(2**31), 2**31 - 1)  # what is out of range must stay so
-    return value.astype(np.int32)
+    try:
+        return integers(list(value) if isinstance(value, range) else value, f"an index (given {value!r})")
+    except ValueError as error:
+        raise ValueError(f"an index must be one number or a rectangular list, given {value!r}") from error
 
 
 class Where(eqx.Module):
@@ -98,7 +89,13 @@ def _membership(index: Array, axis: str, axes: Sequence[str], known: Axis) -> Bo
         member = (rows[:, labels[0]] if known.labels.ndim == 1 else rows)[None]
     else:
         length = jnp.reshape(jnp.asarray(known.length, jnp.int32), (1, -1, 1))
-        wanted = index.reshape(1, 1, 1) if index.ndim == 0 else index[:, None, None] if index.ndim == 1 else index.T[:, :, None]
+        wanted = (
+            index.reshape(1, 1, 1)
+            if index.ndim == 0
+            else index[:, None, None]
+            if index.ndim == 1
+            else index.T[:, :, None]
+        )
         member = (labels[None] == wanted) | (labels[None] - length == wanted)
     shape = [member.shape[0]] + [1] * len(axes)
     if axis == "batch":
@@ -110,7 +107,9 @@ def _membership(index: Array, axis: str, axes: Sequence[str], known: Axis) -> Bo
     return member.reshape(shape)
 
 
-def check_structure(where: Where, site: str, axes: Sequence[str], sizes: dict[str, int], *, zipped: bool = True) -> None:
+def check_structure(
+    where: Where, site: str, axes: Sequence[str], sizes: dict[str, int], *, zipped: bool = True
+) -> None:
     """Raise `ValueError` for an axis the site lacks, ranks and lengths that do not fit together."""
     selectors = {SELECTS[axis]: axis for axis in axes}
     batch, faults, lists = sizes["batch"], [], {}
@@ -122,15 +121,21 @@ def check_structure(where: Where, site: str, axes: Sequence[str], sizes: dict[st
             n = sizes[selectors[field]]
             per_example = field not in ("layer", "batch")
             if shape != (n,) and not (per_example and shape == (batch, n)):
-                faults.append(f"a mask over {field!r} must have shape ({n},){f' or ({batch}, {n})' if per_example else ''}, given {shape}")
+                faults.append(
+                    f"a mask over {field!r} must have shape ({n},){f' or ({batch}, {n})' if per_example else ''}, given {shape}"
+                )
         elif len(shape) > (1 if field == "batch" else 2) or 0 in shape:
-            faults.append(f"{field!r} must be one index, a list [k] or a list per example [batch, k], given shape {shape}")
+            faults.append(
+                f"{field!r} must be one index, a list [k] or a list per example [batch, k], given shape {shape}"
+            )
         elif len(shape) == 2 and shape[0] != batch:
             faults.append(f"{field!r} has indices for {shape[0]} examples, the batch has {batch}")
         elif shape:
             lists[field] = shape[-1]
     if zipped and len({k for k in lists.values() if k > 1}) > 1:
-        faults.append(f"lists on several axes are zipped and must be equally long, given {lists}; products are mijax.grid")
+        faults.append(
+            f"lists on several axes are zipped and must be equally long, given {lists}; products are mijax.grid"
+        )
     if faults:
         raise ValueError("; ".join(faults))
 
@@ -156,9 +161,15 @@ def check_range(where: Where, site: str, lengths: dict[str, Any]) -> None:
         bad = np.argwhere(out_of_range(index, length))
         if len(bad):
             place = tuple(bad[0])
-            wide = index if index.ndim == 2 or not length.ndim else np.broadcast_to(index.reshape(1, -1), (len(length), index.size))
+            wide = (
+                index
+                if index.ndim == 2 or not length.ndim
+                else np.broadcast_to(index.reshape(1, -1), (len(length), index.size))
+            )
             size, whose = (length[place[0]], f" of example {place[0]}") if length.ndim else (length, "")
-            raise ValueError(f"{field}={wide[place]} is out of range at site {site!r}: the {field} axis{whose} has {size} entries")
+            raise ValueError(
+                f"{field}={wide[place]} is out of range at site {site!r}: the {field} axis{whose} has {size} entries"
+            )
 
 
 def narrow(x: Array, where: Where, axes: Sequence[str], known: dict[str, Axis]) -> Array:

@@ -77,7 +77,9 @@ class Config:
             if self.n_heads > 0 and self.d_model % self.n_heads == 0:
                 self._set("d_head", self.d_model // self.n_heads)
             else:
-                faults.append(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; give d_head explicitly")
+                faults.append(
+                    f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; give d_head explicitly"
+                )
         self._set("n_kv_heads", self.n_kv_heads or self.n_heads)
         self._set("rotary_dim", self.rotary_dim or self.d_head)
         self._set("attn_scale", self.attn_scale or self.d_head**-0.5 if self.d_head > 0 else 0.0)
@@ -85,7 +87,11 @@ class Config:
         self._set("norm_bias", self.norm_bias and self.norm == "layer")
         positive = ("d_model", "n_heads", "n_kv_heads", "d_vocab", "n_ctx")
         faults += [f"{f}={getattr(self, f)} must be positive" for f in positive if getattr(self, f) <= 0]
-        faults += [f"{f}={getattr(self, f)} must not be negative" for f in ("n_layers", "d_head", "d_mlp") if getattr(self, f) < 0]
+        faults += [
+            f"{f}={getattr(self, f)} must not be negative"
+            for f in ("n_layers", "d_head", "d_mlp")
+            if getattr(self, f) < 0
+        ]
         if self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads:
             faults.append(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.positions == "rotary" and (self.rotary_dim % 2 or self.rotary_dim > self.d_head):

@@ -23,7 +23,9 @@ class Norm(eqx.Module):
         )
 
 
-def normalise(config: Config, norm: Norm, x: Float[Array, "*axes d_model"], name: str, tap) -> Float[Array, "*axes d_model"]:
+def normalise(
+    config: Config, norm: Norm, x: Float[Array, "*axes d_model"], name: str, tap
+) -> Float[Array, "*axes d_model"]:
     """Centre (LayerNorm), divide by the scale, apply the affine part; `tap` is called as `tap(site, x)`."""
     if config.norm == "none":
         return x
@@ -39,5 +41,3 @@ def affine(norm: Norm, x: Float[Array, "*axes d_model"]) -> Float[Array, "*axes 
     expand = lambda p: jnp.expand_dims(p.astype(x.dtype), tuple(range(x.ndim - 1)))
     x = x if norm.weight is None else x * expand(norm.weight)
     return x if norm.bias is None else x + expand(norm.bias)
-
-

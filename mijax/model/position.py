@@ -31,7 +31,9 @@ def frame(config: Config, tokens: Tokens, dtype) -> Frame:
         allowed = allowed & (positions[:, :, None] >= positions[:, None, :])
     rotary = None
     if config.positions == "rotary":
-        angles = jnp.maximum(positions, 0).astype(dtype)[:, :, None] * jnp.asarray(frequencies(config), dtype)[None, None]
+        angles = (
+            jnp.maximum(positions, 0).astype(dtype)[:, :, None] * jnp.asarray(frequencies(config), dtype)[None, None]
+        )
         rotary = jnp.cos(angles), jnp.sin(angles)
     return Frame(positions, jnp.asarray(tokens.lengths), allowed, rotary)
 

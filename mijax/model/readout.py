@@ -6,7 +6,7 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike, Float, Int, Logits, Stream
 from mijax.model.numerics import einsum
-from mijax.model.tokens import Tokens, columns, is_concrete
+from mijax.model.tokens import Tokens, columns, integers, is_concrete
 
 
 class Readout(eqx.Module):
@@ -38,18 +38,20 @@ class Readout(eqx.Module):
             logits = einsum("bpd,vd->bpv", x, self.W_U)
             logits = logits if self.b_U is None else logits + self.b_U.astype(logits.dtype)[None, None]
         else:
-            logits = self._some(x, _integers(tokens, "token"))
+            logits = self._some(x, _index(tokens, "tokens"))
         return logits[:, 0] if dropped else logits
 
     def _at(self, pos: ArrayLike | None) -> tuple[Stream, bool]:
         if pos is None:
             return self.final, False
-        pos = _integers(pos, "position")
+        pos = _index(pos, "pos")
         column, found = columns(self.tokens, pos if pos.ndim else pos[None])
         if is_concrete(found) and not np.all(found):
             example = int(np.argmin(np.all(found, axis=1)))
             length = int(self.tokens.lengths[example])
-            raise IndexError(f"position {np.asarray(pos).tolist()} asked of example {example}, which has {length} tokens")
+            raise IndexError(
+                f"position {np.asarray(pos).tolist()} asked of example {example}, which has {length} tokens"
+            )
         x = jnp.take_along_axis(self.final, column[:, :, None], axis=1)
         return jnp.where(found[:, :, None], x, jnp.nan), np.ndim(pos) == 0
 
@@ -68,8 +70,8 @@ class Readout(eqx.Module):
         return logits[..., 0] if tokens.ndim == 0 else logits
 
 
-def _integers(index: ArrayLike, what: str) -> Int[Array, "..."]:
-    index = jnp.asarray(index)
-    if not jnp.issubdtype(index.dtype, jnp.integer) or index.ndim > 2:
-        raise TypeError(f"a {what} index must be integers of rank 0, 1 or 2, given {index.dtype} of rank {index.ndim}")
+def _index(index: ArrayLike, what: str) -> Int[Array, "..."]:
+    index = jnp.asarray(integers(index, what))
+    if index.ndim > 2 or index.dtype == bool:
+        raise TypeError(f"{what} must be integers of rank 0, 1 or 2, given {index.dtype} of rank {index.ndim}")
     return index

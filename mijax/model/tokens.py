@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,23 +32,18 @@ class Tokens:
     def __init__(self, ids: ArrayLike, mask: ArrayLike | None = None, strings: Sequence[Sequence[str]] | None = None):
         """`ids` and `mask` are `[batch pos]`; without a mask every token is real.
 
-        Raises `TypeError` for ids that are not integers and a mask that is not boolean or 0/1
-        integers, `ValueError` for another rank, an empty batch, or a mask of another shape.
+        Raises `TypeError` for ids that are not integers and a mask that is neither boolean nor 0 and 1,
+        `ValueError` for another rank, an empty batch, or a mask of another shape.
         """
-        ids, mask = _as_array(ids), None if mask is None else _as_array(mask)
-        if not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise TypeError(f"token ids must be integers, given dtype {ids.dtype}")
-        if ids.ndim != 2 or 0 in ids.shape:
-            raise ValueError(f"token ids must be a non-empty [batch, pos], given shape {tuple(ids.shape)}")
-        if mask is None:
-            mask = np.ones(ids.shape, bool)
-        if mask.shape != ids.shape:
-            raise ValueError(f"the mask has shape {tuple(mask.shape)}, the token ids {tuple(ids.shape)}")
-        if not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
-            raise TypeError(f"the mask must be boolean (or 0 and 1), given dtype {mask.dtype}")
         # What is given on the host stays there until it is used: looking at it then costs nothing.
-        self.ids = ids.astype(np.int32)
-        self.mask = mask.astype(bool)
+        self.ids = integers(ids, "token ids")
+        if self.ids.ndim != 2 or 0 in self.ids.shape or self.ids.dtype == bool:
+            raise ValueError(
+                f"token ids must be a non-empty [batch, pos] of integers, given shape {tuple(self.ids.shape)}"
+            )
+        self.mask = np.ones(self.ids.shape, bool) if mask is None else integers(mask, "a mask").astype(bool)
+        if self.mask.shape != self.ids.shape:
+            raise ValueError(f"the mask has shape {tuple(self.mask.shape)}, the token ids {tuple(self.ids.shape)}")
         self.strings = strings
 
     def tree_flatten(self):
@@ -87,12 +83,17 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
-def _as_array(x: ArrayLike) -> Any:
-    if isinstance(x, jax.Array):
+def integers(x: Any, what: str) -> Any:
+    """int32, on the host where `x` is there; numbers too large for it stay out of every range.
+
+    Raises `TypeError` for anything but integers (or, for a mask, booleans, which stay as they are).
+    """
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    if x.dtype == bool:
         return x
-    x = np.asarray(x)
-    wide = np.issubdtype(x.dtype, np.integer) and x.dtype.itemsize > 4
-    return np.clip(x, -(2**31), 2**31 - 1) if wide else x  # out of range must stay out of range as int32
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{what} must be integers, given dtype {x.dtype}")
+    return x.astype(np.int32) if isinstance(x, jax.Array) else np.asarray(np.clip(x, -(2**31), 2**31 - 1), np.int32)
 
 
 def columns(

@@ -33,7 +33,9 @@ class Transformer(eqx.Module):
 
     def __repr__(self):
         arrays = [a for a in jax.tree.leaves(self) if eqx.is_array(a)]
-        return f"Transformer({self.config.name or 'unnamed'}: {sum(a.size for a in arrays):,} parameters, {self.config})"
+        return (
+            f"Transformer({self.config.name or 'unnamed'}: {sum(a.size for a in arrays):,} parameters, {self.config})"
+        )
 
 
 def init(config: Config, key: Array, dtype=jnp.float32) -> Transformer:

@@ -30,21 +30,28 @@ def save_heatmaps(panels: Panels, path: str | os.PathLike, *, title: str = "", l
     n_columns = max(len(row) for row in panels.values())
     figure = Figure(figsize=(3.1 * n_columns + 1.2, 3.9 * len(panels) + 0.6), layout="constrained")
     axes = figure.subplots(len(panels), n_columns, squeeze=False)
-    image = None
+    image: Any = None
     for row, (row_title, row_panels) in zip(axes, panels.items()):
         for axis in row[len(row_panels) :]:
             axis.set_axis_off()
         for axis, (panel_title, effects) in zip(row, row_panels.items()):
             y, x = effects.dims
             image = axis.imshow(
-                effects.values, origin="lower", aspect="auto", cmap=matplotlib.colormaps[_BLUE_WHITE_RED], vmin=-limit, vmax=limit
+                effects.values,
+                origin="lower",
+                aspect="auto",
+                cmap=matplotlib.colormaps[_BLUE_WHITE_RED],
+                vmin=-limit,
+                vmax=limit,
             )
             axis.set(title=panel_title, xlabel=_name(effects, x), ylabel=y if axis is row[0] else "")
             for ticks, dim in ((axis.set_xticks, x), (axis.set_yticks, y)):
                 labels = _ticks(effects, dim)
                 step = -(-len(labels) // 16)
                 ticks(range(0, len(labels), step), labels[::step])
-        row[0].annotate(row_title, (-0.32, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center", weight="bold")
+        row[0].annotate(
+            row_title, (-0.32, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center", weight="bold"
+        )
     figure.suptitle(title)
     figure.colorbar(image, ax=axes, shrink=0.6, label="normalised effect", extend="both")
     with atomic(path) as scratch:
@@ -59,7 +66,9 @@ def save_page(panels: Panels, path: str | os.PathLike, *, title: str = "", limit
     limit = _limit(panels, limit)
     n_columns = max(len(row) for row in panels.values())
     titles = [f"{row}: {name}" for row, own in panels.items() for name in own]
-    figure = make_subplots(len(panels), n_columns, subplot_titles=titles, horizontal_spacing=0.05, vertical_spacing=0.12)
+    figure = make_subplots(
+        len(panels), n_columns, subplot_titles=titles, horizontal_spacing=0.05, vertical_spacing=0.12
+    )
     for i, row in enumerate(panels.values()):
         for j, effects in enumerate(row.values()):
             y, x = effects.dims

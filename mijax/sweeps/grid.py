@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from mijax.interventions.where import FIELDS, Where
+from mijax.model.tokens import is_concrete
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _choices(axis: str, given: Any) -> tuple[list[int | str], list[np.ndarray]]:
     values = list(given.values() if named else given)
     if not values:
         raise ValueError(f"axis {axis!r} of the grid has no choices")
-    if any(isinstance(v, jax.core.Tracer) for v in values):
+    if any(not is_concrete(v) for v in values):
         raise TypeError(f"a grid is made outside of JAX transformations, given traced indices for {axis!r}")
     indices = [np.asarray(getattr(Where(**{axis: v}), axis)) for v in values]
     if any(i.dtype == bool for i in indices):
@@ -92,7 +92,10 @@ def _stack(axis: str, indices: list[np.ndarray]) -> np.ndarray:
     if len(batches) > 1:
         raise ValueError(f"the choices for {axis!r} have indices for different numbers of examples: {sorted(batches)}")
     if rank == 2:
-        wide = [np.broadcast_to(i if i.ndim == 2 else i.reshape(1, -1), (*batches, i.size if i.ndim < 2 else i.shape[1])) for i in indices]
+        wide = [
+            np.broadcast_to(i if i.ndim == 2 else i.reshape(1, -1), (*batches, i.size if i.ndim < 2 else i.shape[1]))
+            for i in indices
+        ]
     else:
         wide = [i.reshape((-1,) * rank) for i in indices]
     if rank:

@@ -1,7 +1,7 @@
 """Activation patching: put one run's activations into another, place by place."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import equinox as eqx
 import jax
@@ -19,7 +19,7 @@ from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check, run
 from mijax.sweeps.grid import Grid, grid
-from mijax.sweeps.sweep import Metrics, described, labelled, measure, named, swept
+from mijax.sweeps.sweep import AnyMetric, Metrics, described, labelled, measure, named, swept
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 Direction = Literal["denoise", "noise"]
 
 
+@overload
+def patch(model: Transformer, *, clean: Tokens | ArrayLike, corrupted: Tokens | ArrayLike, site: str,
+          over: Sequence[str] | Grid, metric: AnyMetric, direction: Direction = ..., memory: int | None = ...,
+          progress: bool = ...) -> "xr.DataArray": ...  # fmt: skip
+@overload
+def patch(model: Transformer, *, clean: Tokens | ArrayLike, corrupted: Tokens | ArrayLike, site: str,
+          over: Sequence[str] | Grid, metric: Mapping[str, AnyMetric], direction: Direction = ...,
+          memory: int | None = ..., progress: bool = ...) -> "xr.Dataset": ...  # fmt: skip
 def patch(
     model: Transformer,
     *,
@@ -38,7 +46,7 @@ def patch(
     direction: Direction = "denoise",
     memory: int | None = None,
     progress: bool = True,
-) -> "xr.DataArray | xr.Dataset":
+) -> Any:
     """Replace `site` in one run by its values in the other, at every cell of a grid.
 
     `direction="denoise"` edits the corrupted run with clean activations (what suffices to restore the
@@ -81,7 +89,9 @@ def patch(
 
 
 @eqx.filter_jit
-def _changes(config: Config, tokens: Tokens, site: str, cells: Where, differs: Bool[Array, "..."]) -> Bool[Array, "cell batch"]:
+def _changes(
+    config: Config, tokens: Tokens, site: str, cells: Where, differs: Bool[Array, "..."]
+) -> Bool[Array, "cell batch"]:
     """Whether a cell puts in anything but what stands there: two runs agree to the bit where they must
     (before the first token that differs), and such a cell's effect is zero, not rounding."""
     found, positions = SITES[site], frame(config, tokens, jnp.float32)
@@ -140,7 +150,10 @@ def _positions_told(result: Any, tokens: Tokens) -> Any:
         if axis in result.dims:
             result = result.where(result[axis] < lengths)
             if tokens.strings is not None:
-                rows = [[s for s, real in zip(row, mask) if real] for row, mask in zip(tokens.strings, np.asarray(tokens.mask))]
+                rows = [
+                    [s for s, real in zip(row, mask) if real]
+                    for row, mask in zip(tokens.strings, np.asarray(tokens.mask))
+                ]
                 table = np.asarray([row + [""] * (result.sizes[axis] - len(row)) for row in rows])
                 name = "token" if axis == "pos" else f"{axis}_token"
                 result = result.assign_coords({name: (("batch", axis), table)})

@@ -1,5 +1,6 @@
 """From the metric of each prompt to effects with their uncertainty."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -20,8 +21,10 @@ def normalise(result: T) -> T:
     >>> float(normalise(xr.DataArray([[2.0, 4.0]], coords, ("layer", "batch"))).item())
     0.5
     """
-    if hasattr(result, "data_vars"):
-        return result.map(normalise, keep_attrs=True)
+    return _each(result, _normalised)
+
+
+def _normalised(result: Any) -> Any:
     base, source = _runs(result)
     _check_apart(base.mean(), source.mean(), np.abs(np.concatenate([base, source])).max(), result.name)
     values = (result - base).mean("batch") / float((source - base).mean())
@@ -37,10 +40,16 @@ def bootstrap(result: T, *, level: float = 0.95, draws: int = 2000, seed: int = 
 
     Raises `ValueError` for fewer than two prompts, and where some draw has base and source coincide.
     """
+    return _each(result, lambda one: _bounds(one, level, draws, seed))
+
+
+def _each(result: Any, function: Callable[[Any], Any]) -> Any:
+    return result.map(function, keep_attrs=True) if hasattr(result, "data_vars") else function(result)
+
+
+def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
     import xarray as xr
 
-    if hasattr(result, "data_vars"):
-        return result.map(bootstrap, keep_attrs=True, level=level, draws=draws, seed=seed)
     base, source = _runs(result)
     n = len(base)
     if n < 2:
@@ -57,7 +66,9 @@ def bootstrap(result: T, *, level: float = 0.95, draws: int = 2000, seed: int = 
     dims = effects.dims[1:]
     coords: dict[Any, Any] = {"bound": ["low", "high"], **{d: result[d] for d in dims if d in result.coords}}
     shape = (2, *(result.sizes[d] for d in dims))
-    return xr.DataArray(bounds.reshape(shape), coords, ("bound", *dims), name=result.name, attrs={**result.attrs, "level": level})
+    return xr.DataArray(
+        bounds.reshape(shape), coords, ("bound", *dims), name=result.name, attrs={**result.attrs, "level": level}
+    )
 
 
 def _runs(result: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +76,9 @@ def _runs(result: Any) -> tuple[np.ndarray, np.ndarray]:
     for which in ("base", "source"):
         name = next((n for n in (which, f"{which}.{result.name}") if n in result.coords), None)
         if name is None:
-            raise ValueError(f"the result has no coordinate {which!r}: normalising takes both baselines, which mijax.patch gives")
+            raise ValueError(
+                f"the result has no coordinate {which!r}: normalising takes both baselines, which mijax.patch gives"
+            )
         found.append(np.asarray(result[name].values, np.float64))
     return found[0], found[1]
 
@@ -73,6 +86,6 @@ def _runs(result: Any) -> tuple[np.ndarray, np.ndarray]:
 def _check_apart(base: float, source: float, size: float, name: Any) -> None:
     if not abs(source - base) > 1e-6 * size:
         raise ValueError(
-            f"metric {name!r} is {base:.6g} on the base and {source:.6g} on the source run: they coincide, so that nothing can"
-            " be normalised by their difference"
+            f"metric {name!r} is {base:.6g} on the base and {source:.6g} on the source run: they coincide, so that nothing"
+            " can be normalised by their difference"
         )

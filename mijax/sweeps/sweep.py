@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import equinox as eqx
 import jax
@@ -28,6 +28,12 @@ Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
 Values: TypeAlias = dict[str, np.ndarray]
 
 
+@overload
+def sweep(model: Transformer, tokens: Tokens | ArrayLike, interventions: Interventions, metric: AnyMetric, *,
+          memory: int | None = ..., progress: bool = ...) -> "xr.DataArray": ...  # fmt: skip
+@overload
+def sweep(model: Transformer, tokens: Tokens | ArrayLike, interventions: Interventions, metric: Mapping[str, AnyMetric],
+          *, memory: int | None = ..., progress: bool = ...) -> "xr.Dataset": ...  # fmt: skip
 def sweep(
     model: Transformer,
     tokens: Tokens | ArrayLike,
@@ -36,7 +42,7 @@ def sweep(
     *,
     memory: int | None = None,
     progress: bool = True,
-) -> "xr.DataArray | xr.Dataset":
+) -> Any:
     """Run every cell of a grid of edits and measure each: one compilation, one labelled result.
 
     `interventions` are those of `run`, where one `mijax.grid` stands in place of the `Where` of one edit
@@ -80,8 +86,7 @@ def swept(
     check(model.config, tokens, _placed(edits, places, grid.flat()), {})
     fixed = {name: tuple(e for i, e in enumerate(given) if (name, i) not in places) for name, given in edits.items()}
     base = measure(model, tokens, fixed, metrics, "base")
-    if changed is None:
-        changed = np.ones((grid.size, tokens.ids.shape[0]), bool)
+    changed = np.ones((grid.size, tokens.ids.shape[0]), bool) if changed is None else changed
     needed = np.flatnonzero(changed.any(axis=1))
     values = {name: np.broadcast_to(value, (grid.size, len(value))).copy() for name, value in base.items()}
     if len(needed):
@@ -96,15 +101,17 @@ def swept(
     return grid, base, {name: value.reshape(*grid.shape, -1) for name, value in values.items()}
 
 
-def measure(model: Transformer, tokens: Tokens, edits: Any, metrics: Mapping[str, AnyMetric], what: str) -> dict[str, np.ndarray]:
+def measure(
+    model: Transformer, tokens: Tokens, edits: Any, metrics: Mapping[str, AnyMetric], what: str
+) -> dict[str, np.ndarray]:
     """The metrics of one run; `ValueError` where one is not finite, or is not one number per example."""
     values = jax.tree.map(np.asarray, _measured(model, tokens, edits, metrics))
     for name, value in values.items():
         if not np.isfinite(value).all():
             example = int(np.argmin(np.isfinite(value)))
             raise ValueError(
-                f"metric {name!r} is {value[example]} on the {what} run of example {example}: a position or an answer out of"
-                " range, or a model that overflows"
+                f"metric {name!r} is {value[example]} on the {what} run of example {example}: a position or an answer out"
+                " of range, or a model that overflows"
             )
     return values
 
@@ -144,15 +151,22 @@ def _lift(edits: dict[str, tuple]) -> tuple[Grid, tuple[tuple[str, int], ...], d
             if isinstance(getattr(edit, "where", None), Grid):
                 grids[id(edit.where)] = edit.where
                 places.append((name, i))
-        bare[name] = tuple(eqx.tree_at(lambda e: e.where, e, Where()) if (name, i) in places else e for i, e in enumerate(given))
+        bare[name] = tuple(
+            eqx.tree_at(lambda e: e.where, e, Where()) if (name, i) in places else e for i, e in enumerate(given)
+        )
     if len(grids) != 1:
-        raise ValueError(f"a sweep needs one mijax.grid as the where of its edits (the same one in several), given {len(grids)}")
+        raise ValueError(
+            f"a sweep needs one mijax.grid as the where of its edits (the same one in several), given {len(grids)}"
+        )
     return next(iter(grids.values())), tuple(places), bare
 
 
 def _placed(edits: dict[str, tuple], places: tuple[tuple[str, int], ...], where: Where) -> dict[str, tuple]:
     place = lambda edit: eqx.tree_at(lambda e: e.where, edit, where)
-    return {name: tuple(place(e) if (name, i) in places else e for i, e in enumerate(given)) for name, given in edits.items()}
+    return {
+        name: tuple(place(e) if (name, i) in places else e for i, e in enumerate(given))
+        for name, given in edits.items()
+    }
 
 
 def cell_bytes(model: Transformer, tokens: Tokens, edits: Mapping[str, Any], metrics: Mapping[str, AnyMetric]) -> int:
@@ -162,14 +176,18 @@ def cell_bytes(model: Transformer, tokens: Tokens, edits: Mapping[str, Any], met
     """
     table = sites(model, tokens)
     depth = lambda name: model.config.n_layers if SITES[name].has_layer else 1
-    inside = sum(i.bytes // max(1, depth(name)) for name, i in table.items() if name not in PER_HEAD_COPIES or name in edits)
+    inside = sum(
+        i.bytes // max(1, depth(name)) for name, i in table.items() if name not in PER_HEAD_COPIES or name in edits
+    )
     readout = eqx.filter_eval_shape(lambda: run(model, tokens).readout)
     program = eqx.filter_make_jaxpr(lambda r: [metric(r) for metric in metrics.values()])(readout)[0]
     sizes = [v.aval.size * v.aval.dtype.itemsize for eqn in program.jaxpr.eqns for v in eqn.outvars]
     return inside + sum(sizes)
 
 
-def labelled(values: dict[str, np.ndarray], grid: Grid, runs: dict[str, dict[str, np.ndarray]], *, single: bool, attrs: dict) -> Any:
+def labelled(
+    values: dict[str, np.ndarray], grid: Grid, runs: dict[str, dict[str, np.ndarray]], *, single: bool, attrs: dict
+) -> Any:
     """A DataArray (one metric) or Dataset (several): cells, examples, the base and source metrics beside."""
     import xarray as xr
 
@@ -180,7 +198,8 @@ def labelled(values: dict[str, np.ndarray], grid: Grid, runs: dict[str, dict[str
             coords[which if single else f"{which}.{name}"] = ("batch", value)
     dims = (*grid.dims, "batch")
     arrays = {
-        name: xr.DataArray(value, coords, dims, name=name, attrs={**attrs, "metric": name}) for name, value in values.items()
+        name: xr.DataArray(value, coords, dims, name=name, attrs={**attrs, "metric": name})
+        for name, value in values.items()
     }
     return next(iter(arrays.values())) if single else xr.Dataset(arrays, attrs=attrs)
 

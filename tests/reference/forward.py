@@ -49,7 +49,11 @@ def _attention(c, blocks, p, at, x):
     ln1 = lambda x: _norm(c, p(blocks.ln1.weight), p(blocks.ln1.bias), x, "ln1", at)
     normed = ln1(x)
     projected = {}
-    for name, W, b, heads in (("q", a.W_Q, a.b_Q, c.n_heads), ("k", a.W_K, a.b_K, c.n_kv_heads), ("v", a.W_V, a.b_V, c.n_kv_heads)):
+    for name, W, b, heads in (
+        ("q", a.W_Q, a.b_Q, c.n_heads),
+        ("k", a.W_K, a.b_K, c.n_kv_heads),
+        ("v", a.W_V, a.b_V, c.n_kv_heads),
+    ):
         copies = at(f"{name}_input", np.repeat(x[:, None], heads, axis=1))
         per_head = []
         for h in range(heads):
