@@ -77,12 +77,10 @@ def run(
 def check(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) -> None:
     """Raise for whatever is wrong and can be known before anything runs."""
     _check_tokens(config, tokens)
-    lengths = _lengths(config, tokens)
     for name in (*edits, *captures):
         site = site_of(name, config)
         shape = site.shape(config, tokens)
-        sizes = dict(zip(site.axes, shape))
-        fields = {SELECTS[axis]: lengths.get(axis, size) for axis, size in sizes.items()}
+        sizes, fields = dict(zip(site.axes, shape)), field_lengths(config, tokens, name)
         for edit in edits.get(name, ()):
             if isinstance(edit, Edit):
                 if not isinstance(edit.where, Where):
@@ -195,17 +193,17 @@ def _check_tokens(config: Config, tokens: Tokens) -> None:
             raise ValueError(f"example {int(np.argmin(mask.any(axis=1)))} is all padding")
 
 
-def _lengths(config: Config, tokens: Tokens) -> dict[str, Any]:
-    return {"pos": tokens.lengths, "query": tokens.lengths, "key": tokens.lengths, "layer": config.n_layers}
+def field_lengths(config: Config, tokens: Tokens, site: str) -> dict[str, Any]:
+    """How many entries each field of `Where` chooses from at a site: a number, or `[batch]` lengths of prompts."""
+    sizes = zip(SITES[site].axes, SITES[site].shape(config, tokens))
+    return {SELECTS[axis]: tokens.lengths if axis in ("pos", "query", "key") else size for axis, size in sizes}
 
 
 def _faulty(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) -> Bool[Array, ""]:
     """Whether an index is out of range, or a token outside the vocabulary, once values are known."""
     bad = jnp.any((tokens.ids < 0) | (tokens.ids >= config.d_vocab))
-    lengths = _lengths(config, tokens)
     for name in (*edits, *captures):
-        sizes = dict(zip(SITES[name].axes, SITES[name].shape(config, tokens)))
-        fields = {SELECTS[axis]: lengths.get(axis, size) for axis, size in sizes.items()}
+        fields = field_lengths(config, tokens, name)
         wheres = [edit.where for edit in edits.get(name, ()) if isinstance(edit, Edit)]
         for where in (*wheres, captures.get(name) or Where()):
             for field, index in where.given.items():

@@ -74,13 +74,12 @@ def patch(
         raise ValueError(f"direction must be 'denoise' or 'noise', given {direction!r}")
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     places = over if isinstance(over, Grid) else _full_grid(model, base, site, over)
-    check(model.config, base, {site: (Replace(0.0, places.flat()),)}, {})
     metrics = named(metric)
     goal = measure(model, source, {}, metrics, "source")
     own, value = (run(model, side, capture=(site,)).acts[site] for side in (base, source))
     _, at_base, values = swept(
         model, base, {site: Replace(value, places)}, metrics,
-        memory=memory, progress=progress, changed=np.asarray(_changes(model.config, base, site, places.where, own != value)),
+        memory=memory, progress=progress, changes=lambda cells: _changes(model.config, base, site, cells, own != value),
     )  # fmt: skip
     attrs = {"site": site, "direction": direction, **described(model)}
     runs = {"base": at_base, "source": goal}

@@ -1,17 +1,18 @@
 """From the metric of each prompt to effects with their uncertainty."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 if TYPE_CHECKING:
     import xarray as xr
 
-T = TypeVar("T", "xr.DataArray", "xr.Dataset")
-
-
-def normalise(result: T) -> T:
+@overload
+def normalise(result: "xr.DataArray") -> "xr.DataArray": ...
+@overload
+def normalise(result: "xr.Dataset") -> "xr.Dataset": ...
+def normalise(result: Any) -> Any:
     """(result - base) / (source - base) of the batch means: 0 nothing happened, 1 the whole source.
 
     Raises `ValueError` where there is no source, or where base and source coincide.
@@ -31,7 +32,11 @@ def _normalised(result: Any) -> Any:
     return values.drop_vars([n for n in values.coords if "batch" in values[n].dims]).assign_attrs(result.attrs)
 
 
-def bootstrap(result: T, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> T:
+@overload
+def bootstrap(result: "xr.DataArray", *, level: float = ..., draws: int = ..., seed: int = ...) -> "xr.DataArray": ...
+@overload
+def bootstrap(result: "xr.Dataset", *, level: float = ..., draws: int = ..., seed: int = ...) -> "xr.Dataset": ...
+def bootstrap(result: Any, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Any:
     """Percentile intervals of `normalise(result)` over prompts drawn with replacement (Efron 1979).
 
     Gives the dimension `bound` (`low`, `high`). Prompts are taken as independent: where several share a

@@ -12,12 +12,13 @@ import numpy as np
 from mijax import chunks
 from mijax._types import Array, ArrayLike, Bool, Float
 from mijax.interventions.edits import Interventions, as_edits
-from mijax.interventions.where import Where
+from mijax.interventions.where import Where, check_range
+from mijax.model.config import Config
 from mijax.model.readout import Readout
 from mijax.model.sites import PER_HEAD_COPIES, SITES, sites
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.run import check, run
+from mijax.run import check, field_lengths, run
 from mijax.sweeps.grid import Grid
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 AnyMetric: TypeAlias = Callable[[Readout], Array]
 Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
+Places: TypeAlias = tuple[tuple[str, int], ...]
 Values: TypeAlias = dict[str, np.ndarray]
 
 
@@ -75,18 +77,18 @@ def swept(
     *,
     memory: int | None,
     progress: bool,
-    changed: Bool[np.ndarray, "cell batch"] | None = None,
+    changes: Callable[[Where], Bool[Array, "cell batch"]] | None = None,
 ) -> tuple[Grid, Values, Values]:
     """The grid, the metrics `[batch]` of the base and those `[*grid, batch]` of the cells, unlabelled.
 
-    Where it is known that a cell changes nothing for an example, `changed` says so: its metric is then
-    the base's, and a cell that changes nothing for any is not run.
+    `changes` may tell, from the stacked cells, which of them change anything for which example: elsewhere the
+    metric is the base's, and a cell that changes nothing for any example is not run.
     """
     grid, places, edits = _lift(as_edits(interventions))
-    check(model.config, tokens, _placed(edits, places, grid.flat()), {})
+    _check_cells(model.config, tokens, edits, places, grid)
     fixed = {name: tuple(e for i, e in enumerate(given) if (name, i) not in places) for name, given in edits.items()}
     base = measure(model, tokens, fixed, metrics, "base")
-    changed = np.ones((grid.size, tokens.ids.shape[0]), bool) if changed is None else changed
+    changed = np.ones((grid.size, tokens.ids.shape[0]), bool) if changes is None else np.asarray(changes(grid.where))
     needed = np.flatnonzero(changed.any(axis=1))
     values = {name: np.broadcast_to(value, (grid.size, len(value))).copy() for name, value in base.items()}
     if len(needed):
@@ -99,6 +101,13 @@ def swept(
         for name, value in found.items():
             values[name][needed] = np.where(changed[needed], value, values[name][needed])
     return grid, base, {name: value.reshape(*grid.shape, -1) for name, value in values.items()}
+
+
+def _check_cells(config: Config, tokens: Tokens, edits: dict[str, tuple], places: Places, grid: Grid) -> None:
+    """Raise what `run` would raise at any cell: all have the first one's structure, each its own indices."""
+    check(config, tokens, _placed(edits, places, jax.tree.map(lambda index: index[0], grid.where)), {})
+    for name in dict.fromkeys(name for name, _ in places):
+        check_range(grid.flat(), name, field_lengths(config, tokens, name))
 
 
 def measure(
@@ -143,7 +152,7 @@ def named(metric: Metrics) -> dict[str, AnyMetric]:
     return {getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__: metric}
 
 
-def _lift(edits: dict[str, tuple]) -> tuple[Grid, tuple[tuple[str, int], ...], dict[str, tuple]]:
+def _lift(edits: dict[str, tuple]) -> tuple[Grid, Places, dict[str, tuple]]:
     """Take the grid out of the edits; `places` says of which edits it is the `where`."""
     grids, places, bare = {}, [], {}
     for name, given in edits.items():
@@ -161,7 +170,7 @@ def _lift(edits: dict[str, tuple]) -> tuple[Grid, tuple[tuple[str, int], ...], d
     return next(iter(grids.values())), tuple(places), bare
 
 
-def _placed(edits: dict[str, tuple], places: tuple[tuple[str, int], ...], where: Where) -> dict[str, tuple]:
+def _placed(edits: dict[str, tuple], places: Places, where: Where) -> dict[str, tuple]:
     place = lambda edit: eqx.tree_at(lambda e: e.where, edit, where)
     return {
         name: tuple(place(e) if (name, i) in places else e for i, e in enumerate(given))

@@ -1,0 +1,128 @@
+"""Every bad input gets one error, before anything runs, that says what was given and what was expected."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+import xarray as xr
+
+import mijax as mj
+from tests.architectures import ARCHITECTURES, IDS, batch
+
+MODEL = mj.init(ARCHITECTURES["llama_gqa"], jax.random.key(0))
+PLAIN = mj.init(ARCHITECTURES["attention_only"], jax.random.key(0))
+TOKENS = batch("left")
+METRIC = mj.metrics.logit(3)
+edit = lambda site, edit, model=MODEL: mj.run(model, TOKENS, {site: edit})
+replace = lambda site, value=0.0, **where: edit(site, mj.Replace(value, mj.Where(**where)))
+patch = lambda **kw: mj.patch(MODEL, **({"clean": TOKENS, "corrupted": TOKENS, "site": "z", "over": ("head",), "metric": METRIC} | kw))
+
+FAULTS = {
+    "unknown site": (lambda: replace("resid_prr"), ValueError, r"unknown site 'resid_prr'; did you mean 'resid_pre'.*The sites are embed,"),
+    "site the model lacks": (lambda: edit("mlp_out", mj.Scale(0.0), PLAIN), ValueError, r"no site 'mlp_out' .*; it has embed, pos_embed"),
+    "captured site the model lacks": (lambda: mj.run(MODEL, TOKENS, capture=("pos_embed",)), ValueError, "no site 'pos_embed'"),
+    "capture as one string": (lambda: mj.run(MODEL, TOKENS, capture="z"), TypeError, r"given the string 'z'; write \('z',\)"),
+    "capture by a mask": (lambda: mj.run(MODEL, TOKENS, capture={"z": mj.Where(head=[True] * 4)}), ValueError, "a mask has no fixed size"),
+    "axis the site lacks": (lambda: replace("resid_pre", head=1), ValueError, "'resid_pre' has no axis 'head'; its axes are layer, batch, pos, unit"),
+    "pos of a pattern": (lambda: replace("pattern", pos=1), ValueError, "'pattern' has no axis 'pos'; its axes are layer, batch, head, query, key"),
+    "layer out of range": (lambda: replace("z", layer=3), ValueError, "layer=3 is out of range at site 'z': the layer axis has 3 entries"),
+    "negative layer out of range": (lambda: replace("z", layer=[0, -4]), ValueError, "layer=-4 is out of range"),
+    "kv head out of range": (lambda: replace("k", head=2), ValueError, "head=2 is out of range at site 'k': the head axis has 2 entries"),
+    "position of a short prompt": (lambda: replace("z", pos=5), ValueError, "pos=5 is out of range at site 'z': the pos axis of example 1 has 4 entries"),
+    "position per example": (lambda: replace("z", pos=[[5], [3], [-6]]), ValueError, "pos=-6 .* of example 2 has 5 entries"),
+    "huge index": (lambda: replace("z", layer=2**40), ValueError, "out of range"),
+    "capture out of range": (lambda: mj.run(MODEL, TOKENS, capture={"z": mj.Where(layer=7)}), ValueError, "layer=7 is out of range"),
+    "fractional index": (lambda: mj.Where(layer=1.5), TypeError, r"given 1.5.* must be integers, given dtype float64"),
+    "ragged index": (lambda: mj.Where(pos=[[1], [1, 2]]), ValueError, r"rectangular list, given \[\[1\], \[1, 2\]\]"),
+    "index of rank 3": (lambda: replace("z", pos=np.zeros((1, 1, 1), int)), ValueError, r"'pos' must be one index, .* given shape \(1, 1, 1\)"),
+    "empty index": (lambda: replace("z", pos=np.zeros(0, int)), ValueError, r"'pos' must be one index, .* given shape \(0,\)"),
+    "index for another batch": (lambda: replace("z", pos=[[1], [1]]), ValueError, "'pos' has indices for 2 examples, the batch has 3"),
+    "lists of unequal length": (lambda: replace("z", pos=[0, 1], head=[0, 1, 2]), ValueError, "zipped and must be equally long, given .*mijax.grid"),
+    "mask of another length": (lambda: replace("z", head=[True, False]), ValueError, r"a mask over 'head' must have shape \(4,\) .*given \(2,\)"),
+    "value of another shape": (lambda: replace("z", np.zeros((3, 5))), ValueError, r"Replace's value has shape \(3, 5\), which does not broadcast to the shape of site 'z', layer batch pos head d_head = \(3, 3, 6, 4, 6\)"),
+    "value of too high rank": (lambda: replace("z", np.zeros((1,) * 6)), ValueError, "does not broadcast"),
+    "value of integers": (lambda: mj.Replace(np.zeros(3, int)), TypeError, "must be floating point, given dtype int64"),
+    "complex value": (lambda: mj.Add(np.zeros(3, complex)), TypeError, "must be floating point, given dtype complex128"),
+    "basis at a pattern": (lambda: edit("pattern", mj.Project(np.ones(6))), ValueError, "Project needs a site of vectors; .*'pattern'"),
+    "basis of another size": (lambda: edit("z", mj.Project(np.ones(5))), ValueError, r"basis has shape \(1, 5\), expected \[k, 6\]"),
+    "dependent basis": (lambda: mj.Project(np.ones((2, 6))), ValueError, "must be finite and linearly independent"),
+    "basis not finite": (lambda: mj.Project(np.full((1, 6), np.nan)), ValueError, "must be finite and linearly independent"),
+    "basis of columns": (lambda: mj.Project(np.eye(6)[:, :2]), ValueError, r"rows \[k, unit\] with k <= unit, given shape \(6, 2\)"),
+    "no edit": (lambda: edit("z", 3.0), TypeError, "an edit must be one of mijax's or a callable, given 3.0 at site 'z'"),
+    "callable of another shape": (lambda: edit("z", lambda x, *_: x[0]), ValueError, r"callable edit at site 'z' returned .*expected float32\[3, 6, 4, 6\]"),
+    "a grid given to run": (lambda: edit("z", mj.Scale(0.0, mj.grid(layer=[0]))), TypeError, "given Grid; a grid goes to mijax.sweep"),
+    "empty batch": (lambda: mj.run(MODEL, np.zeros((0, 4), int)), ValueError, r"non-empty \[batch, pos\].*given shape \(0, 4\)"),
+    "no batch axis": (lambda: mj.run(MODEL, [1, 2, 3]), ValueError, r"\[batch, pos\].*given shape \(3,\)"),
+    "tokens of floats": (lambda: mj.run(MODEL, [[1.0]]), TypeError, "token ids must be integers, given dtype float64"),
+    "token outside the vocabulary": (lambda: mj.run(MODEL, [[1, 2], [3, 19]]), ValueError, r"token 19 \(example 1, column 1\) is outside the vocabulary of 19"),
+    "negative token": (lambda: mj.run(MODEL, [[-1]]), ValueError, "token -1"),
+    "huge token": (lambda: mj.run(MODEL, np.array([[2**33 + 1]])), ValueError, "outside the vocabulary"),
+    "prompt longer than the context": (lambda: mj.run(MODEL, np.ones((1, 17), int)), ValueError, "the prompts have 17 tokens, the model's context 16"),
+    "mask of another shape": (lambda: mj.Tokens(IDS, np.ones((3, 5))), TypeError, "a mask must be integers"),
+    "mask of another length": (lambda: mj.Tokens(IDS, np.ones((3, 5), bool)), ValueError, r"mask has shape \(3, 5\), the token ids \(3, 6\)"),
+    "all padding": (lambda: mj.run(MODEL, mj.Tokens([[1], [2]], [[True], [False]])), ValueError, "example 1 is all padding"),
+    "position of a readout": (lambda: mj.run(MODEL, TOKENS).readout.logits(pos=4), IndexError, r"position 4 asked of example 1, which has 4 tokens"),
+    "token of a readout": (lambda: mj.run(MODEL, TOKENS).readout.logits(tokens=[19]), IndexError, "token 19 is outside the vocabulary of 19"),
+    "answers for another batch": (lambda: mj.metrics.logit([1, 2])(mj.run(MODEL, TOKENS).readout), ValueError, "the metric has 2 answers or positions, the batch 3"),
+    "answers of rank 2": (lambda: mj.metrics.logit([[1, 2]]), ValueError, r"one per example, given shape \(1, 2\)"),
+    "answers of floats": (lambda: mj.metrics.logit(1.0), TypeError, "must be integers, given dtype float64"),
+    "one-token cross entropy": (lambda: mj.metrics.cross_entropy([[1]]), ValueError, "fewer than two tokens"),
+    "kl of another shape": (lambda: mj.metrics.kl(np.zeros((3, 18)))(mj.run(MODEL, TOKENS).readout), ValueError, r"reference has shape \(3, 18\), the run's logits \(3, 19\)"),
+    "kl of another rank": (lambda: mj.metrics.kl(np.zeros((3, 6, 19))), ValueError, "must be logits of rank 2"),
+    "unknown axis of a grid": (lambda: mj.grid(layers=[1]), ValueError, "unknown axis 'layers'; the axes are layer, batch, pos"),
+    "empty axis of a grid": (lambda: mj.grid(layer=[]), ValueError, "axis 'layer' of the grid has no choices"),
+    "no axis of a grid": (lambda: mj.grid(), ValueError, "a grid needs at least one axis"),
+    "masks in a grid": (lambda: mj.grid(head=[[True, False]]), TypeError, "must be indices, given a boolean mask"),
+    "grid for different batches": (lambda: mj.grid(pos={"a": [[1]], "b": [[1], [2]]}), ValueError, r"different numbers of examples: \[1, 2\]"),
+    "sweep without a grid": (lambda: mj.sweep(MODEL, TOKENS, {"z": mj.Scale(0.0)}, METRIC), ValueError, "needs one mijax.grid .*given 0"),
+    "sweep with two grids": (lambda: mj.sweep(MODEL, TOKENS, {"z": [mj.Scale(0.0, mj.grid(layer=[0])), mj.Scale(0.0, mj.grid(layer=[1]))]}, METRIC), ValueError, "given 2"),
+    "sweep out of range": (lambda: mj.sweep(MODEL, TOKENS, {"z": mj.Scale(0.0, mj.grid(layer=range(4)))}, METRIC), ValueError, "layer=3 is out of range"),
+    "sweep over a missing position": (lambda: mj.sweep(MODEL, TOKENS, {"z": mj.Scale(0.0, mj.grid(pos={"x": [[5], [4], [1]]}))}, METRIC), ValueError, "pos=4 .* example 1"),
+    "sweep over an axis the site lacks": (lambda: mj.sweep(MODEL, TOKENS, {"resid_pre": mj.Scale(0.0, mj.grid(head=[0]))}, METRIC), ValueError, "no axis 'head'"),
+    "metric out of range": (lambda: mj.sweep(MODEL, TOKENS, {"z": mj.Scale(0.0, mj.grid(layer=[0]))}, mj.metrics.logit(3, pos=4)), ValueError, "metric 'logit' is nan on the base run of example 1: a position or an answer out of range"),
+    "metric of another shape": (lambda: mj.sweep(MODEL, TOKENS, {"z": mj.Scale(0.0, mj.grid(layer=[0]))}, lambda r: r.final.sum()), ValueError, r"one number per example, \[3\], given shape \(\)"),
+    "clean and corrupted of different shape": (lambda: patch(corrupted=IDS[:, :5]), ValueError, r"must have one shape, given \(3, 6\) and \(3, 5\)"),
+    "clean and corrupted padded differently": (lambda: patch(corrupted=batch("right")), ValueError, "padded alike: example 1 has 4 and 4 tokens"),
+    "patch over an unknown axis": (lambda: patch(over=("layer", "neuron")), ValueError, r"over must name axes of site 'z', some of layer, pos, head, unit; given \('layer', 'neuron'\)"),
+    "patch in an unknown direction": (lambda: patch(direction="both"), ValueError, "direction must be 'denoise' or 'noise', given 'both'"),
+    "patch at an unknown site": (lambda: patch(site="zz"), ValueError, "unknown site 'zz'"),
+    "nothing to normalise": (lambda: mj.normalise(patch(progress=False)), ValueError, "they coincide"),
+    "no source to normalise by": (lambda: mj.normalise(xr.DataArray([[1.0]], {"base": ("batch", [0.0])}, ("layer", "batch"))), ValueError, "no coordinate 'source'"),
+    "bootstrap of one prompt": (lambda: mj.bootstrap(xr.DataArray([[1.0]], {"base": ("batch", [0.0]), "source": ("batch", [1.0])}, ("layer", "batch"))), ValueError, "needs at least two, given 1"),
+    "config that does not fit": (lambda: mj.Config(n_layers=-1, d_model=8, n_heads=2, n_kv_heads=3, d_vocab=0, n_ctx=4, norm="batch"), ValueError, "d_vocab=0 must be positive; n_layers=-1 must not be negative; n_heads=2 is not a multiple of n_kv_heads=3; norm='batch' is none of 'layer', 'rms', 'none'"),
+    "odd rotary dimensions": (lambda: mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=3, n_ctx=4, positions="rotary", rotary_dim=3), ValueError, "rotary_dim=3 must be even and at most d_head=4"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def as_a_user():
+    """Without the type checker that this test run has and a user has not."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_message(fault):
+    call, kind, message = FAULTS[fault]
+    with pytest.raises(kind) as caught:
+        call()
+    assert re.search(message, str(caught.value).replace("\n", " ")), str(caught.value)
+
+
+def test_static_faults_are_told_at_trace_time_too():
+    with pytest.raises(ValueError, match="unknown site"):
+        jax.jit(lambda ids: mj.run(MODEL, ids, {"nowhere": mj.Scale(0.0)}).logits)(jnp.asarray(IDS))
+    with pytest.raises(ValueError, match="does not broadcast"):
+        jax.vmap(lambda v: mj.run(MODEL, IDS, {"z": mj.Replace(v)}).logits)(jnp.zeros((2, 5)))
+    with pytest.raises(ValueError, match="layer=9 is out of range"):  # a number known while tracing
+        jax.jit(lambda ids: mj.run(MODEL, ids, {"z": mj.Scale(0.0, mj.Where(layer=9))}).logits)(jnp.asarray(IDS))
+
+
+def test_a_dependent_basis_inside_a_trace_is_nan():
+    project = jax.jit(lambda basis: mj.run(MODEL, IDS, {"z": mj.Project(basis, mj.Where(layer=1))}).logits)
+    assert np.isfinite(project(jnp.eye(2, 6))).all()
+    assert np.isnan(project(jnp.ones((2, 6)))).all()
