@@ -18,7 +18,9 @@ TOKENS = batch("left")
 METRIC = mj.metrics.logit(3)
 edit = lambda site, edit, model=MODEL: mj.run(model, TOKENS, {site: edit})
 replace = lambda site, value=0.0, **where: edit(site, mj.Replace(value, mj.Where(**where)))
-patch = lambda **kw: mj.patch(MODEL, **({"clean": TOKENS, "corrupted": TOKENS, "site": "z", "over": ("head",), "metric": METRIC} | kw))
+patch = lambda **kw: mj.patch(
+    MODEL, **({"clean": TOKENS, "corrupted": TOKENS, "site": "z", "over": ("head",), "metric": METRIC} | kw)
+)
 
 FAULTS = {
     "unknown site": (lambda: replace("resid_prr"), ValueError, r"unknown site 'resid_prr'; did you mean 'resid_pre'.*The sites are embed,"),

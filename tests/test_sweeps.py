@@ -46,7 +46,11 @@ def test_5_a_sweep_is_a_loop_of_runs(x64, name, site):
     sizes = {"layer": 3, "pos": SHORTEST, "query": SHORTEST, "key": SHORTEST, "head": heads, "unit": 3}
 
     @settings(max_examples=2)
-    @given(st.fixed_dictionaries({a: st.lists(st.integers(-sizes[a], sizes[a] - 1), min_size=2, max_size=2, unique=True) for a in axes}))
+    @given(
+        st.fixed_dictionaries(
+            {a: st.lists(st.integers(-sizes[a], sizes[a] - 1), min_size=2, max_size=2, unique=True) for a in axes}
+        )
+    )
     def check(choices):
         choices = {a: choices[a] for a in axes}  # hypothesis reorders them
         result = mj.sweep(model, tokens, {site: mj.Replace(source, mj.grid(**choices))}, METRIC, progress=False)
@@ -84,7 +88,9 @@ def test_the_computed_bytes_bound_what_the_program_takes():
 
         def taken(cells, grid=grid, places=places, edits=edits, metric=metric):
             where = jax.tree.map(lambda i: np.resize(i, cells), grid.where)
-            compiled = jax.jit(lambda where: _cells(model, tokens, edits, places, where, {"m": metric})).lower(where).compile()
+            compiled = (
+                jax.jit(lambda where: _cells(model, tokens, edits, places, where, {"m": metric})).lower(where).compile()
+            )
             return compiled.memory_analysis().temp_size_in_bytes
 
         each = (taken(48) - taken(16)) / 32
@@ -95,7 +101,16 @@ def test_the_computed_bytes_bound_what_the_program_takes():
 def test_patching_everything_leads_from_base_to_source(model, direction):
     clean, corrupted = batch("left"), batch("left", (IDS + 5) % 19)
     over = mj.grid(layer=[0], pos={"all": list(range(SHORTEST)), "last": -1})
-    result = mj.patch(model, clean=clean, corrupted=corrupted, site="resid_pre", over=over, metric=METRIC, direction=direction, progress=False)
+    result = mj.patch(
+        model,
+        clean=clean,
+        corrupted=corrupted,
+        site="resid_pre",
+        over=over,
+        metric=METRIC,
+        direction=direction,
+        progress=False,
+    )
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     assert error(result.base, METRIC(mj.run(model, base).readout)) < 2e-7
     assert error(result.source, METRIC(mj.run(model, source).readout)) < 2e-7
@@ -108,7 +123,9 @@ def test_patching_everything_leads_from_base_to_source(model, direction):
 
 def test_patching_over_named_axes_is_the_loop(model):
     clean, corrupted = batch("left"), batch("left", (IDS + 5) % 19)
-    result = mj.patch(model, clean=clean, corrupted=corrupted, site="k", over=("head", "pos"), metric=METRIC, progress=False)
+    result = mj.patch(
+        model, clean=clean, corrupted=corrupted, site="k", over=("head", "pos"), metric=METRIC, progress=False
+    )
     source = mj.run(model, clean, capture=("k",)).acts["k"]
     assert result.sizes == {"head": 2, "pos": 6, "batch": 3}  # two key/value heads
     for head in range(2):
@@ -133,7 +150,12 @@ def test_several_metrics_are_read_from_one_run(model):
     for name, metric in metrics.items():
         alone = mj.patch(model, clean=clean, corrupted=corrupted, site="z", over=over, metric=metric, progress=False)
         assert error(together[name], alone) < 1e-6
-        assert error(together[f"{name}.base"] if f"{name}.base" in together.coords else together[f"base.{name}"], alone.base) < 1e-6
+        assert (
+            error(
+                together[f"{name}.base"] if f"{name}.base" in together.coords else together[f"base.{name}"], alone.base
+            )
+            < 1e-6
+        )
         assert error(mj.normalise(together)[name], mj.normalise(alone)) < 1e-5
         bounds = mj.bootstrap(together)[name]
         assert (bounds.sel(bound="low") <= bounds.sel(bound="high")).all()
@@ -146,7 +168,16 @@ def test_cells_where_the_prompts_agree_are_exactly_zero():
     corrupted[:, 2] = (IDS[:, 2] + 5) % 19
     for direction in ("denoise", "noise"):
         for site in ("resid_pre", "attn_out", "mlp_out", "k"):
-            r = mj.patch(model, clean=IDS, corrupted=corrupted, site=site, over=("layer", "pos"), metric=METRIC, direction=direction, progress=False)
+            r = mj.patch(
+                model,
+                clean=IDS,
+                corrupted=corrupted,
+                site=site,
+                over=("layer", "pos"),
+                metric=METRIC,
+                direction=direction,
+                progress=False,
+            )
             effect = r - r.base
             assert (effect.sel(pos=[0, 1]) == 0).all()
             assert (effect.sel(pos=2, layer=0) != 0).all()
@@ -157,14 +188,27 @@ def test_cells_where_the_prompts_agree_are_exactly_zero():
 
 def test_noising_is_denoising_with_the_prompts_exchanged(model):
     a, b = batch("left"), batch("left", (IDS + 5) % 19)
-    run = lambda clean, corrupted, direction: mj.patch(model, clean=clean, corrupted=corrupted, site="z", over=("head",), metric=METRIC, direction=direction, progress=False)
+    run = lambda clean, corrupted, direction: mj.patch(
+        model,
+        clean=clean,
+        corrupted=corrupted,
+        site="z",
+        over=("head",),
+        metric=METRIC,
+        direction=direction,
+        progress=False,
+    )
     assert error(run(a, b, "noise"), run(b, a, "denoise")) == 0
 
 
 def test_labels_and_saving(model, tmp_path):
     clean, corrupted = batch("left"), batch("left", (IDS + 5) % 19)
-    clean.strings = corrupted.strings = [[f"t{i}" if real else "" for i, real in zip(row, mask)] for row, mask in zip(clean.ids, clean.mask)]
-    result = mj.patch(model, clean=clean, corrupted=corrupted, site="resid_pre", over=("layer", "pos"), metric=METRIC, progress=False)
+    clean.strings = corrupted.strings = [
+        [f"t{i}" if real else "" for i, real in zip(row, mask)] for row, mask in zip(clean.ids, clean.mask)
+    ]
+    result = mj.patch(
+        model, clean=clean, corrupted=corrupted, site="resid_pre", over=("layer", "pos"), metric=METRIC, progress=False
+    )
     assert result.token.dims == ("batch", "pos")
     assert result.token.values[1].tolist() == ["t7", "t8", "t9", "t10", "", ""]
     assert result["layer"].dtype.kind == result["pos"].dtype.kind == "i"
@@ -189,9 +233,18 @@ def test_grid_products_and_roles():
 def test_one_grid_may_move_several_edits(model):
     tokens = batch("left")
     grid = mj.grid(layer=[0, 2])
-    both = mj.sweep(model, tokens, {"attn_out": mj.Scale(0.0, grid), "mlp_out": [mj.Add(1.0, mj.Where(layer=1)), mj.Scale(0.5, grid)]}, METRIC, progress=False)
+    both = mj.sweep(
+        model,
+        tokens,
+        {"attn_out": mj.Scale(0.0, grid), "mlp_out": [mj.Add(1.0, mj.Where(layer=1)), mj.Scale(0.5, grid)]},
+        METRIC,
+        progress=False,
+    )
     for layer in (0, 2):
-        edits = {"attn_out": mj.Scale(0.0, mj.Where(layer=layer)), "mlp_out": [mj.Add(1.0, mj.Where(layer=1)), mj.Scale(0.5, mj.Where(layer=layer))]}
+        edits = {
+            "attn_out": mj.Scale(0.0, mj.Where(layer=layer)),
+            "mlp_out": [mj.Add(1.0, mj.Where(layer=1)), mj.Scale(0.5, mj.Where(layer=layer))],
+        }
         assert error(both.sel(layer=layer), METRIC(mj.run(model, tokens, edits).readout)) < 2e-7
     fixed = METRIC(mj.run(model, tokens, {"mlp_out": mj.Add(1.0, mj.Where(layer=1))}).readout)
     assert error(both.base, fixed) < 2e-7

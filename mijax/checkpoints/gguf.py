@@ -58,8 +58,7 @@ class GGUF:
             raise ValueError(
                 f"{path}: unsupported GGUF architecture {self.fields.get('general.architecture')!r}; supported is llama"
             )
-        self._tensors.pop("rope_freqs.weight", None)  # what the config's rotary scaling says already
-        if "rope_freqs.weight" in {t.name for t in reader.tensors}:
+        if "rope_freqs.weight" in self._tensors:
             raise ValueError(f"{path}: rotary scaling by a table (rope_freqs.weight) is not supported yet")
 
     @property

@@ -96,7 +96,6 @@ def _safetensors(folder: Path) -> Iterator[tuple[list[str], Callable[[str], np.n
         where = {}
         for shard in shards:
             try:
-                # framework="flax" knows bfloat16, which NumPy alone does not
                 file = stack.enter_context(safetensors.safe_open(folder / shard, framework="numpy"))
             except (safetensors.SafetensorError, OSError) as error:
                 raise ValueError(

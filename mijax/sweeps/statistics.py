@@ -8,6 +8,7 @@ import numpy as np
 if TYPE_CHECKING:
     import xarray as xr
 
+
 @overload
 def normalise(result: "xr.DataArray") -> "xr.DataArray": ...
 @overload
@@ -43,7 +44,8 @@ def bootstrap(result: Any, *, level: float = 0.95, draws: int = 2000, seed: int 
     template, the interval says nothing about other templates. Prompts that are NaN in a cell are left
     out of that cell.
 
-    Raises `ValueError` for fewer than two prompts, and where some draw has base and source coincide.
+    Raises `ValueError` for fewer than two prompts, and where base and source coincide. Where they nearly do, so
+    that their difference has either sign among the draws, the interval is as wide as that makes it.
     """
     return _each(result, lambda one: _bounds(one, level, draws, seed))
 
@@ -61,11 +63,11 @@ def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
         raise ValueError(f"a bootstrap over prompts needs at least two, given {n}")
     picks = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)  # [draw, batch] counts
     scale = picks @ (source - base) / n
-    _check_apart(0.0, np.abs(scale).min(), np.abs(np.concatenate([base, source])).max(), result.name)
+    _check_apart(base.mean(), source.mean(), np.abs(np.concatenate([base, source])).max(), result.name)
     effects = (result - base).transpose("batch", ...)
     values = effects.values.reshape(n, -1)
     present = np.isfinite(values)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         means = (picks @ np.where(present, values, 0.0)) / (picks @ present) / scale[:, None]
     bounds = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
     dims = effects.dims[1:]

@@ -1,0 +1,157 @@
+"""The studies, end to end, on a model small enough for a test; and the rules of the house."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import xarray as xr
+
+import mijax as mj
+from experiments import ioi_patching, ioi_prompts
+from mijax.plots import save_heatmaps, save_page
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A model whose tokenizer knows every word of the prompts, and nothing else."""
+    words = set(ioi_prompts.NAMES + ioi_prompts.PLACES + ioi_prompts.THINGS)
+    rest = "When After Afterwards Then , . and went to the gave a".split()
+    vocabulary = ["?", *sorted({w.strip() for w in words} | set(rest))]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = mj.Config(n_layers=2, d_model=16, n_heads=2, d_vocab=len(vocabulary), n_ctx=32)
+    model = jax.tree.map(lambda x: 20 * x, mj.init(config, jax.random.key(0)))
+    return model, mj.Tokenizer(backend)
+
+
+def test_prompts_are_balanced_and_their_roles_are_right(tiny):
+    _, tokenizer = tiny
+    for counterfactual in ("flip", "abc"):
+        ioi = ioi_prompts.make(tokenizer, 32, counterfactual=counterfactual, seed=1)
+        ids = np.asarray(ioi.clean.ids)
+        at = lambda role, ids=ids, ioi=ioi: np.take_along_axis(ids, ioi.roles[role], 1)[:, 0]
+        assert (at("IO") == ioi.io).all() and (at("S1") == ioi.subject).all() and (at("S2") == ioi.subject).all()
+        assert (ioi.roles["end"][:, 0] == np.asarray(ioi.clean.lengths) - 1).all()
+        assert len(set(ioi.texts)) == 32 and not set(ioi.texts) & set(ioi.corrupted_texts)
+        assert sorted(ioi.io.tolist()) == sorted(ioi.subject.tolist())  # each name as often in either role
+        assert (ioi.roles["IO"] < ioi.roles["S1"]).sum() == 16  # and in either order
+        other = np.asarray(ioi.corrupted.ids)
+        if counterfactual == "flip":
+            assert (np.take_along_axis(other, ioi.roles["S2"], 1)[:, 0] == ioi.io).all()
+            assert ((ids != other).sum(1) == 1).all()
+        else:
+            assert ((ids != other).sum(1) == 3).all()
+            assert all({a, b}.isdisjoint(row) for a, b, row in zip(ioi.io, ioi.subject, other.tolist()))
+    with pytest.raises(ValueError, match="positive multiple of 4"):
+        ioi_prompts.make(tokenizer, 6)
+
+
+def test_a_word_of_several_tokens_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(ioi_prompts, "NAMES", (*ioi_prompts.NAMES, " Mary and"))
+    with pytest.raises(ValueError, match="' Mary and' is not a single token"):
+        ioi_prompts.make(tiny[1], 4)
+
+
+def test_ioi_patching_writes_figures_data_and_record(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mj, "load", lambda source: tiny)
+    out = tmp_path / "results"
+    results = ioi_patching.main(ioi_patching.Settings(prompts=8, top=3, out=out))
+    assert sorted(p.name for p in out.iterdir()) == [
+        "ioi_patching.html",
+        "ioi_patching.png",
+        "record.json",
+        "results.nc",
+    ]
+    saved = xr.load_dataset(out / "results.nc", engine="scipy")
+    xr.testing.assert_identical(saved, results)
+    assert dict(saved["z"].sizes) == {"direction": 2, "layer": 2, "head": 2, "batch": 8}
+    assert dict(saved["resid_pre"].sizes) == {"direction": 2, "layer": 2, "pos": 5, "batch": 8}
+    effect = saved["attn_out"] - saved["attn_out"].base
+    assert (effect.sel(pos=["IO", "S1", "S1+1"]) == 0).all() and (effect.sel(pos="S2") != 0).any()
+    whole = mj.normalise(saved["resid_pre"].sel(direction="denoise")).sel(layer=0, pos="S2")
+    assert abs(float(whole) - 1) < 1e-4
+    record = json.loads((out / "record.json").read_text())
+    assert (
+        record["settings"]["prompts"] == 8
+        and {"jax", "mijax"} <= set(record["versions"])
+        and len(record["prompts"]) == 8
+    )
+    page = (out / "ioi_patching.html").read_text()
+    assert "Plotly" in page and "<script src=" not in page  # it needs no network
+    printed = capsys.readouterr().out
+    assert "indirect object above subject in" in printed and "95 % interval" in printed
+    # the table is read from the results: its first row is the head of the largest effect
+    effects = mj.normalise(saved["z"].sel(direction="denoise"))
+    layer, head = np.unravel_index(np.abs(effects.values).argmax(), effects.shape)
+    assert f"\n{layer:>3}.{head}" in printed
+
+
+def test_help():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.ioi_patching", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--counterfactual" in done.stdout and "multiple of 4" in done.stdout
+
+
+def test_an_interrupted_figure_leaves_nothing(tmp_path):
+    bad = {"row": {"panel": xr.DataArray(np.ones((2, 2)), dims=("layer", "head"))}}
+    with pytest.raises(ValueError, match="format"):
+        save_heatmaps(bad, tmp_path / "figure.nonsense")
+    assert list(tmp_path.iterdir()) == []
+    save_page(bad, tmp_path / "page.html")
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+FLOORS = (
+    "_types",
+    "files",
+    "chunks",
+    "model",
+    "checkpoints",
+    "interventions",
+    "run",
+    "metrics",
+    "sweeps",
+    "plots",
+    "__init__",
+)
+
+
+def test_arrows_only_fall():
+    """A room imports from the floors below it; inside a room there is no circle."""
+    root = Path(mj.__file__).parent
+    for file in root.rglob("*.py"):
+        own = file.relative_to(root).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            for name in (n for n in names if n.split(".")[0] == "mijax"):
+                other = (name.split(".") + ["__init__"])[1]
+                if other == "__init__":
+                    continue  # `from mijax import chunks, metrics`
+                assert FLOORS.index(other) <= FLOORS.index(own), f"{file} imports {name}"
+
+
+def test_importing_changes_no_setting_and_loads_nothing_heavy():
+    """What a user may never need is imported where it is used."""
+    script = """
+import jax, sys
+before = dict(jax.config.values)
+import mijax
+assert dict(jax.config.values) == before
+heavy = {"xarray", "pandas", "matplotlib", "plotly", "torch", "flax", "optax", "gguf", "huggingface_hub", "tqdm", "tyro"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
