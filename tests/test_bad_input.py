@@ -64,7 +64,7 @@ FAULTS = {
     "huge token": (lambda: mj.run(MODEL, np.array([[2**33 + 1]])), ValueError, "outside the vocabulary"),
     "prompt longer than the context": (lambda: mj.run(MODEL, np.ones((1, 17), int)), ValueError, "the prompts have 17 tokens, the model's context 16"),
     "mask of another shape": (lambda: mj.Tokens(IDS, np.ones((3, 5))), TypeError, "a mask must be integers"),
-    "mask of another length": (lambda: mj.Tokens(IDS, np.ones((3, 5), bool)), ValueError, r"mask has shape \(3, 5\), the token ids \(3, 6\)"),
+    "mask of other tokens": (lambda: mj.Tokens(IDS, np.ones((3, 5), bool)), ValueError, r"mask has shape \(3, 5\), the token ids \(3, 6\)"),
     "all padding": (lambda: mj.run(MODEL, mj.Tokens([[1], [2]], [[True], [False]])), ValueError, "example 1 is all padding"),
     "position of a readout": (lambda: mj.run(MODEL, TOKENS).readout.logits(pos=4), IndexError, r"position 4 asked of example 1, which has 4 tokens"),
     "token of a readout": (lambda: mj.run(MODEL, TOKENS).readout.logits(tokens=[19]), IndexError, "token 19 is outside the vocabulary of 19"),

@@ -21,7 +21,7 @@ from mijax.plots import save_heatmaps, save_page
 def tiny():
     """A model whose tokenizer knows every word of the prompts, and nothing else."""
     words = set(ioi_prompts.NAMES + ioi_prompts.PLACES + ioi_prompts.THINGS)
-    rest = "When After Afterwards Then , . and went to the gave a".split()
+    rest = ["When", "After", "Afterwards", "Then", ",", ".", "and", "went", "to", "the", "gave", "a"]
     vocabulary = ["?", *sorted({w.strip() for w in words} | set(rest))]
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="?"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -137,7 +137,7 @@ def test_arrows_only_fall():
                 else []
             )
             for name in (n for n in names if n.split(".")[0] == "mijax"):
-                other = (name.split(".") + ["__init__"])[1]
+                other = ([*name.split("."), "__init__"])[1]
                 if other == "__init__":
                     continue  # `from mijax import chunks, metrics`
                 assert FLOORS.index(other) <= FLOORS.index(own), f"{file} imports {name}"

@@ -74,7 +74,7 @@ def test_memory_does_not_change_the_result_and_bounds_the_batches(model):
     for cells in (1, 5, 12):
         part = mj.sweep(model, tokens, edits, METRIC, memory=cells * one, progress=False)
         assert error(part, whole) < 1e-6
-    with pytest.raises(ValueError, match="one job takes about .* bytes, memory=10 allows none"):
+    with pytest.raises(ValueError, match=r"one job takes about .* bytes, memory=10 allows none"):
         mj.sweep(model, tokens, edits, METRIC, memory=10, progress=False)
 
 

@@ -17,7 +17,7 @@ from mijax.model.position import frame
 from mijax.model.sites import SELECTS, SITES, site_of
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.run import check, run
+from mijax.run import run
 from mijax.sweeps.grid import Grid, grid
 from mijax.sweeps.sweep import AnyMetric, Metrics, described, labelled, measure, named, swept
 

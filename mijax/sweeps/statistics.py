@@ -69,7 +69,7 @@ def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
     present = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = (picks @ np.where(present, values, 0.0)) / (picks @ present) / scale[:, None]
-    bounds = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    bounds = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
     dims = effects.dims[1:]
     coords: dict[Any, Any] = {"bound": ["low", "high"], **{d: result[d] for d in dims if d in result.coords}}
     shape = (2, *(result.sizes[d] for d in dims))
