@@ -11,6 +11,7 @@ is normalised: 0 where patching changes nothing, 1 where it does as much as exch
 
 import dataclasses
 import json
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def study(model: mj.Transformer, ioi: IOI, memory: int | None = None) -> xr.Data
         found[site] = xr.concat(
             patched, xr.Variable("direction", list(DIRECTIONS)), combine_attrs="drop_conflicts", join="exact"
         )
-    results = xr.Dataset(found, attrs={k: v for k, v in found["z"].attrs.items() if k != "site"})
+    results = xr.Dataset(found, attrs={k: v for k, v in found["z"].attrs.items() if k != "sites"})
     return results.assign_coords(prompt=("batch", ioi.texts))
 
 
@@ -144,8 +145,9 @@ def write(settings: Settings, results: xr.Dataset, effects: dict, record: dict) 
     told = {
         name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(settings).items()
     }
+    versions = {**results.attrs, "python": platform.python_version(), "platform": platform.platform()}
     with atomic(out / "record.json") as scratch:
-        scratch.write_text(json.dumps({"settings": told, "versions": dict(results.attrs), **record}, indent=2))
+        scratch.write_text(json.dumps({"settings": told, "versions": versions, **record}, indent=2))
 
 
 if __name__ == "__main__":

@@ -47,27 +47,57 @@ def logit(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
 
 
 def logit_diff(correct: ArrayLike, wrong: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """The logit of `correct` minus that of `wrong`; indices as in `logit`."""
+    """The logit of `correct` minus that of `wrong`; indices as in `logit`.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.logit_diff(7, 8)(mj.run(model, [[1, 2, 3]]).readout).shape
+    (1,)
+    """
     return Metric("logit_diff", _logit_diff, {"correct": _ids(correct), "wrong": _ids(wrong), "pos": _ids(pos)})
 
 
 def log_prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """The natural logarithm of the probability of `answer`; indices as in `logit`."""
+    """The natural logarithm of the probability of `answer`; indices as in `logit`.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.log_prob(7)(mj.run(model, [[1, 2, 3]]).readout).shape
+    (1,)
+    """
     return Metric("log_prob", _log_prob, {"answer": _ids(answer), "pos": _ids(pos)})
 
 
 def prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """The probability of `answer`; indices as in `logit`."""
+    """The probability of `answer`; indices as in `logit`.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.prob(7, pos=0)(mj.run(model, [[1, 2, 3]]).readout).shape
+    (1,)
+    """
     return Metric("prob", _prob, {"answer": _ids(answer), "pos": _ids(pos)})
 
 
 def rank(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """How many tokens have a larger logit than `answer` (0: it is on top); indices as in `logit`."""
+    """How many tokens have a larger logit than `answer` (0: it is on top); indices as in `logit`.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.rank(7)(mj.run(model, [[1, 2, 3]]).readout).shape
+    (1,)
+    """
     return Metric("rank", _rank, {"answer": _ids(answer), "pos": _ids(pos)})
 
 
 def accuracy(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """1 where no token has a larger logit than `answer`, else 0; indices as in `logit`."""
+    """1 where no token has a larger logit than `answer`, else 0; indices as in `logit`.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.accuracy(7)(mj.run(model, [[1, 2, 3]]).readout).shape
+    (1,)
+    """
     return Metric("accuracy", _accuracy, {"answer": _ids(answer), "pos": _ids(pos)})
 
 
@@ -76,6 +106,12 @@ def kl(reference: ArrayLike, pos: ArrayLike | None = -1) -> Metric:
 
     `reference` are logits (or log-probabilities): `[batch, vocab]` with `pos` as in `logit`; or
     `[batch, pos, vocab]` with `pos=None`, which gives the mean over real tokens.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> out = mj.run(model, [[1, 2, 3]])
+    >>> abs(float(mj.metrics.kl(out.logits, pos=None)(out.readout)[0])) < 1e-6
+    True
     """
     reference, expected = jnp.asarray(reference), 3 if pos is None else 2
     if reference.ndim != expected:
@@ -87,6 +123,11 @@ def cross_entropy(tokens: Tokens | ArrayLike) -> Metric:
     """The mean loss in nats over the prompt's own next tokens; padding excluded.
 
     Raises `ValueError` for a prompt of fewer than two real tokens, which has no next token.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.cross_entropy([[1, 2, 3]])(mj.run(model, [[1, 2, 3]]).readout).shape
+    (1,)
     """
     tokens = as_tokens(tokens)
     if is_concrete(tokens.mask) and (np.asarray(tokens.lengths) < 2).any():

@@ -117,9 +117,9 @@ def _layers(model: Transformer, x: Stream, positions: Frame, edits: _Edits, capt
     edits = {name: given for name, given in edits.items() if SITES[name].has_layer}
     captures = {name: where for name, where in captures.items() if SITES[name].has_layer}
     layered, shared = _split(edits, config.n_layers)
-    slots = {
-        name: _slots(where, config) for name, where in captures.items() if where is not None and where.layer is not None
-    }
+    narrowed = {name: where for name, where in captures.items() if where is not None and where.layer is not None}
+    layers = {name: jnp.asarray(where.layer).reshape(-1) % config.n_layers for name, where in narrowed.items()}
+    slots = {name: _slot_of_each_layer(wanted, config.n_layers) for name, wanted in layers.items()}
 
     def layer(x, scanned):
         params, index, own = scanned
@@ -129,9 +129,8 @@ def _layers(model: Transformer, x: Stream, positions: Frame, edits: _Edits, capt
     def body(carry, scanned):
         x, kept = carry
         x, acts = layer(x, scanned)
-        for name, layers in slots.items():
-            hit = jnp.expand_dims(layers == scanned[1], tuple(range(1, acts[name].ndim + 1)))
-            kept[name] = jnp.where(hit, acts.pop(name)[None], kept[name])
+        for name, slot in slots.items():
+            kept[name] = kept[name].at[slot[scanned[1]]].set(acts.pop(name), mode="drop")
         return (x, kept), acts
 
     scanned = (model.blocks, jnp.arange(config.n_layers, dtype=jnp.int32), layered)
@@ -139,16 +138,15 @@ def _layers(model: Transformer, x: Stream, positions: Frame, edits: _Edits, capt
         return jax.lax.scan(layer, x, scanned)
     first = jax.tree.map(lambda a: a[0] if eqx.is_array(a) else a, scanned)
     shapes = jax.eval_shape(layer, x, first)[1]
-    kept = {
-        name: jax.lax.full_like(x, 0, shapes[name].dtype, (len(s), *shapes[name].shape)) for name, s in slots.items()
-    }
-    (x, kept), acts = jax.lax.scan(body, (x, kept), scanned)
-    return x, acts | kept
+    empty = lambda name: jax.lax.full_like(x, 0, shapes[name].dtype, (layers[name].size, *shapes[name].shape))
+    (x, kept), acts = jax.lax.scan(body, (x, {name: empty(name) for name in slots}), scanned)
+    return x, acts | {name: kept[name][slots[name][layers[name]]] for name in slots}
 
 
-def _slots(where: Where, config: Config) -> Int[Array, " k"]:
-    layers = jnp.asarray(where.layer).reshape(-1)
-    return jnp.where(layers < 0, layers + config.n_layers, layers)
+def _slot_of_each_layer(wanted: Int[Array, " k"], n_layers: int) -> Int[Array, " layer"]:
+    """Where a layer's capture goes: to its first place among the wanted ones, or out of range, where it is dropped."""
+    hits = wanted[None, :] == jnp.arange(n_layers, dtype=jnp.int32)[:, None]
+    return jnp.where(jnp.any(hits, axis=1), jnp.argmax(hits, axis=1).astype(jnp.int32), wanted.size)
 
 
 def _split(edits: _Edits, n_layers: int) -> tuple[Any, Any]:
@@ -183,7 +181,7 @@ def _check_tokens(config: Config, tokens: Tokens) -> None:
         raise ValueError(f"the prompts have {tokens.ids.shape[1]} tokens, the model's context {config.n_ctx}")
     if is_concrete(tokens.ids) and is_concrete(tokens.mask):
         ids, mask = np.asarray(tokens.ids), np.asarray(tokens.mask)
-        bad = np.argwhere((ids < 0) | (ids >= config.d_vocab))
+        bad = np.argwhere(mask & ((ids < 0) | (ids >= config.d_vocab)))  # padding may be anything
         if len(bad):
             example, column = map(int, bad[0])
             raise ValueError(
@@ -201,7 +199,7 @@ def field_lengths(config: Config, tokens: Tokens, site: str) -> dict[str, Any]:
 
 def _faulty(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) -> Bool[Array, ""]:
     """Whether an index is out of range, or a token outside the vocabulary, once values are known."""
-    bad = jnp.any((tokens.ids < 0) | (tokens.ids >= config.d_vocab))
+    bad = jnp.any(tokens.mask & ((tokens.ids < 0) | (tokens.ids >= config.d_vocab)))
     for name in (*edits, *captures):
         fields = field_lengths(config, tokens, name)
         wheres = [edit.where for edit in edits.get(name, ()) if isinstance(edit, Edit)]

@@ -212,7 +212,7 @@ def test_project_needs_no_orthonormal_basis_and_layers_may_have_their_own():
 
 @pytest.mark.parametrize("where, kept", [
     ({"layer": 1}, (1, 3, 6, 4, 6)),
-    ({"layer": [2, 0]}, (2, 3, 6, 4, 6)),
+    ({"layer": [2, -3, 2]}, (3, 3, 6, 4, 6)),
     ({"layer": [2, 0], "pos": -1}, (2, 3, 1, 4, 6)),
     ({"pos": [[0, -1], [1, 2], [-2, 0]], "head": [3, 1, 1]}, (3, 3, 2, 3, 6)),
     ({"batch": [2, 0], "unit": -1}, (3, 2, 6, 4, 1)),

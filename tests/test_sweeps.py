@@ -116,7 +116,7 @@ def test_patching_everything_leads_from_base_to_source(model, direction):
     assert error(result.source, METRIC(mj.run(model, source).readout)) < 2e-7
     shortest = int(np.argmin(LENGTHS))
     assert error(result.sel(layer=0, pos="all")[shortest], result.source[shortest]) < 2e-7  # all of its positions
-    assert result.attrs["direction"] == direction and result.attrs["site"] == "resid_pre"
+    assert result.attrs["direction"] == direction and result.attrs["sites"] == "resid_pre"
     normalised = (result.mean("batch") - result.base.mean()) / (result.source.mean() - result.base.mean())
     assert error(mj.normalise(result), normalised.values) < 1e-5
 

@@ -123,9 +123,11 @@ def _from_hub(name: str, revision: str | None) -> Path:
         RepositoryNotFoundError,
     )
 
-    patterns = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
+        )
     except HFValidationError as error:
         raise ValueError(
             f"{name!r} is neither a path, nor a known name ({', '.join(bundled.MODELS)}), nor a hub id"

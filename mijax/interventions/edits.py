@@ -63,8 +63,8 @@ class Edit(eqx.Module):
 class Replace(Edit):
     """Put `value` in place of the activation: patching, ablation, freezing.
 
-    >>> Replace(0.0, Where(layer=9, head=6))
-    Replace(value=f64[](numpy), where=Where(layer=9, head=6))
+    >>> Replace(0.5)(jnp.array([1.0, 3.0])).tolist()
+    [0.5, 0.5]
     """
 
     operands = ("value",)
@@ -77,7 +77,11 @@ class Replace(Edit):
 
 
 class Scale(Edit):
-    """Multiply the activation by `factor`."""
+    """Multiply the activation by `factor`.
+
+    >>> Scale(2.0)(jnp.array([1.0, 3.0])).tolist()
+    [2.0, 6.0]
+    """
 
     operands = ("factor",)
     factor: Any = eqx.field(converter=_number)
@@ -89,7 +93,11 @@ class Scale(Edit):
 
 
 class Add(Edit):
-    """Add `vector` to the activation: steering."""
+    """Add `vector` to the activation: steering.
+
+    >>> Add([1.0, 0.0])(jnp.array([1.0, 3.0])).tolist()
+    [2.0, 3.0]
+    """
 
     operands = ("vector",)
     vector: Any = eqx.field(converter=_number)
@@ -105,6 +113,9 @@ class Project(Edit):
 
     The rows need not be orthonormal; they are made so when the edit is built. Raises `ValueError`
     where they are linearly dependent.
+
+    >>> Project([0.0, 2.0])(jnp.array([[1.0, 3.0]])).tolist()
+    [[1.0, 0.0]]
     """
 
     bases = ("basis",)
@@ -121,6 +132,9 @@ class Interchange(Edit):
 
     The interchange intervention of distributed alignment search (Geiger et al. 2024). The gradient
     with respect to `basis` is that of the subspace.
+
+    >>> Interchange([5.0, 7.0], [0.0, 2.0])(jnp.array([[1.0, 3.0]])).tolist()
+    [[1.0, 7.0]]
     """
 
     operands = ("value",)
@@ -138,6 +152,9 @@ class Mix(Edit):
     """Mix the activation with `value`: all its own at `gate` 0, all `value` at 1.
 
     The derivative with respect to the gate, at 0, is attribution patching's estimate of `Replace`.
+
+    >>> Mix(0.5, [5.0, 7.0])(jnp.array([1.0, 3.0])).tolist()
+    [3.0, 5.0]
     """
 
     operands = ("gate", "value")
@@ -212,8 +229,8 @@ def check_shapes(edit: Edit, site: str, axes: Sequence[str], shape: tuple[int, .
             )
 
 
-def _fit(value: Array, x: Array) -> Array:
-    return jnp.broadcast_to(value, x.shape).astype(x.dtype)
+def _fit(value: ArrayLike, x: Array) -> Array:
+    return jnp.broadcast_to(jnp.asarray(value), x.shape).astype(x.dtype)
 
 
 def _onto(basis: Float[Array, "k unit"], x: Array) -> Array:

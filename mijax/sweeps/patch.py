@@ -81,7 +81,7 @@ def patch(
         model, base, {site: Replace(value, places)}, metrics,
         memory=memory, progress=progress, changes=lambda cells: _changes(model.config, base, site, cells, own != value),
     )  # fmt: skip
-    attrs = {"site": site, "direction": direction, **described(model)}
+    attrs = {"sites": site, "direction": direction, **described(model)}
     runs = {"base": at_base, "source": goal}
     result = labelled(values, places, runs, single=not isinstance(metric, Mapping), attrs=attrs)
     return result if isinstance(over, Grid) else _positions_told(result, base)

@@ -29,8 +29,7 @@ def normalise(result: Any) -> Any:
 def _normalised(result: Any) -> Any:
     base, source = _runs(result)
     _check_apart(base.mean(), source.mean(), np.abs(np.concatenate([base, source])).max(), result.name)
-    values = (result - base).mean("batch") / float((source - base).mean())
-    return values.drop_vars([n for n in values.coords if "batch" in values[n].dims]).assign_attrs(result.attrs)
+    return ((result - base).mean("batch") / float((source - base).mean())).assign_attrs(result.attrs)
 
 
 @overload
@@ -46,6 +45,11 @@ def bootstrap(result: Any, *, level: float = 0.95, draws: int = 2000, seed: int 
 
     Raises `ValueError` for fewer than two prompts, and where base and source coincide. Where they nearly do, so
     that their difference has either sign among the draws, the interval is as wide as that makes it.
+
+    >>> import xarray as xr
+    >>> coords = {"base": ("batch", [0.0, 0.0]), "source": ("batch", [4.0, 4.0])}
+    >>> bootstrap(xr.DataArray([[1.0, 3.0]], coords, ("layer", "batch"))).values.tolist()
+    [[0.25], [0.75]]
     """
     return _each(result, lambda one: _bounds(one, level, draws, seed))
 
