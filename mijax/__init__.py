@@ -5,6 +5,7 @@ from mijax.checkpoints.load import load
 from mijax.checkpoints.tokenizer import Tokenizer
 from mijax.interventions.edits import Add, Edit, Interchange, Mix, Project, Replace, Scale
 from mijax.interventions.where import Where
+from mijax.model import processing
 from mijax.model.config import Config, RotaryScaling
 from mijax.model.readout import Readout
 from mijax.model.sites import SITES, sites
@@ -19,5 +20,5 @@ from mijax.sweeps.sweep import sweep
 __all__ = [
     "SITES", "Add", "Config", "Edit", "Grid", "Interchange", "Mix", "Out", "Project", "Readout", "Replace",
     "RotaryScaling", "Scale", "Tokenizer", "Tokens", "Transformer", "Where", "bootstrap", "grid", "init", "load",
-    "metrics", "normalise", "patch", "run", "sites", "sweep",
+    "metrics", "normalise", "patch", "processing", "run", "sites", "sweep",
 ]  # fmt: skip

@@ -70,8 +70,7 @@ def run(
     tokens, edits, captures = as_tokens(tokens), as_edits(interventions), _as_captures(capture)
     check(model.config, tokens, edits, captures)
     final, acts = _run(model, tokens, edits, captures)
-    unembedding = model.W_E if model.W_U is None else model.W_U
-    return Out(Readout(final, tokens, unembedding, model.b_U), acts)
+    return Out(Readout(final, tokens, model.unembedding, model.b_U), acts)
 
 
 def check(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) -> None:

@@ -31,6 +31,11 @@ class Transformer(eqx.Module):
     b_U: Float[Array, " vocab"] | None
     config: Config = eqx.field(static=True)
 
+    @property
+    def unembedding(self) -> Float[Array, "vocab d_model"]:
+        """`W_U`, or what it is tied to."""
+        return self.W_E if self.W_U is None else self.W_U
+
     def __repr__(self):
         arrays = [a for a in jax.tree.leaves(self) if eqx.is_array(a)]
         return (

@@ -1,0 +1,176 @@
+"""Rewriting weights without changing what a model computes: pure functions, model to model.
+
+Each leaves every log-probability as it was (to rounding; the activations that it is about do change) and
+raises `ValueError` for a model to which it does not apply. Elhage et al. 2021, "A Mathematical Framework for
+Transformer Circuits", and TransformerLens describe why one would: weights become comparable between layers.
+"""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from mijax._types import Array, Float
+from mijax.model.norm import Norm
+from mijax.model.numerics import einsum
+from mijax.model.transformer import Transformer
+
+
+def fold_norms(model: Transformer) -> Transformer:
+    """Move the weight and bias of every norm into the matrices that read it; the norms keep ones and zeros.
+
+    The unembedding is untied, and biases appear where the norms had any.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.processing.fold_norms(model).config.tied_unembed
+    False
+    """
+    if model.config.norm == "none":
+        raise ValueError("fold_norms does not apply: the model has no norms")
+    model = _untied(model)
+    a, m, ln1, ln2 = model.blocks.attn, model.blocks.mlp, model.blocks.ln1, model.blocks.ln2
+    qkv = [(getattr(a, f"W_{n}"), getattr(a, f"b_{n}")) for n in "QKV"]
+    read = "ld,ldhe->lhe"
+    folded = {f"attn.{k}_{n}": v for n, (W, b) in zip("QKV", qkv) for k, v in zip("Wb", _fold(ln1, W, b, read))}
+    if m is not None and ln2 is not None:
+        matrices = {"in": (m.W_in, m.b_in)} | ({"gate": (m.W_gate, m.b_gate)} if m.W_gate is not None else {})
+        for name, (W, b) in matrices.items():
+            folded |= {f"mlp.{k}_{name}": v for k, v in zip("Wb", _fold(ln2, W, b, "ld,ldm->lm"))}
+        if m.b_out is None and folded["mlp.b_in"] is not None:  # an MLP has all of its biases, or none
+            folded["mlp.b_out"] = jnp.zeros_like(m.W_out[:, 0])
+    W_U, b_U = _fold(model.ln_final, jnp.swapaxes(model.unembedding, 0, 1), model.b_U, "d,dv->v")
+    blocks = _replace(model.blocks, {**folded, "ln1": _plain(ln1), **({"ln2": _plain(ln2)} if ln2 is not None else {})})
+    model = _replace(model, {"W_U": jnp.swapaxes(W_U, 0, 1), "b_U": b_U, "blocks": blocks, "ln_final": _plain(model.ln_final)})
+    return _described(model)
+
+
+def centre_writes(model: Transformer) -> Transformer:
+    """Give everything that writes to the residual stream mean zero over its dimensions.
+
+    Every LayerNorm subtracts that mean in any case; RMSNorm does not, nor does a model without norms. The
+    unembedding is untied.
+    """
+    if model.config.norm != "layer":
+        raise ValueError(f"centre_writes needs LayerNorm, which ignores the stream's mean; this model has norm={model.config.norm!r}")
+    model = _untied(model)
+    writes = ["W_E", "W_pos", "blocks.attn.W_O", "blocks.attn.b_O", "blocks.mlp.W_out", "blocks.mlp.b_out"]
+    given = {path: _get(model, path) for path in writes}
+    return _replace(model, {path: x - jnp.mean(x, axis=-1, keepdims=True) for path, x in given.items() if x is not None})
+
+
+def centre_unembedding(model: Transformer) -> Transformer:
+    """Subtract from the unembedding its mean over the vocabulary: logits shift together, and softmax ignores it.
+
+    The unembedding is untied.
+    """
+    model = _untied(model)
+    W_U, b_U = model.unembedding, model.b_U
+    centred = {"W_U": W_U - jnp.mean(W_U, axis=0, keepdims=True)}
+    return _replace(model, centred | ({} if b_U is None else {"b_U": b_U - jnp.mean(b_U)}))
+
+
+def fold_value_biases(model: Transformer) -> Transformer:
+    """Move the values' biases into the bias of attention's output, since a pattern's row sums to one."""
+    a, c = model.blocks.attn, model.config
+    if a.b_V is None:
+        raise ValueError("fold_value_biases does not apply: the values have no biases")
+    by_head = jnp.repeat(a.b_V, c.n_heads // c.n_kv_heads, axis=1)
+    moved = einsum("lhe,lhed->ld", by_head, a.W_O).astype(a.b_V.dtype)
+    b_O = moved if a.b_O is None else a.b_O + moved
+    return _described(_replace(model, {"blocks.attn.b_V": jnp.zeros_like(a.b_V), "blocks.attn.b_O": b_O}))
+
+
+def simplify(model: Transformer) -> Transformer:
+    """All of them, in the order in which they apply, as far as they apply to this model."""
+    if model.config.norm != "none":
+        model = fold_norms(model)
+    if model.config.norm == "layer":
+        model = centre_writes(model)
+    if model.blocks.attn.b_V is not None:
+        model = fold_value_biases(model)
+    return centre_unembedding(model)
+
+
+def rotate_qk(model: Transformer, rotation: Float[Array, "layer kv_head d_head d_head"]) -> Transformer:
+    """Turn queries and keys together (all query heads of a group with their key head), by orthogonal matrices.
+
+    Rotary positions act inside the same space and do not commute with it: there this does not apply.
+    """
+    if model.config.positions == "rotary":
+        raise ValueError("rotate_qk does not apply to rotary positions, which turn queries and keys themselves")
+    a, group = model.blocks.attn, model.config.n_heads // model.config.n_kv_heads
+    for_q = jnp.repeat(rotation, group, axis=1)
+    turned = {"W_Q": (a.W_Q, for_q), "b_Q": (a.b_Q, for_q), "W_K": (a.W_K, rotation), "b_K": (a.b_K, rotation)}
+    return _replace(model, {f"blocks.attn.{n}": _turn(x, r) for n, (x, r) in turned.items() if x is not None})
+
+
+def rotate_ov(model: Transformer, rotation: Float[Array, "layer kv_head d_head d_head"]) -> Transformer:
+    """Turn values and what reads them together, by orthogonal matrices."""
+    a, group = model.blocks.attn, model.config.n_heads // model.config.n_kv_heads
+    W_O = einsum("lhed,lhef->lhfd", a.W_O, jnp.repeat(rotation, group, axis=1)).astype(a.W_O.dtype)
+    turned = {"W_V": a.W_V, "b_V": a.b_V}
+    return _replace(model, {f"blocks.attn.{n}": _turn(x, rotation) for n, x in turned.items() if x is not None} | {"blocks.attn.W_O": W_O})
+
+
+def rotate_stream(model: Transformer, rotation: Float[Array, "d_model d_model"]) -> Transformer:
+    """Turn the residual stream of a norm-free model, by an orthogonal matrix: what writes to it and what reads it."""
+    if model.config.norm != "none":
+        raise ValueError(f"rotate_stream needs a model without norms, which have a basis of their own; this one has norm={model.config.norm!r}")
+    writes = ["W_E", "W_pos", "W_U", "blocks.attn.W_O", "blocks.attn.b_O", "blocks.mlp.W_out", "blocks.mlp.b_out"]
+    reads = ["blocks.attn.W_Q", "blocks.attn.W_K", "blocks.attn.W_V", "blocks.mlp.W_in", "blocks.mlp.W_gate"]
+    turned = {path: _dot("...d,de->...e", _get(model, path), rotation) for path in writes}
+    turned |= {path: _dot("ld...,de->le...", _get(model, path), rotation) for path in reads}
+    return _replace(model, {path: x for path, x in turned.items() if x is not None})
+
+
+def _fold(norm: Norm, W: Array, b: Array | None, read: str) -> tuple[Array, Array | None]:
+    """A matrix that reads a norm, `[*layer, d_model, ...]`, and its bias, with the norm's affine part inside."""
+    if norm.bias is not None:
+        moved = einsum(read, norm.bias, W).astype(W.dtype)
+        b = moved if b is None else b + moved
+    if norm.weight is not None:
+        W = W * norm.weight.reshape(norm.weight.shape + (1,) * (W.ndim - norm.weight.ndim))
+    return W, b
+
+
+def _plain(norm: Norm) -> Norm:
+    return Norm(*(None if p is None else like(p) for p, like in ((norm.weight, jnp.ones_like), (norm.bias, jnp.zeros_like))))
+
+
+def _turn(x: Array, rotation: Array) -> Array:
+    return _dot("lhe,lhef->lhf" if x.ndim == 3 else "ldhe,lhef->ldhf", x, rotation)
+
+
+def _dot(spec: str, x: Array | None, rotation: Array) -> Any:
+    return None if x is None else einsum(spec, x, rotation).astype(x.dtype)
+
+
+def _untied(model: Transformer) -> Transformer:
+    return model if model.W_U is not None else _described(_replace(model, {"W_U": model.W_E}))
+
+
+def _described(model: Transformer) -> Transformer:
+    """The model with a config that says which parameters it has."""
+    a, m = model.blocks.attn, model.blocks.mlp
+    config = dataclasses.replace(
+        model.config,
+        tied_unembed=model.W_U is None,
+        unembed_bias=model.b_U is not None,
+        qkv_bias=a.b_Q is not None,
+        attn_out_bias=a.b_O is not None,
+        mlp_bias=m is not None and m.b_in is not None,
+    )
+    return dataclasses.replace(model, config=config)
+
+
+def _get(tree: Any, path: str) -> Any:
+    for part in path.split("."):
+        tree = getattr(tree, part, None)
+    return tree
+
+
+def _replace(tree: Any, new: dict[str, Any]) -> Any:
+    new = {path: value for path, value in new.items() if value is not None}
+    return eqx.tree_at(lambda t: [_get(t, path) for path in new], tree, list(new.values()), is_leaf=lambda x: x is None)
