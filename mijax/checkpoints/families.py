@@ -1,5 +1,6 @@
 """What Hugging Face checkpoints call things: one table per family, from their names to ours."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,9 +21,13 @@ class Weight(NamedTuple):
 
 
 class Family(NamedTuple):
-    """One architecture of `config.json`: how to read its config, and where its weights are."""
+    """One architecture of `config.json`: how to read and write its config, and where its weights are.
+
+    What `write` gives for a config need not be read back as the same one: then the family does not express it.
+    """
 
     config: Callable[[Mapping[str, Any]], Config]
+    write: Callable[[Config], dict[str, Any]] | None  # None where another family writes the same
     prefix: str  # left out by checkpoints of the bare model
     weights: Callable[[Config], list[Weight]]
     ignored: tuple[str, ...]  # endings of names of buffers that hold no parameters
@@ -160,12 +165,75 @@ def _require(config: Mapping[str, Any], family: str, **needed: Any) -> None:
         raise ValueError(f"unsupported {family} config: {', '.join(off)}")
 
 
-_LLAMA = Family(_llama_config, "model.", _llama_weights, ("rotary_emb.inv_freq",))
+def _gpt2_write(c: Config) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_layer": c.n_layers,
+        "n_embd": c.d_model,
+        "n_head": c.n_heads,
+        "vocab_size": c.d_vocab,
+        "n_positions": c.n_ctx,
+        "n_inner": c.d_mlp,
+        "layer_norm_epsilon": c.norm_eps,
+        "activation_function": c.activation,
+        "tie_word_embeddings": c.tied_unembed,
+    }
+
+
+def _llama_write(c: Config) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rotary_base}
+    if c.rotary_scaling is not None:
+        scaling = c.rotary_scaling
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            rope |= {
+                "low_freq_factor": scaling.low_freq,
+                "high_freq_factor": scaling.high_freq,
+                "original_max_position_embeddings": scaling.original_n_ctx,
+            }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": c.n_layers,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_mlp,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "head_dim": c.d_head,
+        "vocab_size": c.d_vocab,
+        "max_position_embeddings": c.n_ctx,
+        "rope_parameters": rope,
+        "rms_norm_eps": c.norm_eps,
+        "hidden_act": c.activation,
+        "attention_bias": c.qkv_bias,
+        "mlp_bias": c.mlp_bias,
+        "tie_word_embeddings": c.tied_unembed,
+    }
+
+
+def _own_config(c: Mapping[str, Any]) -> Config:
+    fields = {field.name for field in dataclasses.fields(Config)}
+    scaling = c.get("rotary_scaling")
+    known = {key: value for key, value in c.items() if key in fields}
+    return Config(**known | {"rotary_scaling": None if scaling is None else RotaryScaling(**scaling)})
+
+
+def _own_weights(config: Config) -> list[Weight]:
+    import jax
+
+    from mijax.model.transformer import init
+
+    empty = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    paths = [jax.tree_util.keystr(place).lstrip(".") for place, _ in jax.tree_util.tree_leaves_with_path(empty)]
+    return [Weight((path,), path, "... -> ...") for path in paths]
+
+
+_llama = lambda write: Family(_llama_config, write, "model.", _llama_weights, ("rotary_emb.inv_freq",))
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family(_gpt2_config, "transformer.", _gpt2_weights, (".attn.bias", ".attn.masked_bias")),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
+    "gpt2": Family(_gpt2_config, _gpt2_write, "transformer.", _gpt2_weights, (".attn.bias", ".attn.masked_bias")),
+    "llama": _llama(_llama_write),
+    "mistral": _llama(None),
+    "mijax": Family(_own_config, dataclasses.asdict, "", _own_weights, ()),  # any Config, arrays as they are
 }
 
 

@@ -134,7 +134,9 @@ class GGUF:
             backend.post_processor = processors.TemplateProcessing(
                 f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
             )
-        return Tokenizer(backend)
+        named = {f"{n}_token": get(f"{n}_token_id") for n in ("bos", "eos")}
+        template = self.fields.get("tokenizer.chat_template")
+        return Tokenizer(backend, template, {name: tokens[i] for name, i in named.items() if i is not None})
 
     def write_config(self, path: Path) -> None:
         """Write `config.json`."""

@@ -58,8 +58,7 @@ def load(
         return model, gguf.tokenizer() if tokenizer else None
     with _safetensors(path) as (names, read):
         model = _build(_read_json(path / "config.json"), names, read, dtype, name, str(path))
-    file = path / "tokenizer.json"
-    return model, Tokenizer.from_file(file) if tokenizer and file.exists() else None
+    return model, Tokenizer.from_folder(path) if tokenizer else None
 
 
 def _build(config: dict, names: list[str], read: Callable, dtype: Any, name: str, source: str) -> Transformer:
@@ -123,7 +122,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         RepositoryNotFoundError,
     )
 
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*.json", "*.jinja"]
     try:
         return Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")

@@ -42,7 +42,9 @@ def fold_norms(model: Transformer) -> Transformer:
             folded["mlp.b_out"] = jnp.zeros_like(m.W_out[:, 0])
     W_U, b_U = _fold(model.ln_final, jnp.swapaxes(model.unembedding, 0, 1), model.b_U, "d,dv->v")
     blocks = _replace(model.blocks, {**folded, "ln1": _plain(ln1), **({"ln2": _plain(ln2)} if ln2 is not None else {})})
-    model = _replace(model, {"W_U": jnp.swapaxes(W_U, 0, 1), "b_U": b_U, "blocks": blocks, "ln_final": _plain(model.ln_final)})
+    model = _replace(
+        model, {"W_U": jnp.swapaxes(W_U, 0, 1), "b_U": b_U, "blocks": blocks, "ln_final": _plain(model.ln_final)}
+    )
     return _described(model)
 
 
@@ -53,11 +55,15 @@ def centre_writes(model: Transformer) -> Transformer:
     unembedding is untied.
     """
     if model.config.norm != "layer":
-        raise ValueError(f"centre_writes needs LayerNorm, which ignores the stream's mean; this model has norm={model.config.norm!r}")
+        raise ValueError(
+            f"centre_writes needs LayerNorm, which ignores the stream's mean; this model has norm={model.config.norm!r}"
+        )
     model = _untied(model)
     writes = ["W_E", "W_pos", "blocks.attn.W_O", "blocks.attn.b_O", "blocks.mlp.W_out", "blocks.mlp.b_out"]
     given = {path: _get(model, path) for path in writes}
-    return _replace(model, {path: x - jnp.mean(x, axis=-1, keepdims=True) for path, x in given.items() if x is not None})
+    return _replace(
+        model, {path: x - jnp.mean(x, axis=-1, keepdims=True) for path, x in given.items() if x is not None}
+    )
 
 
 def centre_unembedding(model: Transformer) -> Transformer:
@@ -111,13 +117,18 @@ def rotate_ov(model: Transformer, rotation: Float[Array, "layer kv_head d_head d
     a, group = model.blocks.attn, model.config.n_heads // model.config.n_kv_heads
     W_O = einsum("lhed,lhef->lhfd", a.W_O, jnp.repeat(rotation, group, axis=1)).astype(a.W_O.dtype)
     turned = {"W_V": a.W_V, "b_V": a.b_V}
-    return _replace(model, {f"blocks.attn.{n}": _turn(x, rotation) for n, x in turned.items() if x is not None} | {"blocks.attn.W_O": W_O})
+    return _replace(
+        model,
+        {f"blocks.attn.{n}": _turn(x, rotation) for n, x in turned.items() if x is not None} | {"blocks.attn.W_O": W_O},
+    )
 
 
 def rotate_stream(model: Transformer, rotation: Float[Array, "d_model d_model"]) -> Transformer:
     """Turn the residual stream of a norm-free model, by an orthogonal matrix: what writes to it and what reads it."""
     if model.config.norm != "none":
-        raise ValueError(f"rotate_stream needs a model without norms, which have a basis of their own; this one has norm={model.config.norm!r}")
+        raise ValueError(
+            f"rotate_stream needs a model without norms, which have a basis of their own; this one has norm={model.config.norm!r}"
+        )
     writes = ["W_E", "W_pos", "W_U", "blocks.attn.W_O", "blocks.attn.b_O", "blocks.mlp.W_out", "blocks.mlp.b_out"]
     reads = ["blocks.attn.W_Q", "blocks.attn.W_K", "blocks.attn.W_V", "blocks.mlp.W_in", "blocks.mlp.W_gate"]
     turned = {path: _dot("...d,de->...e", _get(model, path), rotation) for path in writes}
@@ -136,7 +147,9 @@ def _fold(norm: Norm, W: Array, b: Array | None, read: str) -> tuple[Array, Arra
 
 
 def _plain(norm: Norm) -> Norm:
-    return Norm(*(None if p is None else like(p) for p, like in ((norm.weight, jnp.ones_like), (norm.bias, jnp.zeros_like))))
+    return Norm(
+        *(None if p is None else like(p) for p, like in ((norm.weight, jnp.ones_like), (norm.bias, jnp.zeros_like)))
+    )
 
 
 def _turn(x: Array, rotation: Array) -> Array:

@@ -87,4 +87,29 @@ def test_smollm2_tokenizer(theirs, smollm2):
     for text in ("".join(c for c in t if not c.isdigit()) for t in texts):
         assert smollm2[1](text).ids[0].tolist() == theirs[1](text)["input_ids"]
         assert smollm2[1].decode(smollm2[1](text).ids[0]) == text
+    conversation = [
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "A model."},
+        {"role": "user", "content": "Why?"},
+    ]
+    for prompt in (True, False):
+        rendered = theirs[1].apply_chat_template(conversation, tokenize=False, add_generation_prompt=prompt)
+        assert smollm2[1].render(conversation, prompt=prompt) == rendered
+        own = smollm2[1].chat([conversation], prompt=prompt)
+        assert own.ids[0].tolist() == theirs[1](rendered)["input_ids"]
     assert smollm2[1]("in 1822").strings[0] == ["in", " ", "1", "8", "2", "2"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_reads_what_we_save(name, dtype, tmp_path):
+    """The same parameters, so the same logits: float32 as above; bfloat16 is read back in float32 by both sides."""
+    import transformers
+
+    ours, _ = mj.load(STORED / name, dtype=dtype)
+    mj.save(ours, tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="float32").eval()
+    ids, mask = inputs("left")
+    real = mask.astype(bool)
+    logits = mj.run(mj.load(tmp_path / "saved")[0], mj.Tokens(ids, mask)).logits
+    assert error(np.asarray(logits)[real], outputs(theirs, ids, mask)["logits"][real]) < 1e-4

@@ -1,0 +1,118 @@
+"""`mijax.save`: a model to a folder that `mijax.load`, and where it can be transformers, read back."""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import einops
+import jax
+import numpy as np
+
+from mijax.checkpoints.build import axis_sizes, get, tensor_names
+from mijax.checkpoints.families import FAMILIES, Family
+from mijax.checkpoints.tokenizer import Tokenizer
+from mijax.model.config import Config
+from mijax.model.transformer import Transformer
+
+
+def save(
+    model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None, *, shard_bytes: int = 2 * 10**9
+) -> str:
+    """Write config.json, safetensors (in several files past `shard_bytes`) and the tokenizer into a new folder.
+
+    Gives the `model_type` that was written: the Hugging Face architecture that expresses the model exactly
+    (`"gpt2"`, `"llama"`), which transformers reads too; else `"mijax"`, of which a warning tells, since only
+    `mijax.load` reads that. The folder appears whole or not at all.
+
+    Raises `FileExistsError` where `path` exists, `ValueError` for parameters that are not finite or not in
+    memory, and what the file system raises where it cannot be written.
+
+    >>> import tempfile, jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> folder = tempfile.mkdtemp() + "/mine"
+    >>> mj.save(model, folder)
+    'gpt2'
+    >>> bool((mj.load(folder)[0].W_E == model.W_E).all())
+    True
+    """
+    path = Path(path).expanduser()
+    if path.exists():
+        raise FileExistsError(f"{path} exists; give the path of a new folder")
+    _check_finite(model)
+    kind, family, config = _expressed(model.config)
+    if kind == "mijax":
+        warnings.warn(
+            f"no Hugging Face architecture expresses this model: {path} is in mijax's own format", stacklevel=2
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        folder = Path(scratch) / path.name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": str(model.W_E.dtype)}, indent=2))
+        _write_shards(model, family, folder, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        folder.rename(path)
+    return kind
+
+
+def _expressed(config: Config) -> tuple[str, Family, dict[str, Any]]:
+    """The family whose config file, read back, gives this very config: `mijax` always does, and comes last."""
+    for kind, family in FAMILIES.items():
+        written = {"model_type": kind, **family.write(config)} if family.write else None
+        try:
+            if written is not None and family.config(written) == config:
+                return kind, family, written
+        except (KeyError, ValueError):
+            continue  # what this family writes for it, it would not read
+    raise AssertionError("mijax's own format holds every config")
+
+
+def _tensors(model: Transformer, family: Family) -> Iterator[tuple[str, int, Any]]:
+    """Each tensor's name, its bytes, and a function that makes it."""
+    for weight in family.weights(model.config):
+        arrays = [get(model, ours) for ours in weight.ours]
+        if arrays[0] is None:
+            continue
+        ours, theirs = (side.strip() for side in reversed(weight.axes.split("->")))
+        names = tensor_names(weight, model.config)
+        for i, name in enumerate(names):
+
+            def make(i=i, arrays=arrays, ours=ours, theirs=theirs, weight=weight):
+                own = [np.asarray(a[i] if "{layer}" in weight.theirs else a) for a in arrays]
+                host = np.stack(own) if len(own) > 1 else own[0]
+                return np.ascontiguousarray(
+                    einops.rearrange(host, f"{ours} -> {theirs}", **axis_sizes(weight, model.config))
+                )
+
+            yield name, sum(a.nbytes for a in arrays) // len(names), make
+
+
+def _write_shards(model: Transformer, family: Family, folder: Path, shard_bytes: int) -> None:
+    from safetensors.numpy import save_file
+
+    shards, filled = [[]], 0
+    for name, size, make in _tensors(model, family):
+        if shards[-1] and filled + size > shard_bytes:
+            shards, filled = [*shards, []], 0
+        shards[-1].append((name, make))
+        filled += size
+    label = lambda i: "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+    for i, shard in enumerate(shards):
+        save_file({name: make() for name, make in shard}, folder / label(i), metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(size for _, size, _ in _tensors(model, family))
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: label(i) for i, s in enumerate(shards) for name, _ in s},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _check_finite(model: Transformer) -> None:
+    for place, leaf in jax.tree_util.tree_leaves_with_path(model):
+        if not np.isfinite(np.asarray(leaf, np.float64 if leaf.dtype.itemsize > 4 else np.float32)).all():
+            raise ValueError(f"the model's {jax.tree_util.keystr(place)} has values that are not finite")
