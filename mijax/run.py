@@ -12,6 +12,7 @@ from mijax._types import Array, ArrayLike, Bool, Float, Int, Logits, Stream
 from mijax.interventions.edits import Edit, Interventions, as_edits, by_layer, check_shapes
 from mijax.interventions.tap import Tap
 from mijax.interventions.where import Where, check_range, check_structure, out_of_range
+from mijax.model.attention import Memory
 from mijax.model.block import block
 from mijax.model.config import Config
 from mijax.model.numerics import accumulator
@@ -22,8 +23,8 @@ from mijax.model.tokens import Tokens, as_tokens, is_concrete
 from mijax.model.transformer import Transformer, embed, final_norm
 
 Capture: TypeAlias = Iterable[str] | Mapping[str, Where | None]
-_Edits: TypeAlias = dict[str, tuple[Any, ...]]
-_Captures: TypeAlias = dict[str, Where | None]
+Edits: TypeAlias = dict[str, tuple[Any, ...]]
+Captures: TypeAlias = dict[str, Where | None]
 
 
 class Out(NamedTuple):
@@ -67,13 +68,13 @@ def run(
     >>> out.logits.shape
     (1, 3, 11)
     """
-    tokens, edits, captures = as_tokens(tokens), as_edits(interventions), _as_captures(capture)
+    tokens, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
     check(model.config, tokens, edits, captures)
     final, acts = _run(model, tokens, edits, captures)
     return Out(Readout(final, tokens, model.unembedding, model.b_U), acts)
 
 
-def check(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) -> None:
+def check(config: Config, tokens: Tokens, edits: Edits, captures: Captures) -> None:
     """Raise for whatever is wrong and can be known before anything runs."""
     _check_tokens(config, tokens)
     for name in (*edits, *captures):
@@ -98,19 +99,34 @@ def check(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) ->
 
 
 @eqx.filter_jit
-def _run(model: Transformer, tokens: Tokens, edits: _Edits, captures: _Captures) -> tuple[Stream, dict[str, Array]]:
-    config, dtype = model.config, accumulator(model.W_E.dtype)
-    positions = frame(config, tokens, dtype)
-    outer = Tap(config, positions, edits, captures)
-    x = embed(model, tokens, positions, outer)
-    bad = _faulty(config, tokens, edits, captures)
-    x = jnp.where(bad, jnp.nan, x) + _zero_varying_like((model, edits, captures), dtype)
-    x, acts = _layers(model, x, positions, edits, captures)
+def _run(model: Transformer, tokens: Tokens, edits: Edits, captures: Captures) -> tuple[Stream, dict[str, Array]]:
+    positions = frame(model.config, tokens, accumulator(model.W_E.dtype))
+    bad = faulty(model.config, tokens, edits, captures)
+    return forward(model, jnp.asarray(tokens.ids), positions, edits, captures, bad)
+
+
+def forward(
+    model: Transformer,
+    ids: Int[Array, "batch pos"],
+    positions: Frame,
+    edits: Edits,
+    captures: Captures,
+    bad: Bool[Array, ""],
+    memory: Memory | None = None,
+) -> tuple[Stream, dict[str, Array]]:
+    """The final stream and the activations of the tokens `ids`, which stand at `positions`; NaN where `bad`.
+
+    Where these are some of a batch's tokens only, `memory` holds all layers' keys and values of the others.
+    """
+    outer = Tap(model.config, positions, edits, captures)
+    x = embed(model, ids, positions, outer)
+    x = jnp.where(bad, jnp.nan, x) + _zero_varying_like((model, edits, captures, memory), x.dtype)
+    x, acts = _layers(model, x, positions, edits, captures, memory)
     x = jnp.where(bad, jnp.nan, final_norm(model, x, outer))
     return x, outer.acts | acts
 
 
-def _layers(model: Transformer, x: Stream, positions: Frame, edits: _Edits, captures: _Captures):
+def _layers(model: Transformer, x: Stream, positions: Frame, edits: Edits, captures: Captures, memory: Memory | None):
     """Scan the one block over the layers; captured layers are stacked, or kept in the slots asked for."""
     config = model.config
     edits = {name: given for name, given in edits.items() if SITES[name].has_layer}
@@ -121,9 +137,9 @@ def _layers(model: Transformer, x: Stream, positions: Frame, edits: _Edits, capt
     slots = {name: _slot_of_each_layer(wanted, config.n_layers) for name, wanted in layers.items()}
 
     def layer(x, scanned):
-        params, index, own = scanned
+        params, index, own, held = scanned
         tap = Tap(config, positions, eqx.combine(own, shared), captures, index)
-        return block(config, params, x, positions, tap), tap.acts
+        return block(config, params, x, positions, tap, held), tap.acts
 
     def body(carry, scanned):
         x, kept = carry
@@ -132,7 +148,7 @@ def _layers(model: Transformer, x: Stream, positions: Frame, edits: _Edits, capt
             kept[name] = kept[name].at[slot[scanned[1]]].set(acts.pop(name), mode="drop")
         return (x, kept), acts
 
-    scanned = (model.blocks, jnp.arange(config.n_layers, dtype=jnp.int32), layered)
+    scanned = (model.blocks, jnp.arange(config.n_layers, dtype=jnp.int32), layered, memory)
     if not slots:  # the plain case carries the stream alone
         return jax.lax.scan(layer, x, scanned)
     first = jax.tree.map(lambda a: a[0] if eqx.is_array(a) else a, scanned)
@@ -148,7 +164,7 @@ def _slot_of_each_layer(wanted: Int[Array, " k"], n_layers: int) -> Int[Array, "
     return jnp.where(jnp.any(hits, axis=1), jnp.argmax(hits, axis=1).astype(jnp.int32), wanted.size)
 
 
-def _split(edits: _Edits, n_layers: int) -> tuple[Any, Any]:
+def _split(edits: Edits, n_layers: int) -> tuple[Any, Any]:
     """Separate the arrays that differ between layers, to be scanned over, from the rest."""
     layered, shared = {}, {}
     for name, given in edits.items():
@@ -165,7 +181,8 @@ def _squeezed(edit: Any, spec: Any, n_layers: int) -> Any:
     )
 
 
-def _as_captures(capture: Capture) -> _Captures:
+def as_captures(capture: Capture) -> Captures:
+    """What to keep by site: `None` for all of it."""
     if isinstance(capture, str):
         raise TypeError(f"capture must be a sequence of sites, given the string {capture!r}; write ({capture!r},)")
     if isinstance(capture, Mapping) and all(isinstance(w, Where) or w is None for w in capture.values()):
@@ -196,7 +213,7 @@ def field_lengths(config: Config, tokens: Tokens, site: str) -> dict[str, Any]:
     return {SELECTS[axis]: tokens.lengths if axis in ("pos", "query", "key") else size for axis, size in sizes}
 
 
-def _faulty(config: Config, tokens: Tokens, edits: _Edits, captures: _Captures) -> Bool[Array, ""]:
+def faulty(config: Config, tokens: Tokens, edits: Edits, captures: Captures) -> Bool[Array, ""]:
     """Whether an index is out of range, or a token outside the vocabulary, once values are known."""
     bad = jnp.any(tokens.mask & ((tokens.ids < 0) | (tokens.ids >= config.d_vocab)))
     for name in (*edits, *captures):

@@ -60,8 +60,9 @@ class Tap:
         site = SITES[name]
         for edit in self.edits.get(name, ()):
             if isinstance(edit, Edit):
-                new = (edit if heads is None else _of_heads(edit, heads, head_count(site, self.config)))(x)
-                mask = selection(edit.where, site.inner_axes, self._axes(site, x.shape, heads))
+                axes = self._axes(site, x.shape, heads)
+                new = _narrowed(edit, site.inner_axes, axes)(x)
+                mask = selection(edit.where, site.inner_axes, axes)
                 x = jnp.where(mask, new, x)
             else:
                 x = _checked(edit(x, name, self.layer, self.frame.positions), x, name)
@@ -87,23 +88,28 @@ def known_axes(
     """What `Where` is compared with at a site of (inner) `shape`: every axis's labels, and the layer."""
     axes = {}
     for axis, n in zip(site.inner_axes, shape):
-        if axis in ("pos", "query", "key"):
-            axes[axis] = Axis(frame.positions, frame.lengths)
+        if axis in ("pos", "query"):
+            axes[axis] = Axis(frame.positions, frame.lengths, frame.columns)
+        elif axis == "key":
+            axes[axis] = Axis(frame.keys, frame.lengths)
         elif axis in ("head", "kv_head") and heads is not None:
-            axes[axis] = Axis(heads, head_count(site, config))
+            axes[axis] = Axis(heads, head_count(site, config), heads)
         else:
             axes[axis] = Axis(jnp.arange(n, dtype=jnp.int32), n)
     if layer is not None:
-        axes["layer"] = Axis(layer[None], config.n_layers)
+        axes["layer"] = Axis(layer[None], config.n_layers, layer[None])
     return axes
 
 
-def _of_heads(edit: Edit, heads: Int[Array, " k"], n: int) -> Any:
-    """The edit with those operands that differ between heads narrowed to `heads`."""
+def _narrowed(edit: Edit, axes: Sequence[str], known: Mapping[str, Axis]) -> Any:
+    """The edit with its operands narrowed to the entries that are there, of axes that are not whole."""
     for name in edit.operands:
         value = jnp.asarray(getattr(edit, name))
-        if value.ndim >= 2 and value.shape[-2] == n > 1:
-            edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, value[..., heads, :])
+        for back, axis in enumerate(reversed(axes), start=1):
+            entries = known[axis].entries
+            if entries is not None and value.ndim >= back and value.shape[-back] > 1:
+                value = jnp.take(value, entries, axis=-back)
+        edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, value)
     return edit
 
 

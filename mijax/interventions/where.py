@@ -63,11 +63,13 @@ class Axis(NamedTuple):
     """What indices on one axis are compared with.
 
     `labels` are the indices that the axis's entries answer to, `[n]` or `[batch, n]`; `length` is how
-    many there are altogether (per example, where examples differ), for counting from the end.
+    many there are altogether (per example, where examples differ), for counting from the end. `entries` says
+    which of the whole axis's entries are there, where it is not all of them.
     """
 
     labels: Int[Array, "..."]
     length: Int[Array, "..."] | int
+    entries: Int[Array, " n"] | None = None
 
 
 def selection(where: Where, axes: Sequence[str], known: dict[str, Axis]) -> Bool[Array, "..."]:
@@ -86,7 +88,7 @@ def _membership(index: Array, axis: str, axes: Sequence[str], known: Axis) -> Bo
     labels = known.labels if known.labels.ndim == 2 else known.labels[None, :]  # [batch or 1, n]
     if index.dtype == bool:
         rows = index if index.ndim == 2 else index[None, :]
-        member = (rows[:, labels[0]] if known.labels.ndim == 1 else rows)[None]
+        member = (rows if known.entries is None else rows[:, known.entries])[None]
     else:
         length = jnp.reshape(jnp.asarray(known.length, jnp.int32), (1, -1, 1))
         wanted = (

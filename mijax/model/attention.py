@@ -27,6 +27,13 @@ class Attention(eqx.Module):
     b_O: Float[Array, "layer d_model"] | None
 
 
+class Memory(NamedTuple):
+    """Keys and values of one layer for all tokens of a batch, as they were when those were computed."""
+
+    k: KVHeads
+    v: KVHeads
+
+
 class Branch(NamedTuple):
     """The stream on its way into q, k and v: as it is, and after ln1."""
 
@@ -35,14 +42,21 @@ class Branch(NamedTuple):
     normed: Stream
 
 
-def attention(config: Config, params: Attention, ln1: Norm, x: Stream, frame: Frame, tap: Tap) -> Stream:
-    """What attention adds to the residual stream `x`."""
+def attention(
+    config: Config, params: Attention, ln1: Norm, x: Stream, frame: Frame, tap: Tap, memory: Memory | None = None
+) -> Stream:
+    """What attention adds to the residual stream `x`.
+
+    Where `x` holds only `frame.columns` of the tokens, the keys and values of the others come from `memory`.
+    """
     branch = Branch(ln1, x, normalise(config, ln1, x, "ln1", tap))
     q = _project(config, branch, params.W_Q, params.b_Q, "q", tap)
     k = _project(config, branch, params.W_K, params.b_K, "k", tap)
     v = _project(config, branch, params.W_V, params.b_V, "v", tap)
     if config.positions == "rotary":
         q, k = tap("rot_q", rotate(config, q, frame)), tap("rot_k", rotate(config, k, frame))
+    if memory is not None:
+        k, v = (held.at[:, frame.columns].set(own) for held, own in zip(memory, (k, v)))
     z = tap("z", _mix(config, q, k, v, frame, tap, params.W_Q.dtype))
     out = einsum("bphe,hed->bpd", z, params.W_O)
     if params.b_O is not None:
@@ -58,7 +72,7 @@ def _mix(config: Config, q: Heads, k: KVHeads, v: KVHeads, frame: Frame, tap: Ta
     scores = tap("attn_scores", scores.reshape(batch, config.n_heads, n_query, k.shape[1]))
     pattern = tap("pattern", _masked_softmax(scores, frame))
     # An edit may attend to any token, the future included, but padding is none.
-    pattern = jnp.where((frame.positions >= 0)[:, None, None, :], pattern, 0.0)
+    pattern = jnp.where((frame.keys >= 0)[:, None, None, :], pattern, 0.0)
     by_group = pattern.reshape(batch, *grouped[2:4], n_query, k.shape[1])
     return einsum("bhgqk,bkhe->bqhge", by_group, v, dtype).reshape(q.shape)
 

@@ -3,7 +3,7 @@
 import equinox as eqx
 
 from mijax._types import Stream
-from mijax.model.attention import Attention, attention
+from mijax.model.attention import Attention, Memory, attention
 from mijax.model.config import Config
 from mijax.model.mlp import MLP, mlp
 from mijax.model.norm import Norm
@@ -20,10 +20,10 @@ class Block(eqx.Module):
     mlp: MLP | None
 
 
-def block(config: Config, params: Block, x: Stream, frame: Frame, tap: Tap) -> Stream:
+def block(config: Config, params: Block, x: Stream, frame: Frame, tap: Tap, memory: Memory | None = None) -> Stream:
     """Run one layer (`params` without the layer axis) on the residual stream."""
     x = tap("resid_pre", x)
-    after = x + attention(config, params.attn, params.ln1, x, frame, tap)
+    after = x + attention(config, params.attn, params.ln1, x, frame, tap, memory)
     if params.mlp is not None and params.ln2 is not None:
         after = after if config.parallel else tap("resid_mid", after)
         after = after + mlp(config, params.mlp, params.ln2, x if config.parallel else after, tap)

@@ -11,31 +11,35 @@ from mijax.model.tokens import Tokens
 
 
 class Frame(NamedTuple):
-    """The positions of a run.
+    """The positions of a run, or of those of its tokens that are computed now.
 
-    `positions` counts real tokens (`PADDING` elsewhere), `allowed` says which keys a query may see,
-    `rotary` holds cosine and sine of each position's angles, where the model rotates.
+    `positions` counts real tokens (`PADDING` elsewhere), `keys` does so for the tokens that may be attended to,
+    `allowed` says which keys a query may see, `rotary` holds cosine and sine of each position's angles, where
+    the model rotates. `columns` are the computed tokens' places in the batch, where they are not all.
     """
 
     positions: Int[Array, "batch pos"]
+    keys: Int[Array, "batch key"]
     lengths: Int[Array, " batch"]
-    allowed: Bool[Array, "batch query key"]
+    allowed: Bool[Array, "batch pos key"]
     rotary: tuple[Float[Array, "batch pos angle"], Float[Array, "batch pos angle"]] | None
+    columns: Int[Array, " pos"] | None = None
 
 
-def frame(config: Config, tokens: Tokens, dtype) -> Frame:
-    """Compute once per run what every layer's attention needs to know of positions."""
-    positions, mask = tokens.positions, jnp.asarray(tokens.mask)
-    allowed = jnp.broadcast_to(mask[:, None, :], (*tokens.ids.shape, tokens.ids.shape[1]))
+def frame(config: Config, tokens: Tokens, dtype, columns: Int[Array, " pos"] | None = None) -> Frame:
+    """Compute once per run (or for some `columns` of it) what every layer's attention needs to know of positions."""
+    keys = tokens.positions
+    positions = keys if columns is None else keys[:, columns]
+    allowed = jnp.broadcast_to(keys[:, None, :] >= 0, (*positions.shape, keys.shape[1]))
     if config.causal:
-        allowed = allowed & (positions[:, :, None] >= positions[:, None, :])
+        allowed = allowed & (positions[:, :, None] >= keys[:, None, :])
     rotary = None
     if config.positions == "rotary":
         angles = (
             jnp.maximum(positions, 0).astype(dtype)[:, :, None] * jnp.asarray(frequencies(config), dtype)[None, None]
         )
         rotary = jnp.cos(angles), jnp.sin(angles)
-    return Frame(positions, jnp.asarray(tokens.lengths), allowed, rotary)
+    return Frame(positions, keys, jnp.asarray(tokens.lengths), allowed, rotary, columns)
 
 
 def frequencies(config: Config) -> np.ndarray:

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Float, Stream
+from mijax._types import Array, Float, Ids, Stream
 from mijax.model.attention import Attention
 from mijax.model.block import Block
 from mijax.model.config import Config
@@ -13,7 +13,6 @@ from mijax.model.norm import Norm, normalise
 from mijax.model.numerics import accumulator
 from mijax.model.position import Frame
 from mijax.model.sites import Tap
-from mijax.model.tokens import Tokens
 
 
 class Transformer(eqx.Module):
@@ -87,10 +86,10 @@ def init(config: Config, key: Array, dtype=jnp.float32) -> Transformer:
     )
 
 
-def embed(model: Transformer, tokens: Tokens, frame: Frame, tap: Tap) -> Stream:
+def embed(model: Transformer, ids: Ids, frame: Frame, tap: Tap) -> Stream:
     """The residual stream before the first layer."""
     dtype = accumulator(model.W_E.dtype)
-    x = tap("embed", model.W_E[tokens.ids].astype(dtype))
+    x = tap("embed", model.W_E[ids].astype(dtype))
     if model.W_pos is not None:
         x = x + tap("pos_embed", model.W_pos[jnp.maximum(frame.positions, 0)].astype(dtype))
     return x
