@@ -4,6 +4,7 @@ from mijax import metrics
 from mijax.checkpoints.load import load
 from mijax.checkpoints.save import save
 from mijax.checkpoints.tokenizer import Tokenizer
+from mijax.generate import Generated, generate, new_tokens
 from mijax.interventions.edits import Add, Edit, Interchange, Mix, Project, Replace, Scale
 from mijax.interventions.where import Where
 from mijax.model import processing
@@ -19,7 +20,7 @@ from mijax.sweeps.statistics import bootstrap, normalise
 from mijax.sweeps.sweep import sweep
 
 __all__ = [
-    "SITES", "Add", "Config", "Edit", "Grid", "Interchange", "Mix", "Out", "Project", "Readout", "Replace",
-    "RotaryScaling", "Scale", "Tokenizer", "Tokens", "Transformer", "Where", "bootstrap", "grid", "init", "load",
-    "metrics", "normalise", "patch", "processing", "run", "save", "sites", "sweep",
+    "SITES", "Add", "Config", "Edit", "Generated", "Grid", "Interchange", "Mix", "Out", "Project", "Readout", "Replace",
+    "RotaryScaling", "Scale", "Tokenizer", "Tokens", "Transformer", "Where", "bootstrap", "generate", "grid", "init", "load",
+    "metrics", "new_tokens", "normalise", "patch", "processing", "run", "save", "sites", "sweep",
 ]  # fmt: skip

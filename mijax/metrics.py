@@ -130,8 +130,10 @@ def cross_entropy(tokens: Tokens | ArrayLike) -> Metric:
     (1,)
     """
     tokens = as_tokens(tokens)
-    if is_concrete(tokens.mask) and (np.asarray(tokens.lengths) < 2).any():
-        raise ValueError(f"example {int(np.argmin(tokens.lengths))} has fewer than two tokens, so none to predict")
+    if is_concrete(tokens.mask):
+        lengths = np.asarray(tokens.mask).sum(axis=1)
+        if (lengths < 2).any():
+            raise ValueError(f"example {int(np.argmin(lengths))} has fewer than two tokens, so none to predict")
     return Metric("cross_entropy", _cross_entropy, {"tokens": tokens})
 
 
@@ -174,12 +176,11 @@ def _prob(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]
 
 def _rank(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
     logits = _at(readout, pos)
-    inside = (answer >= 0) & (answer < logits.shape[1])
-    answer = jnp.broadcast_to(jnp.where(inside, answer, 0), logits.shape[:1])
-    own = jnp.take_along_axis(logits, answer[:, None], axis=1)
+    failed = jnp.isnan(_logit(readout, answer, pos)) | jnp.any(jnp.isnan(logits), axis=-1)
+    own = jnp.take_along_axis(logits, jnp.broadcast_to(answer, logits.shape[:1])[:, None], axis=1, mode="clip")
     larger = jnp.sum(logits > own, axis=-1).astype(logits.dtype)
     # A comparison with NaN is False, which would make a failed run the best of all.
-    return jnp.where(jnp.any(jnp.isnan(logits), axis=-1) | ~inside, jnp.nan, larger)
+    return jnp.where(failed, jnp.nan, larger)
 
 
 def _accuracy(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
@@ -193,7 +194,7 @@ def _kl(readout: Readout, reference: Logits, pos: Array | None) -> Float[Array, 
         raise ValueError(f"kl's reference has shape {reference.shape}, the run's logits {logits.shape}")
     log_q, log_p = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference.astype(logits.dtype))
     p = jnp.exp(log_p)
-    divergence = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0.0), axis=-1)
+    divergence = jnp.sum(jnp.where(p == 0, 0.0, p * (log_p - log_q)), axis=-1)  # NaN stays NaN
     return _mean(divergence, jnp.asarray(readout.tokens.mask)) if pos is None else divergence
 
 
@@ -202,8 +203,15 @@ def _cross_entropy(readout: Readout, tokens: Tokens) -> Float[Array, " batch"]:
     if tokens.ids.shape != logits.shape[:2]:
         raise ValueError(f"cross_entropy was given tokens of shape {tokens.ids.shape}, the run has {logits.shape[:2]}")
     ids, mask = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
+    outside = mask & ((ids < 0) | (ids >= logits.shape[-1]))
+    if is_concrete(outside) and np.any(outside):
+        raise IndexError(
+            f"token {np.asarray(ids)[np.asarray(outside)][0]} is outside the vocabulary of {logits.shape[-1]}"
+        )
+    ids = jnp.where(outside | ~mask, 0, ids)
     own = jnp.take_along_axis(logits[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
     loss = jax.nn.logsumexp(logits[:, :-1], axis=-1) - own
+    loss = jnp.where(outside[:, 1:], jnp.nan, loss)
     return _mean(loss, mask[:, 1:] & mask[:, :-1])
 
 

@@ -54,7 +54,7 @@ def run(
     `interventions` maps sites to an edit, or to several that act in order. What is captured at a site
     is what stands there after its edits. `capture` names sites, or maps them to a `Where` that says
     which entries to keep, axis by axis (`{"z": Where(layer=[3, 9], pos=-1)}` keeps the last position
-    of two layers); no axis is ever dropped, so that a captured value fits where it came from.
+    of two layers); no axis is ever dropped, so that what was kept of one place broadcasts to it again.
 
     Raises `ValueError` for a site that does not exist, an axis that a site lacks, shapes that do not
     fit, an index out of range, a token outside the vocabulary, a prompt longer than the context.
@@ -94,6 +94,10 @@ def check(config: Config, tokens: Tokens, edits: Edits, captures: Captures) -> N
         if kept is not None:
             if any(index.dtype == bool for index in kept.given.values()):
                 raise ValueError(f"capture at site {name!r} must be narrowed by indices: a mask has no fixed size")
+            if np.ndim(kept.layer) == 2:
+                raise ValueError(
+                    f"capture at site {name!r} keeps the same layers of every example: give them as one list"
+                )
             check_structure(kept, name, site.axes, sizes, zipped=False)
             check_range(kept, name, fields)
 
@@ -123,7 +127,7 @@ def forward(
     x = jnp.where(bad, jnp.nan, x) + _zero_varying_like((model, edits, captures, memory), x.dtype)
     x, acts = _layers(model, x, positions, edits, captures, memory)
     x = jnp.where(bad, jnp.nan, final_norm(model, x, outer))
-    return x, outer.acts | acts
+    return x, {name: jnp.where(bad, jnp.nan, act) for name, act in outer.acts.items()} | acts
 
 
 def _layers(model: Transformer, x: Stream, positions: Frame, edits: Edits, captures: Captures, memory: Memory | None):
@@ -185,9 +189,14 @@ def as_captures(capture: Capture) -> Captures:
     """What to keep by site: `None` for all of it."""
     if isinstance(capture, str):
         raise TypeError(f"capture must be a sequence of sites, given the string {capture!r}; write ({capture!r},)")
-    if isinstance(capture, Mapping) and all(isinstance(w, Where) or w is None for w in capture.values()):
-        return dict(capture)
-    return dict.fromkeys(capture)
+    if not isinstance(capture, Mapping):
+        return dict.fromkeys(capture)
+    for site, where in capture.items():
+        if not (where is None or isinstance(where, Where)):
+            raise TypeError(
+                f"capture must map sites to a mijax.Where or None, given {type(where).__name__} at site {site!r}"
+            )
+    return dict(capture)
 
 
 def _check_tokens(config: Config, tokens: Tokens) -> None:
@@ -214,8 +223,9 @@ def field_lengths(config: Config, tokens: Tokens, site: str) -> dict[str, Any]:
 
 
 def faulty(config: Config, tokens: Tokens, edits: Edits, captures: Captures) -> Bool[Array, ""]:
-    """Whether an index is out of range, or a token outside the vocabulary, once values are known."""
+    """Whether an index is out of range, a token outside the vocabulary, or a prompt empty, once values are known."""
     bad = jnp.any(tokens.mask & ((tokens.ids < 0) | (tokens.ids >= config.d_vocab)))
+    bad = bad | ~jnp.all(jnp.any(jnp.asarray(tokens.mask), axis=1))
     for name in (*edits, *captures):
         fields = field_lengths(config, tokens, name)
         wheres = [edit.where for edit in edits.get(name, ()) if isinstance(edit, Edit)]

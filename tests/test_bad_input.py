@@ -36,9 +36,36 @@ FAULTS = {
     "position of a short prompt": (lambda: replace("z", pos=5), ValueError, "pos=5 is out of range at site 'z': the pos axis of example 1 has 4 entries"),
     "position per example": (lambda: replace("z", pos=[[5], [3], [-6]]), ValueError, "pos=-6 .* of example 2 has 5 entries"),
     "huge index": (lambda: replace("z", layer=2**40), ValueError, "out of range"),
+    "capture of something else": (
+        lambda: mj.run(MODEL, TOKENS, capture={"z": mj.Where(layer=0), "q": True}),
+        TypeError,
+        "must map sites to a mijax.Where or None, given bool at site 'q'",
+    ),
+    "layers of each example": (
+        lambda: mj.run(MODEL, TOKENS, capture={"z": mj.Where(layer=[[0], [1], [2]])}),
+        ValueError,
+        "keeps the same layers of every example",
+    ),
+    "no mapping": (lambda: mj.run(MODEL, TOKENS, mj.Scale(0.0)), TypeError, "must map sites to edits, given Scale"),
+    "unhashable callable": (
+        lambda: edit("z", type("Steer", (), {"__hash__": None, "__call__": lambda self, x, *_: x})()),
+        TypeError,
+        "must be hashable, or better an Equinox module",
+    ),
+    "ragged prompts": (lambda: mj.run(MODEL, [[1, 2], [3]]), ValueError, "token ids must be .* a rectangular list"),
+    "no prompts": (lambda: mj.run(MODEL, []), ValueError, "non-empty"),
+    "mask of twos": (lambda: mj.Tokens(IDS, np.full((3, 6), 2)), ValueError, "a mask must be boolean, or 0 and 1"),
+    "readout of another batch": (
+        lambda: mj.run(MODEL, TOKENS).readout.logits(pos=[[0], [1]]),
+        ValueError,
+        "pos has indices for 2 examples, the batch has 3",
+    ),
+    "rank of no token": (lambda: mj.metrics.rank(99)(mj.run(MODEL, TOKENS).readout), IndexError, "token 99 is outside"),
+    "grid over examples": (lambda: mj.grid(batch=[0]), ValueError, "a grid has no axis 'batch'"),
+    "grid over a number": (lambda: mj.grid(layer=5), TypeError, "'layer' must be a list or a dictionary .*given 5"),
     "capture out of range": (lambda: mj.run(MODEL, TOKENS, capture={"z": mj.Where(layer=7)}), ValueError, "layer=7 is out of range"),
     "fractional index": (lambda: mj.Where(layer=1.5), TypeError, r"given 1.5.* must be integers, given dtype float64"),
-    "ragged index": (lambda: mj.Where(pos=[[1], [1, 2]]), ValueError, r"rectangular list, given \[\[1\], \[1, 2\]\]"),
+    "ragged index": (lambda: mj.Where(pos=[[1], [1, 2]]), ValueError, r"given \[\[1\], \[1, 2\]\].* rectangular list"),
     "index of rank 3": (lambda: replace("z", pos=np.zeros((1, 1, 1), int)), ValueError, r"'pos' must be one index, .* given shape \(1, 1, 1\)"),
     "empty index": (lambda: replace("z", pos=np.zeros(0, int)), ValueError, r"'pos' must be one index, .* given shape \(0,\)"),
     "index for another batch": (lambda: replace("z", pos=[[1], [1]]), ValueError, "'pos' has indices for 2 examples, the batch has 3"),
@@ -120,3 +147,13 @@ def test_a_dependent_basis_inside_a_trace_is_nan():
     project = jax.jit(lambda basis: mj.run(MODEL, IDS, {"z": mj.Project(basis, mj.Where(layer=1))}).logits)
     assert np.isfinite(project(jnp.eye(2, 6))).all()
     assert np.isnan(project(jnp.ones((2, 6)))).all()
+
+
+def test_wide_integers_stay_out_of_range(x64):
+    """2^32 + 5 is no 5, wherever the array is."""
+    wide = jnp.asarray([[1, 2**32 + 5]])
+    assert wide.dtype == jnp.int64
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        mj.run(MODEL, wide)
+    assert np.isnan(jax.jit(lambda ids: mj.run(MODEL, ids).readout.final)(wide)).all()
+    assert int(mj.Where(layer=jnp.uint32(2**32 - 1)).layer) == 2**31 - 1

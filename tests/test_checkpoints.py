@@ -184,6 +184,8 @@ BROKEN = {
     "config cut off": (lambda f: (f / "config.json").write_text('{"model_type":'), ValueError, "not valid JSON"),
     "unknown architecture": (lambda f: (f / "config.json").write_text('{"model_type": "mamba"}'), ValueError, "unsupported model_type 'mamba'; supported are gpt2, llama, mistral, mijax"),
     "incomplete config": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), ValueError, "config.json lacks the entry 'num_hidden_layers'"),
+    "config of a list": (lambda f: (f / "config.json").write_text("[1]"), ValueError, "must hold an object, given list"),
+    "config of strings": (lambda f: set_config(f, num_attention_heads="4"), ValueError, "does not describe a model"),
     "unknown activation": (lambda f: set_config(f, hidden_act="xielu"), ValueError, "unsupported activation 'xielu'"),
     "unknown rotary scaling": (lambda f: set_config(f, rope_parameters={"rope_type": "yarn"}), ValueError, "unsupported rotary scaling 'yarn'"),
     "a window": (lambda f: set_config(f, model_type="mistral", sliding_window=4), ValueError, "sliding_window=4 is not supported yet"),
@@ -217,6 +219,8 @@ def test_paths_and_names_that_lead_nowhere(tmp_path):
             mj.load(path)
     with pytest.raises(ValueError, match="neither a path, nor a known name"):
         mj.load("a/b/c")
+    with pytest.raises(ValueError, match="given an empty string"):
+        mj.load("")
     with pytest.raises(TypeError, match="dtype must be floating point, given int32"):
         mj.load(STORED / "gpt2", dtype="int32")
 
@@ -355,3 +359,11 @@ def test_chat_templates_are_rendered_saved_and_refused(tmp_path, as_a_user):
         tokenizer.render([{"role": "bad", "content": ""}])
     tokenizer.save(tmp_path)
     assert mj.Tokenizer.from_folder(tmp_path).render(conversation) == tokenizer.render(conversation)
+
+
+def test_the_short_name_means_the_same_bytes_wherever_one_stands(no_index, tmp_path, monkeypatch):
+    shutil.copytree(STORED / "gpt2", tmp_path / "smollm2-135m-instruct")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConnectionError, match="pip could not download"):
+        mj.load("smollm2-135m-instruct")
+    assert mj.load("./smollm2-135m-instruct")[0].config.n_layers == 3

@@ -216,6 +216,7 @@ def test_project_needs_no_orthonormal_basis_and_layers_may_have_their_own():
     ({"layer": [2, 0], "pos": -1}, (2, 3, 1, 4, 6)),
     ({"pos": [[0, -1], [1, 2], [-2, 0]], "head": [3, 1, 1]}, (3, 3, 2, 3, 6)),
     ({"batch": [2, 0], "unit": -1}, (3, 2, 6, 4, 1)),
+    ({"batch": [2, 0], "pos": [[0, -1], [1, 2], [-2, 0]]}, (3, 2, 2, 4, 6)),
 ])  # fmt: skip
 def test_narrowed_captures_are_the_entries_of_the_whole(where, kept):
     model, tokens = random_model(ARCHITECTURES["llama_gqa"]), batch("left")
@@ -223,10 +224,9 @@ def test_narrowed_captures_are_the_entries_of_the_whole(where, kept):
     part = mj.run(model, tokens, capture={"z": mj.Where(**where)}).acts["z"]
     assert part.shape == kept
     expected = whole
-    for axis, name in enumerate(("layer", "batch", "pos", "head", "unit")):
-        if name not in where:
-            continue
-        index = np.asarray(where[name])
+    axes = ("layer", "batch", "pos", "head", "unit")
+    for name in (n for n in ("layer", "pos", "head", "unit", "batch") if n in where):
+        axis, index = axes.index(name), np.asarray(where[name])
         if name == "pos":
             index = np.broadcast_to(
                 index.reshape(-1, index.shape[-1] if index.ndim else 1), (3, index.shape[-1] if index.ndim else 1)
@@ -250,3 +250,36 @@ def test_narrowed_captures_take_the_memory_that_they_keep():
     size = lambda capture: run(capture).output_size_in_bytes + run(capture).temp_size_in_bytes
     one = 4 * 64 * 16 * 4  # bytes of one layer
     assert size(("z",)) - size({"z": mj.Where(layer=[3])}) > 30 * one
+
+
+def test_a_basis_in_training_stays_a_projection():
+    """Its gradient is that of the subspace: moving a row along another changes nothing."""
+    import jax
+
+    model, tokens = random_model(ARCHITECTURES["gpt2"]), batch("none")
+    source = mj.run(model, batch("none", (np.asarray(tokens.ids) + 5) % 19), capture=("resid_mid",)).acts["resid_mid"]
+    built = mj.Interchange(source, np.random.default_rng(0).normal(size=(2, 12)), mj.Where(layer=1))
+    loss = lambda edit: jnp.sum(mj.run(model, tokens, {"resid_mid": edit}).readout.logits(pos=-1)[:, 3])
+    gradient = jax.grad(lambda b: loss(eqx.tree_at(lambda e: e.basis, built, b)))(jnp.asarray(built.basis))
+    assert np.abs(np.asarray(gradient) @ np.asarray(built.basis).T).max() < 1e-10 * np.abs(np.asarray(gradient)).max()
+    assert np.abs(np.asarray(gradient)).max() > 1e-6
+    moved = jnp.asarray(built.basis) - 0.3 * gradient
+    updated = loss(eqx.tree_at(lambda e: e.basis, built, moved))
+    assert error(updated, loss(mj.Interchange(source, moved, mj.Where(layer=1)))) < 1e-10
+
+
+def test_scores_of_minus_infinity_cut_keys_and_a_query_without_any_gathers_nothing():
+    model, tokens = random_model(ARCHITECTURES["llama_gqa"]), batch("left")
+    cut = lambda **where: mj.run(
+        model, tokens, {"attn_scores": mj.Replace(-np.inf, mj.Where(**where))}, capture=("pattern", "z")
+    )
+    for query in (0, -1):
+        row = mj.Where(query=query)
+        kept = mj.run(
+            model, tokens, {"attn_scores": mj.Replace(-np.inf, row)}, capture={"pattern": row, "z": mj.Where(pos=query)}
+        )
+        assert (kept.acts["pattern"] == 0).all() and (kept.acts["z"] == 0).all()
+    out = cut(layer=1, query=-1, key=0)
+    before = mj.run(model, tokens, capture={"pattern": mj.Where(layer=1, query=-1)}).acts["pattern"][0, 0, :, 0]
+    after = out.acts["pattern"][1, 0, :, 5]
+    assert (after[:, 0] == 0).all() and error(after[:, 1:], before[:, 1:] / (1 - before[:, :1])) < 1e-10

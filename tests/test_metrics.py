@@ -120,3 +120,31 @@ def test_out_of_range_inside_a_trace_is_nan():
     ids = jnp.asarray(IDS)
     outside = jax.jit(lambda ids: mj.run(model, ids).logits)
     assert np.isfinite(outside(ids)).all() and np.isnan(outside(ids.at[1, 2].set(19))).all()
+
+
+def test_a_failed_reference_is_nan_too_and_labels_must_be_tokens():
+    model, tokens = random_model(ARCHITECTURES["gpt2"]), batch("left")
+    out = mj.run(model, tokens)
+    assert np.isnan(np.asarray(mj.metrics.kl(np.full((3, 19), np.nan))(out.readout))).all()
+    assert np.isnan(np.asarray(mj.metrics.kl(np.full((3, 6, 19), np.nan), pos=None)(out.readout))).all()
+    certain = np.where(np.arange(19) == 2, 0.0, -np.inf)[None].repeat(3, 0)  # zero probability elsewhere is no NaN
+    assert error(mj.metrics.kl(certain)(out.readout), -np.asarray(mj.metrics.log_prob(2)(out.readout))) < 1e-10
+    ignored = mj.Tokens(np.where(np.asarray(tokens.mask), tokens.ids, -100), tokens.mask)  # padding may be anything
+    loss = mj.metrics.cross_entropy
+    assert error(loss(ignored)(out.readout), loss(tokens)(out.readout)) < 1e-10
+    labels = mj.Tokens(np.where(tokens.ids == 8, -100, tokens.ids), tokens.mask)
+    with pytest.raises(IndexError, match="token -100 is outside the vocabulary of 19"):
+        loss(labels)(out.readout)
+    assert np.isnan(jax.jit(lambda m: loss(labels)(mj.run(m, tokens).readout))(model)).tolist() == [False, True, False]
+    on_device = mj.Tokens(jnp.asarray(tokens.ids), jnp.asarray(tokens.mask))
+    inside = jax.jit(lambda m: loss(on_device)(mj.run(m, on_device).readout))(model)
+    assert error(inside, loss(tokens)(out.readout)) < 1e-10
+
+
+def test_captures_are_nan_where_a_traced_index_is_out_of_range():
+    model, tokens = random_model(ARCHITECTURES["gpt2"]), batch("left")
+    for site in ("embed", "pos_embed", "resid_pre", "z", "ln_final.scale"):
+        kept = jax.jit(lambda p, site=site: mj.run(model, tokens, capture={site: mj.Where(pos=p)}).acts[site])
+        assert np.isfinite(kept(3)).all() and np.isnan(kept(4)).all()
+    empty = jax.jit(lambda mask: mj.run(model, mj.Tokens(IDS, mask)).logits)
+    assert np.isnan(empty(jnp.asarray(tokens.mask).at[1].set(False))).all()

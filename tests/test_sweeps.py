@@ -275,3 +275,13 @@ def test_chunks_cover_every_job_once_in_equal_batches():
         sizes.clear()
         done = chunks.map_chunks(square, np.arange(jobs), size, label="squares", progress=False)
         assert done["y"].tolist() == [i * i for i in range(jobs)] and set(sizes) == {size}
+
+
+def test_positions_that_only_some_prompts_have_are_normalised_among_those(model):
+    clean, corrupted = batch("right"), batch("right", (IDS + 5) % 19)
+    r = mj.patch(
+        model, clean=clean, corrupted=corrupted, site="resid_post", over=("layer", "pos"), metric=METRIC, progress=False
+    )
+    # the last token's last stream decides all, and only the first prompt has a sixth token
+    assert abs(float(mj.normalise(r).sel(layer=2, pos=5)) - 1) < 1e-5
+    assert abs(mj.bootstrap(r).sel(layer=2, pos=5).values - 1).max() < 1e-5

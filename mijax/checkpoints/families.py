@@ -213,8 +213,9 @@ def _llama_write(c: Config) -> dict[str, Any]:
 def _own_config(c: Mapping[str, Any]) -> Config:
     fields = {field.name for field in dataclasses.fields(Config)}
     scaling = c.get("rotary_scaling")
-    known = {key: value for key, value in c.items() if key in fields}
-    return Config(**known | {"rotary_scaling": None if scaling is None else RotaryScaling(**scaling)})
+    known: dict[str, Any] = {key: value for key, value in c.items() if key in fields}
+    known["rotary_scaling"] = None if scaling is None else RotaryScaling(**scaling)
+    return Config(**known)
 
 
 def _own_weights(config: Config) -> list[Weight]:
@@ -233,7 +234,9 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(_gpt2_config, _gpt2_write, "transformer.", _gpt2_weights, (".attn.bias", ".attn.masked_bias")),
     "llama": _llama(_llama_write),
     "mistral": _llama(None),
-    "mijax": Family(_own_config, dataclasses.asdict, "", _own_weights, ()),  # any Config, arrays as they are
+    "mijax": Family(
+        _own_config, lambda config: dataclasses.asdict(config), "", _own_weights, ()
+    ),  # any Config, arrays as they are
 }
 
 

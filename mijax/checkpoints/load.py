@@ -39,10 +39,12 @@ def load(
         raise TypeError(f"dtype must be floating point, given {dtype}")
     name = str(source)
     path = Path(source).expanduser()
-    if path.exists():
-        name = path.resolve().stem if path.is_file() else path.resolve().name
-    elif name in bundled.MODELS:
+    if not name:
+        raise ValueError("expected a name, a path or a hub id, given an empty string")
+    if isinstance(source, str) and name in bundled.MODELS:  # whatever stands in the current folder
         path = bundled.fetch(name)
+    elif path.exists():
+        name = path.resolve().stem if path.is_file() else path.resolve().name
     elif (
         isinstance(source, os.PathLike)
         or path.is_absolute()
@@ -69,8 +71,8 @@ def _build(config: dict, names: list[str], read: Callable, dtype: Any, name: str
         ours = family.config(config)
     except KeyError as error:
         raise ValueError(f"{source}: config.json lacks the entry {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source}: config.json does not describe a model: {error}") from error
     return build(dataclasses.replace(ours, name=name), family, names, read, dtype, source)
 
 
@@ -82,7 +84,7 @@ def _safetensors(folder: Path) -> Iterator[tuple[list[str], Callable[[str], np.n
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.exists():
-        shards = sorted(set(_read_json(index)["weight_map"].values()))
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
     elif single.exists():
         shards = [single.name]
     else:
@@ -108,9 +110,12 @@ def _read_json(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}")
     try:
-        return json.loads(path.read_text())
+        read = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path} must hold an object, given {type(read).__name__}")
+    return read
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

@@ -72,6 +72,8 @@ class Tokenizer:
         `special` lets the tokenizer add what its model expects (a beginning-of-sequence token, say).
         Raises `TypeError` for anything but strings, `ValueError` for no prompt or an empty one.
         """
+        if padding not in ("left", "right"):
+            raise ValueError(f"padding must be 'left' or 'right', given {padding!r}")
         texts = [texts] if isinstance(texts, str) else list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str):

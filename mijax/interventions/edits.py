@@ -1,7 +1,7 @@
 """What is done at a site: small pytrees whose arrays can be vmapped and differentiated."""
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import equinox as eqx
@@ -26,20 +26,27 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _orthonormal(basis: ArrayLike) -> Float[Array, "*layer k unit"]:
-    """Orthonormal rows spanning the same subspace; dependent rows are an error (NaN inside a trace)."""
-    basis = jnp.asarray(_number(basis))
+def _basis(basis: Any) -> Any:
+    """Rows `[*layer, k, unit]`; raises where they are known to be dependent."""
+    basis = _number(basis)
     basis = basis[None] if basis.ndim == 1 else basis
     if basis.shape[-2] > basis.shape[-1]:
         raise ValueError(f"a basis must have rows [k, unit] with k <= unit, given shape {basis.shape}")
+    if is_concrete(basis):
+        orthonormal = _orthonormal(jnp.asarray(basis))
+        if is_concrete(orthonormal) and np.isnan(np.asarray(orthonormal)).any():
+            raise ValueError(
+                f"the rows of a basis must be finite and linearly independent; this one, of shape {basis.shape}, is not"
+            )
+    return basis
+
+
+def _orthonormal(basis: Float[Array, "*layer k unit"]) -> Float[Array, "*layer k unit"]:
+    """Orthonormal rows spanning the same subspace; NaN where the rows are dependent."""
     q, r = jnp.linalg.qr(jnp.swapaxes(basis, -1, -2).astype(accumulator(basis.dtype)))
     diagonal = jnp.abs(jnp.diagonal(r, axis1=-2, axis2=-1))
     tolerance = jnp.finfo(q.dtype).eps * basis.shape[-1] * jnp.max(diagonal, axis=-1, keepdims=True)
     degenerate = jnp.any(~(diagonal > tolerance), axis=-1)
-    if is_concrete(degenerate) and bool(jnp.any(degenerate)):
-        raise ValueError(
-            f"the rows of a basis must be finite and linearly independent; this one, of shape {basis.shape}, is not"
-        )
     return jnp.where(degenerate[..., None, None], jnp.nan, jnp.swapaxes(q, -1, -2))
 
 
@@ -111,15 +118,15 @@ class Add(Edit):
 class Project(Edit):
     """Project the span of `basis` (`[unit]`, `[k, unit]` or `[layer, k, unit]`) out of the activation.
 
-    The rows need not be orthonormal; they are made so when the edit is built. Raises `ValueError`
-    where they are linearly dependent.
+    The rows need not be orthonormal. Raises `ValueError` where they are linearly dependent; where that is known only
+    inside a trace, the result is NaN.
 
     >>> Project([0.0, 2.0])(jnp.array([[1.0, 3.0]])).tolist()
     [[1.0, 0.0]]
     """
 
     bases = ("basis",)
-    basis: Any = eqx.field(converter=_orthonormal)
+    basis: Any = eqx.field(converter=_basis)
     where: Any = eqx.field(default_factory=Where)
 
     def __call__(self, x):
@@ -140,7 +147,7 @@ class Interchange(Edit):
     operands = ("value",)
     bases = ("basis",)
     value: Any = eqx.field(converter=_number)
-    basis: Any = eqx.field(converter=_orthonormal)
+    basis: Any = eqx.field(converter=_basis)
     where: Any = eqx.field(default_factory=Where)
 
     def __call__(self, x):
@@ -172,7 +179,9 @@ class Mix(Edit):
 class Callback(Protocol):
     """Any function may be an edit; to vmap over its numbers, make it an Equinox module.
 
-    A plain function that is built anew for each call compiles anew for each call.
+    A plain function that is built anew for each call compiles anew for each call, and what it closes over may not
+    vary over the devices of a `shard_map` (a module's arrays may). One that mixes positions says so by an attribute
+    `mixes_positions = True`: what computes positions apart, as generation does, then refuses it.
     """
 
     def __call__(self, x: Array, site: str, layer: Int[Array, ""] | None, positions: Int[Array, "batch pos"]) -> Array:
@@ -186,12 +195,16 @@ Interventions: TypeAlias = Mapping[str, AnyEdit | Sequence[AnyEdit]]
 
 def as_edits(interventions: Interventions | None) -> dict[str, tuple[AnyEdit, ...]]:
     """Edits by site, each site's in the order in which they act."""
+    if interventions is not None and not isinstance(interventions, Mapping):
+        raise TypeError(f"interventions must map sites to edits, given {type(interventions).__name__}")
     edits = {}
     for site, given in (interventions or {}).items():
         edits[site] = tuple(given) if isinstance(given, list | tuple) else (given,)
         for edit in edits[site]:
             if not callable(edit):
                 raise TypeError(f"an edit must be one of mijax's or a callable, given {edit!r} at site {site!r}")
+            if not all(eqx.is_array(leaf) or isinstance(leaf, Hashable) for leaf in jax.tree.leaves(edit)):
+                raise TypeError(f"the callable edit at site {site!r} must be hashable, or better an Equinox module")
     return edits
 
 
@@ -233,7 +246,8 @@ def _fit(value: ArrayLike, x: Array) -> Array:
     return jnp.broadcast_to(jnp.asarray(value), x.shape).astype(x.dtype)
 
 
-def _onto(basis: Float[Array, "k unit"], x: Array) -> Array:
-    basis = basis.astype(x.dtype)
+def _onto(basis: ArrayLike, x: Array) -> Array:
+    # Here, not when the edit is built: a basis in training is updated in place, and must stay a projection.
+    basis = _orthonormal(jnp.asarray(basis)).astype(x.dtype)
     precision = jax.lax.Precision.HIGHEST
     return jnp.matmul(jnp.matmul(x, basis.T, precision=precision), basis, precision=precision)

@@ -18,10 +18,7 @@ FIELDS = ("layer", "batch", "pos", "head", "unit", "query", "key")
 def _index(value: Any) -> Any:
     if value is None or (isinstance(value, jax.Array) and value.dtype in (jnp.int32, jnp.bool_)):
         return value
-    try:
-        return integers(list(value) if isinstance(value, range) else value, f"an index (given {value!r})")
-    except ValueError as error:
-        raise ValueError(f"an index must be one number or a rectangular list, given {value!r}") from error
+    return integers(list(value) if isinstance(value, range) else value, f"an index (given {value!r})")
 
 
 class Where(eqx.Module):
@@ -30,7 +27,8 @@ class Where(eqx.Module):
     An entry is `None` (all of the axis), indices, or a boolean mask over the axis. Indices are read
     by their rank: 0-d is one, `[k]` are several, `[batch, k]` several for each example. Lists on
     several axes are zipped, as in NumPy (for products there is `mijax.grid`). `pos`, `query` and
-    `key` count real tokens, padding excluded; negative indices count from the end. `unit` indexes
+    `key` count real tokens, padding excluded; negative indices count from the end (a boolean mask is over
+    the columns of the batch, as the tokens' own mask is). `unit` indexes
     the last axis of vectors: neurons, or dimensions of the stream or of a head. On sites of keys and
     values, `head` is the key/value head.
 
@@ -176,7 +174,8 @@ def check_range(where: Where, site: str, lengths: dict[str, Any]) -> None:
 
 def narrow(x: Array, where: Where, axes: Sequence[str], known: dict[str, Axis]) -> Array:
     """Keep of `x` (inside one layer) the entries that `where` names, axis by axis; no axis is dropped."""
-    for i, axis in enumerate(axes):
+    for axis in sorted(axes, key=lambda axis: axis == "batch"):  # last: positions are known for the whole batch
+        i = axes.index(axis)
         index = getattr(where, SELECTS[axis])
         if index is None:
             continue

@@ -78,8 +78,8 @@ def _mix(config: Config, q: Heads, k: KVHeads, v: KVHeads, frame: Frame, tap: Ta
 
 
 def _masked_softmax(scores: Scores, frame: Frame) -> Scores:
-    allowed = frame.allowed[:, None]
-    # A row without any allowed key (padding) comes out uniform here and zero below, never NaN.
+    allowed = frame.allowed[:, None] & (scores > -jnp.inf)  # an edit may cut a key by -inf
+    # A row without any key (padding, or all cut) comes out uniform here and zero below, never NaN.
     pattern = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
     return jnp.where(allowed, pattern, 0.0)
 

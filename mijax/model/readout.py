@@ -38,13 +38,16 @@ class Readout(eqx.Module):
             logits = einsum("bpd,vd->bpv", x, self.W_U)
             logits = logits if self.b_U is None else logits + self.b_U.astype(logits.dtype)[None, None]
         else:
-            logits = self._some(x, _index(tokens, "tokens"))
+            tokens = _index(tokens, "tokens")
+            self._check_batch(tokens, "tokens")
+            logits = self._some(x, tokens)
         return logits[:, 0] if dropped else logits
 
     def _at(self, pos: ArrayLike | None) -> tuple[Stream, bool]:
         if pos is None:
             return self.final, False
         pos = _index(pos, "pos")
+        self._check_batch(pos, "pos")
         column, found = columns(self.tokens, pos if pos.ndim else pos[None])
         if is_concrete(found) and not np.all(found):
             example = int(np.argmin(np.all(found, axis=1)))
@@ -54,6 +57,10 @@ class Readout(eqx.Module):
             )
         x = jnp.take_along_axis(self.final, column[:, :, None], axis=1)
         return jnp.where(found[:, :, None], x, jnp.nan), np.ndim(pos) == 0
+
+    def _check_batch(self, index: Int[Array, "..."], what: str) -> None:
+        if index.ndim == 2 and index.shape[0] != self.final.shape[0]:
+            raise ValueError(f"{what} has indices for {index.shape[0]} examples, the batch has {self.final.shape[0]}")
 
     def _some(self, x: Stream, tokens: Int[Array, "..."]) -> Logits:
         valid = (tokens >= 0) & (tokens < self.W_U.shape[0])

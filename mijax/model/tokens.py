@@ -32,8 +32,7 @@ class Tokens:
     def __init__(self, ids: ArrayLike, mask: ArrayLike | None = None, strings: Sequence[Sequence[str]] | None = None):
         """`ids` and `mask` are `[batch pos]`; without a mask every token is real.
 
-        Raises `TypeError` for ids that are not integers and a mask that is neither boolean nor 0 and 1,
-        `ValueError` for another rank, an empty batch, or a mask of another shape.
+        Raises `TypeError` for ids or a mask of another dtype, `ValueError` for a mask of other numbers, for another rank, an empty batch, or a mask of another shape.
         """
         # What is given on the host stays there until it is used: looking at it then costs nothing.
         self.ids = integers(ids, "token ids")
@@ -41,7 +40,10 @@ class Tokens:
             raise ValueError(
                 f"token ids must be a non-empty [batch, pos] of integers, given shape {tuple(self.ids.shape)}"
             )
-        self.mask = np.ones(self.ids.shape, bool) if mask is None else integers(mask, "a mask").astype(bool)
+        real = np.ones(self.ids.shape, bool) if mask is None else integers(mask, "a mask")
+        if is_concrete(real) and not np.isin(np.asarray(real), (0, 1)).all():
+            raise ValueError("a mask must be boolean, or 0 and 1")
+        self.mask = real.astype(bool)
         if self.mask.shape != self.ids.shape:
             raise ValueError(f"the mask has shape {tuple(self.mask.shape)}, the token ids {tuple(self.ids.shape)}")
         self.strings = strings
@@ -88,12 +90,19 @@ def integers(x: Any, what: str) -> Any:
 
     Raises `TypeError` for anything but integers (or, for a mask, booleans, which stay as they are).
     """
-    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    try:
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{what} must be one number or a rectangular list") from error
     if x.dtype == bool:
         return x
+    if x.size == 0:  # an empty list has no dtype of its own
+        return x.astype(np.int32)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{what} must be integers, given dtype {x.dtype}")
-    return x.astype(np.int32) if isinstance(x, jax.Array) else np.asarray(np.clip(x, -(2**31), 2**31 - 1), np.int32)
+    if x.dtype.itemsize >= 4 and x.dtype != np.int32:
+        x = x.clip(max=2**31 - 1) if x.dtype.kind == "u" else x.clip(-(2**31), 2**31 - 1)
+    return x.astype(np.int32) if isinstance(x, jax.Array) else np.asarray(x, np.int32)
 
 
 def columns(

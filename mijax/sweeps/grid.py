@@ -49,7 +49,7 @@ def grid(**axes: Iterable[Any] | Mapping[str, Any]) -> Grid:
 
     Each keyword is an axis of `Where`, its value the choices: numbers, or a dictionary of named ones
     (roles). A choice is anything that `Where` takes there: one index, a list of several, or a list per
-    example, `[batch, k]`. Lists on several axes are combined, within a cell, to every pair.
+    example, `[batch, k]` (so that a role with one position in each prompt is `[batch, 1]`). Lists on several axes are combined, within a cell, to every pair.
 
     Raises `ValueError` for an unknown axis or an axis without choices.
 
@@ -58,6 +58,8 @@ def grid(**axes: Iterable[Any] | Mapping[str, Any]) -> Grid:
     """
     if not axes:
         raise ValueError("a grid needs at least one axis")
+    if "batch" in axes:
+        raise ValueError("a grid has no axis 'batch': a sweep gives every example's metric in any case")
     unknown = [axis for axis in axes if axis not in FIELDS]
     if unknown:
         raise ValueError(f"unknown axis {', '.join(map(repr, unknown))}; the axes are {', '.join(FIELDS)}")
@@ -70,6 +72,8 @@ def grid(**axes: Iterable[Any] | Mapping[str, Any]) -> Grid:
 
 def _choices(axis: str, given: Any) -> tuple[list[int | str], list[np.ndarray]]:
     named = isinstance(given, Mapping)
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise TypeError(f"the choices for {axis!r} must be a list or a dictionary of named ones, given {given!r}")
     values = list(given.values() if named else given)
     if not values:
         raise ValueError(f"axis {axis!r} of the grid has no choices")

@@ -16,6 +16,8 @@ def normalise(result: "xr.Dataset") -> "xr.Dataset": ...
 def normalise(result: Any) -> Any:
     """(result - base) / (source - base) of the batch means: 0 nothing happened, 1 the whole source.
 
+    Where a prompt is NaN in a cell (it has not that position), that cell's means are over the other prompts.
+
     Raises `ValueError` where there is no source, or where base and source coincide.
 
     >>> import xarray as xr
@@ -27,9 +29,8 @@ def normalise(result: Any) -> Any:
 
 
 def _normalised(result: Any) -> Any:
-    base, source = _runs(result)
-    _check_apart(base.mean(), source.mean(), np.abs(np.concatenate([base, source])).max(), result.name)
-    return ((result - base).mean("batch") / float((source - base).mean())).assign_attrs(result.attrs)
+    effect, scale = _effect_and_scale(result)
+    return (effect.mean("batch") / scale.mean("batch")).assign_attrs(result.attrs)
 
 
 @overload
@@ -61,18 +62,15 @@ def _each(result: Any, function: Callable[[Any], Any]) -> Any:
 def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
     import xarray as xr
 
-    base, source = _runs(result)
-    n = len(base)
+    effect, scale = _effect_and_scale(result)
+    n = result.sizes["batch"]
     if n < 2:
         raise ValueError(f"a bootstrap over prompts needs at least two, given {n}")
     picks = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)  # [draw, batch] counts
-    scale = picks @ (source - base) / n
-    _check_apart(base.mean(), source.mean(), np.abs(np.concatenate([base, source])).max(), result.name)
-    effects = (result - base).transpose("batch", ...)
-    values = effects.values.reshape(n, -1)
-    present = np.isfinite(values)
+    effects = effect.transpose("batch", ...)
+    total = lambda x: picks @ np.nan_to_num(x.transpose("batch", ...).values.reshape(n, -1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = (picks @ np.where(present, values, 0.0)) / (picks @ present) / scale[:, None]
+        means = total(effect) / total(scale)
     bounds = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
     dims = effects.dims[1:]
     coords: dict[Any, Any] = {"bound": ["low", "high"], **{d: result[d] for d in dims if d in result.coords}}
@@ -82,21 +80,23 @@ def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
     )
 
 
-def _runs(result: Any) -> tuple[np.ndarray, np.ndarray]:
-    found = []
-    for which in ("base", "source"):
-        name = next((n for n in (which, f"{which}.{result.name}") if n in result.coords), None)
-        if name is None:
-            raise ValueError(
-                f"the result has no coordinate {which!r}: normalising takes both baselines, which mijax.patch gives"
-            )
-        found.append(np.asarray(result[name].values, np.float64))
-    return found[0], found[1]
-
-
-def _check_apart(base: float, source: float, size: float, name: Any) -> None:
-    if not abs(source - base) > 1e-6 * size:
+def _effect_and_scale(result: Any) -> tuple[Any, Any]:
+    """result - base and source - base, prompt by prompt; both NaN where a prompt has not the cell's position."""
+    base, source = (_run(result, which) for which in ("base", "source"))
+    size = float(max(np.abs(base).max(), np.abs(source).max()))
+    scale = (source - base).where(result.notnull())
+    if not (np.abs(scale.mean("batch")) > 1e-6 * size).all():
         raise ValueError(
-            f"metric {name!r} is {base:.6g} on the base and {source:.6g} on the source run: they coincide, so that nothing"
-            " can be normalised by their difference"
+            f"metric {result.name!r} is {float(base.mean()):.6g} on the base and {float(source.mean()):.6g} on the source run:"
+            " they coincide (for the prompts of some cell), so that nothing can be normalised by their difference"
         )
+    return result - base, scale
+
+
+def _run(result: Any, which: str) -> Any:
+    name = next((n for n in (which, f"{which}.{result.name}") if n in result.coords), None)
+    if name is None:
+        raise ValueError(
+            f"the result has no coordinate {which!r}: normalising takes both baselines, which mijax.patch gives"
+        )
+    return result[name].astype(np.float64).reset_coords(drop=True)

@@ -1,0 +1,249 @@
+"""Generation under interventions, with cached keys and values, as one scan over new tokens."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mijax._types import Array, ArrayLike, Bool, Int, Logits
+from mijax.interventions.edits import Edit, Interventions, as_edits
+from mijax.interventions.tap import known_axes
+from mijax.interventions.where import Where, narrow
+from mijax.model.attention import Memory
+from mijax.model.config import Config
+from mijax.model.numerics import accumulator
+from mijax.model.position import Frame, frame
+from mijax.model.readout import Readout
+from mijax.model.sites import SITES, Site
+from mijax.model.tokens import Tokens, as_tokens, is_concrete
+from mijax.model.transformer import Transformer
+from mijax.run import Capture, as_captures, check, faulty, forward
+
+
+class Generated(NamedTuple):
+    """Prompts with what was added to them, and the activations captured at all of these tokens.
+
+    `mask` is False at padding and after a stop token. `ids` are -1 where an index was out of range that was
+    known only inside a trace.
+    """
+
+    ids: Int[Array, "batch pos"]
+    mask: Bool[Array, "batch pos"]
+    acts: dict[str, Array]
+
+
+_POSITIONS = ("pos", "query", "key", "batch")  # narrowed when all tokens are there
+
+
+class _Sampling(NamedTuple):
+    """Numbers, so that new ones compile nothing."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+
+
+def generate(
+    model: Transformer,
+    tokens: Tokens | ArrayLike,
+    interventions: Interventions | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: ArrayLike = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: Sequence[int] = (),
+    key: Array | None = None,
+    capture: Capture = (),
+) -> Generated:
+    """Continue prompts by `max_new_tokens` tokens each, under interventions on prompt and new tokens alike.
+
+    Every token sees what it would see in `run` on the finished text under the same interventions, if those do not
+    look ahead: `pos` counts over prompt and new tokens together (negative from the end of the longest possible
+    text), values with a position axis have one entry for each, and `new_tokens` gives the mask of the new ones for
+    `Where(pos=...)`. `capture` works as in `run`, over prompt and new tokens.
+
+    `temperature` 0 takes the likeliest token; above, `key` draws from the distribution, cut to the `top_k`
+    likeliest tokens, to the fewest that have probability `top_p` together, and to those of at least `min_p` times
+    the largest. After a token of `stop`, a prompt's continuation is padding. For several samples of each prompt, `vmap`
+    over keys. One compilation serves a shape, whatever the numbers.
+
+    Raises what `run` raises, for the finished text; `ValueError` for settings out of their range, for a text that
+    would outgrow the context (by how much), and for a callable edit that says it mixes positions.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.generate(model, [[1, 2, 3]], {"resid_mid": mj.Add(1.0)}, max_new_tokens=4).ids.shape
+    (1, 7)
+    """
+    tokens, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
+    _check_settings(model, tokens, edits, max_new_tokens, temperature, top_k, top_p, min_p, stop, key)
+    whole = _extended(tokens, max_new_tokens)
+    check(model.config, whole, edits, captures)
+    greedy = is_concrete(temperature) and bool(np.all(np.asarray(temperature) == 0))
+    off = (model.config.d_vocab, 1.0, 0.0)
+    filters = [o if given is None else given for o, given in zip(off, (top_k, top_p, min_p))]
+    filtered = any(given is not None for given in (top_k, top_p, min_p))
+    sampling = None if greedy else _Sampling(jnp.asarray(temperature, jnp.float32), *(jnp.asarray(f) for f in filters))
+    return _generate(
+        model, whole, edits, captures, sampling, filtered, jnp.asarray(stop, jnp.int32), key, max_new_tokens
+    )
+
+
+def new_tokens(tokens: Tokens | ArrayLike, max_new_tokens: int) -> Bool[np.ndarray, "batch pos"]:
+    """The mask of every new token, for `Where(pos=new_tokens(prompts, n))` in `generate`.
+
+    >>> new_tokens([[1, 2]], 3).tolist()
+    [[False, False, True, True, True]]
+    """
+    batch, width = as_tokens(tokens).ids.shape
+    return np.broadcast_to(np.arange(width + max_new_tokens) >= width, (batch, width + max_new_tokens))
+
+
+def _extended(tokens: Tokens, count: int) -> Tokens:
+    """The finished text's mask; its ids are known for the prompt only."""
+    xp = np if is_concrete(tokens.ids) and is_concrete(tokens.mask) else jnp
+    pad = lambda x, value: xp.pad(xp.asarray(x), ((0, 0), (0, count)), constant_values=value)
+    return Tokens(pad(tokens.ids, 0), pad(tokens.mask, True))
+
+
+@eqx.filter_jit
+def _generate(
+    model, whole, edits, captures: dict[str, Where | None], sampling, filtered, stop, key, count
+) -> Generated:
+    config, dtype = model.config, accumulator(model.W_E.dtype)
+    width = whole.ids.shape[1] - count
+    bad = faulty(config, whole, edits, captures)
+    held = ("rot_k" if config.positions == "rotary" else "k", "v")  # what later tokens attend to
+    per_token = {name: _without_positions(where) for name, where in captures.items()} | dict.fromkeys(held)
+
+    def at(columns, ids, memory=None):
+        """Run some columns; gives their final stream, what is captured there, and their keys and values."""
+        positions = frame(config, whole, dtype, columns)
+        if memory is None:  # the prompt sees itself alone
+            keys = positions.keys[:, columns]
+            positions = positions._replace(keys=keys, allowed=positions.allowed[:, :, columns])
+        final, acts = forward(model, ids, positions, edits, per_token, bad, memory)
+        return final, {name: acts[name] for name in captures}, Memory(*(acts[site] for site in held))
+
+    def draw(final, step):
+        """The next token after each example's last computed one."""
+        logits = Readout(final, Tokens(jnp.zeros(final.shape[:2], jnp.int32)), model.unembedding, model.b_U).logits()[
+            :, 0
+        ]
+        if sampling is None:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _sample(logits, sampling, filtered, jax.random.fold_in(key, step)).astype(jnp.int32)
+
+    prompt = jnp.arange(width, dtype=jnp.int32)
+    final, acts, own = at(prompt, whole.ids[:, :width])
+    last = jnp.max(jnp.where(whole.mask[:, :width], prompt[None], 0), axis=1)  # each prompt's last real column
+    token = draw(jnp.take_along_axis(final, last[:, None, None], axis=1), 0)
+    memory = Memory(*(jnp.pad(x, ((0, 0), (0, 0), (0, count), (0, 0), (0, 0))) for x in own))
+
+    def step(carry, column):
+        memory, token = carry
+        final, acts, own = at(column[None], token[:, None], memory)
+        memory = Memory(*(m.at[:, :, column].set(o[:, :, 0]) for m, o in zip(memory, own)))
+        return (memory, draw(final, column - width + 1)), (token, acts)
+
+    _, (added, later) = jax.lax.scan(step, (memory, token), width + jnp.arange(count, dtype=jnp.int32))
+    ids = jnp.concatenate([whole.ids[:, :width], jnp.where(bad, -1, added.T)], axis=1)
+    positions = frame(config, whole, dtype)
+    for name, where in captures.items():
+        acts[name] = _joined(acts[name], later[name], SITES[name], whole.ids.shape[1])
+        if where is not None:
+            left = where if name in held else _only_positions(where)  # the rest was narrowed token by token
+            acts[name] = _narrowed(acts[name], left, SITES[name], config, positions)
+    return Generated(*_stopped(ids, jnp.asarray(whole.mask), stop, width), acts)
+
+
+def _joined(prompt: Array, later: Array, site: Site, width: int) -> Array:
+    """One array of all tokens, from the prompt's and those of each new token (which come stacked in front)."""
+    axis = next(i for i, name in enumerate(site.axes) if name in ("pos", "query"))
+    if "key" in site.axes:  # the prompt's tokens attend to none of the later ones
+        gap = later.shape[-1] - prompt.shape[-1]
+        prompt = jnp.pad(prompt, [(0, 0)] * (prompt.ndim - 1) + [(0, gap)])
+    return jnp.concatenate([prompt, jnp.moveaxis(jnp.squeeze(later, axis + 1), 0, axis)], axis=axis)
+
+
+def _narrowed(x: Array, where: Where, site: Site, config: Config, positions: Frame) -> Array:
+    """Keep of a whole activation what `where` names."""
+    if where.layer is not None:
+        x = x[jnp.asarray(where.layer).reshape(-1) % config.n_layers]
+    inner = x.shape[1:] if site.has_layer else x.shape
+    keep = lambda x: narrow(x, where, site.inner_axes, known_axes(config, positions, site, inner, None))
+    return jax.vmap(keep)(x) if site.has_layer else keep(x)
+
+
+def _without_positions(where: Where | None) -> Where | None:
+    return where if where is None else Where(**{f: i for f, i in where.given.items() if f not in _POSITIONS})
+
+
+def _only_positions(where: Where) -> Where:
+    return Where(**{f: i for f, i in where.given.items() if f in _POSITIONS})
+
+
+def _stopped(ids: Array, mask: Array, stop: Int[Array, " k"], width: int) -> tuple[Array, Array]:
+    """Make padding of what follows a stop token."""
+    ends = jnp.any(ids[:, width:, None] == stop[None, None, :], axis=-1)
+    before = jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends.astype(jnp.int32)
+    mask = mask.at[:, width:].set(before == 0)
+    return jnp.where(mask | (jnp.arange(ids.shape[1]) < width)[None], ids, 0), mask
+
+
+def _sample(logits: Logits, sampling: _Sampling, filtered: bool, key: Array) -> Int[Array, " batch"]:
+    """Draw from softmax(logits / temperature), cut as asked (in the order in which transformers cuts)."""
+    temperature, top_k, top_p, min_p = sampling
+    logits = logits / temperature.astype(logits.dtype)
+    if filtered:
+        ordered = -jnp.sort(-logits, axis=-1)
+        keep = (jnp.arange(logits.shape[-1]) < top_k)[None]
+        probs = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        keep = keep & ((before < top_p.astype(logits.dtype)) | (top_p >= 1))
+        keep = keep & (probs >= min_p.astype(logits.dtype) * probs[:, :1])
+        logits = jnp.where(
+            logits >= jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True), logits, -jnp.inf
+        )
+    return jax.random.categorical(key, logits, axis=-1)
+
+
+def _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop, key) -> None:
+    config, faults = model.config, []
+    if not config.causal:
+        faults.append("a bidirectional model cannot generate")
+    if count < 1:
+        faults.append(f"max_new_tokens must be at least 1, given {count}")
+    width = tokens.ids.shape[1] + count
+    if width > config.n_ctx:
+        faults.append(
+            f"prompts of {tokens.ids.shape[1]} tokens and {count} new ones exceed the context of {config.n_ctx} by {width - config.n_ctx}"
+        )
+    hot = not is_concrete(temperature) or bool(np.any(np.asarray(temperature) != 0))
+    if is_concrete(temperature) and not (np.ndim(temperature) == 0 and 0 <= float(np.asarray(temperature)) < np.inf):
+        faults.append(f"temperature must be one number, at least 0, given {temperature}")
+    if hot and key is None:
+        faults.append("sampling (temperature above 0) needs a key")
+    if not hot and any(given is not None for given in (top_k, top_p, min_p)):
+        faults.append("top_k, top_p and min_p cut a distribution, which temperature 0 does not draw from")
+    if top_k is not None and top_k < 1:
+        faults.append(f"top_k must be at least 1, given {top_k}")
+    faults += [f"{n} must be in {r}, given {v}" for n, v, ok, r in (
+        ("top_p", top_p, lambda p: 0 < p <= 1, "(0, 1]"), ("min_p", min_p, lambda p: 0 <= p <= 1, "[0, 1]"),
+    ) if v is not None and not ok(v)]  # fmt: skip
+    faults += [
+        f"stop token {t} is outside the vocabulary of {config.d_vocab}" for t in stop if not 0 <= t < config.d_vocab
+    ]
+    for site, given in edits.items():
+        if any(not isinstance(e, Edit) and getattr(e, "mixes_positions", False) for e in given):
+            faults.append(
+                f"the callable edit at site {site!r} mixes positions, which generation computes one at a time"
+            )
+    if faults:
+        raise ValueError("; ".join(faults))
