@@ -117,6 +117,7 @@ FLOORS = (
     "interventions",
     "run",
     "metrics",
+    "generate",
     "sweeps",
     "plots",
     "__init__",
