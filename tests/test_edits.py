@@ -64,9 +64,13 @@ def places(site, config):
     return {"one": one, "zipped": zipped, "per example": per_example, "some of the last axis": last, "all": st.just({})}
 
 
+# Every site with one edit, every edit at one site of each kind (they know nothing of each other but shapes).
+EACH_KIND = ("resid_pre", "z", "result", "q_input", "pattern")
+PAIRS = [("replace", s) for s in VECTORS + OTHERS] + [(e, s) for e in EDITS for s in EACH_KIND if e != "replace"]
+
+
 @pytest.mark.parametrize(
-    "name, site",
-    [(e, s) for e in EDITS for s in VECTORS + OTHERS if s in VECTORS or e not in ("project", "interchange")],
+    "name, site", [(e, s) for e, s in PAIRS if s in VECTORS or e not in ("project", "interchange")]
 )
 def test_an_edit_does_what_the_loop_does(name, site):
     model, tokens = random_model(ARCHITECTURES["llama_gqa"]), batch("left")

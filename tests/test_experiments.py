@@ -2,8 +2,10 @@
 
 import ast
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -13,7 +15,7 @@ import tokenizers
 import xarray as xr
 
 import mijax as mj
-from experiments import ioi_patching, ioi_prompts
+from experiments import ioi_patching, ioi_prompts, steering, train_tiny
 from mijax.plots import save_heatmaps, save_page
 
 
@@ -106,6 +108,74 @@ def test_an_interrupted_figure_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     save_page(bad, tmp_path / "page.html")
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+TRAIN = """
+import hashlib, jax, numpy as np, sys
+from pathlib import Path
+from experiments.train_tiny import Settings, main
+small = dict(d_model=16, vocab=16, length=16, shortest_period=4, longest_period=7, batch=8, steps=60, save_every=5)
+model, log = main(Settings(**small, out=Path(sys.argv[1])))
+print([line["step"] for line in log], hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(model))).hexdigest())
+"""
+
+
+def test_training_ends_in_the_same_parameters_after_kill_9(tmp_path):
+    train = lambda name: [sys.executable, "-c", TRAIN, str(tmp_path / name)]
+    whole = subprocess.run(train("whole"), capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    for _ in range(2):
+        process = subprocess.Popen(train("killed"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        checkpoints = tmp_path / "killed/2_layers/checkpoints"
+        before = len(list(checkpoints.glob("[0-9]*"))) and max(int(p.name) for p in checkpoints.glob("[0-9]*"))
+        while process.poll() is None and not any(int(p.name) > before for p in checkpoints.glob("[0-9]*")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(train("killed"), capture_output=True, text=True, check=True).stdout
+    assert "going on from step" in done and done.splitlines()[-1] == whole
+    assert whole.startswith(str(list(range(5, 61, 5))))
+    other = TRAIN.replace("batch=8", "batch=4")
+    refused = subprocess.run(
+        [sys.executable, "-c", other, str(tmp_path / "killed")], capture_output=True, text=True, check=False
+    )
+    assert "was begun with other settings" in refused.stderr
+
+
+def test_training_data_repeats_with_its_period():
+    settings = train_tiny.Settings()
+    ids, period = map(np.asarray, train_tiny.sequences(settings, jax.random.key(0)))
+    assert (
+        period.min() >= settings.shortest_period and period.max() <= settings.longest_period and len(set(period)) > 10
+    )
+    assert all((row[p:] == row[:-p]).all() for row, p in zip(ids, period))
+    assert len(np.unique(ids)) == settings.vocab
+
+
+def test_steering_writes_what_it_measures(tmp_path, monkeypatch):
+    vocabulary = ["?", "good", "bad", "Overall", ",", "it", "was", "is", "the", "I", "and"]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    config = mj.Config(n_layers=2, d_model=16, n_heads=2, d_vocab=len(vocabulary), n_ctx=64)
+    model = jax.tree.map(lambda x: 20 * x, mj.init(config, jax.random.key(0)))
+    monkeypatch.setattr(mj, "load", lambda source: (model, mj.Tokenizer(backend)))
+    settings = steering.Settings(
+        layer=0,
+        new_tokens=4,
+        out=tmp_path / "out",
+        doses=(-1.0, 0.0, 1.0),
+        positive=("it is good",),
+        negative=("it is bad",),
+    )
+    results = steering.main(settings)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["results.nc", "samples.json", "steering.png"]
+    at_zero = results.sel(dose=0.0)
+    assert (at_zero.text[0] == at_zero.text[1]).all() and (at_zero.verdict[0] == at_zero.verdict[1]).all()
+    assert (results.text.sel(dose=1.0) != at_zero.text).any()
+    tokens = mj.Tokenizer(backend)(settings.prompts)  # at dose 0 the texts are plain continuations
+    plain = mj.generate(model, tokens, max_new_tokens=4)
+    assert at_zero.text.values[0, 0] == backend.decode(
+        np.asarray(plain.ids[0])[np.asarray(plain.mask[0])].tolist(), skip_special_tokens=False
+    )
 
 
 FLOORS = (
