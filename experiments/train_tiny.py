@@ -89,7 +89,9 @@ def induction_accuracy(model: mj.Transformer, settings: Settings, key: jax.Array
 
 def optimiser(settings: Settings) -> optax.GradientTransformation:
     """Adam with a short warm-up and a cosine decay."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, 100, settings.steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, settings.learning_rate, min(100, settings.steps // 10), settings.steps
+    )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
