@@ -127,6 +127,7 @@ def test_patching_everything_leads_from_base_to_source(model, direction):
     assert result.attrs["direction"] == direction and result.attrs["sites"] == "resid_pre"
     normalised = (result.mean("batch") - result.base.mean()) / (result.source.mean() - result.base.mean())
     assert error(mj.normalise(result), normalised.values) < 1e-5
+    assert mj.normalise(result).name == "logit_diff" and mj.normalise(result).attrs == result.attrs
 
 
 def test_patching_over_named_axes_is_the_loop(model):

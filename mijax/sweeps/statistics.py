@@ -30,7 +30,7 @@ def normalise(result: Any) -> Any:
 
 def _normalised(result: Any) -> Any:
     effect, scale = _effect_and_scale(result)
-    return (effect.mean("batch") / scale.mean("batch")).assign_attrs(result.attrs)
+    return (effect.mean("batch") / scale.mean("batch")).rename(result.name).assign_attrs(result.attrs)
 
 
 @overload
