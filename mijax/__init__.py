@@ -14,6 +14,7 @@ from mijax.model.sites import SITES, sites
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer, init
 from mijax.run import Out, run
+from mijax.sweeps.cells import Stack, stack
 from mijax.sweeps.grid import Grid, grid
 from mijax.sweeps.patch import patch
 from mijax.sweeps.statistics import bootstrap, normalise
@@ -21,6 +22,6 @@ from mijax.sweeps.sweep import sweep
 
 __all__ = [
     "SITES", "Add", "Config", "Edit", "Generated", "Grid", "Interchange", "Mix", "Out", "Project", "Readout", "Replace",
-    "RotaryScaling", "Scale", "Tokenizer", "Tokens", "Transformer", "Where", "bootstrap", "generate", "grid", "init", "load",
-    "metrics", "new_tokens", "normalise", "patch", "processing", "run", "save", "sites", "sweep",
+    "RotaryScaling", "Scale", "Stack", "Tokenizer", "Tokens", "Transformer", "Where", "bootstrap", "generate", "grid", "init", "load",
+    "metrics", "new_tokens", "normalise", "patch", "processing", "run", "save", "sites", "stack", "sweep",
 ]  # fmt: skip

@@ -18,6 +18,9 @@ Mask: TypeAlias = Bool[Array, "batch pos"]
 Stream: TypeAlias = Float[Array, "batch pos d_model"]
 """The residual stream, or something that is added to it."""
 
+Asked: TypeAlias = Float[Array, "batch asked d_model"]
+"""As `Stream`, at those positions of which more than keys and values is needed: most often all."""
+
 Scores: TypeAlias = Float[Array, "batch head query key"]
 """Attention scores or attention patterns."""
 
@@ -33,6 +36,7 @@ Logits: TypeAlias = Float[Array, "batch *pos_vocab"]
 __all__ = [
     "Array",
     "ArrayLike",
+    "Asked",
     "Bool",
     "Float",
     "Heads",

@@ -39,21 +39,24 @@ def chunk_size(jobs: int, bytes_per_job: int, memory: int | None) -> int:
     return -(-jobs // -(-jobs // most))
 
 
-def map_chunks(run: Callable[[Any], Any], stacked: Any, size: int, *, label: str, progress: bool) -> Any:
-    """Apply `run` to chunks of `size` along the leading axis of the arrays in `stacked`.
+def full_rows() -> int:
+    """How many rows of a matrix product fill the device; more in one chunk would only blur where cells begin."""
+    return 2048 if jax.default_backend() == "cpu" else 16384
 
-    The last chunk is filled up with its last job, so that all have one shape, and what that gives is
-    dropped. Results come back as NumPy arrays.
-    """
+
+def run_chunks(
+    run: Callable[[int], Any],
+    keep: Callable[[int, Any], int],
+    chunks: int,
+    jobs: int,
+    *,
+    label: str,
+    progress: bool,
+) -> None:
+    """Run every chunk and hand its results, as NumPy arrays, to `keep`, which says how many jobs they were."""
     from tqdm import tqdm
 
-    jobs, results = len(jax.tree.leaves(stacked)[0]), []
     # The bar appears only where the work takes more than a second.
     with tqdm(total=jobs, desc=label, unit="cell", delay=1.0, disable=not progress, leave=False) as bar:
-        for start in range(0, jobs, size):
-            rows = np.minimum(np.arange(start, start + size), jobs - 1)
-            done = jax.tree.map(np.asarray, run(jax.tree.map(lambda a, rows=rows: np.asarray(a)[rows], stacked)))
-            fresh = min(size, jobs - start)
-            results.append(jax.tree.map(lambda a, fresh=fresh: a[:fresh], done))
-            bar.update(fresh)
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+        for number in range(chunks):
+            bar.update(keep(number, jax.tree.map(np.asarray, run(number))))

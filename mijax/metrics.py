@@ -6,7 +6,7 @@ metric of your own is any function of the `Readout`; make it an Equinox module, 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -16,6 +16,10 @@ import numpy as np
 from mijax._types import Array, ArrayLike, Float, Int, Logits, Real
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens, as_tokens, integers, is_concrete
+
+AnyMetric: TypeAlias = Callable[[Readout], Array]
+"""A function from a readout to one number per example. Where it has an attribute `pos` (one position, or one per
+example, as metrics here take them), a sweep computes no other positions' final stream, and it finds NaN there."""
 
 
 class Metric(eqx.Module):
@@ -28,6 +32,11 @@ class Metric(eqx.Module):
     def __call__(self, readout: Readout) -> Float[Array, " batch"]:
         """One number per example."""
         return self.function(readout, **self.arguments)
+
+    @property
+    def pos(self) -> Int[Array, "..."] | None:
+        """The position that is read, or one per example; `None` where all may be."""
+        return self.arguments.get("pos")
 
     def __repr__(self):
         return f"{self.name}({', '.join(self.arguments)})"

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Int
 from mijax.interventions.edits import AnyEdit, Edit
+from mijax.interventions.rows import cells_of, edit_rows, needs_whole_cells, of_layer
 from mijax.interventions.where import Axis, Where, narrow, selection
 from mijax.model.config import Config
 from mijax.model.position import Frame
@@ -18,6 +20,8 @@ class Tap:
     """Called by the forward pass at every site; a fresh one for each layer, and one around them.
 
     `edits` hold this layer's arrays only. `acts` fills with what is captured, narrowed as asked.
+    Over packed rows, `stacked` marks those arrays of `edits` that have a leading axis of cells, and edits hold the arrays
+    of all layers.
     """
 
     def __init__(
@@ -27,8 +31,10 @@ class Tap:
         edits: Mapping[str, Sequence[AnyEdit]],
         capture: Mapping[str, Where | None],
         layer: Int[Array, ""] | None = None,
+        stacked: Mapping[str, Sequence[Any]] | None = None,
     ):
         self.config, self.frame, self.edits, self.capture, self.layer = config, frame, edits, capture, layer
+        self.stacked = stacked or {}
         self.acts: dict[str, Array] = {}
 
     def __call__(self, site: str, x: Array, heads: Int[Array, " k"] | None = None) -> Array:
@@ -44,20 +50,26 @@ class Tap:
         """Edit only."""
         return self._edit(site, x, None)
 
+    def at(self, frame: Frame) -> "Tap":
+        """The same for another frame."""
+        return Tap(self.config, frame, self.edits, self.capture, self.layer, self.stacked)
+
     def heads(self, site: str) -> Int[Array, " k"] | None:
-        """The heads that the edits of a per-head copy select; all where it is captured."""
+        """The heads that the edits of a per-head copy select; all where it is captured, or where cells differ."""
         edits = self.edits.get(site, ())
         if not edits and site not in self.capture:
             return None
         n = head_count(SITES[site], self.config)
         lists = [getattr(getattr(edit, "where", None), "head", None) for edit in edits]
-        if site in self.capture or any(i is None or i.dtype == bool for i in lists):
+        if site in self.capture or self.stacked or any(i is None or i.dtype == bool for i in lists):
             return jnp.arange(n, dtype=jnp.int32)
         heads = jnp.concatenate([jnp.asarray(i).reshape(-1) for i in lists])
         return jnp.arange(n, dtype=jnp.int32) if heads.size >= n else jnp.where(heads < 0, heads + n, heads)
 
     def _edit(self, name: str, x: Array, heads: Int[Array, " k"] | None) -> Array:
         site = SITES[name]
+        if self.frame.rows is not None:
+            return self._edit_cells(site, x)
         for edit in self.edits.get(name, ()):
             if isinstance(edit, Edit):
                 axes = self._axes(site, x.shape, heads)
@@ -67,6 +79,24 @@ class Tap:
             else:
                 x = _checked(edit(x, name, self.layer, self.frame.positions), x, name)
         return x
+
+    def _edit_cells(self, site: Site, x: Array) -> Array:
+        """Edit packed rows one by one, or cell by cell where an edit must see, or a site holds, all of a cell."""
+        layer = self.layer if site.has_layer else None
+        for edit, stacked in zip(self.edits.get(site.name, ()), self.stacked.get(site.name, ())):
+            if "query" in site.axes or needs_whole_cells(edit, stacked):
+                own = of_layer(edit, stacked, site, layer)
+                moved, fixed = eqx.partition(own, stacked)
+                alone = lambda moved, x, fixed=fixed: self._alone(eqx.combine(moved, fixed), site, x)
+                x = jax.vmap(alone)(moved, cells_of(self.frame, x, site)).reshape(x.shape)
+            else:
+                x = edit_rows(self.config, self.frame, site, layer, edit, stacked, x)
+        return x
+
+    def _alone(self, edit: AnyEdit, site: Site, x: Array) -> Array:
+        """One cell's edit of its whole batch."""
+        assert self.frame.whole is not None
+        return Tap(self.config, self.frame.whole, {site.name: (edit,)}, {}, self.layer).edited(site.name, x)
 
     def _axes(self, site: Site, shape: tuple[int, ...], heads: Int[Array, " k"] | None = None) -> dict[str, Axis]:
         return known_axes(self.config, self.frame, site, shape, self.layer, heads)

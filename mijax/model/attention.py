@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Float, Heads, Int, KVHeads, Scores, Stream
+from mijax._types import Array, Asked, Float, Heads, Int, KVHeads, Scores, Stream
 from mijax.model.config import Config
 from mijax.model.norm import Norm, normalise
 from mijax.model.numerics import einsum
@@ -44,20 +44,32 @@ class Branch(NamedTuple):
 
 def attention(
     config: Config, params: Attention, ln1: Norm, x: Stream, frame: Frame, tap: Tap, memory: Memory | None = None
-) -> Stream:
-    """What attention adds to the residual stream `x`.
+) -> Asked:
+    """What attention adds to the residual stream `x`, at `frame.asked` if that is given.
 
-    Where `x` holds only `frame.columns` of the tokens, the keys and values of the others come from `memory`.
+    Where `x` holds only `frame.columns` or `frame.rows` of the tokens, the keys and values of the others come from
+    `memory`.
     """
     branch = Branch(ln1, x, normalise(config, ln1, x, "ln1", tap))
-    q = _project(config, branch, params.W_Q, params.b_Q, "q", tap)
     k = _project(config, branch, params.W_K, params.b_K, "k", tap)
     v = _project(config, branch, params.W_V, params.b_V, "v", tap)
     if config.positions == "rotary":
-        q, k = tap("rot_q", rotate(config, q, frame)), tap("rot_k", rotate(config, k, frame))
-    if memory is not None:
+        k = tap("rot_k", rotate(config, k, frame))
+    if memory is not None and frame.rows is not None:
+        k, v = frame.rows.fill(k, memory.k), frame.rows.fill(v, memory.v)
+    elif memory is not None:
         k, v = (held.at[:, frame.columns].set(own) for held, own in zip(memory, (k, v)))
-    z = tap("z", _mix(config, q, k, v, frame, tap, params.W_Q.dtype))
+    if frame.asked is not None:
+        frame, index = frame.asked
+        branch, tap = Branch(ln1, branch.stream[:, index], branch.normed[:, index]), tap.at(frame)
+    q = _project(config, branch, params.W_Q, params.b_Q, "q", tap)
+    if config.positions == "rotary":
+        q = tap("rot_q", rotate(config, q, frame))
+    if frame.rows is None:
+        z = _mix(config, q, k, v, frame, tap, params.W_Q.dtype)
+    else:
+        z = frame.rows.gather(_mix(config, frame.rows.spread(q), k, v, frame, tap, params.W_Q.dtype))
+    z = tap("z", z)
     out = einsum("bphe,hed->bpd", z, params.W_O)
     if params.b_O is not None:
         out = out + params.b_O.astype(out.dtype)[None, None]

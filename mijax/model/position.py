@@ -10,12 +10,50 @@ from mijax.model.config import Config
 from mijax.model.tokens import Tokens
 
 
+class Rows(NamedTuple):
+    """Tokens of many variants (cells) of one batch, packed into one list of rows: what a sweep's chunk computes.
+
+    Each row is the token of one cell, one example, one column of the batch. `place` says which row computes a token;
+    -1 where none does, because it is what it is in the base run.
+    """
+
+    cell: Int[Array, " row"]
+    example: Int[Array, " row"]
+    column: Int[Array, " row"]
+    place: Int[Array, "cell batch pos"]
+
+    def spread(self, x: Float[Array, "1 row *rest"]) -> Float[Array, "cell_batch pos *rest"]:
+        """Each cell's batch of tokens; anything where no row computes one."""
+        return jnp.take(x[0], self._places(), axis=0, mode="clip")
+
+    def fill(
+        self, x: Float[Array, "1 row *rest"], base: Float[Array, "batch pos *rest"]
+    ) -> Float[Array, "cell_batch pos *rest"]:
+        """Each cell's batch of tokens; the base run's where no row computes one."""
+        held = jnp.tile(base, (self.place.shape[0], *(1,) * (base.ndim - 1)))
+        own = self._places()
+        return jnp.where(own.reshape(own.shape + (1,) * (x.ndim - 2)) >= 0, self.spread(x), held)
+
+    def gather(self, x: Float[Array, "cell_batch pos *rest"]) -> Float[Array, "1 row *rest"]:
+        """The rows' own tokens."""
+        cells, batch, pos = self.place.shape
+        index = (self.cell * batch + self.example) * pos + self.column
+        return jnp.take(x.reshape(cells * batch * pos, *x.shape[2:]), index, axis=0, mode="clip")[None]
+
+    def _places(self) -> Int[Array, "cell_batch pos"]:
+        return self.place.reshape(-1, self.place.shape[-1])
+
+
 class Frame(NamedTuple):
     """The positions of a run, or of those of its tokens that are computed now.
 
     `positions` counts real tokens (`PADDING` elsewhere), `keys` does so for the tokens that may be attended to,
     `allowed` says which keys a query may see, `rotary` holds cosine and sine of each position's angles, where
     the model rotates. `columns` are the computed tokens' places in the batch, where they are not all.
+
+    Packed rows stand as one example of many positions; attention is then over `cell_batch` examples. `whole` is the
+    frame of the batch that they are tokens of, and `asked` the frame of those rows of which more than
+    keys and values is needed, with their places among all, where these are fewer.
     """
 
     positions: Int[Array, "batch pos"]
@@ -24,6 +62,9 @@ class Frame(NamedTuple):
     allowed: Bool[Array, "batch pos key"]
     rotary: tuple[Float[Array, "batch pos angle"], Float[Array, "batch pos angle"]] | None
     columns: Int[Array, " pos"] | None = None
+    rows: Rows | None = None
+    whole: "Frame | None" = None
+    asked: "tuple[Frame, Int[Array, ' query']] | None" = None
 
 
 def frame(config: Config, tokens: Tokens, dtype, columns: Int[Array, " pos"] | None = None) -> Frame:
@@ -40,6 +81,17 @@ def frame(config: Config, tokens: Tokens, dtype, columns: Int[Array, " pos"] | N
         )
         rotary = jnp.cos(angles), jnp.sin(angles)
     return Frame(positions, keys, jnp.asarray(tokens.lengths), allowed, rotary, columns)
+
+
+def pack(whole: Frame, rows: Rows) -> Frame:
+    """The frame of packed rows of a batch whose own frame is `whole`."""
+    cells = rows.place.shape[0]
+    tile = lambda x: jnp.tile(x, (cells, *(1,) * (x.ndim - 1)))
+    own = lambda x: x[rows.example, rows.column][None]
+    rotary = None if whole.rotary is None else (own(whole.rotary[0]), own(whole.rotary[1]))
+    return Frame(
+        own(whole.positions), tile(whole.keys), tile(whole.lengths), tile(whole.allowed), rotary, rows=rows, whole=whole
+    )
 
 
 def frequencies(config: Config) -> np.ndarray:

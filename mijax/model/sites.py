@@ -111,6 +111,10 @@ class Tap(Protocol):
         """The heads of a per-head copy that must be computed; `None` where it is not touched."""
         ...
 
+    def at(self, frame: Any) -> "Tap":
+        """The same for another frame."""
+        ...
+
 
 def site_of(name: str, config: Config) -> Site:
     """Look a site up; `ValueError` where it does not exist or this architecture lacks it."""

@@ -35,14 +35,6 @@ class Grid:
         """The number of cells."""
         return int(np.prod(self.shape))
 
-    def flat(self) -> Where:
-        """All cells' indices at once, as one `Where` for each axis alone: what a check of ranges reads."""
-        together = {}
-        for field, index in self.where.given.items():
-            cells_last = np.moveaxis(index, 0, -1)
-            together[field] = cells_last.reshape(len(cells_last), -1) if index.ndim == 3 else index.reshape(-1)
-        return Where(**together)
-
 
 def grid(**axes: Iterable[Any] | Mapping[str, Any]) -> Grid:
     """Every combination of choices on several axes of a site, in the order given.

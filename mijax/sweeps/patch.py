@@ -1,7 +1,7 @@
 """Activation patching: put one run's activations into another, place by place."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import equinox as eqx
 import jax
@@ -12,14 +12,15 @@ from mijax._types import Array, ArrayLike, Bool
 from mijax.interventions.edits import Replace
 from mijax.interventions.tap import known_axes
 from mijax.interventions.where import Where, selection
+from mijax.metrics import AnyMetric
 from mijax.model.config import Config
 from mijax.model.position import frame
 from mijax.model.sites import SELECTS, SITES, site_of
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.run import run
+from mijax.sweeps.cells import cells_of, check_cells
 from mijax.sweeps.grid import Grid, grid
-from mijax.sweeps.sweep import AnyMetric, Metrics, described, labelled, measure, named, swept
+from mijax.sweeps.sweep import Metrics, Running, described, kept_base, labelled, measure, named, swept
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -29,12 +30,12 @@ Direction = Literal["denoise", "noise"]
 
 @overload
 def patch(model: Transformer, *, clean: Tokens | ArrayLike, corrupted: Tokens | ArrayLike, site: str,
-          over: Sequence[str] | Grid, metric: AnyMetric, direction: Direction = ..., memory: int | None = ...,
-          progress: bool = ...) -> "xr.DataArray": ...  # fmt: skip
+          over: Sequence[str] | Grid, metric: AnyMetric, direction: Direction = ...,
+          **running: Unpack[Running]) -> "xr.DataArray": ...  # fmt: skip
 @overload
 def patch(model: Transformer, *, clean: Tokens | ArrayLike, corrupted: Tokens | ArrayLike, site: str,
           over: Sequence[str] | Grid, metric: Mapping[str, AnyMetric], direction: Direction = ...,
-          memory: int | None = ..., progress: bool = ...) -> "xr.Dataset": ...  # fmt: skip
+          **running: Unpack[Running]) -> "xr.Dataset": ...  # fmt: skip
 def patch(
     model: Transformer,
     *,
@@ -44,8 +45,7 @@ def patch(
     over: Sequence[str] | Grid,
     metric: Metrics,
     direction: Direction = "denoise",
-    memory: int | None = None,
-    progress: bool = True,
+    **running: Unpack[Running],
 ) -> Any:
     """Replace `site` in one run by its values in the other, at every cell of a grid.
 
@@ -69,22 +69,21 @@ def patch(
     (('layer', 'pos', 'batch'), True)
     """
     clean, corrupted = as_tokens(clean), as_tokens(corrupted)
-    _check_pair(clean, corrupted)
+    check_pair(clean, corrupted)
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction must be 'denoise' or 'noise', given {direction!r}")
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    places = over if isinstance(over, Grid) else _full_grid(model, base, site, over)
+    places = over if isinstance(over, Grid) else full_grid(model, base, site, over)
     metrics = named(metric)
-    goal = measure(model, source, {}, metrics, "source")
-    own, value = (run(model, side, capture=(site,)).acts[site] for side in (base, source))
-    _, at_base, values = swept(
-        model, base, {site: Replace(value, places)}, metrics,
-        memory=memory, progress=progress, changes=lambda cells: _changes(model.config, base, site, cells, own != value),
-    )  # fmt: skip
+    goal, value = measure(model, source, {}, metrics, "source", (site,))
+    at_base, kept, own = kept_base(model, base, {}, metrics, (site,))
+    cells = cells_of({site: Replace(value[site], places)})
+    check_cells(model.config, base, cells)
+    changed = np.asarray(_changes(model.config, base, site, places.where, own[site] != value[site]))
+    done = swept(model, base, cells, metrics, base=(at_base, kept), changed=changed, **running)
     attrs = {"sites": site, "direction": direction, **described(model)}
-    runs = {"base": at_base, "source": goal}
-    result = labelled(values, places, runs, single=not isinstance(metric, Mapping), attrs=attrs)
-    return result if isinstance(over, Grid) else _positions_told(result, base)
+    result = labelled(done, {"base": at_base, "source": goal}, single=not isinstance(metric, Mapping), attrs=attrs)
+    return result if isinstance(over, Grid) else positions_told(result, base)
 
 
 @eqx.filter_jit
@@ -109,7 +108,7 @@ def _changes(
     return jax.lax.map(cell, cells)
 
 
-def _check_pair(clean: Tokens, corrupted: Tokens) -> None:
+def check_pair(clean: Tokens, corrupted: Tokens) -> None:
     if clean.ids.shape != corrupted.ids.shape:
         raise ValueError(f"clean and corrupted must have one shape, given {clean.ids.shape} and {corrupted.ids.shape}")
     differ = np.argwhere(np.asarray(clean.mask) != np.asarray(corrupted.mask))
@@ -121,7 +120,7 @@ def _check_pair(clean: Tokens, corrupted: Tokens) -> None:
         )
 
 
-def _full_grid(model: Transformer, tokens: Tokens, site: str, over: Sequence[str]) -> Grid:
+def full_grid(model: Transformer, tokens: Tokens, site: str, over: Sequence[str]) -> Grid:
     """All of the site's axes `over`; in shorter prompts, missing positions stand in for the last one."""
     found = site_of(site, model.config)
     sizes = {SELECTS[axis]: n for axis, n in zip(found.axes, found.shape(model.config, tokens)) if axis != "batch"}
@@ -140,7 +139,7 @@ def _full_grid(model: Transformer, tokens: Tokens, site: str, over: Sequence[str
     return Grid(places.where, {axis: list(map(int, labels)) for axis, labels in places.labels.items()})
 
 
-def _positions_told(result: Any, tokens: Tokens) -> Any:
+def positions_told(result: Any, tokens: Tokens) -> Any:
     """Blank the positions that a prompt has not; put the tokens beside their positions."""
     import xarray as xr
 

@@ -1,8 +1,8 @@
-"""Sweeps: a metric at every cell of a grid of edits, by `vmap` in memory-bounded batches."""
+"""Sweeps: a metric at every cell of a grid of edits, each resumed from the base run where it begins to differ."""
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict, Unpack, overload
 
 import equinox as eqx
 import jax
@@ -11,50 +11,71 @@ import numpy as np
 
 from mijax import chunks
 from mijax._types import Array, ArrayLike, Bool, Float
-from mijax.interventions.edits import Interventions, as_edits
-from mijax.interventions.where import Where, check_range
-from mijax.model.config import Config
+from mijax.interventions.edits import Interventions
+from mijax.metrics import AnyMetric
+from mijax.model.numerics import accumulator
 from mijax.model.readout import Readout
-from mijax.model.sites import PER_HEAD_COPIES, SITES, sites
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.run import check, field_lengths, run
-from mijax.sweeps.grid import Grid
+from mijax.run import run
+from mijax.sweeps.cells import Cells, Stack, cells_of, check_cells
+from mijax.sweeps.engine import Base, Chunk, base_of, run_chunk
+from mijax.sweeps.plan import capacity, chunk_of, columns_read, plan, work
 
 if TYPE_CHECKING:
     import xarray as xr
 
-AnyMetric: TypeAlias = Callable[[Readout], Array]
 Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
-Places: TypeAlias = tuple[tuple[str, int], ...]
 Values: TypeAlias = dict[str, np.ndarray]
 
 
+class Running(TypedDict, total=False):
+    """How a sweep is run; every driver that stands on `sweep` takes these.
+
+    `memory`: the bytes that one chunk of cells may take, by default chosen for the device. `progress`: show a bar on work
+    of more than a second.
+    """
+
+    memory: int | None
+    progress: bool
+
+
+class Swept(NamedTuple):
+    """The cells, the metrics `[batch]` of the base and those `[cell, batch]` of the cells, and what was captured."""
+
+    cells: Cells
+    base: Values
+    values: Values
+
+
 @overload
-def sweep(model: Transformer, tokens: Tokens | ArrayLike, interventions: Interventions, metric: AnyMetric, *,
-          memory: int | None = ..., progress: bool = ...) -> "xr.DataArray": ...  # fmt: skip
+def sweep(model: Transformer, tokens: Tokens | ArrayLike, interventions: Interventions | Stack, metric: AnyMetric,
+          **running: Unpack[Running]) -> "xr.DataArray": ...  # fmt: skip
 @overload
-def sweep(model: Transformer, tokens: Tokens | ArrayLike, interventions: Interventions, metric: Mapping[str, AnyMetric],
-          *, memory: int | None = ..., progress: bool = ...) -> "xr.Dataset": ...  # fmt: skip
+def sweep(model: Transformer, tokens: Tokens | ArrayLike, interventions: Interventions | Stack,
+          metric: Mapping[str, AnyMetric], **running: Unpack[Running]) -> "xr.Dataset": ...  # fmt: skip
 def sweep(
     model: Transformer,
     tokens: Tokens | ArrayLike,
-    interventions: Interventions,
+    interventions: Interventions | Stack,
     metric: Metrics,
-    *,
-    memory: int | None = None,
-    progress: bool = True,
+    **running: Unpack[Running],
 ) -> Any:
     """Run every cell of a grid of edits and measure each: one compilation, one labelled result.
 
-    `interventions` are those of `run`, where one `mijax.grid` stands in place of the `Where` of one edit
-    or of several (which then move together). Values are each cell's metric, per example, with dimensions
-    `grid.dims + ("batch",)`; the coordinate `base` is the metric with only the edits that are not on
-    the grid. A dictionary of metrics is read from one run of each cell and gives a Dataset, whose
-    coordinates are then `base.<name>`. `memory` bounds the bytes that the cells of one batch take.
+    `interventions` are those of `run`, where a `mijax.grid` stands in place of the `Where` of an edit; or a
+    `mijax.stack` of interventions. Edits with the same grid move together, different grids are multiplied (pairs of
+    heads: one edit with one grid, another with a second one). Values are each cell's metric, per example, with
+    dimensions `grid.dims + ("batch",)`; the coordinate `base` is the metric with only the edits that are the same in all
+    cells. A dictionary of metrics is read from one run of each cell and gives a Dataset, whose coordinates are then
+    `base.<name>`.
 
-    Raises what `run` raises, for all cells, before anything runs; and `ValueError` where there is not
-    one grid, or where the metric is not finite on the base.
+    Only what differs from the base is computed: a cell is resumed at its first edited layer and position, and of the
+    last layer only the positions are computed that the metric's `pos` names. A bidirectional model, an edit at the
+    embedding, a callable, or a metric without `pos` take more, and give the same. See `Running` for further arguments.
+
+    Raises what `run` raises, for all cells, before anything runs; and `ValueError` where there is no
+    grid, where the metric is not finite on the base, or where `memory` does not hold one cell.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -64,85 +85,116 @@ def sweep(
     {'layer': 2, 'head': 2, 'batch': 1}
     """
     tokens, metrics = as_tokens(tokens), named(metric)
-    grid, base, values = swept(model, tokens, interventions, metrics, memory=memory, progress=progress)
-    attrs = {"sites": " ".join(interventions), **described(model)}
-    return labelled(values, grid, {"base": base}, single=not isinstance(metric, Mapping), attrs=attrs)
+    cells = cells_of(interventions)
+    done = swept(model, tokens, cells, metrics, **running)
+    attrs = {"sites": " ".join(cells.edits), **described(model)}
+    return labelled(done, {"base": done.base}, single=not isinstance(metric, Mapping), attrs=attrs)
 
 
 def swept(
     model: Transformer,
     tokens: Tokens,
-    interventions: Interventions,
+    cells: Cells,
     metrics: Mapping[str, AnyMetric],
     *,
-    memory: int | None,
-    progress: bool,
-    changes: Callable[[Where], Bool[Array, "cell batch"]] | None = None,
-) -> tuple[Grid, Values, Values]:
-    """The grid, the metrics `[batch]` of the base and those `[*grid, batch]` of the cells, unlabelled.
+    base: tuple[Values, Base] | None = None,
+    changed: Bool[np.ndarray, "cell batch"] | None = None,
+    memory: int | None = None,
+    progress: bool = True,
+) -> Swept:
+    """The metrics of the base and of every cell, unlabelled.
 
-    `changes` may tell, from the stacked cells, which of them change anything for which example: elsewhere the
-    metric is the base's, and a cell that changes nothing for any example is not run.
+    `changed` says which cells change anything for which example: elsewhere the metric is the base's, and is not computed.
     """
-    grid, places, edits = _lift(as_edits(interventions))
-    _check_cells(model.config, tokens, edits, places, grid)
-    fixed = {name: tuple(e for i, e in enumerate(given) if (name, i) not in places) for name, given in edits.items()}
-    base = measure(model, tokens, fixed, metrics, "base")
-    changed = np.ones((grid.size, tokens.ids.shape[0]), bool) if changes is None else np.asarray(changes(grid.where))
-    needed = np.flatnonzero(changed.any(axis=1))
-    values = {name: np.broadcast_to(value, (grid.size, len(value))).copy() for name, value in base.items()}
-    if len(needed):
-        found = chunks.map_chunks(
-            lambda where: _cells(model, tokens, edits, places, where, metrics),
-            jax.tree.map(lambda index: index[needed], grid.where),
-            chunks.chunk_size(len(needed), cell_bytes(model, tokens, edits, metrics), memory),
-            label=f"sweep {', '.join(edits)}", progress=progress,
-        )  # fmt: skip
+    check_cells(model.config, tokens, cells)
+    at_base, kept = base or kept_base(model, tokens, cells.shared(), metrics)[:2]
+    read = columns_read(metrics.values(), tokens)
+    todo = work(model.config, tokens, cells, read)
+    if changed is not None:
+        todo = todo._replace(first=np.where(changed, todo.first, tokens.ids.shape[1]))
+    values = {name: np.repeat(value[None], cells.size, axis=0) for name, value in at_base.items()}
+    budget = chunks.default_memory() if memory is None else memory
+    size = capacity(todo, row_bytes(model), cell_bytes(model, tokens, metrics), budget, chunks.full_rows())
+    order = plan(todo, *size)
+
+    def measured(number: int):
+        own, chunk = chunk_of(todo, order, number)
+        return _chunk(model, tokens, kept, chunk, cells.take(own), cells.stacked, metrics, read)
+
+    def keep(number: int, found: Values) -> int:
+        own = order.order[order.bounds[number] : order.bounds[number + 1]]
+        differs = todo.first[own] < tokens.ids.shape[1]
         for name, value in found.items():
-            values[name][needed] = np.where(changed[needed], value, values[name][needed])
-    return grid, base, {name: value.reshape(*grid.shape, -1) for name, value in values.items()}
+            values[name][own] = np.where(differs, value[: len(own)], values[name][own])
+        return len(own)
+
+    label = f"sweep {', '.join(cells.edits)}"
+    chunks.run_chunks(measured, keep, len(order.bounds) - 1, len(order.order), label=label, progress=progress)
+    return Swept(cells, at_base, values)
 
 
-def _check_cells(config: Config, tokens: Tokens, edits: dict[str, tuple], places: Places, grid: Grid) -> None:
-    """Raise what `run` would raise at any cell: all have the first one's structure, each its own indices."""
-    check(config, tokens, _placed(edits, places, jax.tree.map(lambda index: index[0], grid.where)), {})
-    for name in dict.fromkeys(name for name, _ in places):
-        check_range(grid.flat(), name, field_lengths(config, tokens, name))
+def kept_base(
+    model: Transformer, tokens: Tokens, edits: Any, metrics: Mapping[str, AnyMetric], capture: tuple[str, ...] = ()
+) -> tuple[Values, Base, dict[str, Array]]:
+    """The metrics of the base, what cells resume from, and what was captured."""
+    values, kept, acts = _based(model, tokens, edits, metrics, capture)
+    return checked(values, "base"), kept, acts
 
 
 def measure(
-    model: Transformer, tokens: Tokens, edits: Any, metrics: Mapping[str, AnyMetric], what: str
-) -> dict[str, np.ndarray]:
-    """The metrics of one run; `ValueError` where one is not finite, or is not one number per example."""
-    values = jax.tree.map(np.asarray, _measured(model, tokens, edits, metrics))
-    for name, value in values.items():
+    model: Transformer,
+    tokens: Tokens,
+    edits: Any,
+    metrics: Mapping[str, AnyMetric],
+    what: str,
+    capture: tuple[str, ...] = (),
+) -> tuple[Values, dict[str, Array]]:
+    """The metrics of one run, and what was captured."""
+    values, acts = _measured(model, tokens, edits, metrics, capture)
+    return checked(values, what), acts
+
+
+def checked(values: Mapping[str, Array], what: str) -> Values:
+    """Metrics as NumPy arrays; `ValueError` where one is not finite."""
+    found = {name: np.asarray(value) for name, value in values.items()}
+    for name, value in found.items():
         if not np.isfinite(value).all():
             example = int(np.argmin(np.isfinite(value)))
             raise ValueError(
                 f"metric {name!r} is {value[example]} on the {what} run of example {example}: a position or an answer out"
                 " of range, or a model that overflows"
             )
-    return values
+    return found
 
 
 @eqx.filter_jit
-def _measured(model, tokens, edits, metrics):
-    readout = run(model, tokens, edits).readout
-    return {name: _per_example(name, metric(readout), readout) for name, metric in metrics.items()}
+def _measured(model, tokens, edits, metrics, capture):
+    out = run(model, tokens, edits, capture=capture)
+    return _metrics(metrics, out.readout), out.acts
 
 
 @eqx.filter_jit
-def _cells(model, tokens, edits, places, where, metrics):
-    """The metrics `[cell, batch]` of a batch of cells."""
-    cell = lambda where: _measured(model, tokens, _placed(edits, places, where), metrics)
-    return jax.vmap(cell)(where)
+def _based(model, tokens, edits, metrics, capture):
+    readout, acts, base = base_of(model, tokens, edits, capture)
+    return _metrics(metrics, readout), base, {site: acts[site] for site in capture}
 
 
-def _per_example(name: str, value: Any, readout: Readout) -> Float[Array, " batch"]:
-    batch = readout.final.shape[0]
-    if jnp.shape(value) != (batch,):
-        raise ValueError(f"metric {name!r} must give one number per example, [{batch}], given shape {jnp.shape(value)}")
-    return value.astype(jnp.float32)
+@eqx.filter_jit
+def _chunk(model, tokens, base: Base, chunk: Chunk, edits, stacked, metrics, read):
+    """The metrics `[cell, batch]` of a chunk of cells."""
+    final = run_chunk(model, tokens, base, chunk, edits, stacked, read)
+    cell = lambda final: _metrics(metrics, Readout(final, tokens, model.unembedding, model.b_U))
+    return jax.vmap(cell)(final)
+
+
+def _metrics(metrics: Mapping[str, AnyMetric], readout: Readout) -> dict[str, Float[Array, " batch"]]:
+    batch, found = readout.final.shape[0], {name: metric(readout) for name, metric in metrics.items()}
+    for name, value in found.items():
+        if jnp.shape(value) != (batch,):
+            raise ValueError(
+                f"metric {name!r} must give one number per example, [{batch}], given shape {jnp.shape(value)}"
+            )
+    return {name: value.astype(jnp.float32) for name, value in found.items()}
 
 
 def named(metric: Metrics) -> dict[str, AnyMetric]:
@@ -152,63 +204,39 @@ def named(metric: Metrics) -> dict[str, AnyMetric]:
     return {getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__: metric}
 
 
-def _lift(edits: dict[str, tuple]) -> tuple[Grid, Places, dict[str, tuple]]:
-    """Take the grid out of the edits; `places` says of which edits it is the `where`."""
-    grids, places, bare = {}, [], {}
-    for name, given in edits.items():
-        for i, edit in enumerate(given):
-            if isinstance(getattr(edit, "where", None), Grid):
-                grids[id(edit.where)] = edit.where
-                places.append((name, i))
-        bare[name] = tuple(
-            eqx.tree_at(lambda e: e.where, e, Where()) if (name, i) in places else e for i, e in enumerate(given)
-        )
-    if len(grids) != 1:
-        raise ValueError(
-            f"a sweep needs one mijax.grid as the where of its edits (the same one in several), given {len(grids)}"
-        )
-    return next(iter(grids.values())), tuple(places), bare
+def row_bytes(model: Transformer) -> int:
+    """The bytes that one row (a token of a cell) takes while a layer runs."""
+    c = model.config
+    heads = (c.n_heads + c.n_kv_heads) * c.d_head
+    numbers = 8 * c.d_model + 4 * heads + (3 if c.mlp == "gated" else 2) * c.d_mlp
+    return numbers * accumulator(model.W_E.dtype).itemsize
 
 
-def _placed(edits: dict[str, tuple], places: Places, where: Where) -> dict[str, tuple]:
-    place = lambda edit: eqx.tree_at(lambda e: e.where, edit, where)
-    return {
-        name: tuple(place(e) if (name, i) in places else e for i, e in enumerate(given))
-        for name, given in edits.items()
-    }
-
-
-def cell_bytes(model: Transformer, tokens: Tokens, edits: Mapping[str, Any], metrics: Mapping[str, AnyMetric]) -> int:
-    """The bytes that one cell takes: every activation of one layer at once, and what the metrics compute.
-
-    An upper bound where XLA frees and fuses; measured against the compiled program in the tests.
-    """
-    table = sites(model, tokens)
-    depth = lambda name: model.config.n_layers if SITES[name].has_layer else 1
-    inside = sum(
-        i.bytes // max(1, depth(name)) for name, i in table.items() if name not in PER_HEAD_COPIES or name in edits
-    )
+def cell_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> int:
+    """The bytes that a cell takes beyond its rows: attention over all of its tokens, and what the metrics compute."""
+    c, (batch, pos) = model.config, tokens.ids.shape
+    per_token = 2 * (c.n_heads + 2 * c.n_kv_heads) * c.d_head + c.d_model + 3 * c.n_heads * pos
     readout = eqx.filter_eval_shape(lambda: run(model, tokens).readout)
     program = eqx.filter_make_jaxpr(lambda r: [metric(r) for metric in metrics.values()])(readout)[0]
     sizes = [v.aval.size * v.aval.dtype.itemsize for eqn in program.jaxpr.eqns for v in eqn.outvars]
-    return inside + sum(sizes)
+    return batch * pos * per_token * accumulator(model.W_E.dtype).itemsize + sum(sizes)
 
 
-def labelled(
-    values: dict[str, np.ndarray], grid: Grid, runs: dict[str, dict[str, np.ndarray]], *, single: bool, attrs: dict
-) -> Any:
+def labelled(done: Swept, runs: dict[str, Values], *, single: bool, attrs: dict) -> Any:
     """A DataArray (one metric) or Dataset (several): cells, examples, the base and source metrics beside."""
     import xarray as xr
 
-    coords: dict[str, Any] = {dim: (dim, np.asarray(labels)) for dim, labels in grid.labels.items()}
-    coords["batch"] = ("batch", np.arange(next(iter(values.values())).shape[-1]))
+    labels, shape = done.cells.labels, done.cells.shape
+    coords: dict[str, Any] = {dim: (dim, np.asarray(own)) for dim, own in labels.items()}
+    coords["batch"] = ("batch", np.arange(next(iter(done.base.values())).shape[-1]))
     for which, metrics in runs.items():
         for name, value in metrics.items():
             coords[which if single else f"{which}.{name}"] = ("batch", value)
-    dims = (*grid.dims, "batch")
     arrays = {
-        name: xr.DataArray(value, coords, dims, name=name, attrs={**attrs, "metric": name})
-        for name, value in values.items()
+        name: xr.DataArray(
+            value.reshape(*shape, -1), coords, (*labels, "batch"), name=name, attrs={**attrs, "metric": name}
+        )
+        for name, value in done.values.items()
     }
     return next(iter(arrays.values())) if single else xr.Dataset(arrays, attrs=attrs)
 

@@ -1,0 +1,111 @@
+"""Activation patching by the loops of TransformerLens's own `patching` module: 2.x or 4.x, whichever is installed."""
+
+# pyright: reportMissingImports=false
+
+import time
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from worker import Case, Run, filled, serve
+
+HEADS = {letter: f"attn_head_{name}_all_pos" for letter, name in
+         {"q": "q", "k": "k", "v": "v", "z": "out", "p": "pattern"}.items()}  # fmt: skip
+GRIDS = {
+    "resid_pre": ["resid_pre"],
+    "z_head": [HEADS["z"]],
+    "z_head_pos": ["attn_head_out_by_pos"],
+    "qkvzp": [HEADS[letter] for letter in "qkvzp"],
+    "qzp": [HEADS[letter] for letter in "qzp"],  # with grouped queries, of which k and v have fewer heads
+    "k_head": [HEADS["k"]],
+    "v_head": [HEADS["v"]],
+}
+"""The `get_act_patch_*` that make up each grid, stacked where there are several."""
+
+
+def load(case: Case) -> Run:
+    """The model, and the function that runs a grid on it."""
+    model = hooked(case) if version("transformer_lens").startswith("2.") else bridge(case)
+    return partial(run, model, case)
+
+
+def hooked(case: Case) -> Any:
+    """A `HookedTransformer` (2.x) as `from_pretrained_no_processing` makes it, of a checkpoint on disk."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights, convert_llama_weights
+
+    c = case.config
+    shared = {name: c[name] for name in ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")}
+    families: dict[str, tuple[Any, dict[str, Any]]] = {
+        "gpt2": (convert_gpt2_weights, {"act_fn": "gelu_new", "normalization_type": "LN"}),
+        "llama": (convert_llama_weights, {
+            "act_fn": "silu", "normalization_type": "RMS", "final_rms": True, "gated_mlp": True,
+            "positional_embedding_type": "rotary", "rotary_adjacent_pairs": False, "rotary_dim": c["d_head"],
+            "rotary_base": c.get("rotary_base"),
+            "n_ctx": min(c["n_ctx"], 2048),  # as TransformerLens caps Llama: each layer keeps a mask of n_ctx squared
+            "n_key_value_heads": c["n_kv_heads"] if c["n_kv_heads"] != c["n_heads"] else None,
+        }),
+    }  # fmt: skip
+    convert, own = families[c["family"]]
+    config = HookedTransformerConfig(**(shared | own), eps=c["norm_eps"], device="cpu", init_weights=False)
+    model = HookedTransformer(config)
+    model.load_and_process_state_dict(
+        convert(case.huggingface(), config),
+        fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False,
+    )  # fmt: skip
+    return model.eval()
+
+
+def bridge(case: Case) -> Any:
+    """A `TransformerBridge` (4.x): `boot_transformers` without its tokenizer, which it would fetch."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    model = case.huggingface(attn_implementation="eager")  # as boot_transformers has it, for attention patterns
+    return build_bridge_from_module(model, model.config.architectures[0], hf_config=model.config).eval()
+
+
+def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, float]:
+    """The values of a grid, and the seconds of the clean run among those that it took."""
+    from transformer_lens import patching
+
+    if grid == "forward":
+        return case.metric(model(case.corrupted)).numpy(), 0.0
+    functions = [getattr(patching, f"get_act_patch_{name}") for name in GRIDS[grid]]
+    sites = [function.keywords["activation_name"] for function in functions]
+    shapes = {shape(model, case, function) for function in functions}
+    if len(shapes) > 1:
+        raise ValueError(f"the parts of {grid} differ in shape: {shapes}")
+    sizes = shapes.pop()
+
+    start = time.perf_counter()
+    names = [patching.utils.get_act_name(site, layer) for site in sites for layer in range(model.cfg.n_layers)]
+    _, clean = model.run_with_cache(case.clean, names_filter=names)
+    seconds = time.perf_counter() - start
+
+    kept = []
+
+    def metric(logits):
+        """What `patching` wants is one number; each example's is kept beside it."""
+        kept.append(case.metric(logits).numpy())
+        return kept[-1].mean()
+
+    for function in functions:
+        axes = function.keywords["index_axis_names"]
+        cells = patching.make_df_from_ranges(sizes, axes)
+        if limit is not None:
+            cells = cells.head(limit - len(kept))
+        if len(cells):
+            function(model, case.corrupted, clean, metric, index_axis_names=None, index_df=cells)
+    return filled(kept, sizes if len(functions) == 1 else (len(functions), *sizes)), seconds
+
+
+def shape(model: Any, case: Case, function: Any) -> tuple[int, ...]:
+    """How many cells a `get_act_patch_*` has along each of its axes."""
+    cfg, site = model.cfg, function.keywords["activation_name"]
+    heads = cfg.n_heads if site not in ("k", "v") else getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    sizes = {"layer": cfg.n_layers, "pos": case.corrupted.shape[1], "head": heads, "head_index": heads}
+    return tuple(sizes[axis] for axis in function.keywords["index_axis_names"])
+
+
+if __name__ == "__main__":
+    serve("transformer_lens", load)

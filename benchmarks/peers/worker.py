@@ -1,0 +1,117 @@
+"""What the workers of the peers share: the folder that they read and the lines that they speak.
+
+`with_<peer>.py FOLDER` runs in the peer's own virtual environment and imports nothing of mijax. FOLDER holds
+`config.json` (the model's shape), `model/` (a Hugging Face checkpoint) and `tokens.npz` (clean, corrupted [batch pos];
+correct, wrong [batch]). A worker prints one JSON line when the model is ready, then reads names of grids, one a line
+(`z_head_pos`, or `z_head_pos:48` for its first 48 cells; the rest are NaN), and answers each with one JSON line;
+`quit` ends it. The result, [*grid batch] in float32, is the logit of the correct token minus that of the wrong one at
+the last position, in the corrupted run with clean activations put in.
+"""
+
+# pyright: reportMissingImports=false
+
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which torch may do
+
+import torch
+
+Run = Callable[[str, int | None], tuple[np.ndarray, float]]
+"""From a grid and how many of its cells to run: the values, and the seconds that the clean run took of it."""
+
+
+class Case:
+    """What FOLDER holds."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        tokens = np.load(folder / "tokens.npz")
+        names = ("clean", "corrupted", "correct", "wrong")
+        self.clean, self.corrupted, self.correct, self.wrong = (
+            torch.from_numpy(tokens[name].astype(np.int64)) for name in names
+        )
+
+    def huggingface(self, **options: Any) -> Any:
+        """The checkpoint as transformers reads it, in float32."""
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32, **options)
+        return model.eval()
+
+    def metric(self, logits: torch.Tensor) -> torch.Tensor:
+        """Each example's logit difference at the last position."""
+        last, rows = logits[:, -1], torch.arange(len(logits))
+        return last[rows, self.correct] - last[rows, self.wrong]
+
+
+def filled(values: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """The cells that were run in their places of the grid, NaN in the others."""
+    result = np.full((*shape, values[0].shape[-1]), np.nan, np.float32)
+    result.reshape(-1, result.shape[-1])[: len(values)] = values
+    return result
+
+
+def serve(peer: str, load: Callable[[Case], Run]) -> None:
+    """Load the model of the folder in `sys.argv`, and answer lines until `quit`."""
+    say = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the peer prints goes to stderr
+    case = Case(Path(sys.argv[1]))
+    run = load(case)
+    hello = {"peer": peer, "version": version(peer), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    print(json.dumps(hello), file=say, flush=True)
+    for line in sys.stdin:
+        if line.strip() == "quit":
+            break
+        try:
+            answer = measured(run, line.strip(), case.folder / f"{peer}-{version(peer)}-{line.strip()}.npy")
+        except Exception:
+            answer = {"grid": line.strip(), "error": traceback.format_exc()}
+        print(json.dumps(answer), file=say, flush=True)
+
+
+def measured(run: Run, request: str, file: Path) -> dict[str, Any]:
+    """Run a grid, write its values, and tell what it took."""
+    grid, _, limit = request.partition(":")
+    reset = reset_peak()
+    wall, cpu = time.perf_counter(), time.process_time()
+    with torch.inference_mode():
+        values, clean = run(grid, int(limit) if limit else None)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = peak_rss()
+    np.save(file, values.astype(np.float32))
+    cells = int(np.isfinite(values).all(axis=-1).sum())
+    return {
+        "grid": request, "wall": wall, "clean": clean, "cpu": cpu, "peak_rss": peak, "peak_is_of_grid": reset,
+        "cells": cells, "file": str(file),
+    }  # fmt: skip
+
+
+def reset_peak() -> bool:
+    """Start the peak of the resident memory anew, where the kernel can, so that it is not that of loading."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_rss() -> int:
+    """The peak in bytes. `ru_maxrss` is second choice: it counts the process that started this one too."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

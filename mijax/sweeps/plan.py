@@ -1,0 +1,209 @@
+"""What a sweep need compute, on the host: where each cell begins to differ from the base, and which cells run together."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from mijax._types import Bool, Int
+from mijax.interventions.edits import Edit
+from mijax.interventions.rows import needs_whole_cells
+from mijax.interventions.where import Where
+from mijax.metrics import AnyMetric
+from mijax.model.config import Config
+from mijax.model.position import Rows
+from mijax.model.sites import SITES
+from mijax.model.tokens import Tokens
+from mijax.sweeps.cells import Cells
+from mijax.sweeps.engine import BEFORE_LAYERS, Chunk, half_layer
+
+
+class Work(NamedTuple):
+    """What each cell need compute: from which half-layer on, and of each example from which column on.
+
+    `computed` are the columns of which a cell computes any (padding is none of them), `first` is the number of columns
+    where a cell changes nothing in an example.
+    """
+
+    start: Int[np.ndarray, " cell"]
+    first: Int[np.ndarray, "cell batch"]
+    computed: Bool[np.ndarray, "batch pos"]
+
+    def rows(self) -> Int[np.ndarray, " cell"]:
+        """How many tokens each cell computes."""
+        after = np.zeros((len(self.computed), self.computed.shape[1] + 1), np.int64)
+        after[:, :-1] = np.cumsum(self.computed[:, ::-1], axis=1)[:, ::-1]
+        return np.take_along_axis(after, self.first.T, axis=1).sum(axis=0)
+
+
+class Plan(NamedTuple):
+    """Cells in the order in which they run, where each chunk of them begins, and the size of every chunk."""
+
+    order: Int[np.ndarray, " cell"]
+    bounds: Int[np.ndarray, " chunk_plus_one"]
+    cells: int
+    rows: int
+
+
+def work(config: Config, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "batch read"] | None) -> Work:
+    """Read off the edits what each cell need compute for the columns `read`; everything, where an edit allows no less."""
+    mask = np.asarray(tokens.mask)
+    start = np.full(cells.size, 2 * config.n_layers, np.int32)
+    first = np.full((cells.size, *mask.shape[:1]), mask.shape[1], np.int32)
+    whole = False
+    for site, given in cells.edits.items():
+        for edit, group in zip(given, cells.group[site]):
+            whole |= needs_whole_cells(edit, jax.tree.map(lambda g: g >= 0, group))
+            if any(g >= 0 for g in jax.tree.leaves(group)):
+                where = edit.where if isinstance(edit, Edit) else Where()
+                fields = {f: _Choices(np.asarray(i), getattr(group.where, f), cells) for f, i in where.given.items()}
+                start = np.minimum(start, _begins(config, site, fields))
+                first = np.minimum(first, _first_column(config, mask, site, fields))
+    if whole:
+        return Work(start, np.zeros_like(first), np.ones_like(mask))
+    if read is not None and config.causal:  # what comes after the last token that is read
+        first = np.where(first > read.max(axis=1), mask.shape[1], first)
+    return Work(start, first, mask)
+
+
+class _Choices(NamedTuple):
+    """An entry of `Where`, its choices in front if it is on a grid, and which choice each cell takes."""
+
+    index: np.ndarray
+    group: int
+    cells: Cells
+
+    @property
+    def stacked(self) -> np.ndarray:
+        return self.index if self.group >= 0 else self.index[None]
+
+    def by_cell(self, choices: np.ndarray) -> np.ndarray:
+        return choices if self.group < 0 else choices[self.cells.picks[self.group]]
+
+
+def _begins(config: Config, site: str, fields: Mapping[str, _Choices]) -> Int[np.ndarray, " cell_or_1"]:
+    """The half-layer of a cell's first edit at a site."""
+    if not SITES[site].has_layer:
+        return np.array([0 if site in BEFORE_LAYERS else max(0, 2 * config.n_layers - 1 - config.parallel)])
+    if "layer" not in fields:
+        return np.array([half_layer(config, site)])
+    layer = fields["layer"].stacked
+    if layer.dtype == bool:
+        layer = np.argmax(layer, axis=-1)
+    else:
+        layer = np.where(layer < 0, layer + config.n_layers, layer)
+    earliest = layer.reshape(len(layer), -1).min(axis=1)
+    return 2 * fields["layer"].by_cell(earliest) + half_layer(config, site)
+
+
+def _first_column(
+    config: Config, mask: np.ndarray, site: str, fields: Mapping[str, _Choices]
+) -> Int[np.ndarray, "cell_or_1 batch"]:
+    """The first column of each example that a cell's edit can change; the number of columns where it changes none."""
+    batch, n = mask.shape
+    first = np.zeros((1, batch), np.int32)
+    places = ("pos", "query") if site != "attn_scores" else ("query", "key")  # a key is seen from itself on
+    for field in places if config.causal else ():
+        if field in fields:
+            first = np.maximum(first, fields[field].by_cell(_column(mask, fields[field].stacked)))
+    if "batch" in fields:
+        chosen = fields["batch"].stacked
+        if chosen.dtype != bool:
+            chosen = (chosen.reshape(len(chosen), -1, 1) % batch == np.arange(batch)).any(axis=1)
+        first = np.where(fields["batch"].by_cell(chosen), first, n)
+    return first
+
+
+def columns_read(metrics: Iterable[AnyMetric], tokens: Tokens) -> Int[np.ndarray, "batch read"] | None:
+    """The columns at which the metrics read; `None` where one of them may read any."""
+    mask, found = np.asarray(tokens.mask), []
+    for metric in metrics:
+        pos = getattr(metric, "pos", None)
+        if pos is None:
+            return None
+        found.append(_column(mask, np.broadcast_to(np.asarray(pos).reshape(-1, 1), (len(mask), 1))[None])[0])
+    return np.stack(found, axis=1).astype(np.int32)
+
+
+def _column(mask: np.ndarray, index: np.ndarray) -> Int[np.ndarray, "cell_or_1 batch"]:
+    """The first column among the positions that an entry of `Where` selects."""
+    batch, n = mask.shape
+    if index.dtype == bool:  # over columns
+        some = np.broadcast_to(index[:, None] if index.ndim == 2 else index, (len(index), batch, n))
+        return np.where(some.any(axis=2), some.argmax(axis=2), n)
+    lengths = mask.sum(axis=1)
+    index = index.reshape(len(index), 1, -1) if index.ndim < 3 else index
+    earliest = np.where(index < 0, index + lengths[:, None], index).min(axis=2)  # [cell, batch]
+    real = np.argsort(~mask, axis=1, kind="stable")  # the columns of real tokens come first
+    return real[np.arange(batch), np.clip(earliest, 0, lengths - 1)]
+
+
+def capacity(work: Work, bytes_per_row: int, bytes_per_cell: int, memory: int, most_rows: int) -> tuple[int, int]:
+    """The cells and the rows of every chunk, as many as `memory` holds but no more rows than `most_rows`.
+
+    They follow from the number of cells, of starts and of tokens, and from the mean share of its tokens that a cell
+    computes, to the nearest power of two: a grid whose indices move keeps its compiled program. A chunk holds whole
+    starts, or an equal part of one, so that no cell is resumed earlier than it must.
+
+    Raises `ValueError` where not even one cell fits.
+    """
+    need, total = work.rows(), int(work.computed.sum())
+    positions = work.computed.sum(axis=1).max()
+    used = need[need > 0]
+    share = used.mean() / total if len(used) else 1.0
+    level = int(np.clip(np.round(-np.log2(share)), 0, np.log2(positions))) if share < 1 else 0
+    mean = -(-total * (positions + 2**level - 1) // (positions * 2**level))  # half of 1 .. n is (n + 1) / 2
+    slack = 1.25 if level else 1.0
+    fits = int((memory - bytes_per_cell) // (bytes_per_row + slack * bytes_per_cell / mean))
+    if fits < total:
+        raise ValueError(
+            f"one cell takes about {total * bytes_per_row + bytes_per_cell:,} bytes, memory={memory:,} allows none"
+        )
+    most = max(total, min(fits, most_rows))
+    group = -(-len(need) // len(np.unique(work.start)))  # cells of one start
+    if group * mean <= most:
+        rows = min(most // (group * mean) * group, len(need)) * mean
+    else:
+        rows = -(-group // -(-group * mean // most)) * mean
+    rows = max(rows, total)
+    return min(len(need), int(np.ceil(slack * rows / mean))), int(rows)
+
+
+def plan(work: Work, cells: int, rows: int) -> Plan:
+    """Put cells of one start together, long ones beside short ones, `cells` at most and `rows` tokens at most a chunk."""
+    need = work.rows()
+    order = np.flatnonzero(need)
+    order = order[np.lexsort((need[order], work.start[order]))]
+    order = _mixed(order, work.start)
+    total = np.concatenate([[0], np.cumsum(need[order])])
+    bounds = [0]
+    while bounds[-1] < len(order):
+        begin = bounds[-1]
+        end = np.searchsorted(total, total[begin] + rows, side="right") - 1
+        bounds.append(int(min(end, begin + cells)))
+    return Plan(order, np.asarray(bounds), cells, rows)
+
+
+def _mixed(order: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Within each start, alternate between the cells from either end of the order."""
+    _, begins, counts = np.unique(start[order], return_index=True, return_counts=True)
+    rank = np.arange(len(order)) - np.repeat(begins, counts)
+    from_end = np.repeat(counts, counts) - 1 - rank
+    key = np.where(rank <= from_end, 2 * rank, 2 * from_end + 1)
+    return order[np.lexsort((key, start[order]))]
+
+
+def chunk_of(work: Work, plan: Plan, number: int) -> tuple[np.ndarray, Chunk]:
+    """The cells of a chunk, filled up by its first one without any tokens, and what it computes."""
+    own = plan.order[plan.bounds[number] : plan.bounds[number + 1]]
+    count, rows = len(own), plan.rows
+    cells = np.concatenate([own, np.full(plan.cells - count, own[0])])
+    columns = np.arange(work.computed.shape[1])
+    computed = work.computed[None] & (columns >= work.first[cells][:, :, None])
+    computed[count:] = False
+    cell, example, column = (index.astype(np.int32) for index in np.nonzero(computed))
+    place = np.where(computed, np.cumsum(computed).reshape(computed.shape) - 1, -1).astype(np.int32)
+    pad = lambda index: np.pad(index, (0, rows - len(index)))
+    start = np.int32(work.start[cells[:count]].min())
+    return cells, Chunk(start, Rows(pad(cell), pad(example), pad(column), place))
