@@ -1,17 +1,28 @@
-"""Many small jobs in memory-bounded batches of equal size, with progress."""
+"""Many small jobs in memory-bounded chunks of equal size: with progress, saved as they finish, over many devices."""
 
+import collections
+import hashlib
+import json
 import os
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 
+from mijax.files import atomic
+
+Found = dict[str, np.ndarray]
+
 
 def default_memory() -> int:
-    """The bytes that a batch of jobs may take: half of what the device has left, at most 1 GiB on a CPU.
+    """The bytes that a chunk of jobs may take: half of what the device has left, at most 1 GiB on a CPU.
 
-    (A CPU's matrix products are at full speed well below that, and smaller batches show progress.)
+    (A CPU's matrix products are at full speed well below that, and smaller chunks show progress.)
     """
     device = jax.local_devices()[0]
     stats = device.memory_stats()
@@ -24,39 +35,156 @@ def default_memory() -> int:
     return min(2**30, free // 2)
 
 
-def chunk_size(jobs: int, bytes_per_job: int, memory: int | None) -> int:
-    """How many jobs to run at once: as many as `memory` holds, in batches as equal as can be.
-
-    Raises `ValueError` where not even one job fits.
-
-    >>> chunk_size(100, bytes_per_job=10, memory=400)
-    34
-    """
-    budget = default_memory() if memory is None else memory
-    most = budget // max(1, bytes_per_job)
-    if most < 1:
-        raise ValueError(f"one job takes about {bytes_per_job:,} bytes, memory={budget:,} allows none")
-    return -(-jobs // -(-jobs // most))
-
-
 def full_rows() -> int:
-    """How many rows of a matrix product fill the device; more in one chunk would only blur where cells begin."""
+    """How many rows of a matrix product fill the device; more in one chunk would only blur where jobs begin."""
     return 2048 if jax.default_backend() == "cpu" else 16384
 
 
+class Store:
+    """A folder of finished chunks: what the job is, its plan, and one file with a checksum for each chunk.
+
+    A folder that was begun before gives back its `plan`, whatever would be planned now, and raises `ValueError` where
+    `identity`, which names the parts of the job by their fingerprints, is not that with which it was begun.
+    """
+
+    def __init__(self, folder: str | os.PathLike, identity: Mapping[str, str], plan: Found, labels: Mapping[str, Any]):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        about, arrays = self.folder / "job.json", self.folder / "plan.npz"
+        if about.exists():
+            told = json.loads(about.read_text())["identity"]
+            differ = [part for part in sorted({*told, *identity}) if told.get(part) != identity.get(part)]
+            if differ:
+                raise ValueError(
+                    f"{folder} was begun with another {', another '.join(differ)}: give another folder, or delete this one"
+                )
+            with np.load(arrays) as saved:
+                self.plan = dict(saved)
+            return
+        if any(path.name != arrays.name and not path.name.startswith(".") for path in self.folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no job: give another folder")
+        self.plan = plan
+        with atomic(arrays) as scratch, scratch.open("wb") as file:
+            np.savez(file, **plan)
+        with atomic(about) as scratch:  # last: a folder with it is complete
+            scratch.write_text(json.dumps({"identity": dict(identity), **labels}, indent=1, default=str))
+
+    def load(self, number: int) -> Found | None:
+        """A finished chunk; `None` where there is none, or where it is damaged."""
+        path = self._path(number)
+        if not path.exists():
+            return None
+        try:
+            with np.load(path) as saved:
+                found = dict(saved)
+            if str(found.pop("checksum")) == fingerprint(found):
+                return found
+        except (ValueError, OSError, KeyError, EOFError) as error:
+            warnings.warn(f"{path} cannot be read ({error}): computed again", stacklevel=2)
+            return None
+        warnings.warn(f"{path} is damaged (its checksum differs): computed again", stacklevel=2)
+        return None
+
+    def save(self, number: int, found: Found) -> None:
+        """Write a finished chunk, whole or not at all."""
+        with atomic(self._path(number)) as scratch, scratch.open("wb") as file:
+            np.savez(file, checksum=np.asarray(fingerprint(found)), **found)  # pyright: ignore[reportArgumentType]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"chunk_{number:06d}.npz"
+
+
 def run_chunks(
-    run: Callable[[int], Any],
-    keep: Callable[[int, Any], int],
+    run: Callable[[Sequence[int]], Mapping[str, Any]],
+    keep: Callable[[int, Found], int],
     chunks: int,
     jobs: int,
     *,
     label: str,
     progress: bool,
+    width: int | None = None,
+    store: Store | None = None,
 ) -> None:
-    """Run every chunk and hand its results, as NumPy arrays, to `keep`, which says how many jobs they were."""
+    """Run all chunks and hand the results of each to `keep`, which says how many jobs they were.
+
+    `run` is given one chunk's number; or, with `width`, up to that many, and its results have an axis of them in front. Chunks that `store` holds are not run again.
+    """
     from tqdm import tqdm
 
     # The bar appears only where the work takes more than a second.
     with tqdm(total=jobs, desc=label, unit="cell", delay=1.0, disable=not progress, leave=False) as bar:
+        left = []
         for number in range(chunks):
-            bar.update(keep(number, jax.tree.map(np.asarray, run(number))))
+            held = store.load(number) if store else None
+            if held is None:
+                left.append(number)
+            else:
+                bar.update(keep(number, held))
+        groups = [left[i : i + (width or 1)] for i in range(0, len(left), width or 1)]
+        for group, found in _in_flight(run, groups):
+            arrays = {name: np.asarray(value) for name, value in found.items()}
+            for i, number in enumerate(group):
+                own = arrays if width is None else {name: value[i] for name, value in arrays.items()}
+                if store:
+                    store.save(number, own)
+                bar.update(keep(number, own))
+
+
+def _in_flight(run: Callable, groups: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Mapping[str, Any]]]:
+    """Results in order, the next ones dispatched before the last are waited for."""
+    waiting: collections.deque = collections.deque()
+    for group in groups:
+        waiting.append((group, run(group)))
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def fingerprint(tree: Any) -> str:
+    """A checksum of all arrays in a pytree, its structure, and the code of the functions in it."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        digest.update(jax.tree_util.keystr(path).encode())
+        if eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic):
+            array = np.ascontiguousarray(leaf)
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(array.data if array.size else b"")
+        else:
+            digest.update(_told(leaf))
+    return digest.hexdigest()
+
+
+def _told(leaf: Any) -> bytes:
+    code = getattr(leaf, "__code__", None)
+    if code is None:
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(leaf)).encode()
+    inside = [repr(cell.cell_contents) for cell in leaf.__closure__ or ()]
+    return b"".join([leaf.__qualname__.encode(), code.co_code, repr(code.co_consts).encode(), *map(str.encode, inside)])
+
+
+class PeakMemory:
+    """The bytes that a block of code took at its peak, beyond those in use before: `taken`; `None` where nobody tells."""
+
+    taken: int | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        self._before = self._in_use(reset=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        after = self._in_use(reset=False)
+        if self._before is not None and after is not None:
+            self.taken = max(0, after - self._before)
+
+    def _in_use(self, reset: bool) -> int | None:
+        stats = jax.local_devices()[0].memory_stats()
+        if stats:
+            return stats.get("bytes_in_use" if reset else "peak_bytes_in_use")
+        try:  # Linux counts the pages of the process, and forgets the highest count when told to
+            if reset:
+                Path("/proc/self/clear_refs").write_text("5")
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return None
+        found = re.search(r"VmRSS:\s+(\d+)" if reset else r"VmHWM:\s+(\d+)", status)
+        return int(found[1]) * 1024 if found else None

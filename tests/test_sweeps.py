@@ -4,10 +4,9 @@ import jax
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import mijax as mj
+from mijax.sweeps.cells import cells_of
 from mijax.sweeps.sweep import cell_bytes, row_bytes
 from tests.architectures import ARCHITECTURES, IDS, LENGTHS, batch, error, random_model
 
@@ -24,60 +23,11 @@ def source_of(model, site, padding="left"):
     return mj.run(model, batch(padding, (IDS + 5) % 19), capture=(site,)).acts[site]
 
 
-# site: the axes of a grid over it
-GRIDS = {
-    "resid_pre": ("layer", "pos"), "z": ("layer", "head"), "k": ("head", "pos"), "pattern": ("head", "query", "key"),
-    "post": ("layer", "unit"), "mlp_out": ("pos",), "embed": ("pos",), "result": ("layer", "head"), "q_input": ("head",),
-}  # fmt: skip
-
-
-# Every site on two architectures, one site of each kind on the others.
-CASES = [
-    (n, s)
-    for n in ARCHITECTURES
-    for s in GRIDS
-    if n in ("llama_gqa", "gpt2") or s in ("resid_pre", "pattern", "result")
-]
-
-
-@pytest.mark.parametrize("name, site", CASES)
-def test_5_a_sweep_is_a_loop_of_runs(x64, name, site):
-    """float64; results are stored as float32, which rounds at 6e-8."""
-    config = ARCHITECTURES[name]
-    if site in ("post", "mlp_out") and config.mlp == "none":
-        site = "attn_out" if site == "mlp_out" else "v"
-    axes = {"attn_out": ("pos",), "v": ("layer", "unit")}.get(site) or GRIDS[site]
-    model, tokens = random_model(config), batch("left")
-    source = source_of(model, site)
-    heads = config.n_kv_heads if site == "k" else config.n_heads
-    sizes = {"layer": 3, "pos": SHORTEST, "query": SHORTEST, "key": SHORTEST, "head": heads, "unit": 3}
-
-    @settings(max_examples=2)
-    @given(
-        st.fixed_dictionaries(
-            {a: st.lists(st.integers(-sizes[a], sizes[a] - 1), min_size=2, max_size=2, unique=True) for a in axes}
-        )
-    )
-    def check(choices):
-        choices = {a: choices[a] for a in axes}  # hypothesis reorders them
-        result = mj.sweep(model, tokens, {site: mj.Replace(source, mj.grid(**choices))}, METRIC, progress=False)
-        assert result.dims == (*axes, "batch") and result.dtype == np.float32
-        for place in np.ndindex(*(2,) * len(axes)):
-            where = mj.Where(**{a: choices[a][i] for a, i in zip(axes, place)})
-            alone = METRIC(mj.run(model, tokens, {site: mj.Replace(source, where)}).readout)
-            assert error(result.values[place], alone) < 2e-7
-        for axis in axes:
-            assert result[axis].values.tolist() == choices[axis]
-        assert error(result.base, METRIC(mj.run(model, tokens).readout)) < 2e-7
-
-    check()
-
-
 def test_memory_does_not_change_the_result_and_bounds_the_batches(model):
     tokens, source = batch("left"), source_of(model, "z")
     edits = {"z": mj.Replace(source, mj.grid(layer=range(3), head=range(4)))}
     whole = mj.sweep(model, tokens, edits, METRIC, progress=False)
-    one = IDS.size * row_bytes(model) + 2 * cell_bytes(model, tokens, {"m": METRIC})
+    one = IDS.size * row_bytes(model, cells_of(edits)) + 2 * cell_bytes(model, tokens, {"m": METRIC})
     for cells in (1, 5, 12):
         part = mj.sweep(model, tokens, edits, METRIC, memory=cells * one, progress=False)
         assert error(part, whole) < 1e-6

@@ -2,11 +2,11 @@
 
 # pyright: reportMissingImports=false
 
-import time
 from functools import partial
 from typing import Any
 
-from worker import Case, Run, filled, serve
+from torch_worker import Case, Run, serve, since
+from worker import Told, filled
 
 
 def load(case: Case) -> Run:
@@ -16,25 +16,25 @@ def load(case: Case) -> Run:
     return partial(run, NNsight(case.huggingface()), case)
 
 
-def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, float]:
-    """The values of a grid, and the seconds of the clean run among those that it took."""
+def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, Told]:
+    """The values of a grid, and what the clean run took of it."""
     import nnsight
 
     if grid == "forward":
         with model.trace(case.corrupted):
             values = case.metric(model.output.logits).save()
-        return values.numpy(), 0.0
+        return values.cpu().numpy(), {}
     if grid != "resid_pre":
         raise ValueError(f"no grid {grid!r}: this worker has forward and resid_pre")
     blocks = model.transformer.h if case.config["family"] == "gpt2" else model.model.layers
     sizes = len(blocks), case.corrupted.shape[1]
 
-    start = time.perf_counter()
+    start = case.seconds()
     with model.trace(case.clean):
         clean = nnsight.save([])
         for block in blocks:
             clean.append(block.input)
-    seconds = time.perf_counter() - start
+    told = since(case, start)
 
     cells = [(layer, pos) for layer in range(sizes[0]) for pos in range(sizes[1])][:limit]
     kept = []
@@ -42,9 +42,9 @@ def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, floa
         with model.trace(case.corrupted):
             blocks[layer].input[:, pos] = clean[layer][:, pos]
             values = case.metric(model.output.logits).save()
-        kept.append(values.numpy())
-    return filled(kept, sizes), seconds
+        kept.append(values.cpu().numpy())
+    return filled(kept, sizes), told
 
 
 if __name__ == "__main__":
-    serve("nnsight", load)
+    serve("nnsight", ("forward", "resid_pre"), load)

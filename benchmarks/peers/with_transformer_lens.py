@@ -2,12 +2,12 @@
 
 # pyright: reportMissingImports=false
 
-import time
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-from worker import Case, Run, filled, serve
+from torch_worker import Case, Run, serve, since
+from worker import Told, filled
 
 HEADS = {letter: f"attn_head_{name}_all_pos" for letter, name in
          {"q": "q", "k": "k", "v": "v", "z": "out", "p": "pattern"}.items()}  # fmt: skip
@@ -47,7 +47,7 @@ def hooked(case: Case) -> Any:
         }),
     }  # fmt: skip
     convert, own = families[c["family"]]
-    config = HookedTransformerConfig(**(shared | own), eps=c["norm_eps"], device="cpu", init_weights=False)
+    config = HookedTransformerConfig(**(shared | own), eps=c["norm_eps"], device=str(case.device), init_weights=False)
     model = HookedTransformer(config)
     model.load_and_process_state_dict(
         convert(case.huggingface(), config),
@@ -64,12 +64,12 @@ def bridge(case: Case) -> Any:
     return build_bridge_from_module(model, model.config.architectures[0], hf_config=model.config).eval()
 
 
-def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, float]:
-    """The values of a grid, and the seconds of the clean run among those that it took."""
+def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, Told]:
+    """The values of a grid, and what the clean run took of it."""
     from transformer_lens import patching
 
     if grid == "forward":
-        return case.metric(model(case.corrupted)).numpy(), 0.0
+        return case.metric(model(case.corrupted)).cpu().numpy(), {}
     functions = [getattr(patching, f"get_act_patch_{name}") for name in GRIDS[grid]]
     sites = [function.keywords["activation_name"] for function in functions]
     shapes = {shape(model, case, function) for function in functions}
@@ -77,16 +77,16 @@ def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, floa
         raise ValueError(f"the parts of {grid} differ in shape: {shapes}")
     sizes = shapes.pop()
 
-    start = time.perf_counter()
+    start = case.seconds()
     names = [patching.utils.get_act_name(site, layer) for site in sites for layer in range(model.cfg.n_layers)]
     _, clean = model.run_with_cache(case.clean, names_filter=names)
-    seconds = time.perf_counter() - start
+    told = since(case, start)
 
     kept = []
 
     def metric(logits):
         """What `patching` wants is one number; each example's is kept beside it."""
-        kept.append(case.metric(logits).numpy())
+        kept.append(case.metric(logits).cpu().numpy())
         return kept[-1].mean()
 
     for function in functions:
@@ -96,7 +96,7 @@ def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, floa
             cells = cells.head(limit - len(kept))
         if len(cells):
             function(model, case.corrupted, clean, metric, index_axis_names=None, index_df=cells)
-    return filled(kept, sizes if len(functions) == 1 else (len(functions), *sizes)), seconds
+    return filled(kept, sizes if len(functions) == 1 else (len(functions), *sizes)), told
 
 
 def shape(model: Any, case: Case, function: Any) -> tuple[int, ...]:
@@ -108,4 +108,4 @@ def shape(model: Any, case: Case, function: Any) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    serve("transformer_lens", load)
+    serve("transformer_lens", ("forward", *GRIDS), load)

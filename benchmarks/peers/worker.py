@@ -1,14 +1,13 @@
-"""What the workers of the peers share: the folder that they read and the lines that they speak.
+"""What the workers share: the folder that they read and the lines that they speak.
 
-`with_<peer>.py FOLDER` runs in the peer's own virtual environment and imports nothing of mijax. FOLDER holds
-`config.json` (the model's shape), `model/` (a Hugging Face checkpoint) and `tokens.npz` (clean, corrupted [batch pos];
-correct, wrong [batch]). A worker prints one JSON line when the model is ready, then reads names of grids, one a line
-(`z_head_pos`, or `z_head_pos:48` for its first 48 cells; the rest are NaN), and answers each with one JSON line;
-`quit` ends it. The result, [*grid batch] in float32, is the logit of the correct token minus that of the wrong one at
-the last position, in the corrupted run with clean activations put in.
+`with_<peer>.py FOLDER` runs in the peer's own virtual environment and imports nothing of mijax (`with_mijax.py` is
+mijax's own, for a process like theirs). FOLDER holds `config.json` (the model's shape), `model/` (a Hugging Face
+checkpoint) and `tokens.npz` (clean, corrupted [batch pos]; correct, wrong [batch]). A worker prints one JSON line when
+the model is ready, with the names of its grids, then reads such names, one a line (`z_head_pos`, or `z_head_pos:48` for
+its first 48 cells; the rest are NaN), and answers each with one JSON line; `quit` ends it. The result, [*grid batch] in
+float32, is the logit of the correct token minus that of the wrong one at the last position, in the corrupted run with
+clean activations put in.
 """
-
-# pyright: reportMissingImports=false
 
 import json
 import os
@@ -16,20 +15,26 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which torch may do
 
-import torch
+Told = dict[str, Any]
+"""What goes into an answer beside what `measured` finds: of a grid `clean` and `clean_cpu`, the seconds of it that do
+not grow with the cells."""
 
-Run = Callable[[str, int | None], tuple[np.ndarray, float]]
-"""From a grid and how many of its cells to run: the values, and the seconds that the clean run took of it."""
+
+class Worker(NamedTuple):
+    """A model that is ready: a function from a grid and how many of its cells to run; its grids; about the software."""
+
+    run: Callable[[str, int | None], tuple[np.ndarray, Told]]
+    grids: Iterable[str]
+    about: Told
 
 
 class Case:
@@ -39,22 +44,9 @@ class Case:
         self.folder = folder
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         tokens = np.load(folder / "tokens.npz")
-        names = ("clean", "corrupted", "correct", "wrong")
         self.clean, self.corrupted, self.correct, self.wrong = (
-            torch.from_numpy(tokens[name].astype(np.int64)) for name in names
+            tokens[name].astype(np.int64) for name in ("clean", "corrupted", "correct", "wrong")
         )
-
-    def huggingface(self, **options: Any) -> Any:
-        """The checkpoint as transformers reads it, in float32."""
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32, **options)
-        return model.eval()
-
-    def metric(self, logits: torch.Tensor) -> torch.Tensor:
-        """Each example's logit difference at the last position."""
-        last, rows = logits[:, -1], torch.arange(len(logits))
-        return last[rows, self.correct] - last[rows, self.wrong]
 
 
 def filled(values: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
@@ -64,38 +56,37 @@ def filled(values: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     return result
 
 
-def serve(peer: str, load: Callable[[Case], Run]) -> None:
+def serve(load: Callable[[Path], Worker]) -> None:
     """Load the model of the folder in `sys.argv`, and answer lines until `quit`."""
     say = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the peer prints goes to stderr
-    case = Case(Path(sys.argv[1]))
-    run = load(case)
-    hello = {"peer": peer, "version": version(peer), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    print(json.dumps(hello), file=say, flush=True)
+    folder = Path(sys.argv[1])
+    run, grids, about = load(folder)
+    print(json.dumps({**about, "grids": list(grids), "cpu": time.process_time()}), file=say, flush=True)
     for line in sys.stdin:
-        if line.strip() == "quit":
+        request = line.strip()
+        if request == "quit":
             break
         try:
-            answer = measured(run, line.strip(), case.folder / f"{peer}-{version(peer)}-{line.strip()}.npy")
+            answer = measured(run, request, folder / f"{about['peer']}-{about['version']}-{request}.npy")
         except Exception:
-            answer = {"grid": line.strip(), "error": traceback.format_exc()}
+            answer = {"grid": request, "error": traceback.format_exc()}
         print(json.dumps(answer), file=say, flush=True)
 
 
-def measured(run: Run, request: str, file: Path) -> dict[str, Any]:
+def measured(run: Callable[[str, int | None], tuple[np.ndarray, Told]], request: str, file: Path) -> Told:
     """Run a grid, write its values, and tell what it took."""
     grid, _, limit = request.partition(":")
     reset = reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()
-    with torch.inference_mode():
-        values, clean = run(grid, int(limit) if limit else None)
+    values, told = run(grid, int(limit) if limit else None)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = peak_rss()
     np.save(file, values.astype(np.float32))
     cells = int(np.isfinite(values).all(axis=-1).sum())
     return {
-        "grid": request, "wall": wall, "clean": clean, "cpu": cpu, "peak_rss": peak, "peak_is_of_grid": reset,
-        "cells": cells, "file": str(file),
+        "grid": request, "wall": wall, "cpu": cpu, "peak_rss": peak, "peak_is_of_grid": reset, "cells": cells,
+        "file": str(file), **told,
     }  # fmt: skip
 
 

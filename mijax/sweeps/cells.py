@@ -87,6 +87,10 @@ class Cells(NamedTuple):
         pick = lambda leaf, group: leaf if group < 0 else leaf[self.picks[group, cells]]
         return jax.tree.map(pick, self.edits, self.group)
 
+    def take_split(self, cells: Int[np.ndarray, " k"]) -> tuple[Any, Any]:
+        """The same in two pytrees: the arrays that differ between cells, and the rest."""
+        return eqx.partition(self.take(cells), self.stacked)
+
     def one(self, cell: int) -> dict[str, tuple]:
         """The edits of one cell."""
         return jax.tree.map(lambda leaf, s: leaf[0] if s else leaf, self.take(np.array([cell])), self.stacked)
@@ -143,7 +147,8 @@ def check_cells(config: Config, tokens: Tokens, cells: Cells) -> None:
             if isinstance(edit, Edit):
                 fields = edit.where.given
                 moved = {f: index for f, index in fields.items() if getattr(group.where, f) >= 0}
-                check_range(_together(moved), site, field_lengths(config, tokens, site))
+                if moved:
+                    check_range(_together(moved), site, field_lengths(config, tokens, site))
 
 
 def _together(fields: Mapping[str, np.ndarray]) -> Where:

@@ -128,7 +128,7 @@ def _begin(model, tokens: Tokens, base: Base, chunk: Chunk, packed: Frame, edits
 
 def _asked(rows: Rows, read: Int[Array, "batch read"]) -> tuple[Rows, Int[Array, " query"]]:
     """The rows at the columns that are read, and their places among all rows."""
-    cells, batch, pos = rows.place.shape
+    cells, batch = rows.place.shape[:2]
     read = jnp.broadcast_to(read[None], (cells, *read.shape))
     index = jnp.take_along_axis(rows.place, read, axis=2).reshape(-1)
     number = jnp.arange(index.size, dtype=jnp.int32).reshape(read.shape)

@@ -109,6 +109,7 @@ def _changes(
 
 
 def check_pair(clean: Tokens, corrupted: Tokens) -> None:
+    """Raise where two batches differ in shape or padding."""
     if clean.ids.shape != corrupted.ids.shape:
         raise ValueError(f"clean and corrupted must have one shape, given {clean.ids.shape} and {corrupted.ids.shape}")
     differ = np.argwhere(np.asarray(clean.mask) != np.asarray(corrupted.mask))

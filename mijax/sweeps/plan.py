@@ -23,18 +23,20 @@ class Work(NamedTuple):
     """What each cell need compute: from which half-layer on, and of each example from which column on.
 
     `computed` are the columns of which a cell computes any (padding is none of them), `first` is the number of columns
-    where a cell changes nothing in an example.
+    where a cell changes nothing in an example. Cells that must be `whole` compute every column, padding too.
     """
 
     start: Int[np.ndarray, " cell"]
     first: Int[np.ndarray, "cell batch"]
     computed: Bool[np.ndarray, "batch pos"]
+    whole: bool = False
 
     def rows(self) -> Int[np.ndarray, " cell"]:
         """How many tokens each cell computes."""
         after = np.zeros((len(self.computed), self.computed.shape[1] + 1), np.int64)
         after[:, :-1] = np.cumsum(self.computed[:, ::-1], axis=1)[:, ::-1]
-        return np.take_along_axis(after, self.first.T, axis=1).sum(axis=0)
+        need = np.take_along_axis(after, self.first.T, axis=1).sum(axis=0)
+        return np.where(need > 0, self.computed.size, 0) if self.whole else need
 
 
 class Plan(NamedTuple):
@@ -44,6 +46,15 @@ class Plan(NamedTuple):
     bounds: Int[np.ndarray, " chunk_plus_one"]
     cells: int
     rows: int
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As arrays, to be saved."""
+        return {name: np.asarray(value) for name, value in self._asdict().items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Plan":
+        """What `arrays` gave."""
+        return cls(arrays["order"], arrays["bounds"], int(arrays["cells"]), int(arrays["rows"]))
 
 
 def work(config: Config, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "batch read"] | None) -> Work:
@@ -61,7 +72,7 @@ def work(config: Config, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "ba
                 start = np.minimum(start, _begins(config, site, fields))
                 first = np.minimum(first, _first_column(config, mask, site, fields))
     if whole:
-        return Work(start, np.zeros_like(first), np.ones_like(mask))
+        return Work(start, np.zeros_like(first), np.ones_like(mask), whole=True)
     if read is not None and config.causal:  # what comes after the last token that is read
         first = np.where(first > read.max(axis=1), mask.shape[1], first)
     return Work(start, first, mask)
@@ -70,13 +81,13 @@ def work(config: Config, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "ba
 class _Choices(NamedTuple):
     """An entry of `Where`, its choices in front if it is on a grid, and which choice each cell takes."""
 
-    index: np.ndarray
+    given: np.ndarray
     group: int
     cells: Cells
 
     @property
     def stacked(self) -> np.ndarray:
-        return self.index if self.group >= 0 else self.index[None]
+        return self.given if self.group >= 0 else self.given[None]
 
     def by_cell(self, choices: np.ndarray) -> np.ndarray:
         return choices if self.group < 0 else choices[self.cells.picks[self.group]]
@@ -89,10 +100,8 @@ def _begins(config: Config, site: str, fields: Mapping[str, _Choices]) -> Int[np
     if "layer" not in fields:
         return np.array([half_layer(config, site)])
     layer = fields["layer"].stacked
-    if layer.dtype == bool:
-        layer = np.argmax(layer, axis=-1)
-    else:
-        layer = np.where(layer < 0, layer + config.n_layers, layer)
+    mask = layer.dtype == bool
+    layer = np.argmax(layer, axis=-1) if mask else np.where(layer < 0, layer + config.n_layers, layer)
     earliest = layer.reshape(len(layer), -1).min(axis=1)
     return 2 * fields["layer"].by_cell(earliest) + half_layer(config, site)
 
@@ -202,6 +211,8 @@ def chunk_of(work: Work, plan: Plan, number: int) -> tuple[np.ndarray, Chunk]:
     columns = np.arange(work.computed.shape[1])
     computed = work.computed[None] & (columns >= work.first[cells][:, :, None])
     computed[count:] = False
+    if work.whole:
+        computed[:] = True
     cell, example, column = (index.astype(np.int32) for index in np.nonzero(computed))
     place = np.where(computed, np.cumsum(computed).reshape(computed.shape) - 1, -1).astype(np.int32)
     pad = lambda index: np.pad(index, (0, rows - len(index)))

@@ -1,13 +1,16 @@
 """Sweeps: a metric at every cell of a grid of edits, each resumed from the base run where it begins to differ."""
 
+import functools
 import importlib.metadata
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict, Unpack, overload
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mijax import chunks
 from mijax._types import Array, ArrayLike, Bool, Float
@@ -15,12 +18,13 @@ from mijax.interventions.edits import Interventions
 from mijax.metrics import AnyMetric
 from mijax.model.numerics import accumulator
 from mijax.model.readout import Readout
+from mijax.model.sites import PER_HEAD_COPIES
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import run
 from mijax.sweeps.cells import Cells, Stack, cells_of, check_cells
 from mijax.sweeps.engine import Base, Chunk, base_of, run_chunk
-from mijax.sweeps.plan import capacity, chunk_of, columns_read, plan, work
+from mijax.sweeps.plan import Plan, capacity, chunk_of, columns_read, plan, work
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -33,11 +37,16 @@ class Running(TypedDict, total=False):
     """How a sweep is run; every driver that stands on `sweep` takes these.
 
     `memory`: the bytes that one chunk of cells may take, by default chosen for the device. `progress`: show a bar on work
-    of more than a second.
+    of more than a second. `save`: a folder to which finished chunks are written; the same call after a crash goes on from
+    there, to the same values bit by bit, with the plan that the folder was begun with, and is refused where model, prompts,
+    interventions or metric are others. `mesh`: devices, along whose first axis each gets its own chunks; the parameters may be
+    sharded over other axes.
     """
 
     memory: int | None
     progress: bool
+    save: str | os.PathLike | None
+    mesh: Mesh | None
 
 
 class Swept(NamedTuple):
@@ -46,6 +55,7 @@ class Swept(NamedTuple):
     cells: Cells
     base: Values
     values: Values
+    memory: dict[str, int]
 
 
 @overload
@@ -101,6 +111,8 @@ def swept(
     changed: Bool[np.ndarray, "cell batch"] | None = None,
     memory: int | None = None,
     progress: bool = True,
+    save: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
 ) -> Swept:
     """The metrics of the base and of every cell, unlabelled.
 
@@ -112,14 +124,24 @@ def swept(
     todo = work(model.config, tokens, cells, read)
     if changed is not None:
         todo = todo._replace(first=np.where(changed, todo.first, tokens.ids.shape[1]))
-    values = {name: np.repeat(value[None], cells.size, axis=0) for name, value in at_base.items()}
     budget = chunks.default_memory() if memory is None else memory
-    size = capacity(todo, row_bytes(model), cell_bytes(model, tokens, metrics), budget, chunks.full_rows())
-    order = plan(todo, *size)
+    each = row_bytes(model, cells), cell_bytes(model, tokens, metrics)
+    order = plan(todo, *capacity(todo, *each, budget, chunks.full_rows()))
+    store = None if save is None else _store(save, model, tokens, cells, metrics, order)
+    order = order if store is None else Plan.from_arrays(store.plan)
+    values = {name: np.repeat(value[None], cells.size, axis=0) for name, value in at_base.items()}
+    shared = _replicated(mesh, (model, tokens, kept, metrics, None if todo.whole else read))
 
-    def measured(number: int):
-        own, chunk = chunk_of(todo, order, number)
-        return _chunk(model, tokens, kept, chunk, cells.take(own), cells.stacked, metrics, read)
+    def measured(numbers: Sequence[int]) -> dict[str, Array]:
+        made = [chunk_of(todo, order, number) for number in numbers]
+        data = [(chunk, *cells.take_split(own)) for own, chunk in made]
+        if mesh is None:
+            return _chunk(*shared, cells.stacked, *data[0])
+        width = mesh.devices.shape[0]
+        moved = [(chunk, varying) for chunk, varying, _ in data]
+        moved = jax.tree.map(lambda *a: np.stack([*a, *a[-1:] * (width - len(a))]), *moved)
+        moved = jax.device_put(moved, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
+        return _chunks(mesh, *shared, cells.stacked, *moved, _replicated(mesh, data[0][2]))
 
     def keep(number: int, found: Values) -> int:
         own = order.order[order.bounds[number] : order.bounds[number + 1]]
@@ -128,9 +150,32 @@ def swept(
             values[name][own] = np.where(differs, value[: len(own)], values[name][own])
         return len(own)
 
-    label = f"sweep {', '.join(cells.edits)}"
-    chunks.run_chunks(measured, keep, len(order.bounds) - 1, len(order.order), label=label, progress=progress)
-    return Swept(cells, at_base, values)
+    with chunks.PeakMemory() as peak:
+        chunks.run_chunks(
+            measured, keep, len(order.bounds) - 1, len(order.order), label=f"sweep {', '.join(cells.edits)}",
+            progress=progress, width=None if mesh is None else mesh.devices.shape[0], store=store,
+        )  # fmt: skip
+    told = {"memory_estimate": order.rows * each[0] + order.cells * each[1]}
+    return Swept(cells, at_base, values, told if peak.taken is None else {**told, "memory_peak": peak.taken})
+
+
+def _replicated(mesh: Mesh | None, tree: Any) -> Any:
+    """Arrays that are not on the mesh's devices are copied to all of them."""
+    if mesh is None:
+        return tree
+    devices, everywhere = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
+    there = lambda x: isinstance(x, jax.Array) and x.sharding.device_set == devices
+    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if eqx.is_array_like(x) and not there(x) else x, tree)
+
+
+def _store(save: Any, model: Transformer, tokens: Tokens, cells: Cells, metrics: Any, order: Plan) -> chunks.Store:
+    """The folder of a sweep, with what it is a sweep of."""
+    grid = (cells.edits, cells.group, cells.picks, dict(cells.labels))
+    parts = {"model": (model, model.config), "prompts": tokens, "grid of interventions": grid, "metric": metrics}
+    identity = {name: chunks.fingerprint(part) for name, part in parts.items()}
+    identity |= {"version of jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    labels = {"labels": {dim: list(own) for dim, own in cells.labels.items()}, "metrics": list(metrics)}
+    return chunks.Store(save, identity, order.arrays(), labels)
 
 
 def kept_base(
@@ -180,11 +225,28 @@ def _based(model, tokens, edits, metrics, capture):
 
 
 @eqx.filter_jit
-def _chunk(model, tokens, base: Base, chunk: Chunk, edits, stacked, metrics, read):
+def _chunk(model, tokens, base: Base, metrics, read, stacked, chunk: Chunk, varying, fixed):
     """The metrics `[cell, batch]` of a chunk of cells."""
-    final = run_chunk(model, tokens, base, chunk, edits, stacked, read)
+    final = run_chunk(model, tokens, base, chunk, eqx.combine(varying, fixed), stacked, read)
     cell = lambda final: _metrics(metrics, Readout(final, tokens, model.unembedding, model.b_U))
     return jax.vmap(cell)(final)
+
+
+@eqx.filter_jit
+def _chunks(mesh: Mesh, model, tokens, base, metrics, read, stacked, chunk: Chunk, varying, fixed):
+    """The same of several chunks at once, each on the devices at one place of the mesh's first axis."""
+    axis = mesh.axis_names[0]
+    shared, rest = eqx.partition((model, tokens, base, metrics, read, fixed), eqx.is_array)
+
+    def one(shared, moved):
+        model, tokens, base, metrics, read, fixed = eqx.combine(shared, rest)
+        chunk, varying = jax.tree.map(lambda a: a[0], moved)
+        found = _chunk(model, tokens, base, metrics, read, stacked, chunk, varying, fixed)
+        return jax.tree.map(lambda a: a[None], found)
+
+    everywhere, own = PartitionSpec(), PartitionSpec(axis)
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=(everywhere, own), out_specs=own, axis_names={axis})
+    return mapped(shared, (chunk, varying))
 
 
 def _metrics(metrics: Mapping[str, AnyMetric], readout: Readout) -> dict[str, Float[Array, " batch"]]:
@@ -204,11 +266,12 @@ def named(metric: Metrics) -> dict[str, AnyMetric]:
     return {getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__: metric}
 
 
-def row_bytes(model: Transformer) -> int:
+def row_bytes(model: Transformer, cells: Cells) -> int:
     """The bytes that one row (a token of a cell) takes while a layer runs."""
     c = model.config
     heads = (c.n_heads + c.n_kv_heads) * c.d_head
     numbers = 8 * c.d_model + 4 * heads + (3 if c.mlp == "gated" else 2) * c.d_mlp
+    numbers += 3 * c.n_heads * c.d_model * any(site in PER_HEAD_COPIES for site in cells.edits)
     return numbers * accumulator(model.W_E.dtype).itemsize
 
 
@@ -216,10 +279,20 @@ def cell_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetr
     """The bytes that a cell takes beyond its rows: attention over all of its tokens, and what the metrics compute."""
     c, (batch, pos) = model.config, tokens.ids.shape
     per_token = 2 * (c.n_heads + 2 * c.n_kv_heads) * c.d_head + c.d_model + 3 * c.n_heads * pos
-    readout = eqx.filter_eval_shape(lambda: run(model, tokens).readout)
-    program = eqx.filter_make_jaxpr(lambda r: [metric(r) for metric in metrics.values()])(readout)[0]
-    sizes = [v.aval.size * v.aval.dtype.itemsize for eqn in program.jaxpr.eqns for v in eqn.outvars]
-    return batch * pos * per_token * accumulator(model.W_E.dtype).itemsize + sum(sizes)
+    dtype = accumulator(model.W_E.dtype)
+    final = jax.ShapeDtypeStruct((batch, pos, c.d_model), dtype)
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) or isinstance(x, np.ndarray) else x
+    given = jax.tree.map(shape, ((final, tokens, model.unembedding, model.b_U), dict(metrics)))
+    leaves, treedef = jax.tree.flatten(given)
+    return batch * pos * per_token * dtype.itemsize + _metric_bytes(tuple(leaves), treedef)
+
+
+@functools.lru_cache
+def _metric_bytes(leaves: tuple[Any, ...], treedef: Any) -> int:
+    """The bytes of everything that metrics compute from a readout: both as shapes, so that it is traced but once."""
+    parts, metrics = jax.tree.unflatten(treedef, leaves)
+    program = eqx.filter_make_jaxpr(lambda parts, m: [f(Readout(*parts)) for f in m.values()])(parts, metrics)[0]
+    return sum(v.aval.size * v.aval.dtype.itemsize for eqn in program.jaxpr.eqns for v in eqn.outvars)
 
 
 def labelled(done: Swept, runs: dict[str, Values], *, single: bool, attrs: dict) -> Any:
@@ -232,6 +305,7 @@ def labelled(done: Swept, runs: dict[str, Values], *, single: bool, attrs: dict)
     for which, metrics in runs.items():
         for name, value in metrics.items():
             coords[which if single else f"{which}.{name}"] = ("batch", value)
+    attrs = {**attrs, **done.memory}
     arrays = {
         name: xr.DataArray(
             value.reshape(*shape, -1), coords, (*labels, "batch"), name=name, attrs={**attrs, "metric": name}
@@ -245,7 +319,12 @@ def described(model: Transformer) -> dict[str, str]:
     """What a saved result must say of the model, and of the software that made it."""
     return {
         "model": model.config.name or "unnamed",
-        "mijax": importlib.metadata.version("mijax"),
+        "mijax": _version(),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
+
+
+@functools.cache
+def _version() -> str:
+    return importlib.metadata.version("mijax")
