@@ -1,6 +1,7 @@
 """mijax: mechanistic interpretability in JAX, the forward pass as a pure function of data."""
 
 from mijax import metrics
+from mijax.cache import compilation_cache
 from mijax.checkpoints.load import load
 from mijax.checkpoints.save import save
 from mijax.checkpoints.tokenizer import Tokenizer
@@ -14,14 +15,58 @@ from mijax.model.sites import SITES, sites
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer, init
 from mijax.run import Out, run
+from mijax.sweeps.ablate import ablate, dose_response
 from mijax.sweeps.cells import Stack, stack
 from mijax.sweeps.grid import Grid, grid
+from mijax.sweeps.knock_out import knock_out
+from mijax.sweeps.mediate import mediate
 from mijax.sweeps.patch import patch
-from mijax.sweeps.statistics import bootstrap, normalise
+from mijax.sweeps.statistics import bootstrap, normalise, sign_flips
+from mijax.sweeps.strongest import strongest
 from mijax.sweeps.sweep import sweep
+from mijax.sweeps.trace import trace
 
 __all__ = [
-    "SITES", "Add", "Config", "Edit", "Generated", "Grid", "Interchange", "Mix", "Out", "Project", "Readout", "Replace",
-    "RotaryScaling", "Scale", "Stack", "Tokenizer", "Tokens", "Transformer", "Where", "bootstrap", "generate", "grid", "init", "load",
-    "metrics", "new_tokens", "normalise", "patch", "processing", "run", "save", "sites", "stack", "sweep",
-]  # fmt: skip
+    "SITES",
+    "Add",
+    "Config",
+    "Edit",
+    "Generated",
+    "Grid",
+    "Interchange",
+    "Mix",
+    "Out",
+    "Project",
+    "Readout",
+    "Replace",
+    "RotaryScaling",
+    "Scale",
+    "Stack",
+    "Tokenizer",
+    "Tokens",
+    "Transformer",
+    "Where",
+    "ablate",
+    "bootstrap",
+    "compilation_cache",
+    "dose_response",
+    "generate",
+    "grid",
+    "init",
+    "knock_out",
+    "load",
+    "mediate",
+    "metrics",
+    "new_tokens",
+    "normalise",
+    "patch",
+    "processing",
+    "run",
+    "save",
+    "sign_flips",
+    "sites",
+    "stack",
+    "strongest",
+    "sweep",
+    "trace",
+]

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Store:
             raise ValueError(f"{folder} is not empty and holds no job: give another folder")
         self.plan = plan
         with atomic(arrays) as scratch, scratch.open("wb") as file:
-            np.savez(file, **plan)
+            np.savez(file, **plan)  # pyright: ignore[reportArgumentType]
         with atomic(about) as scratch:  # last: a folder with it is complete
             scratch.write_text(json.dumps({"identity": dict(identity), **labels}, indent=1, default=str))
 
@@ -75,11 +76,11 @@ class Store:
         if not path.exists():
             return None
         try:
-            with np.load(path) as saved:
+            with path.open("rb") as file, np.load(file) as saved:
                 found = dict(saved)
             if str(found.pop("checksum")) == fingerprint(found):
                 return found
-        except (ValueError, OSError, KeyError, EOFError) as error:
+        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
             warnings.warn(f"{path} cannot be read ({error}): computed again", stacklevel=2)
             return None
         warnings.warn(f"{path} is damaged (its checksum differs): computed again", stacklevel=2)

@@ -180,6 +180,7 @@ def test_steering_writes_what_it_measures(tmp_path, monkeypatch):
 
 FLOORS = (
     "_types",
+    "cache",
     "files",
     "chunks",
     "model",
@@ -212,6 +213,23 @@ def test_arrows_only_fall():
                 if other == "__init__":
                     continue  # `from mijax import chunks, metrics`
                 assert FLOORS.index(other) <= FLOORS.index(own), f"{file} imports {name}"
+
+
+def test_compiled_programs_are_kept_for_the_next_process(tmp_path):
+    script = """
+import sys, jax, mijax as mj
+folder = mj.compilation_cache(sys.argv[1])
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
+model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+mj.run(model, [[1, 2, 3]]).logits.block_until_ready()
+print(len(hits), len(list(folder.iterdir())))
+"""
+    run = lambda: subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    (first, kept), (second, same) = (map(int, run().stdout.split()) for _ in range(2))
+    assert first == 0 and kept > 0 and second > 0 and same <= 2 * kept
 
 
 def test_importing_changes_no_setting_and_loads_nothing_heavy():

@@ -29,10 +29,10 @@ class Case(worker.Case):
         """The checkpoint as transformers reads it, in float32."""
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32, **options)
         return model.to(self.device).eval()
 
-    def metric(self, logits: torch.Tensor) -> torch.Tensor:
+    def metric(self, logits: torch.Tensor) -> Any:
         """Each example's logit difference at the last position."""
         last, rows = logits[:, -1], torch.arange(len(logits), device=logits.device)
         return last[rows, self.correct] - last[rows, self.wrong]

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from mijax.cache import cache_folder
 from mijax.checkpoints.gguf import GGUF
 
 
@@ -30,12 +31,6 @@ MODELS = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `$MIJAX_CACHE`, or `mijax` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mijax"
-    return Path(os.environ.get("MIJAX_CACHE") or default).expanduser()
 
 
 def fetch(name: str) -> Path:

@@ -20,7 +20,7 @@ def needs_whole_cells(edit: AnyEdit, stacked: Any) -> bool:
     return not isinstance(edit, Edit) or any(getattr(stacked, name) for name in edit.bases)
 
 
-def of_layer(edit: AnyEdit, stacked: Any, site: Site, layer: Int[Array, ""] | None) -> AnyEdit:
+def of_layer(edit: Any, stacked: Any, site: Site, layer: Int[Array, ""] | None) -> Any:
     """The edit with the arrays that differ between layers narrowed to one; arrays marked in `stacked` have a
     leading axis of cells."""
     if layer is None or not site.has_layer:
@@ -51,7 +51,7 @@ def edit_rows(
         known = {axis: Axis(jnp.arange(n, dtype=jnp.int32), n) for axis, n in zip(site.inner_axes, x.shape)}
         known |= {"batch": Axis(example[None], batch), "pos": Axis(position[None, None], length[None])}
         if layer is not None:
-            known["layer"] = Axis(layer[None], config.n_layers)
+            known["layer"] = Axis(layer[None], config.n_layers, layer[None])
         return jnp.where(selection(edit.where, site.inner_axes, known), edit(x), x)
 
     moved, fixed = eqx.partition(edit, mapped)

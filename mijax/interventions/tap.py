@@ -84,7 +84,7 @@ class Tap:
         """Edit packed rows one by one, or cell by cell where an edit must see, or a site holds, all of a cell."""
         layer = self.layer if site.has_layer else None
         for edit, stacked in zip(self.edits.get(site.name, ()), self.stacked.get(site.name, ())):
-            if "query" in site.axes or needs_whole_cells(edit, stacked):
+            if "query" in site.axes or not isinstance(edit, Edit) or needs_whole_cells(edit, stacked):
                 own = of_layer(edit, stacked, site, layer)
                 moved, fixed = eqx.partition(own, stacked)
                 alone = lambda moved, x, fixed=fixed: self._alone(eqx.combine(moved, fixed), site, x)

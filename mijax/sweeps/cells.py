@@ -124,11 +124,12 @@ def cells_of(interventions: Interventions | Stack) -> Cells:
             own = jax.tree.map(lambda v: 0 if v else -1, own)
             grid = getattr(edit, "where", None)
             if isinstance(grid, Grid):
-                if id(grid) not in groups:
-                    groups[id(grid)] = len(sizes)
+                same = id(grid.labels)
+                if same not in groups:
+                    groups[same] = len(sizes)
                     sizes.append(grid.size)
                     _join(labels, grid.labels)
-                number = groups[id(grid)]
+                number = groups[same]
                 edit = eqx.tree_at(lambda e: e.where, edit, grid.where)
                 own = eqx.tree_at(lambda e: e.where, own, jax.tree.map(lambda _, n=number: n, grid.where))
             pairs.append((edit, own))

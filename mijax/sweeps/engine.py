@@ -3,7 +3,7 @@
 State around the one block of the model: a chunk is a packed list of the tokens that differ from the base run.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from mijax.model.position import Frame, Rows, frame, pack
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer, embed, final_norm
-from mijax.run import run
+from mijax.run import Edits, run
 
 BEFORE_LAYERS = ("embed", "pos_embed")
 AFTER_ATTENTION = (
@@ -81,7 +81,7 @@ def run_chunk(
     tokens: Tokens,
     base: Base,
     chunk: Chunk,
-    edits: Mapping[str, Iterable[Any]],
+    edits: Edits,
     stacked: Any,
     read: Int[Array, "batch read"] | None,
 ) -> Float[Array, "cell batch pos d_model"]:
@@ -104,9 +104,8 @@ def run_chunk(
     else:
         x = jax.lax.fori_loop(begin, n - 1, lambda i, x: layer(i, x, packed), x)
         rows, index = _asked(rows, read)
-        packed = packed._replace(asked=(pack(whole, rows), index))
-        x = layer(jnp.int32(n - 1), x, packed)
-        packed = packed.asked[0]
+        last = pack(whole, rows)
+        x, packed = layer(jnp.int32(n - 1), x, packed._replace(asked=(last, index))), last
     x = final_norm(model, x, Tap(config, packed, edits, {}, None, stacked))
     final = rows.fill(x, base.final).reshape(*rows.place.shape, -1)
     if read is None:

@@ -35,6 +35,10 @@ class Grid:
         """The number of cells."""
         return int(np.prod(self.shape))
 
+    def beside(self, where: Where) -> "Grid":
+        """Other places for the same cells, stacked as `where` is here: edits at both move together in a sweep."""
+        return Grid(where, self.labels)
+
 
 def grid(**axes: Iterable[Any] | Mapping[str, Any]) -> Grid:
     """Every combination of choices on several axes of a site, in the order given.

@@ -15,11 +15,12 @@ from mijax.interventions.where import Where, selection
 from mijax.metrics import AnyMetric
 from mijax.model.config import Config
 from mijax.model.position import frame
-from mijax.model.sites import SELECTS, SITES, site_of
+from mijax.model.sites import SITES
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.cells import cells_of, check_cells
-from mijax.sweeps.grid import Grid, grid
+from mijax.sweeps.grid import Grid
+from mijax.sweeps.places import full_grid, positions_told
 from mijax.sweeps.sweep import Metrics, Running, described, kept_base, labelled, measure, named, swept
 
 if TYPE_CHECKING:
@@ -119,41 +120,3 @@ def check_pair(clean: Tokens, corrupted: Tokens) -> None:
         raise ValueError(
             f"clean and corrupted prompts must be padded alike: example {example} has {lengths[0]} and {lengths[1]} tokens"
         )
-
-
-def full_grid(model: Transformer, tokens: Tokens, site: str, over: Sequence[str]) -> Grid:
-    """All of the site's axes `over`; in shorter prompts, missing positions stand in for the last one."""
-    found = site_of(site, model.config)
-    sizes = {SELECTS[axis]: n for axis, n in zip(found.axes, found.shape(model.config, tokens)) if axis != "batch"}
-    unknown = [axis for axis in over if axis not in sizes]
-    if unknown or isinstance(over, str) or not over:
-        raise ValueError(f"over must name axes of site {site!r}, some of {', '.join(sizes)}; given {over!r}")
-    choices: dict[str, Any] = {}
-    lengths = np.asarray(tokens.lengths)
-    for axis in over:
-        choices[axis] = range(sizes[axis])
-        if axis in ("pos", "query", "key"):
-            choices[axis] = range(lengths.max())
-            if len(set(lengths.tolist())) > 1:
-                choices[axis] = {str(p): np.minimum(p, lengths - 1)[:, None] for p in choices[axis]}
-    places = grid(**choices)
-    return Grid(places.where, {axis: list(map(int, labels)) for axis, labels in places.labels.items()})
-
-
-def positions_told(result: Any, tokens: Tokens) -> Any:
-    """Blank the positions that a prompt has not; put the tokens beside their positions."""
-    import xarray as xr
-
-    lengths = xr.DataArray(np.asarray(tokens.lengths), dims="batch")
-    for axis in ("pos", "query", "key"):
-        if axis in result.dims:
-            result = result.where(result[axis] < lengths)
-            if tokens.strings is not None:
-                rows = [
-                    [s for s, real in zip(row, mask) if real]
-                    for row, mask in zip(tokens.strings, np.asarray(tokens.mask))
-                ]
-                table = np.asarray([row + [""] * (result.sizes[axis] - len(row)) for row in rows])
-                name = "token" if axis == "pos" else f"{axis}_token"
-                result = result.assign_coords({name: (("batch", axis), table)})
-    return result

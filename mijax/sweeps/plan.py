@@ -1,7 +1,7 @@
 """What a sweep need compute, on the host: where each cell begins to differ from the base, and which cells run together."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -100,8 +100,9 @@ def _begins(config: Config, site: str, fields: Mapping[str, _Choices]) -> Int[np
     if "layer" not in fields:
         return np.array([half_layer(config, site)])
     layer = fields["layer"].stacked
-    mask = layer.dtype == bool
-    layer = np.argmax(layer, axis=-1) if mask else np.where(layer < 0, layer + config.n_layers, layer)
+    if layer.dtype == bool:
+        layer = np.where(layer.any(axis=-1), np.argmax(layer, axis=-1), config.n_layers)
+    layer = np.where(layer < 0, layer + config.n_layers, layer)
     earliest = layer.reshape(len(layer), -1).min(axis=1)
     return 2 * fields["layer"].by_cell(earliest) + half_layer(config, site)
 
@@ -214,7 +215,7 @@ def chunk_of(work: Work, plan: Plan, number: int) -> tuple[np.ndarray, Chunk]:
     if work.whole:
         computed[:] = True
     cell, example, column = (index.astype(np.int32) for index in np.nonzero(computed))
-    place = np.where(computed, np.cumsum(computed).reshape(computed.shape) - 1, -1).astype(np.int32)
-    pad = lambda index: np.pad(index, (0, rows - len(index)))
-    start = np.int32(work.start[cells[:count]].min())
+    place: Any = np.where(computed, np.cumsum(computed).reshape(computed.shape) - 1, -1).astype(np.int32)
+    pad: Any = lambda index: np.pad(index, (0, rows - len(index)))
+    start: Any = np.int32(work.start[cells[:count]].min())
     return cells, Chunk(start, Rows(pad(cell), pad(example), pad(column), place))

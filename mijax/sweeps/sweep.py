@@ -130,18 +130,20 @@ def swept(
     store = None if save is None else _store(save, model, tokens, cells, metrics, order)
     order = order if store is None else Plan.from_arrays(store.plan)
     values = {name: np.repeat(value[None], cells.size, axis=0) for name, value in at_base.items()}
-    shared = _replicated(mesh, (model, tokens, kept, metrics, None if todo.whole else read))
+    shared: Any = _replicated(mesh, (model, tokens, kept, metrics, None if todo.whole else read))
 
     def measured(numbers: Sequence[int]) -> dict[str, Array]:
         made = [chunk_of(todo, order, number) for number in numbers]
-        data = [(chunk, *cells.take_split(own)) for own, chunk in made]
+        data: Any = [(chunk, *cells.take_split(own)) for own, chunk in made]
         if mesh is None:
-            return _chunk(*shared, cells.stacked, *data[0])
+            alone: Any = (*shared, cells.stacked, *data[0])
+            return _chunk(*alone)
         width = mesh.devices.shape[0]
         moved = [(chunk, varying) for chunk, varying, _ in data]
         moved = jax.tree.map(lambda *a: np.stack([*a, *a[-1:] * (width - len(a))]), *moved)
         moved = jax.device_put(moved, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
-        return _chunks(mesh, *shared, cells.stacked, *moved, _replicated(mesh, data[0][2]))
+        together: Any = (mesh, *shared, cells.stacked, *moved, _replicated(mesh, data[0][2]))
+        return _chunks(*together)
 
     def keep(number: int, found: Values) -> int:
         own = order.order[order.bounds[number] : order.bounds[number + 1]]

@@ -1,0 +1,175 @@
+"""Ablation: what a place does, told by taking its activations away; and scaling, for dose and response."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mijax._types import Array, ArrayLike
+from mijax.interventions.edits import Add, Replace, Scale
+from mijax.model.sites import SITES
+from mijax.model.tokens import Tokens, as_tokens
+from mijax.model.transformer import Transformer
+from mijax.run import run
+from mijax.sweeps.cells import stack
+from mijax.sweeps.grid import Grid
+from mijax.sweeps.places import full_grid, positions_told
+from mijax.sweeps.sweep import Metrics, Running, sweep
+
+Kind = Literal["zero", "mean", "pooled mean", "resample", "noise"]
+
+
+def ablate(
+    model: Transformer,
+    tokens: Tokens | ArrayLike,
+    *,
+    site: str,
+    over: Sequence[str] | Grid,
+    metric: Metrics,
+    kind: Kind = "zero",
+    reference: Tokens | ArrayLike | None = None,
+    draws: int = 1,
+    scale: float = 1.0,
+    key: Array | None = None,
+    **running: Unpack[Running],
+) -> Any:
+    """Take away the activations at every cell of a grid, and measure.
+
+    `kind` says what stands in their place: `"zero"`; their `"mean"` over the prompts of `reference` (by default
+    `tokens`), position by position counted from the first real token; the `"pooled mean"` over all its real tokens; those of another of its prompts, drawn with
+    `key` (`"resample"`: a derangement where the reference is `tokens`); or `"noise"`: normal noise added, `scale` times the
+    standard deviation of each unit over the reference's real tokens. `draws` of the last two have the dimension `draw`. The
+    rest is as in `patch` and `sweep`.
+
+    Raises `ValueError` where a kind cannot be had: without a key, over a reference of other shape, at a site of scores
+    where pooled.
+
+    >>> import mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> ids = [[1, 2, 3], [4, 5, 6]]
+    >>> r = mj.ablate(model, ids, site="z", over=("layer", "head"), metric=mj.metrics.logit(7), kind="mean")
+    >>> r.dims
+    ('layer', 'head', 'batch')
+    """
+    tokens = as_tokens(tokens)
+    places = over if isinstance(over, Grid) else full_grid(model, tokens, site, over)
+    if kind == "zero":
+        edits: Any = {site: Replace(0.0, places)}
+    else:
+        edits = _from_reference(model, tokens, site, places, kind, reference, draws, scale, key)
+    result = sweep(model, tokens, edits, metric, **running)
+    result = result.assign_attrs(ablation=kind)
+    return result if isinstance(over, Grid) else positions_told(result, tokens)
+
+
+def dose_response(
+    model: Transformer,
+    tokens: Tokens | ArrayLike,
+    *,
+    site: str,
+    over: Sequence[str] | Grid,
+    factors: Iterable[float],
+    metric: Metrics,
+    **running: Unpack[Running],
+) -> Any:
+    """Scale the activations at every cell of a grid by every factor: 1 changes nothing, 0 is zero ablation.
+
+    The first dimension is `factor`.
+
+    >>> import mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> r = mj.dose_response(model, [[1, 2, 3]], site="mlp_out", over=("layer",), factors=(0.0, 1.0, 2.0), metric=mj.metrics.logit(7))
+    >>> dict(r.sizes), bool(abs(r.sel(factor=1.0) - r.base).max() < 1e-6)
+    ({'factor': 3, 'layer': 2, 'batch': 1}, True)
+    """
+    tokens = as_tokens(tokens)
+    places = over if isinstance(over, Grid) else full_grid(model, tokens, site, over)
+    doses = stack("factor", {float(f): {site: Scale(float(f), places)} for f in factors})
+    result = sweep(model, tokens, doses, metric, **running)
+    return result if isinstance(over, Grid) else positions_told(result, tokens)
+
+
+def _from_reference(
+    model, tokens: Tokens, site: str, places: Grid, kind: str, reference, draws: int, scale: float, key
+) -> Any:
+    """The interventions of the kinds that look at other prompts."""
+    same = reference is None
+    reference = tokens if same else as_tokens(reference)
+    acts = np.asarray(run(model, reference, capture=(site,)).acts[site])
+    if kind == "mean":
+        return {site: Replace(jnp.asarray(_mean_by_position(acts, site, reference, tokens)), places)}
+    if kind == "pooled mean":
+        return {site: Replace(jnp.asarray(_over_tokens(acts, site, reference, np.mean)), places)}
+    if kind not in ("resample", "noise"):
+        raise ValueError(f"kind must be one of {', '.join(map(repr, Kind.__args__))}, given {kind!r}")
+    if key is None or draws < 1:
+        raise ValueError(f"ablation by {kind!r} draws: it needs a key and at least one draw, given {draws}")
+    rngs = [np.random.default_rng(np.asarray(jax.random.key_data(k))) for k in jax.random.split(key, draws)]
+    if kind == "noise":
+        spread = np.asarray(scale * _over_tokens(acts, site, reference, np.std), acts.dtype)
+        shape = SITES[site].shape(model.config, tokens)
+        return stack(
+            "draw",
+            {
+                i: {site: Add(spread * rng.standard_normal(shape).astype(acts.dtype), places)}
+                for i, rng in enumerate(rngs)
+            },
+        )
+    if reference.ids.shape[1] != tokens.ids.shape[1]:
+        raise ValueError(f"the reference has {reference.ids.shape[1]} columns, the prompts {tokens.ids.shape[1]}")
+    axis, batch = SITES[site].axes.index("batch"), tokens.ids.shape[0]
+    picks = [_others(rng, batch, reference.ids.shape[0], same) for rng in rngs]
+    return stack("draw", {i: {site: Replace(np.take(acts, pick, axis=axis), places)} for i, pick in enumerate(picks)})
+
+
+def _others(rng: np.random.Generator, batch: int, n: int, same: bool) -> np.ndarray:
+    """For each prompt one of the reference's; another than itself where these are the same prompts."""
+    if not same:
+        return rng.integers(0, n, batch)
+    if n < 2:
+        raise ValueError("resampling from the prompts themselves needs at least two")
+    order = rng.permutation(n)  # each takes the place of the next in a random circle
+    return order[(np.argsort(order) + 1) % n]
+
+
+def _mean_by_position(acts: np.ndarray, site: str, reference: Tokens, tokens: Tokens) -> np.ndarray:
+    """The mean over the prompts that have a position, put where each prompt has it."""
+    longest, wanted = (int(np.max(np.asarray(t.lengths))) for t in (reference, tokens))
+    if longest < wanted:
+        raise ValueError(f"the reference's prompts have at most {longest} tokens, the longest prompt {wanted}")
+    columns = np.argsort(~np.asarray(reference.mask), axis=1, kind="stable")  # of each position
+    aligned, axis = _along_positions(acts, site, columns), SITES[site].axes.index("batch")
+    there = np.arange(columns.shape[1]) < np.asarray(reference.lengths)[:, None]
+    weight = np.prod([_as_axis(there, acts.ndim, axis, place) for place in _places(site)], axis=0)
+    total, count = (aligned * weight).sum(axis=axis, keepdims=True), weight.sum(axis=axis, keepdims=True)
+    mean = np.repeat(total / np.maximum(count, 1), tokens.ids.shape[0], axis=axis)
+    return _along_positions(mean, site, np.maximum(np.asarray(tokens.positions), 0)).astype(acts.dtype)
+
+
+def _over_tokens(acts: np.ndarray, site: str, reference: Tokens, statistic: Callable) -> np.ndarray:
+    """A statistic over the real tokens of all prompts, of each layer, head and unit."""
+    axes, places = SITES[site].axes, _places(site)
+    if len(places) != 1:
+        raise ValueError(f"site {site!r} has no one position: it cannot be pooled over tokens")
+    first = axes.index("batch")
+    merged = np.moveaxis(acts, (first, places[0]), (0, 1))[np.asarray(reference.mask)]
+    return np.expand_dims(statistic(merged, axis=0), (first, places[0])).astype(acts.dtype)
+
+
+def _places(site: str) -> list[int]:
+    return [i for i, axis in enumerate(SITES[site].axes) if axis in ("pos", "query", "key")]
+
+
+def _as_axis(x: np.ndarray, ndim: int, batch: int, place: int) -> np.ndarray:
+    """`[batch, n]` with these axes at `batch` and `place`, of size 1 elsewhere."""
+    shape = [1] * ndim
+    shape[batch], shape[place] = x.shape
+    return x.reshape(shape)
+
+
+def _along_positions(x: np.ndarray, site: str, index: np.ndarray) -> np.ndarray:
+    for place in _places(site):
+        x = np.take_along_axis(x, _as_axis(index, x.ndim, SITES[site].axes.index("batch"), place), axis=place)
+    return x

@@ -1,0 +1,53 @@
+"""Direct and indirect effects of an input through a mediator (Pearl 2001; Vig et al. 2020)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Unpack
+
+from mijax._types import ArrayLike
+from mijax.metrics import AnyMetric
+from mijax.model.tokens import Tokens
+from mijax.model.transformer import Transformer
+from mijax.sweeps.grid import Grid
+from mijax.sweeps.patch import patch
+from mijax.sweeps.sweep import Running
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def mediate(
+    model: Transformer,
+    *,
+    base: Tokens | ArrayLike,
+    source: Tokens | ArrayLike,
+    site: str,
+    over: Sequence[str] | Grid,
+    metric: AnyMetric,
+    **running: Unpack[Running],
+) -> "xr.Dataset":
+    """What changing the input from `base` to `source` does, and how much of it goes through each mediator.
+
+    With Y(input, mediator): the `total` effect Y(source, source) - Y(base, base), of every prompt; the natural `indirect`
+    effect Y(base, source) - Y(base, base) of putting the source's activations into the base run; and the natural
+    `direct` effect Y(source, base) - Y(base, base) of the new input with the mediator held at its old value. On a
+    linear model total = direct + indirect. Mediators are the cells of a grid, as in `patch`; the metric on both inputs
+    is beside them as `base` and `source`.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> r = mj.mediate(model, base=[[1, 2, 3]], source=[[1, 4, 3]], site="z", over=("layer", "head"), metric=mj.metrics.logit(7))
+    >>> dict(r.sizes), list(r.data_vars)
+    ({'batch': 1, 'layer': 2, 'head': 2}, ['total', 'direct', 'indirect'])
+    """
+    import xarray as xr
+
+    shared: dict[str, Any] = {"site": site, "over": over, "metric": metric, **running}
+    save = running.get("save")
+    folder = lambda name: shared if save is None else {**shared, "save": f"{save}/{name}"}
+    into_base = patch(model, clean=source, corrupted=base, direction="denoise", **folder("indirect"))
+    into_source = patch(model, clean=source, corrupted=base, direction="noise", **folder("direct"))
+    at_base, at_source = into_base.base, into_base.source
+    effects = {"total": at_source - at_base, "direct": into_source - at_base, "indirect": into_base - at_base}
+    effects = {name: effect.drop_vars(["base", "source"], errors="ignore") for name, effect in effects.items()}
+    told = xr.Dataset(effects, attrs={**into_base.attrs, "direction": "base to source"})
+    return told.assign_coords(base=at_base.reset_coords(drop=True), source=at_source.reset_coords(drop=True))
