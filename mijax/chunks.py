@@ -112,8 +112,9 @@ def run_chunks(
     """
     from tqdm import tqdm
 
-    # The bar appears only where the work takes more than a second.
-    with tqdm(total=jobs, desc=label, unit="cell", delay=1.0, disable=not progress, leave=False) as bar:
+    # The bar appears only where the work takes more than a second, and can move.
+    hidden = not progress or chunks == 1
+    with tqdm(total=jobs, desc=label, unit="cell", delay=1.0, disable=hidden, leave=False) as bar:
         left = []
         for number in range(chunks):
             held = store.load(number) if store else None
@@ -164,16 +165,21 @@ def _told(leaf: Any) -> bytes:
 
 
 class PeakMemory:
-    """The bytes that a block of code took at its peak, beyond those in use before: `taken`; `None` where nobody tells."""
+    """The bytes that a block of code took at its peak, beyond those in use before: `taken`.
 
-    taken: int | None = None
+    `None` where nobody tells, and where not even 16 MiB are `expected`: asking takes longer than such work.
+    """
+
+    def __init__(self, expected: int):
+        self.taken: int | None = None
+        self._asks = expected >= 2**24
 
     def __enter__(self) -> "PeakMemory":
-        self._before = self._in_use(reset=True)
+        self._before = self._in_use(reset=True) if self._asks else None
         return self
 
     def __exit__(self, *_: Any) -> None:
-        after = self._in_use(reset=False)
+        after = self._in_use(reset=False) if self._asks else None
         if self._before is not None and after is not None:
             self.taken = max(0, after - self._before)
 

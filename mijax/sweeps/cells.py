@@ -82,18 +82,14 @@ class Cells(NamedTuple):
         """Marks the arrays that differ between cells."""
         return jax.tree.map(lambda group: group >= 0, self.group)
 
-    def take(self, cells: Int[np.ndarray, " k"]) -> dict[str, tuple]:
-        """The edits of some cells, each array that differs with a leading axis of them."""
+    def take(self, cells: Int[np.ndarray, " k"] | int) -> dict[str, tuple]:
+        """The edits of one cell; or of several, each array that differs with a leading axis of them."""
         pick = lambda leaf, group: leaf if group < 0 else leaf[self.picks[group, cells]]
         return jax.tree.map(pick, self.edits, self.group)
 
     def take_split(self, cells: Int[np.ndarray, " k"]) -> tuple[Any, Any]:
         """The same in two pytrees: the arrays that differ between cells, and the rest."""
         return eqx.partition(self.take(cells), self.stacked)
-
-    def one(self, cell: int) -> dict[str, tuple]:
-        """The edits of one cell."""
-        return jax.tree.map(lambda leaf, s: leaf[0] if s else leaf, self.take(np.array([cell])), self.stacked)
 
     def shared(self) -> dict[str, tuple]:
         """The edits that are the same in all cells: those of the base."""
@@ -142,7 +138,7 @@ def cells_of(interventions: Interventions | Stack) -> Cells:
 
 def check_cells(config: Config, tokens: Tokens, cells: Cells) -> None:
     """Raise what `run` would raise at any cell: all have the first one's structure, each its own indices."""
-    check(config, tokens, cells.one(0), {})
+    check(config, tokens, cells.take(0), {})
     for site, given in cells.edits.items():
         for edit, group in zip(given, cells.group[site]):
             if isinstance(edit, Edit):

@@ -152,12 +152,13 @@ def swept(
             values[name][own] = np.where(differs, value[: len(own)], values[name][own])
         return len(own)
 
-    with chunks.PeakMemory() as peak:
+    estimate = order.rows * each[0] + order.cells * each[1]
+    with chunks.PeakMemory(estimate) as peak:
         chunks.run_chunks(
             measured, keep, len(order.bounds) - 1, len(order.order), label=f"sweep {', '.join(cells.edits)}",
             progress=progress, width=None if mesh is None else mesh.devices.shape[0], store=store,
         )  # fmt: skip
-    told = {"memory_estimate": order.rows * each[0] + order.cells * each[1]}
+    told = {"memory_estimate": estimate}
     return Swept(cells, at_base, values, told if peak.taken is None else {**told, "memory_peak": peak.taken})
 
 
