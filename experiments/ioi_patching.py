@@ -3,15 +3,14 @@
 Indirect object identification (Wang et al. 2022, "Interpretability in the Wild"): the model should name
 the indirect object (Mary), not the subject that is repeated (John). Each prompt is run beside one
 whose answer differs, and activations are patched from one run into the other: the residual stream, and what
-attention and MLPs add to it, over layer x role of the token; and the output of each head. The effect
-is normalised: 0 where patching changes nothing, 1 where it does as much as exchanging the prompts.
+attention and MLPs add to it, over layer x role of the token (or position); and the output of each head, its queries,
+keys, values and pattern, and its output at each role. The effect is normalised: 0 where patching changes nothing, 1 where
+it does as much as exchanging the prompts.
 
     python -m experiments.ioi_patching --help
 """
 
 import dataclasses
-import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ import tyro
 import xarray as xr
 
 import mijax as mj
+from experiments import record
 from experiments.ioi_prompts import IOI, Counterfactual, make
-from mijax.files import atomic
 from mijax.plots import save_heatmaps, save_page
 from mijax.sweeps.patch import Direction
 
@@ -39,23 +38,32 @@ class Settings:
 
     model: str = "smollm2-135m-instruct"
     """A name, a Hugging Face hub id, or a local path, as mijax.load takes it."""
-    prompts: int = 16
+    prompts: int = 64
     """How many prompts; a multiple of 4."""
     counterfactual: Counterfactual = "flip"
     """Make the second subject the other name, or put three other names everywhere."""
     seed: int = 0
     """Draws names, places and things."""
+    positions: bool = False
+    """Patch at every position, instead of at the roles that all prompts share."""
+    heads_by_position: bool = False
+    """Patch each head's output at each role (or position) as well."""
+    projections: bool = False
+    """Patch each head's queries, keys, values and pattern as well (keys and values by key/value head)."""
     top: int = 10
     """How many heads to print."""
     out: Path = Path("results/ioi_patching")
     """Where figures, data and the record go."""
     memory: int | None = None
-    """Bytes that one batch of cells may take; by default chosen for the device."""
+    """Bytes that one chunk of cells may take; by default chosen for the device."""
+    save: Path | None = None
+    """A folder to save finished chunks in: the same command then goes on after a crash."""
 
 
 def main(settings: Settings) -> xr.Dataset:
     """Run the study, print what it finds, and write it all under `settings.out`."""
     started = time.perf_counter()
+    mj.compilation_cache()
     model, tokenizer = mj.load(settings.model)
     if tokenizer is None:
         raise SystemExit(f"{settings.model} comes without a tokenizer, which this study needs")
@@ -68,10 +76,15 @@ def main(settings: Settings) -> xr.Dataset:
         f" {behaviour['top']:.0%}); mean logit difference {behaviour['logit_diff']:.2f}, corrupted"
         f" {behaviour['corrupted_logit_diff']:.2f}"
     )
-    results = study(model, ioi, settings.memory)
+    results = study(model, ioi, settings)
     effects = {d: {s: mj.normalise(results[s].sel(direction=d)) for s in results} for d in DIRECTIONS}
-    table = strongest(results["z"], settings.top)
-    print(f"\nThe {settings.top} strongest heads (z patched at all positions; 95 % intervals over prompts):\n\n{table}")
+    tested = {d: mj.sign_flips(results["z"].sel(direction=d), clusters=ioi.pair).p for d in DIRECTIONS}
+    table = strongest(results["z"], tested, settings.top)
+    significant = int((tested["denoise"] < 0.05).sum())
+    print(
+        f"\nThe {settings.top} strongest heads (z patched at all positions; 95 % intervals over prompts; of {tested['denoise'].size}"
+        f" heads {significant} have p < 0.05, family-wise over all heads):\n\n{table}"
+    )
     seconds = {"load": loaded - started, "all": time.perf_counter() - started}
     write(
         settings, results, effects, {"behaviour": behaviour, "seconds": seconds, "prompts": ioi.texts, "heads": table}
@@ -95,59 +108,83 @@ def baseline(model: mj.Transformer, ioi: IOI) -> dict[str, float]:
     }
 
 
-def study(model: mj.Transformer, ioi: IOI, memory: int | None = None) -> xr.Dataset:
+def study(model: mj.Transformer, ioi: IOI, settings: Settings) -> xr.Dataset:
     """Patch everything in both directions: one variable per site, `direction` in front."""
-    roles = mj.grid(layer=range(model.config.n_layers), pos=ioi.roles)
-    grids: dict[str, Any] = {**dict.fromkeys(COMPONENTS, roles), "z": ("layer", "head")}
     metric, found = mj.metrics.logit_diff(ioi.io, ioi.subject), {}
-    for site, over in grids.items():
-        patched = [
-            mj.patch(
-                model, clean=ioi.clean, corrupted=ioi.corrupted, site=site, over=over, metric=metric,
-                direction=direction, memory=memory,
+    for name, (site, over) in grids(model, ioi, settings).items():
+        patched = []
+        for direction in DIRECTIONS:
+            folder = None if settings.save is None else settings.save / f"{name}_{direction}"
+            patched.append(
+                mj.patch(
+                    model,
+                    clean=ioi.clean,
+                    corrupted=ioi.corrupted,
+                    site=site,
+                    over=over,
+                    metric=metric,
+                    direction=direction,
+                    memory=settings.memory,
+                    save=folder,
+                )
             )
-            for direction in DIRECTIONS
-        ]  # fmt: skip
-        found[site] = xr.concat(
+        found[name] = xr.concat(
             patched, xr.Variable("direction", list(DIRECTIONS)), combine_attrs="drop_conflicts", join="exact"
         )
-    results = xr.Dataset(found, attrs={k: v for k, v in found["z"].attrs.items() if k != "sites"})
+        if site in ("k", "v"):
+            found[name] = found[name].rename(head="kv_head")
+    told = ("sites", "memory_estimate", "memory_peak")
+    results = xr.Dataset(found, attrs={k: v for k, v in found["z"].attrs.items() if k not in told})
     return results.assign_coords(prompt=("batch", ioi.texts))
 
 
-def strongest(patched: xr.DataArray, count: int) -> str:
+def grids(model: mj.Transformer, ioi: IOI, settings: Settings) -> dict[str, tuple[str, Any]]:
+    """What is patched, by the name of the result: a site, and a grid over it."""
+    c, heads = model.config, ("layer", "head")
+    roles = mj.grid(layer=range(c.n_layers), pos=ioi.roles)
+    places = ("layer", "pos") if settings.positions else roles
+    wanted: dict[str, tuple[str, Any]] = {site: (site, places) for site in COMPONENTS} | {"z": ("z", heads)}
+    if settings.projections:
+        wanted |= {site: (site, heads) for site in ("q", "k", "v", "pattern")}
+    if settings.heads_by_position:
+        by_role = mj.grid(layer=range(c.n_layers), pos=ioi.roles, head=range(c.n_heads))
+        wanted["z_by_position"] = ("z", ("layer", "pos", "head") if settings.positions else by_role)
+    return wanted
+
+
+def strongest(patched: xr.DataArray, tested: dict[str, xr.DataArray], count: int) -> str:
     """A table of the heads with the largest denoising effects, and the noising effects beside them."""
     columns = {}
     for direction in DIRECTIONS:
         own = patched.sel(direction=direction)
-        columns[direction] = mj.normalise(own), mj.bootstrap(own)
+        columns[direction] = mj.normalise(own), mj.bootstrap(own), tested[direction]
     first = columns["denoise"][0]
     order = np.argsort(-np.abs(first.values), axis=None)[:count]
-    rows = ["head     " + "".join(f"{d:>8}   95 % interval    " for d in DIRECTIONS)]
+    rows = ["head     " + "".join(f"{d:>8}   95 % interval         p    " for d in DIRECTIONS).rstrip()]
     for layer, head in zip(*np.unravel_index(order, first.shape)):
         row = f"{layer:>3}.{head:<5}"
-        for effect, bounds in columns.values():
+        for effect, bounds, p in columns.values():
             low, high = bounds.values[:, layer, head]
-            row += f"{effect.values[layer, head]:>8.3f}   [{low:6.3f}, {high:6.3f}] "
+            row += f"{effect.values[layer, head]:>8.3f}   [{low:6.3f}, {high:6.3f}] {p.values[layer, head]:8.4f}    "
         rows.append(row.rstrip())
     return "\n".join(rows)
 
 
-def write(settings: Settings, results: xr.Dataset, effects: dict, record: dict) -> None:
+def write(settings: Settings, results: xr.Dataset, effects: dict, told: dict) -> None:
     """Figures, labelled data and a record of what was done with what."""
     out = settings.out
     title = f"{settings.model}: patching indirect object identification ({len(results.batch)} prompts, {settings.counterfactual})"
-    panels = {DIRECTIONS[d]: own for d, own in effects.items()}
+    panels = {DIRECTIONS[d]: {s: _strongest_head(e) for s, e in own.items()} for d, own in effects.items()}
     save_heatmaps(panels, out / "ioi_patching.png", title=title, limit=1.0)
     save_page(panels, out / "ioi_patching.html", title=title, limit=1.0)
-    with atomic(out / "results.nc") as scratch:
-        results.to_netcdf(scratch, engine="scipy")
-    told = {
-        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(settings).items()
-    }
-    versions = {**results.attrs, "python": platform.python_version(), "platform": platform.platform()}
-    with atomic(out / "record.json") as scratch:
-        scratch.write_text(json.dumps({"settings": told, "versions": versions, **record}, indent=2))
+    record.save(out, settings, results, **told)
+
+
+def _strongest_head(effects: xr.DataArray) -> xr.DataArray:
+    """Of effects by layer, position and head, the largest over heads, with its sign: what a flat figure can show."""
+    if effects.ndim < 3:
+        return effects
+    return effects.isel(head=abs(effects).fillna(0).argmax("head"))
 
 
 if __name__ == "__main__":

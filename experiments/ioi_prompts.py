@@ -24,7 +24,8 @@ THINGS = (" drink", " book", " ring", " letter", " basketball", " computer", " k
 class IOI(NamedTuple):
     """Clean and corrupted prompts, the clean answers, and where the names stand.
 
-    `io` and `subject` are the token ids `[batch]` of the right and the wrong answer to the clean prompt.
+    `io` and `subject` are the token ids `[batch]` of the right and the wrong answer to the clean prompt. `pair` numbers the pairs
+    of names: the four prompts of a pair are no independent observations.
     `roles` maps names of positions to `[batch, 1]` indices for `mijax.grid`.
     """
 
@@ -34,6 +35,7 @@ class IOI(NamedTuple):
     corrupted_texts: list[str]
     io: np.ndarray
     subject: np.ndarray
+    pair: np.ndarray
     roles: dict[str, np.ndarray]
 
 
@@ -62,7 +64,8 @@ def make(tokenizer: mj.Tokenizer, n: int, *, counterfactual: Counterfactual = "f
                 answers.append((ids[io], ids[subject]))
     io, subject = np.array(answers).T
     clean = tokenizer(texts)
-    return IOI(clean, tokenizer(corrupted), texts, corrupted, io, subject, _roles(clean, io, subject))
+    pair = np.repeat(np.arange(n // 4), 4)
+    return IOI(clean, tokenizer(corrupted), texts, corrupted, io, subject, pair, _roles(clean, io, subject))
 
 
 def _roles(tokens: mj.Tokens, io: np.ndarray, subject: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,8 +15,14 @@ import tokenizers
 import xarray as xr
 
 import mijax as mj
-from experiments import ioi_patching, ioi_prompts, steering, train_tiny
+from experiments import causal_tracing, facts, ioi_patching, ioi_prompts, pronouns, steering, train_tiny
 from mijax.plots import save_heatmaps, save_page
+
+
+@pytest.fixture(autouse=True)
+def settings_of_jax_stay(monkeypatch):
+    """The studies ask for the compilation cache; these tests share their process with others."""
+    monkeypatch.setattr(mj, "compilation_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +68,26 @@ def test_a_word_of_several_tokens_is_refused(tiny, monkeypatch):
 
 def test_ioi_patching_writes_figures_data_and_record(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mj, "load", lambda source: tiny)
-    out = tmp_path / "results"
-    results = ioi_patching.main(ioi_patching.Settings(prompts=8, top=3, out=out))
-    assert sorted(p.name for p in out.iterdir()) == [
-        "ioi_patching.html",
-        "ioi_patching.png",
-        "record.json",
-        "results.nc",
-    ]
+    out, save = tmp_path / "results", tmp_path / "chunks"
+    settings = ioi_patching.Settings(
+        prompts=24, top=3, out=out, save=save, projections=True, heads_by_position=True, positions=False
+    )
+    results = ioi_patching.main(settings)
+    files = ["ioi_patching.html", "ioi_patching.png", "record.json", "results.nc"]
+    assert sorted(p.name for p in out.iterdir()) == files
     saved = xr.load_dataset(out / "results.nc", engine="scipy")
     xr.testing.assert_identical(saved, results)
-    assert dict(saved["z"].sizes) == {"direction": 2, "layer": 2, "head": 2, "batch": 8}
-    assert dict(saved["resid_pre"].sizes) == {"direction": 2, "layer": 2, "pos": 5, "batch": 8}
+    assert dict(saved["z"].sizes) == {"direction": 2, "layer": 2, "head": 2, "batch": 24}
+    assert dict(saved["resid_pre"].sizes) == {"direction": 2, "layer": 2, "pos": 5, "batch": 24}
+    assert dict(saved["z_by_position"].sizes) == {"direction": 2, "layer": 2, "pos": 5, "head": 2, "batch": 24}
+    assert {"q", "k", "v", "pattern"} <= set(saved)
     effect = saved["attn_out"] - saved["attn_out"].base
     assert (effect.sel(pos=["IO", "S1", "S1+1"]) == 0).all() and (effect.sel(pos="S2") != 0).any()
     whole = mj.normalise(saved["resid_pre"].sel(direction="denoise")).sel(layer=0, pos="S2")
     assert abs(float(whole) - 1) < 1e-4
     record = json.loads((out / "record.json").read_text())
-    assert (
-        record["settings"]["prompts"] == 8
-        and {"jax", "mijax"} <= set(record["versions"])
-        and len(record["prompts"]) == 8
-    )
+    assert record["settings"]["prompts"] == 24 and {"jax", "mijax"} <= set(record["versions"])
+    assert len(record["prompts"]) == 24 and (save / "z_noise/job.json").exists()
     page = (out / "ioi_patching.html").read_text()
     assert "Plotly" in page and "<script src=" not in page  # it needs no network
     printed = capsys.readouterr().out
@@ -92,6 +96,58 @@ def test_ioi_patching_writes_figures_data_and_record(tiny, tmp_path, monkeypatch
     effects = mj.normalise(saved["z"].sel(direction="denoise"))
     layer, head = np.unravel_index(np.abs(effects.values).argmax(), effects.shape)
     assert f"\n{layer:>3}.{head}" in printed
+
+
+def word_tokenizer(texts):
+    """Every word of the texts is a token."""
+    splitter = tokenizers.pre_tokenizers.Whitespace()
+    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(["?", *words])}, unk_token="?")
+    )
+    backend.pre_tokenizer = splitter
+    config = mj.Config(n_layers=2, d_model=16, n_heads=2, d_vocab=len(words) + 1, n_ctx=32)
+    return jax.tree.map(lambda x: 20 * x, mj.init(config, jax.random.key(0))), mj.Tokenizer(backend)
+
+
+def test_causal_tracing_writes_what_it_measures(tmp_path, monkeypatch, capsys):
+    """The model's own answers stand in for the facts' objects, so that it knows all of them."""
+    chosen = facts.FACTS[:4]
+    model, tokenizer = word_tokenizer([fact.prompt + fact.object for fact in chosen])
+    ids = [mj.run(model, tokenizer([fact.prompt])).logits[0, -1].argmax() for fact in chosen]
+    told = [fact._replace(object=" " + tokenizer.decode([int(i)])) for fact, i in zip(chosen, ids)]
+    monkeypatch.setattr(mj, "load", lambda source: (model, tokenizer))
+    monkeypatch.setattr(causal_tracing, "FACTS", told)
+    settings = causal_tracing.Settings(facts=3, single=1, draws=2, window=1, out=tmp_path / "out")
+    results = causal_tracing.main(settings)
+    names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert names == {"causal_tracing.png", "causal_tracing.html", "results.nc", "record.json", "fact_0.png",
+                     "fact_0/results.nc", "fact_0/record.json"}  # fmt: skip
+    assert dict(results.indirect.sizes) == {"kind": 5, "layer": 2, "pos": 4, "batch": 3}
+    at_end = results.indirect.sel(kind="hidden state", layer=1, pos="last")
+    assert np.allclose(at_end, results.total, atol=1e-5)  # all of the answer is there
+    severed = results.indirect.sel(kind="hidden state, later MLPs severed", layer=1)
+    assert np.allclose(severed, results.indirect.sel(kind="hidden state", layer=1), atol=1e-6)  # nothing is later
+    assert "largest average indirect effect" in capsys.readouterr().out
+
+
+def test_pronouns_writes_what_it_measures(tmp_path, monkeypatch, capsys):
+    from experiments.pronoun_prompts import FEMALE, MALE, TEMPLATES
+
+    words = [t.format(w) for t in TEMPLATES[:1] for w in (*FEMALE, *MALE, "man", "woman")]
+    monkeypatch.setattr(mj, "load", lambda source: word_tokenizer([*words, "she", "he"]))
+    results = pronouns.main(pronouns.Settings(templates=1, top=2, out=tmp_path / "out"))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "pronouns.html",
+        "pronouns.png",
+        "record.json",
+        "results.nc",
+    ]
+    saved = xr.load_dataset(tmp_path / "out/results.nc", engine="scipy")
+    xr.testing.assert_identical(saved, results)
+    whole = saved["z.indirect"].sizes
+    assert whole["layer"] == 2 and whole["head"] == 2 and set(saved.stereotype.values) == {"female", "male"}
+    assert "family-wise p" in capsys.readouterr().out
 
 
 def test_help():

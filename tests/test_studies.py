@@ -125,7 +125,7 @@ def test_total_is_direct_plus_indirect_on_a_linear_model(x64, linear):
     )
     gap, total = (float(np.abs(x).max()) for x in (told.total - told.direct - told.indirect, told.total))
     if linear:  # float32 rounds each of the four metrics, of which these are differences
-        assert total > 1e-2 * np.abs(told.base).max() and gap < 3e-7 * np.abs(told.base).max()
+        assert total > 1e-2 * np.abs(told.metric_base).max() and gap < 3e-7 * np.abs(told.metric_base).max()
     else:
         assert gap > 1e-2 * total
     acts = {

@@ -17,11 +17,18 @@ Panels = Mapping[str, Mapping[str, "xr.DataArray"]]
 _BLUE_WHITE_RED = "RdBu"
 
 
-def save_heatmaps(panels: Panels, path: str | os.PathLike, *, title: str = "", limit: float | None = None) -> None:
+def save_heatmaps(
+    panels: Panels,
+    path: str | os.PathLike,
+    *,
+    title: str = "",
+    limit: float | None = None,
+    label: str = "normalised effect",
+) -> None:
     """Draw rows of heat maps on one colour scale, symmetric about zero, to an image file.
 
     The first dimension of each panel runs upwards, the second to the right. `limit` is the value of the
-    strongest colour, by default the largest magnitude.
+    strongest colour, by default the largest magnitude; `label` says what the colours are.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -53,12 +60,19 @@ def save_heatmaps(panels: Panels, path: str | os.PathLike, *, title: str = "", l
             row_title, (-0.32, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center", weight="bold"
         )
     figure.suptitle(title)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="normalised effect", extend="both")
+    figure.colorbar(image, ax=axes, shrink=0.6, label=label, extend="both")
     with atomic(path) as scratch:
         figure.savefig(scratch, dpi=120)
 
 
-def save_page(panels: Panels, path: str | os.PathLike, *, title: str = "", limit: float | None = None) -> None:
+def save_page(
+    panels: Panels,
+    path: str | os.PathLike,
+    *,
+    title: str = "",
+    limit: float | None = None,
+    label: str = "normalised effect",
+) -> None:
     """Write the same heat maps as one HTML page, with values on hovering, that needs no network."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -80,7 +94,9 @@ def save_page(panels: Panels, path: str | os.PathLike, *, title: str = "", limit
             figure.update_xaxes(title_text=_name(effects, x), type="category", row=i + 1, col=j + 1)
             figure.update_yaxes(title_text=y if j == 0 else None, type="category", row=i + 1, col=j + 1)
     figure.update_layout(
-        title=title, height=480 * len(panels), coloraxis={"colorscale": _BLUE_WHITE_RED, "cmin": -limit, "cmax": limit}
+        title=title,
+        height=480 * len(panels),
+        coloraxis={"colorscale": _BLUE_WHITE_RED, "cmin": -limit, "cmax": limit, "colorbar": {"title": label}},
     )
     with atomic(path) as scratch:
         figure.write_html(scratch, include_plotlyjs=True)

@@ -31,7 +31,7 @@ def mediate(
     effect Y(base, source) - Y(base, base) of putting the source's activations into the base run; and the natural
     `direct` effect Y(source, base) - Y(base, base) of the new input with the mediator held at its old value. On a
     linear model total = direct + indirect. Mediators are the cells of a grid, as in `patch`; the metric on both inputs
-    is beside them as `base` and `source`.
+    is beside them as `metric_base` and `metric_source`.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -50,4 +50,7 @@ def mediate(
     effects = {"total": at_source - at_base, "direct": into_source - at_base, "indirect": into_base - at_base}
     effects = {name: effect.drop_vars(["base", "source"], errors="ignore") for name, effect in effects.items()}
     told = xr.Dataset(effects, attrs={**into_base.attrs, "direction": "base to source"})
-    return told.assign_coords(base=at_base.reset_coords(drop=True), source=at_source.reset_coords(drop=True))
+    told_on = {
+        f"metric_{side}": value.reset_coords(drop=True) for side, value in (("base", at_base), ("source", at_source))
+    }
+    return told.assign_coords(told_on)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mijax._types import Array, ArrayLike, Bool
+from mijax._types import Array, ArrayLike, Bool, Int
 from mijax.interventions.edits import Replace
 from mijax.interventions.tap import known_axes
 from mijax.interventions.where import Where, selection
@@ -80,31 +80,35 @@ def patch(
     at_base, kept, own = kept_base(model, base, {}, metrics, (site,))
     cells = cells_of({site: Replace(value[site], places)})
     check_cells(model.config, base, cells)
-    changed = np.asarray(_changes(model.config, base, site, places.where, own[site] != value[site]))
-    done = swept(model, base, cells, metrics, base=(at_base, kept), changed=changed, **running)
+    first = np.asarray(_first_change(model.config, base, site, places.where, own[site] != value[site]))
+    done = swept(model, base, cells, metrics, base=(at_base, kept), first=first, **running)
     attrs = {"sites": site, "direction": direction, **described(model)}
     result = labelled(done, {"base": at_base, "source": goal}, single=not isinstance(metric, Mapping), attrs=attrs)
     return result if isinstance(over, Grid) else positions_told(result, base)
 
 
 @eqx.filter_jit
-def _changes(
+def _first_change(
     config: Config, tokens: Tokens, site: str, cells: Where, differs: Bool[Array, "..."]
-) -> Bool[Array, "cell batch"]:
-    """Whether a cell puts in anything but what stands there: two runs agree to the bit where they must
-    (before the first token that differs), and such a cell's effect is zero, not rounding."""
+) -> Int[Array, "cell batch"]:
+    """The first column of each example at which a cell puts in anything but what stands there; the number of columns
+    where it does nowhere. Two runs agree to the bit where they must (before the first token that differs), and such a
+    cell's effect is zero, not rounding."""
     found, positions = SITES[site], frame(config, tokens, jnp.float32)
     if "unit" not in cells.given and found.inner_axes[-1] in ("d_model", "d_head", "d_mlp"):
         differs = jnp.any(differs, axis=-1, keepdims=True)
     layers = differs if found.has_layer else differs[None]
+    place = next(i for i, axis in enumerate(found.inner_axes) if axis in ("pos", "query"))
 
-    def cell(where: Where) -> Bool[Array, " batch"]:
+    def cell(where: Where) -> Int[Array, " batch"]:
         def layer(index, here):
             known = known_axes(config, positions, found, here.shape, index if found.has_layer else None)
             hit = selection(where, found.inner_axes, known) & here
-            return jnp.any(hit, axis=tuple(range(1, hit.ndim)))
+            return jnp.any(hit, axis=tuple(i for i in range(1, hit.ndim) if i != place))
 
-        return jnp.any(jax.vmap(layer)(jnp.arange(len(layers), dtype=jnp.int32), layers), axis=0)
+        hit = jnp.any(jax.vmap(layer)(jnp.arange(len(layers), dtype=jnp.int32), layers), axis=0)  # [batch, pos]
+        first = jnp.argmax(hit, axis=1).astype(jnp.int32) if config.causal else jnp.zeros(len(hit), jnp.int32)
+        return jnp.where(jnp.any(hit, axis=1), first, hit.shape[1])
 
     return jax.lax.map(cell, cells)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mijax import chunks
-from mijax._types import Array, ArrayLike, Bool, Float
+from mijax._types import Array, ArrayLike, Float, Int
 from mijax.interventions.edits import Interventions
 from mijax.metrics import AnyMetric
 from mijax.model.numerics import accumulator
@@ -108,7 +108,7 @@ def swept(
     metrics: Mapping[str, AnyMetric],
     *,
     base: tuple[Values, Base] | None = None,
-    changed: Bool[np.ndarray, "cell batch"] | None = None,
+    first: Int[np.ndarray, "cell batch"] | None = None,
     memory: int | None = None,
     progress: bool = True,
     save: str | os.PathLike | None = None,
@@ -116,14 +116,15 @@ def swept(
 ) -> Swept:
     """The metrics of the base and of every cell, unlabelled.
 
-    `changed` says which cells change anything for which example: elsewhere the metric is the base's, and is not computed.
+    `first` is the first column of each example that a cell changes, where a driver knows better than the edits tell; the
+    number of columns where it changes none: the metric is then the base's, and is not computed.
     """
     check_cells(model.config, tokens, cells)
     at_base, kept = base or kept_base(model, tokens, cells.shared(), metrics)[:2]
     read = columns_read(metrics.values(), tokens)
     todo = work(model.config, tokens, cells, read)
-    if changed is not None:
-        todo = todo._replace(first=np.where(changed, todo.first, tokens.ids.shape[1]))
+    if first is not None:
+        todo = todo._replace(first=np.maximum(first, todo.first))
     budget = chunks.default_memory() if memory is None else memory
     each = row_bytes(model, cells), cell_bytes(model, tokens, metrics)
     order = plan(todo, *capacity(todo, *each, budget, chunks.full_rows()))

@@ -29,7 +29,7 @@ def trace(
     model: Transformer,
     tokens: Tokens | ArrayLike,
     *,
-    subject: Sequence[Sequence[int]],
+    subject: Sequence[ArrayLike],
     answer: ArrayLike,
     site: str = "resid_post",
     pos: Mapping[str, Any] | None = None,
@@ -87,7 +87,7 @@ def trace(
     return _effects(restored, clean, draws).assign_attrs(told)
 
 
-def _subject_mask(tokens: Tokens, subject: Sequence[Sequence[int]]) -> Bool[np.ndarray, "batch pos"]:
+def _subject_mask(tokens: Tokens, subject: Sequence[Any]) -> Bool[np.ndarray, "batch pos"]:
     positions = np.asarray(tokens.positions)
     if len(subject) != len(positions):
         raise ValueError(f"subject has positions for {len(subject)} prompts, the batch has {len(positions)}")
