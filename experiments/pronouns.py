@@ -87,9 +87,7 @@ def table(results: xr.Dataset, top: int) -> str:
     rows = ["total effect on the log odds (median factor of the odds, less one):"]
     for kind in ("female", "male"):
         total = results.total[results.stereotype.values == kind]
-        rows.append(
-            f"  stereotypically {kind:6} {float(total.mean()):6.2f}   ({np.expm1(float(total.median())):.1f})"
-        )
+        rows.append(f"  stereotypically {kind:6} {float(total.mean()):6.2f}   ({np.expm1(float(total.median())):.1f})")
     indirect, direct = results["z.indirect"], results["z.direct"]
     tested = mj.sign_flips(
         indirect.assign_coords(base=("batch", np.zeros(indirect.sizes["batch"]))), clusters=results.profession.values

@@ -14,34 +14,40 @@ class Rows(NamedTuple):
     """Tokens of many variants (cells) of one batch, packed into one list of rows: what a sweep's chunk computes.
 
     Each row is the token of one cell, one example, one column of the batch. `place` says which row computes a token;
-    -1 where none does, because it is what it is in the base run.
+    -1 where none does, because it is what it is in the base run. Attention takes the queries of each cell and example
+    together, in as many slots as the longest has rows: `slot` says which row is in one, `index` in which slot of its own a
+    row is.
     """
 
     cell: Int[Array, " row"]
     example: Int[Array, " row"]
     column: Int[Array, " row"]
     place: Int[Array, "cell batch pos"]
+    slot: Int[Array, "cell batch slot"]
+    index: Int[Array, " row"]
 
-    def spread(self, x: Float[Array, "1 row *rest"]) -> Float[Array, "cell_batch pos *rest"]:
-        """Each cell's batch of tokens; anything where no row computes one."""
-        return jnp.take(x[0], self._places(), axis=0, mode="clip")
+    def spread(self, x: Float[Array, "1 row *rest"]) -> Float[Array, "cell_batch slot *rest"]:
+        """The rows in their slots; anything in an empty one."""
+        return jnp.take(x[0], _merged(self.slot), axis=0, mode="clip")
 
     def fill(
         self, x: Float[Array, "1 row *rest"], base: Float[Array, "batch pos *rest"]
     ) -> Float[Array, "cell_batch pos *rest"]:
         """Each cell's batch of tokens; the base run's where no row computes one."""
         held = jnp.tile(base, (self.place.shape[0], *(1,) * (base.ndim - 1)))
-        own = self._places()
-        return jnp.where(own.reshape(own.shape + (1,) * (x.ndim - 2)) >= 0, self.spread(x), held)
+        own = _merged(self.place)
+        there = own.reshape(own.shape + (1,) * (x.ndim - 2)) >= 0
+        return jnp.where(there, jnp.take(x[0], own, axis=0, mode="clip"), held)
 
-    def gather(self, x: Float[Array, "cell_batch pos *rest"]) -> Float[Array, "1 row *rest"]:
-        """The rows' own tokens."""
-        cells, batch, pos = self.place.shape
-        index = (self.cell * batch + self.example) * pos + self.column
-        return jnp.take(x.reshape(cells * batch * pos, *x.shape[2:]), index, axis=0, mode="clip")[None]
+    def gather(self, x: Float[Array, "cell_batch slot *rest"]) -> Float[Array, "1 row *rest"]:
+        """The rows, out of their slots."""
+        batch, slots = self.slot.shape[1:]
+        index = (self.cell * batch + self.example) * slots + self.index
+        return jnp.take(x.reshape(-1, *x.shape[2:]), index, axis=0, mode="clip")[None]
 
-    def _places(self) -> Int[Array, "cell_batch pos"]:
-        return self.place.reshape(-1, self.place.shape[-1])
+
+def _merged(x: Int[Array, "cell batch n"]) -> Int[Array, "cell_batch n"]:
+    return x.reshape(-1, x.shape[-1])
 
 
 class Frame(NamedTuple):
@@ -89,9 +95,12 @@ def pack(whole: Frame, rows: Rows) -> Frame:
     tile = lambda x: jnp.tile(x, (cells, *(1,) * (x.ndim - 1)))
     own = lambda x: x[rows.example, rows.column][None]
     rotary = None if whole.rotary is None else (own(whole.rotary[0]), own(whole.rotary[1]))
+    example = jnp.arange(whole.keys.shape[0], dtype=jnp.int32)[None, :, None]
+    allowed = whole.allowed[example, jnp.take(rows.column, rows.slot, mode="clip")]
     return Frame(
-        own(whole.positions), tile(whole.keys), tile(whole.lengths), tile(whole.allowed), rotary, rows=rows, whole=whole
-    )
+        own(whole.positions), tile(whole.keys), tile(whole.lengths), allowed.reshape(-1, *allowed.shape[2:]), rotary,
+        rows=rows, whole=whole,
+    )  # fmt: skip
 
 
 def frequencies(config: Config) -> np.ndarray:

@@ -137,4 +137,9 @@ def _asked(rows: Rows, read: Int[Array, "batch read"]) -> tuple[Rows, Int[Array,
         jnp.where(index.reshape(read.shape) >= 0, number, -1)
     )
     cell, example = (jnp.broadcast_to(g[:, :, None], read.shape).reshape(-1) for g in grid)
-    return Rows(cell, example, read.reshape(-1), place), jnp.maximum(index, 0)
+    if rows.slot.shape[2] == rows.place.shape[2]:  # an edit of scores must find every query
+        slot, own = place, read.reshape(-1)
+    else:
+        slot = number
+        own = jnp.broadcast_to(jnp.arange(read.shape[2], dtype=jnp.int32), read.shape).reshape(-1)
+    return Rows(cell, example, read.reshape(-1), place, slot, own), jnp.maximum(index, 0)

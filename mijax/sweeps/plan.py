@@ -23,29 +23,43 @@ class Work(NamedTuple):
     """What each cell need compute: from which half-layer on, and of each example from which column on.
 
     `computed` are the columns of which a cell computes any (padding is none of them), `first` is the number of columns
-    where a cell changes nothing in an example. Cells that must be `whole` compute every column, padding too.
+    where a cell changes nothing in an example. Cells that must be `whole` compute every column, padding too; edits of
+    scores must find `all_queries`.
     """
 
     start: Int[np.ndarray, " cell"]
     first: Int[np.ndarray, "cell batch"]
     computed: Bool[np.ndarray, "batch pos"]
     whole: bool = False
+    all_queries: bool = False
 
     def rows(self) -> Int[np.ndarray, " cell"]:
         """How many tokens each cell computes."""
+        need = self.rows_by_example().sum(axis=0)
+        return np.where(need > 0, self.computed.size, 0) if self.whole else need
+
+    def slots(self) -> int:
+        """How many tokens of one example a cell computes at most: to the next power of two, so that it seldom changes."""
+        positions, most = self.computed.shape[1], int(self.rows_by_example().max(initial=1))
+        few = 2 ** int(np.ceil(np.log2(max(1, most))))
+        return positions if self.whole or self.all_queries else min(few, positions)
+
+    def rows_by_example(self) -> Int[np.ndarray, "batch cell"]:
+        """How many tokens of each example each cell computes, where it need not be whole."""
         after = np.zeros((len(self.computed), self.computed.shape[1] + 1), np.int64)
         after[:, :-1] = np.cumsum(self.computed[:, ::-1], axis=1)[:, ::-1]
-        need = np.take_along_axis(after, self.first.T, axis=1).sum(axis=0)
-        return np.where(need > 0, self.computed.size, 0) if self.whole else need
+        return np.take_along_axis(after, self.first.T, axis=1)
 
 
 class Plan(NamedTuple):
-    """Cells in the order in which they run, where each chunk of them begins, and the size of every chunk."""
+    """Cells in the order in which they run, where each chunk of them begins, and the size of every chunk: how many cells,
+    rows, and slots for the rows of one example."""
 
     order: Int[np.ndarray, " cell"]
     bounds: Int[np.ndarray, " chunk_plus_one"]
     cells: int
     rows: int
+    slots: int
 
     def arrays(self) -> dict[str, np.ndarray]:
         """As arrays, to be saved."""
@@ -54,7 +68,7 @@ class Plan(NamedTuple):
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Plan":
         """What `arrays` gave."""
-        return cls(arrays["order"], arrays["bounds"], int(arrays["cells"]), int(arrays["rows"]))
+        return cls(arrays["order"], arrays["bounds"], *(int(arrays[size]) for size in ("cells", "rows", "slots")))
 
 
 def work(config: Config, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "batch read"] | None) -> Work:
@@ -75,7 +89,8 @@ def work(config: Config, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "ba
         return Work(start, np.zeros_like(first), np.ones_like(mask), whole=True)
     if read is not None and config.causal:  # what comes after the last token that is read
         first = np.where(first > read.max(axis=1), mask.shape[1], first)
-    return Work(start, first, mask)
+    all_queries = any("query" in SITES[site].axes for site in cells.edits)
+    return Work(start, first, mask, all_queries=all_queries)
 
 
 class _Choices(NamedTuple):
@@ -192,7 +207,7 @@ def plan(work: Work, cells: int, rows: int) -> Plan:
         begin = bounds[-1]
         end = np.searchsorted(total, total[begin] + rows, side="right") - 1
         bounds.append(int(min(end, begin + cells)))
-    return Plan(order, np.asarray(bounds), cells, rows)
+    return Plan(order, np.asarray(bounds), cells, rows, work.slots())
 
 
 def _mixed(order: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -216,6 +231,12 @@ def chunk_of(work: Work, plan: Plan, number: int) -> tuple[np.ndarray, Chunk]:
         computed[:] = True
     cell, example, column = (index.astype(np.int32) for index in np.nonzero(computed))
     place: Any = np.where(computed, np.cumsum(computed).reshape(computed.shape) - 1, -1).astype(np.int32)
+    if plan.slots == len(columns):
+        slot, index = place, column
+    else:
+        index = (np.cumsum(computed, axis=2) - 1)[computed].astype(np.int32)
+        slot: Any = np.full((*computed.shape[:2], plan.slots), -1, np.int32)
+        slot[cell, example, index] = np.arange(len(cell))
     pad: Any = lambda index: np.pad(index, (0, rows - len(index)))
     start: Any = np.int32(work.start[cells[:count]].min())
-    return cells, Chunk(start, Rows(pad(cell), pad(example), pad(column), place))
+    return cells, Chunk(start, Rows(pad(cell), pad(example), pad(column), place, slot, pad(index)))
