@@ -132,6 +132,7 @@ def study(model: mj.Transformer, tokenizer: mj.Tokenizer, settings: Settings) ->
 
 def main(settings: Settings) -> xr.Dataset:
     """Run the study, print samples, and write figure, data and samples under `settings.out`."""
+    mj.compilation_cache()
     model, tokenizer = mj.load(settings.model)
     if tokenizer is None:
         raise SystemExit(f"{settings.model} comes without a tokenizer, which this study needs")

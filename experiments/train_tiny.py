@@ -116,6 +116,7 @@ def train(state: Any, start: jax.Array, settings: Settings, count: int) -> tuple
 
 def main(settings: Settings) -> tuple[mj.Transformer, list[dict]]:
     """Train, or go on training, and write log, figure, checkpoints and the model."""
+    mj.compilation_cache()
     if settings.steps % settings.save_every:
         raise SystemExit(f"--steps {settings.steps} must be a multiple of --save-every {settings.save_every}")
     out = (settings.out / f"{settings.layers}_layers").absolute()

@@ -21,24 +21,34 @@ Found = dict[str, np.ndarray]
 
 
 def default_memory() -> int:
-    """The bytes that a chunk of jobs may take: half of what the device has left, at most 1 GiB on a CPU.
+    """The bytes that a chunk of jobs may take: at most half of what the device has left, and 1 GiB on a CPU.
 
     (A CPU's matrix products are at full speed well below that, and smaller chunks show progress.)
     """
     device = jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
-        return (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
+        return _rounded((stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2)
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not on every system
         free = 2**31
-    return min(2**30, free // 2)
+    return min(2**30, _rounded(free // 2))
+
+
+def _rounded(size: int) -> int:
+    """Down to a power of two: what depends on it must not change with every byte in use."""
+    return 1 << max(0, size.bit_length() - 1)
 
 
 def full_rows() -> int:
     """How many rows of a matrix product fill the device; more in one chunk would only blur where jobs begin."""
     return 2048 if jax.default_backend() == "cpu" else 16384
+
+
+def long_work() -> float:
+    """Floating-point operations from which on a compilation (a few seconds) is worth a tenth less of them."""
+    return 1e12 if jax.default_backend() == "cpu" else 1e14
 
 
 class Store:

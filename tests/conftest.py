@@ -1,6 +1,7 @@
 """Strictness for the whole run: no silent promotion of dtypes or ranks."""
 
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
@@ -16,6 +17,15 @@ from hypothesis import settings
 
 settings.register_profile("mijax", deadline=None, max_examples=20, derandomize=True, print_blob=True)
 settings.load_profile("mijax")
+
+
+@pytest.fixture(autouse=True)
+def programs_are_forgotten_in_time():
+    """Linux gives a process 65,530 memory maps, and each compiled program takes some: XLA crashes when they are used up."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

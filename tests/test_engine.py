@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import mijax as mj
 from mijax.model.sites import SELECTS
 from mijax.sweeps.cells import cells_of
-from mijax.sweeps.plan import capacity, chunk_of, columns_read, plan, work
+from mijax.sweeps.plan import Shape, capacity, chunk_of, columns_read, plan, work
 from mijax.sweeps.sweep import cell_bytes, row_bytes
 from tests.architectures import ARCHITECTURES, IDS, LENGTHS, batch, error, random_model
 from tests.compilations import compilations
@@ -221,8 +221,13 @@ def test_every_cell_is_computed_once_in_chunks_that_hold_it(count, starts, seed,
     computed = rng.random((3, 7)) < 0.8
     computed[:, 0] = True
     todo = Work(rng.integers(0, starts, count), rng.integers(0, 8, (count, 3)), computed)
-    cells, rows = capacity(todo, bytes_per_row=10, bytes_per_cell=5, memory=10**6, most_rows=most)
-    order = plan(todo, cells, rows)
+    shape = Shape(count, min(starts, count), bool(seed % 2))
+    size = capacity(
+        todo, shape, bytes_per_row=10, bytes_per_cell=5, memory=10**6, most_rows=most, specialise=seed % 3 == 0
+    )
+    order = plan(todo, size)
+    cells, rows = size.cells, size.rows
+    assert rows * 10 + cells * 5 <= 10**6
     seen = []
     for number in range(len(order.bounds) - 1):
         own, chunk = chunk_of(todo, order, number)
@@ -230,6 +235,10 @@ def test_every_cell_is_computed_once_in_chunks_that_hold_it(count, starts, seed,
         assert len(own) == cells and len(chunk.rows.cell) == rows and len(fresh)
         assert chunk.start == todo.start[fresh].min()
         assert (chunk.rows.place >= 0).sum() == todo.rows()[fresh].sum() <= rows
+        in_slot = chunk.rows.slot[chunk.rows.cell, chunk.rows.example, chunk.rows.within][
+            : (chunk.rows.place >= 0).sum()
+        ]
+        assert in_slot.tolist() == list(range(len(in_slot)))
         used = chunk.rows.place >= 0
         for number, (cell, example, column) in enumerate(zip(*np.nonzero(used))):
             assert chunk.rows.place[cell, example, column] == number
@@ -253,6 +262,7 @@ def test_9_new_places_values_answers_and_prompts_compile_nothing(model):
     run([0, 1], [1, -1], IDS, [4, 5, 6], 0.5)
     with compilations() as seen:
         run([2, 1], [-2, 2], (IDS + 3) % 19, [7, 8, 9], 1.5)
+        run([1, 1], [3, 3], IDS[:, ::-1], [7, 8, 9], 1.5)
     assert seen == []
 
 
@@ -290,13 +300,13 @@ def test_the_estimate_bounds_what_the_program_takes():
             read = columns_read([metric], tokens)
             todo = work(model.config, tokens, cells, read)
             each = row_bytes(model, cells), cell_bytes(model, tokens, metrics)
-            order = plan(todo, *capacity(todo, *each, 2**28, 2048))
+            order = plan(todo, capacity(todo, Shape.of(model.config, cells), *each, 2**28, 2048, specialise=False))
             own, chunk = chunk_of(todo, order, 0)
             kept = module.kept_base(model, tokens, {}, metrics)[1]
             args = (model, tokens, kept, metrics, read, cells.stacked, chunk, *cells.take_split(own))
             taken = module._chunk.lower(*args).compile().compiled.memory_analysis().temp_size_in_bytes
             assert (
-                (order.rows * each[0] + order.cells * each[1]) / 10
+                (order.size.rows * each[0] + order.size.cells * each[1]) / 10
                 < taken
-                <= order.rows * each[0] + order.cells * each[1]
+                <= order.size.rows * each[0] + order.size.cells * each[1]
             )

@@ -221,7 +221,10 @@ def test_tracing_is_the_loop(model):
             assert error(own, measured(model, tokens, {**edits, "mlp_out": held}, prob)) < 1e-5
         edits = {**fixed, "mlp_out": mj.Replace(clean.acts["mlp_out"], mj.Where(layer=[0, 1], pos=-1))}
         assert error(windows.restored.sel(layer=1, pos="end", draw=draw), measured(model, tokens, edits, prob)) < 1e-5
-    assert error(told.indirect, told.restored.mean("draw") - told.corrupted.mean("draw")) < 1e-6
+    there = told.isel(pos=slice(0, 4))
+    assert error(there.indirect, there.restored.mean("draw") - there.corrupted.mean("draw")) < 1e-6
+    missing = np.arange(6)[:, None] >= LENGTHS
+    assert (np.isnan(told.indirect.values) == missing[None]).all()
     assert error(told.total, told.clean - told.corrupted.mean("draw")) < 1e-6
     # all of the last layer's last stream is all of the answer
     whole = [float(told.indirect.sel(layer=2, pos=n - 1)[i] / told.total[i]) for i, n in enumerate(LENGTHS)]
@@ -274,14 +277,14 @@ def test_sign_flips_are_the_enumeration_of_all_signs():
 
 
 def test_the_family_wise_error_is_what_it_says():
-    """400 grids of 30 null cells, correlated: one p below 0.1 in 10 % of them (binomial sd 1.5 %); a real effect is found."""
+    """200 grids of 30 null cells, correlated: one p below 0.1 in 10 % of them (binomial sd 2.1 %); a real effect is found."""
     rng, false, found = np.random.default_rng(0), 0, 0
-    for study in range(400):
+    for study in range(200):
         effects = rng.normal(0, 1, (12, 30)) + rng.normal(0, 1, (12, 1))
         effects[:, 0] += 3.0
         result = xr.DataArray(effects.T, {"base": ("batch", np.zeros(12))}, ("head", "batch"), name="m")
         p = mj.sign_flips(result, draws=400, seed=study).p.values
         false, found = false + (p[1:] < 0.1).any(), found + (p[0] < 0.1)
-    assert 0.05 < false / 400 < 0.15 and found / 400 > 0.9
+    assert 0.04 < false / 200 < 0.16 and found / 200 > 0.9
     with pytest.raises(ValueError, match="at least 6 clusters"):
         mj.sign_flips(result, clusters=np.repeat([0, 1], 6))

@@ -15,7 +15,7 @@ class Rows(NamedTuple):
 
     Each row is the token of one cell, one example, one column of the batch. `place` says which row computes a token;
     -1 where none does, because it is what it is in the base run. Attention takes the queries of each cell and example
-    together, in as many slots as the longest has rows: `slot` says which row is in one, `index` in which slot of its own a
+    together, in as many slots as the longest has rows: `slot` says which row is in one, `within` in which of these a
     row is.
     """
 
@@ -24,7 +24,7 @@ class Rows(NamedTuple):
     column: Int[Array, " row"]
     place: Int[Array, "cell batch pos"]
     slot: Int[Array, "cell batch slot"]
-    index: Int[Array, " row"]
+    within: Int[Array, " row"]
 
     def spread(self, x: Float[Array, "1 row *rest"]) -> Float[Array, "cell_batch slot *rest"]:
         """The rows in their slots; anything in an empty one."""
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     def gather(self, x: Float[Array, "cell_batch slot *rest"]) -> Float[Array, "1 row *rest"]:
         """The rows, out of their slots."""
         batch, slots = self.slot.shape[1:]
-        index = (self.cell * batch + self.example) * slots + self.index
+        index = (self.cell * batch + self.example) * slots + self.within
         return jnp.take(x.reshape(-1, *x.shape[2:]), index, axis=0, mode="clip")[None]
 
 

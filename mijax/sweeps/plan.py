@@ -51,15 +51,34 @@ class Work(NamedTuple):
         return np.take_along_axis(after, self.first.T, axis=1)
 
 
+class Shape(NamedTuple):
+    """What of a sweep stays as it is when its indices and prompts change: how many cells, how many starts they have
+    between them at most, and whether they are at one position each."""
+
+    cells: int
+    starts: int
+    by_position: bool
+
+    @classmethod
+    def of(cls, config: Config, cells: Cells) -> "Shape":
+        """Read off the grids."""
+        moved = {
+            field
+            for site in cells.group.values()
+            for group in site
+            for field, number in getattr(getattr(group, "where", None), "given", {}).items()
+            if number >= 0
+        }
+        starts = len(cells.labels.get("layer", [0])) if "layer" in moved else 1
+        return cls(cells.size, min(starts, cells.size), config.causal and bool(moved & {"pos", "query"}))
+
+
 class Plan(NamedTuple):
-    """Cells in the order in which they run, where each chunk of them begins, and the size of every chunk: how many cells,
-    rows, and slots for the rows of one example."""
+    """Cells in the order in which they run, where each chunk of them begins, and the size of all chunks."""
 
     order: Int[np.ndarray, " cell"]
     bounds: Int[np.ndarray, " chunk_plus_one"]
-    cells: int
-    rows: int
-    slots: int
+    size: "Size"
 
     def arrays(self) -> dict[str, np.ndarray]:
         """As arrays, to be saved."""
@@ -68,7 +87,7 @@ class Plan(NamedTuple):
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Plan":
         """What `arrays` gave."""
-        return cls(arrays["order"], arrays["bounds"], *(int(arrays[size]) for size in ("cells", "rows", "slots")))
+        return cls(arrays["order"], arrays["bounds"], Size(*map(int, arrays["size"])))
 
 
 def work(config: Config, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "batch read"] | None) -> Work:
@@ -164,20 +183,32 @@ def _column(mask: np.ndarray, index: np.ndarray) -> Int[np.ndarray, "cell_or_1 b
     return real[np.arange(batch), np.clip(earliest, 0, lengths - 1)]
 
 
-def capacity(work: Work, bytes_per_row: int, bytes_per_cell: int, memory: int, most_rows: int) -> tuple[int, int]:
-    """The cells and the rows of every chunk, as many as `memory` holds but no more rows than `most_rows`.
+class Size(NamedTuple):
+    """The shape of a chunk: how many cells, rows, and slots for the rows of one example."""
 
-    They follow from the number of cells, of starts and of tokens, and from the mean share of its tokens that a cell
-    computes, to the nearest power of two: a grid whose indices move keeps its compiled program. A chunk holds whole
-    starts, or an equal part of one, so that no cell is resumed earlier than it must.
+    cells: int
+    rows: int
+    slots: int
+
+
+def capacity(
+    work: Work, shape: Shape, bytes_per_row: int, bytes_per_cell: int, memory: int, most_rows: int, specialise: bool
+) -> Size:
+    """The size of every chunk: what `memory` holds, but no more rows than `most_rows`.
+
+    It follows from the sweep's shape alone, so that moving a grid or other prompts keep the compiled program; only to
+    `specialise` does it look at how many of its tokens a cell computes in the mean, to the nearest power of two. A chunk holds
+    whole starts, or an equal part of one, so that no cell is resumed earlier than it must.
 
     Raises `ValueError` where not even one cell fits.
     """
-    need, total = work.rows(), int(work.computed.sum())
-    positions = work.computed.sum(axis=1).max()
-    used = need[need > 0]
-    share = used.mean() / total if len(used) else 1.0
-    level = int(np.clip(np.round(-np.log2(share)), 0, np.log2(positions))) if share < 1 else 0
+    batch, positions = work.computed.shape
+    need, total, slots = work.rows(), batch * positions, positions
+    level = int(shape.by_position and not work.whole)  # a cell at each position computes half of them in the mean
+    if specialise and not work.whole:
+        total, slots = int(work.computed.sum()), work.slots()
+        share = need[need > 0].mean() / total if need.any() else 1.0
+        level = int(np.clip(np.round(-np.log2(share)), 0, np.log2(positions)))
     mean = -(-total * (positions + 2**level - 1) // (positions * 2**level))  # half of 1 .. n is (n + 1) / 2
     slack = 1.25 if level else 1.0
     fits = int((memory - bytes_per_cell) // (bytes_per_row + slack * bytes_per_cell / mean))
@@ -186,17 +217,17 @@ def capacity(work: Work, bytes_per_row: int, bytes_per_cell: int, memory: int, m
             f"one cell takes about {total * bytes_per_row + bytes_per_cell:,} bytes, memory={memory:,} allows none"
         )
     most = max(total, min(fits, most_rows))
-    group = -(-len(need) // len(np.unique(work.start)))  # cells of one start
+    group = -(-shape.cells // shape.starts)  # cells of one start
     if group * mean <= most:
-        rows = min(most // (group * mean) * group, len(need)) * mean
+        rows = min(most // (group * mean) * group, shape.cells) * mean
     else:
         rows = -(-group // -(-group * mean // most)) * mean
     rows = max(rows, total)
-    return min(len(need), int(np.ceil(slack * rows / mean))), int(rows)
+    return Size(min(shape.cells, int(np.ceil(slack * rows / mean))), int(rows), slots)
 
 
-def plan(work: Work, cells: int, rows: int) -> Plan:
-    """Put cells of one start together, long ones beside short ones, `cells` at most and `rows` tokens at most a chunk."""
+def plan(work: Work, size: Size) -> Plan:
+    """Put cells of one start together, long ones beside short ones, as many as a chunk holds cells and rows."""
     need = work.rows()
     order = np.flatnonzero(need)
     order = order[np.lexsort((need[order], work.start[order]))]
@@ -205,9 +236,9 @@ def plan(work: Work, cells: int, rows: int) -> Plan:
     bounds = [0]
     while bounds[-1] < len(order):
         begin = bounds[-1]
-        end = np.searchsorted(total, total[begin] + rows, side="right") - 1
-        bounds.append(int(min(end, begin + cells)))
-    return Plan(order, np.asarray(bounds), cells, rows, work.slots())
+        end = np.searchsorted(total, total[begin] + size.rows, side="right") - 1
+        bounds.append(int(min(end, begin + size.cells)))
+    return Plan(order, np.asarray(bounds), size)
 
 
 def _mixed(order: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -222,8 +253,8 @@ def _mixed(order: np.ndarray, start: np.ndarray) -> np.ndarray:
 def chunk_of(work: Work, plan: Plan, number: int) -> tuple[np.ndarray, Chunk]:
     """The cells of a chunk, filled up by its first one without any tokens, and what it computes."""
     own = plan.order[plan.bounds[number] : plan.bounds[number + 1]]
-    count, rows = len(own), plan.rows
-    cells = np.concatenate([own, np.full(plan.cells - count, own[0])])
+    count, size = len(own), plan.size
+    cells = np.concatenate([own, np.full(size.cells - count, own[0])])
     columns = np.arange(work.computed.shape[1])
     computed = work.computed[None] & (columns >= work.first[cells][:, :, None])
     computed[count:] = False
@@ -231,12 +262,12 @@ def chunk_of(work: Work, plan: Plan, number: int) -> tuple[np.ndarray, Chunk]:
         computed[:] = True
     cell, example, column = (index.astype(np.int32) for index in np.nonzero(computed))
     place: Any = np.where(computed, np.cumsum(computed).reshape(computed.shape) - 1, -1).astype(np.int32)
-    if plan.slots == len(columns):
+    if size.slots == len(columns):
         slot, index = place, column
     else:
         index = (np.cumsum(computed, axis=2) - 1)[computed].astype(np.int32)
-        slot: Any = np.full((*computed.shape[:2], plan.slots), -1, np.int32)
+        slot: Any = np.full((*computed.shape[:2], size.slots), -1, np.int32)
         slot[cell, example, index] = np.arange(len(cell))
-    pad: Any = lambda index: np.pad(index, (0, rows - len(index)))
+    pad: Any = lambda index: np.pad(index, (0, size.rows - len(index)))
     start: Any = np.int32(work.start[cells[:count]].min())
     return cells, Chunk(start, Rows(pad(cell), pad(example), pad(column), place, slot, pad(index)))

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mijax._types import Array, Float
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -110,7 +112,17 @@ def _largest_t(grids: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np
     """t over clusters `[cluster, cell]`, and how often the grid's largest |t| under random signs reaches it."""
     there = ~np.isnan(grids)
     filled, count = jnp.asarray(np.where(there, grids, 0.0), jnp.float32), jnp.asarray(there.sum(0), jnp.float32)
-    squares = jnp.sum(filled**2, axis=0)  # no sign changes them
+    keys = jax.random.split(jax.random.key(seed), draws)
+    largest, t = _under_signs(filled, count, keys)
+    most, t = np.sort(np.asarray(largest)), np.asarray(t)
+    reached = draws - np.searchsorted(most, np.abs(t) * (1 - 1e-6), side="left")
+    return t, np.where(np.isnan(t), np.nan, (1 + reached) / (1 + draws))
+
+
+@jax.jit
+def _under_signs(effects: Float[Array, "cluster cell"], count: Float[Array, " cell"], keys: Array):
+    """The grid's largest |t| under the signs of every key; and t under the observed ones."""
+    squares = jnp.sum(effects**2, axis=0)  # no sign changes them
 
     def t_of(total):
         mean = total / count
@@ -118,14 +130,10 @@ def _largest_t(grids: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np
         return jnp.where(squares == 0, 0.0, mean / jnp.sqrt(jnp.maximum(deviation, 1e-12 * squares / count) / count))
 
     def largest(key):
-        signs = jax.random.rademacher(key, (len(grids),), jnp.float32)
-        return jnp.nanmax(jnp.abs(t_of(signs @ filled)))
+        signs = jax.random.rademacher(key, (len(effects),), effects.dtype)
+        return jnp.nanmax(jnp.abs(t_of(signs @ effects)))
 
-    keys = jax.random.split(jax.random.key(seed), draws)
-    most = np.sort(np.asarray(jax.jit(lambda keys: jax.lax.map(largest, keys, batch_size=256))(keys)))
-    t = np.asarray(t_of(jnp.sum(filled, axis=0)))
-    reached = draws - np.searchsorted(most, np.abs(t) * (1 - 1e-6), side="left")
-    return t, np.where(np.isnan(t), np.nan, (1 + reached) / (1 + draws))
+    return jax.lax.map(largest, keys, batch_size=256), t_of(jnp.sum(effects, axis=0))
 
 
 def _each(result: Any, function: Callable[[Any], Any]) -> Any:

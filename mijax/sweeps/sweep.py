@@ -24,7 +24,7 @@ from mijax.model.transformer import Transformer
 from mijax.run import run
 from mijax.sweeps.cells import Cells, Stack, cells_of, check_cells
 from mijax.sweeps.engine import Base, Chunk, base_of, run_chunk
-from mijax.sweeps.plan import Plan, capacity, chunk_of, columns_read, plan, work
+from mijax.sweeps.plan import Plan, Shape, Work, capacity, chunk_of, columns_read, plan, work
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -82,7 +82,9 @@ def sweep(
 
     Only what differs from the base is computed: a cell is resumed at its first edited layer and position, and of the
     last layer only the positions are computed that the metric's `pos` names. A bidirectional model, an edit at the
-    embedding, a callable, or a metric without `pos` take more, and give the same. See `Running` for further arguments.
+    embedding, a callable, or a metric without `pos` take more, and give the same. New indices, values, answers and prompts
+    of one shape compile nothing, except that work of many seconds gets a program of its own for cells that are twice as short
+    or long. See `Running` for further arguments.
 
     Raises what `run` raises, for all cells, before anything runs; and `ValueError` where there is no
     grid, where the metric is not finite on the base, or where `memory` does not hold one cell.
@@ -127,7 +129,9 @@ def swept(
         todo = todo._replace(first=np.maximum(first, todo.first))
     budget = chunks.default_memory() if memory is None else memory
     each = row_bytes(model, cells), cell_bytes(model, tokens, metrics)
-    order = plan(todo, *capacity(todo, *each, budget, chunks.full_rows()))
+    shape = Shape.of(model.config, cells)
+    long = _operations(model, todo) > chunks.long_work()  # the time saved is then more than another compilation takes
+    order = plan(todo, capacity(todo, shape, *each, budget, chunks.full_rows(), specialise=long))
     store = None if save is None else _store(save, model, tokens, cells, metrics, order)
     order = order if store is None else Plan.from_arrays(store.plan)
     values = {name: np.repeat(value[None], cells.size, axis=0) for name, value in at_base.items()}
@@ -153,7 +157,7 @@ def swept(
             values[name][own] = np.where(differs, value[: len(own)], values[name][own])
         return len(own)
 
-    estimate = order.rows * each[0] + order.cells * each[1]
+    estimate = order.size.rows * each[0] + order.size.cells * each[1]
     with chunks.PeakMemory(estimate) as peak:
         chunks.run_chunks(
             measured, keep, len(order.bounds) - 1, len(order.order), label=f"sweep {', '.join(cells.edits)}",
@@ -268,6 +272,13 @@ def named(metric: Metrics) -> dict[str, AnyMetric]:
     if isinstance(metric, Mapping):
         return dict(metric)
     return {getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__: metric}
+
+
+def _operations(model: Transformer, todo: Work) -> float:
+    """Multiplications and additions in the matrix products of all cells."""
+    matrices = sum(a.size for a in jax.tree.leaves(model.blocks) if a.ndim > 2) // max(1, model.config.n_layers)
+    layers = model.config.n_layers - todo.start / 2
+    return 2.0 * matrices * float(todo.rows() @ layers)
 
 
 def row_bytes(model: Transformer, cells: Cells) -> int:

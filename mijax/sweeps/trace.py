@@ -45,7 +45,8 @@ def trace(
     `subject` lists each prompt's positions of its subject, `answer` the token ids [batch] of the objects. The noise is
     normal, `noise` times the standard deviation of all entries of all subjects' token embeddings; its `draws` are the
     same in the corrupted and in every restored run. Restored is `site` (the hidden state by default; `mlp_out` and
-    `attn_out` in windows of `window` layers), at every layer and position, or at the named ones of `pos` (as in `grid`).
+    `attn_out` in windows of `window` layers), at every layer and position (NaN where a prompt has not that many), or at the named
+    ones of `pos` (as in `grid`).
     With `severed`, what the MLPs (or attention) write at the restored position in all later layers is held at
     its corrupted value, which shows what goes through them.
 
@@ -84,6 +85,9 @@ def trace(
         "seed": seed,
         **described(model),
     }
+    if pos is None:  # blank what a shorter prompt has not
+        lengths = restored.base.copy(data=np.tile(np.asarray(tokens.lengths), draws))
+        restored = restored.where(restored.pos < lengths.reset_coords(drop=True))
     return _effects(restored, clean, draws).assign_attrs(told)
 
 
