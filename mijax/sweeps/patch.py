@@ -60,7 +60,7 @@ def patch(
     patching".
 
     Raises `ValueError` where the batches differ in shape or padding, or `over` has an axis that the
-    site lacks; and what `sweep` raises.
+    site lacks; and what `sweep` raises. Further arguments are `sweep`'s: `memory`, `progress`, `save`, `mesh`.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -106,7 +106,9 @@ def _first_change(
             hit = selection(where, found.inner_axes, known) & here
             return jnp.any(hit, axis=tuple(i for i in range(1, hit.ndim) if i != place))
 
-        hit = jnp.any(jax.vmap(layer)(jnp.arange(len(layers), dtype=jnp.int32), layers), axis=0)  # [batch, pos]
+        every = jnp.arange(len(layers), dtype=jnp.int32)
+        index = every if where.layer is None or where.layer.ndim else where.layer[None] % len(layers)
+        hit = jnp.any(jax.vmap(layer)(index, layers[index]), axis=0)  # [batch, pos]
         first = jnp.argmax(hit, axis=1).astype(jnp.int32) if config.causal else jnp.zeros(len(hit), jnp.int32)
         return jnp.where(jnp.any(hit, axis=1), first, hit.shape[1])
 

@@ -84,7 +84,7 @@ def sweep(
     last layer only the positions are computed that the metric's `pos` names. A bidirectional model, an edit at the
     embedding, a callable, or a metric without `pos` take more, and give the same. New indices, values, answers and prompts
     of one shape compile nothing, except that work of many seconds gets a program of its own for cells that are twice as short
-    or long. See `Running` for further arguments.
+    or long. `memory`, `progress`, `save` and `mesh` are told in `mijax.sweeps.sweep.Running`.
 
     Raises what `run` raises, for all cells, before anything runs; and `ValueError` where there is no
     grid, where the metric is not finite on the base, or where `memory` does not hold one cell.
