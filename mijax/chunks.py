@@ -154,8 +154,9 @@ def _in_flight(run: Callable, groups: Sequence[Sequence[int]]) -> Iterator[tuple
 
 def fingerprint(tree: Any) -> str:
     """A checksum of all arrays in a pytree, its structure, and the code of the functions in it."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    digest = hashlib.sha256(_without_addresses(str(treedef)))
+    for path, leaf in leaves:
         digest.update(jax.tree_util.keystr(path).encode())
         if eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic):
             array = np.ascontiguousarray(leaf)
@@ -169,9 +170,14 @@ def fingerprint(tree: Any) -> str:
 def _told(leaf: Any) -> bytes:
     code = getattr(leaf, "__code__", None)
     if code is None:
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(leaf)).encode()
-    inside = [repr(cell.cell_contents) for cell in leaf.__closure__ or ()]
-    return b"".join([leaf.__qualname__.encode(), code.co_code, repr(code.co_consts).encode(), *map(str.encode, inside)])
+        return _without_addresses(repr(leaf))
+    inside = [fingerprint(cell.cell_contents) for cell in leaf.__closure__ or ()]
+    inside += [leaf.__qualname__, fingerprint(leaf.__defaults__)]
+    return code.co_code + _without_addresses(repr(code.co_consts)) + "".join(inside).encode()
+
+
+def _without_addresses(text: str) -> bytes:
+    return re.sub(r" at 0x[0-9a-f]+", "", text).encode()
 
 
 class PeakMemory:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import mijax as mj
 from mijax.model.sites import SELECTS
 from mijax.sweeps.cells import cells_of
-from mijax.sweeps.plan import Shape, capacity, chunk_of, columns_read, plan, work
+from mijax.sweeps.plan import Shape, Work, capacity, chunk_of, columns_read, plan, work
 from mijax.sweeps.sweep import cell_bytes, row_bytes
 from tests.architectures import ARCHITECTURES, IDS, LENGTHS, batch, error, random_model
 from tests.compilations import compilations
@@ -216,8 +216,6 @@ def test_the_plan_counts_what_must_be_computed(model):
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 2**31), st.integers(1, 50))
 def test_every_cell_is_computed_once_in_chunks_that_hold_it(count, starts, seed, most):
     rng = np.random.default_rng(seed)
-    from mijax.sweeps.plan import Work
-
     computed = rng.random((3, 7)) < 0.8
     computed[:, 0] = True
     todo = Work(rng.integers(0, starts, count), rng.integers(0, 8, (count, 3)), computed)
@@ -249,6 +247,14 @@ def test_every_cell_is_computed_once_in_chunks_that_hold_it(count, starts, seed,
             )
         seen += fresh.tolist()
     assert sorted(seen) == np.flatnonzero(todo.rows()).tolist()
+
+
+def test_a_hundred_thousand_cells_take_no_more_at_once_than_a_thousand():
+    def size(count):
+        todo = Work(np.zeros(count, int), np.zeros((count, 3), int), np.ones((3, 7), bool))
+        return capacity(todo, Shape(count, 1, True), 10, 5, memory=10**6, most_rows=500, specialise=False)
+
+    assert size(1000) == size(100_000) and size(1000).rows <= 500
 
 
 def test_9_new_places_values_answers_and_prompts_compile_nothing(model):

@@ -68,6 +68,9 @@ def test_a_folder_is_refused_to_another_job(job, tmp_path):
     for what, other in others.items():
         with pytest.raises(ValueError, match=f"was begun with another {names.get(what, what)}: give another folder"):
             run(save=tmp_path / "sweep", **{what: other})
+    run(save=tmp_path / "named", metric={"m": mj.metrics.logit(7)})
+    with pytest.raises(ValueError, match="another metric"):
+        run(save=tmp_path / "named", metric={"m": mj.metrics.prob(7)})
     moved = {"z": mj.Scale(0.0, mj.grid(layer=[0, 1], head=[1, 0]))}
     with pytest.raises(ValueError, match="another grid of interventions"):
         run(save=tmp_path / "sweep", interventions=moved)
