@@ -52,7 +52,8 @@ LOAD = """
 import threading, time
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
-import mijax as mj
+import mijax as mj, jax.numpy, safetensors, tokenizers
+jax.numpy.zeros(1).block_until_ready()  # JAX's own memory is not the loader's
 peak, running = 0, True
 def watch():
     global peak
@@ -67,7 +68,8 @@ print(peak - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's account of memory")  # noqa: PTH110
 def test_loading_holds_the_weights_once_and_needs_no_network(smollm2):
-    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=True)
     weights = 4 * 134_515_008
-    assert weights * 0.9 < int(done.stdout) < weights * 1.5
+    # once, and while the largest array (a fifth of all) is converted that one twice more: 1.4, sampled with some noise; held twice: 2
+    assert weights * 0.9 < int(done.stdout) < weights * 1.6
