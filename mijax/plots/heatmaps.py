@@ -58,8 +58,8 @@ def save_heatmaps(
                 ticks(range(0, len(labels), step), labels[::step])
             if max(map(len, _ticks(effects, x))) > 5:  # words, or tokens
                 axis.tick_params(axis="x", labelrotation=40)
-                for label in axis.get_xticklabels():
-                    label.set(ha="right", rotation_mode="anchor")
+                for tick in axis.get_xticklabels():
+                    tick.set(ha="right", rotation_mode="anchor")
         row[0].annotate(
             row_title, (-0.32, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center", weight="bold"
         )
