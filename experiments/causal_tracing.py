@@ -40,7 +40,7 @@ class Settings:
     facts: int = 12
     """How many facts to average over (of 72, relations in turn)."""
     single: int = 2
-    """How many of them to trace token by token as well, each with a figure of its own."""
+    """How many of them to trace token by token as well; each has a figure by role in any case."""
     draws: int = 10
     """Draws of the noise."""
     noise: float = 3.0
@@ -67,11 +67,13 @@ def main(settings: Settings) -> xr.Dataset:
     results = averaged(model, facts, settings)
     print(summary(results))
     draw_average(results, settings)
+    for i in range(len(chosen)):
+        draw_fact(results.isel(batch=i), settings, settings.out / f"fact_{i}.png")
     for i, fact in enumerate(chosen[: settings.single]):
         alone = make(tokenizer, [fact])
         one = single(model, alone, settings)
-        draw_single(one, alone, settings, settings.out / f"fact_{i}.png")
-        record.save(settings.out / f"fact_{i}", settings, one)
+        draw_tokens(one, alone, settings, settings.out / f"fact_{i}_tokens.png")
+        record.save(settings.out / f"fact_{i}_tokens", settings, one)
     seconds = time.perf_counter() - started
     record.save(settings.out, settings, results, facts=results.fact.values.tolist(), seconds=seconds)
     print(f"\nwrote {settings.out}/: causal_tracing.png, .html, fact_*.png, results.nc, record.json ({seconds:.0f} s)")
@@ -157,7 +159,15 @@ def draw_average(results: xr.Dataset, settings: Settings) -> None:
     save_page(panels, settings.out / "causal_tracing.html", title=title, label="average indirect effect")
 
 
-def draw_single(one: xr.Dataset, fact: Facts, settings: Settings, path: Path) -> None:
+def draw_fact(fact: xr.Dataset, settings: Settings, path: Path) -> None:
+    """One fact of those averaged over: all kinds, by role."""
+    probabilities = f"p {float(fact.clean):.2f}, corrupted {float(fact.corrupted.mean()):.2f}"
+    panels = {"indirect effect": {kind: fact.indirect.sel(kind=kind, drop=True) for kind in fact.kind.values}}
+    title = f"{settings.model}: {fact.fact.item()} ({probabilities})"
+    save_heatmaps(panels, path, title=title, label="indirect effect")
+
+
+def draw_tokens(one: xr.Dataset, fact: Facts, settings: Settings, path: Path) -> None:
     """One fact, layer by token; the subject's tokens have a star."""
     assert fact.tokens.strings is not None
     words = [s.strip() for s, real in zip(fact.tokens.strings[0], np.asarray(fact.tokens.mask)[0]) if real]

@@ -122,9 +122,8 @@ def run_chunks(
     """
     from tqdm import tqdm
 
-    # The bar appears only where the work takes more than a second, and can move.
-    hidden = not progress or chunks == 1
-    with tqdm(total=jobs, desc=label, unit="cell", delay=1.0, disable=hidden, leave=False) as bar:
+    # The bar appears only where the work takes more than a second.
+    with tqdm(total=jobs, desc=label, unit="cell", delay=1.0, disable=not progress, leave=False) as bar:
         left = []
         for number in range(chunks):
             held = store.load(number) if store else None

@@ -27,7 +27,7 @@ CASES = [
     (name, site)
     for name, config in ARCHITECTURES.items()
     for site in mj.SITES
-    if mj.SITES[site].exists(config) and (name == "llama_gqa" or site in EACH_KIND)
+    if mj.SITES[site].exists(config) and (name in ("llama_gqa", "gpt2") or site in EACH_KIND)
 ]
 EDITS = (
     lambda value, where: mj.Replace(value, where),

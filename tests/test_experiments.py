@@ -69,9 +69,7 @@ def test_a_word_of_several_tokens_is_refused(tiny, monkeypatch):
 def test_ioi_patching_writes_figures_data_and_record(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mj, "load", lambda source: tiny)
     out, save = tmp_path / "results", tmp_path / "chunks"
-    settings = ioi_patching.Settings(
-        prompts=24, top=3, out=out, save=save, projections=True, heads_by_position=True, positions=False
-    )
+    settings = ioi_patching.Settings(prompts=24, top=3, out=out, save=save, projections=True, heads_by_position=True)
     results = ioi_patching.main(settings)
     files = ["ioi_patching.html", "ioi_patching.png", "record.json", "results.nc"]
     assert sorted(p.name for p in out.iterdir()) == files
@@ -121,8 +119,8 @@ def test_causal_tracing_writes_what_it_measures(tmp_path, monkeypatch, capsys):
     settings = causal_tracing.Settings(facts=3, single=1, draws=2, window=1, out=tmp_path / "out")
     results = causal_tracing.main(settings)
     names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    assert names == {"causal_tracing.png", "causal_tracing.html", "results.nc", "record.json", "fact_0.png",
-                     "fact_0/results.nc", "fact_0/record.json"}  # fmt: skip
+    assert names == {"causal_tracing.png", "causal_tracing.html", "results.nc", "record.json", "fact_0.png", "fact_1.png",
+                     "fact_2.png", "fact_0_tokens.png", "fact_0_tokens/results.nc", "fact_0_tokens/record.json"}  # fmt: skip
     assert dict(results.indirect.sizes) == {"kind": 5, "layer": 2, "pos": 4, "batch": 3}
     at_end = results.indirect.sel(kind="hidden state", layer=1, pos="last")
     assert np.allclose(at_end, results.total, atol=1e-5)  # all of the answer is there
