@@ -249,12 +249,15 @@ def test_every_cell_is_computed_once_in_chunks_that_hold_it(count, starts, seed,
     assert sorted(seen) == np.flatnonzero(todo.rows()).tolist()
 
 
-def test_a_hundred_thousand_cells_take_no_more_at_once_than_a_thousand():
-    def size(count):
-        todo = Work(np.zeros(count, int), np.zeros((count, 3), int), np.ones((3, 7), bool))
-        return capacity(todo, Shape(count, 1, True), 10, 5, memory=10**6, most_rows=500, specialise=False)
-
-    assert size(1000) == size(100_000) and size(1000).rows <= 500
+@pytest.mark.parametrize("count", [10, 1000, 1001, 99_991, 100_000])
+@pytest.mark.parametrize("memory, most_rows", [(10**6, 500), (4000, 10**9), (4321, 10**9)])
+def test_a_chunk_keeps_within_memory_and_rows_however_many_cells_there_are(count, memory, most_rows):
+    todo = Work(np.zeros(count, int), np.zeros((count, 3), int), np.ones((3, 7), bool))
+    for by_position in (True, False):
+        size = capacity(todo, Shape(count, 1, by_position), 10, 5, memory, most_rows, specialise=False)
+        assert size.rows <= most_rows and size.rows * 10 + size.cells * 5 <= memory
+        full = min(memory / 12, most_rows, count * 12)  # but for the equal parts of chunks, it is used
+        assert size.rows >= 0.8 * full
 
 
 def test_9_new_places_values_answers_and_prompts_compile_nothing(model):

@@ -218,11 +218,9 @@ def capacity(
         )
     most = max(total, min(fits, most_rows))
     group = -(-shape.cells // shape.starts)  # cells of one start
-    if group * mean <= most:
-        rows = min(most // (group * mean) * group, shape.cells) * mean
-    else:
-        rows = -(-group // -(-group * mean // most)) * mean
-    rows = max(rows, total)
+    hold = most // mean  # cells of the mean length
+    together = min(hold // group * group, shape.cells) if group <= hold else -(-group // -(-group // hold))
+    rows = max(together * mean, total)
     return Size(min(shape.cells, int(np.ceil(slack * rows / mean))), int(rows), slots)
 
 
