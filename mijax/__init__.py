@@ -1,6 +1,10 @@
 """mijax: mechanistic interpretability in JAX, the forward pass as a pure function of data."""
 
 from mijax import metrics
+from mijax.attribution.atp_star import AtPStar
+from mijax.attribution.attribute import attribute
+from mijax.attribution.gradient import AtP
+from mijax.attribution.integrated import IntegratedGradients
 from mijax.cache import compilation_cache
 from mijax.checkpoints.load import load
 from mijax.checkpoints.save import save
@@ -29,10 +33,13 @@ from mijax.sweeps.trace import trace
 __all__ = [
     "SITES",
     "Add",
+    "AtP",
+    "AtPStar",
     "Config",
     "Edit",
     "Generated",
     "Grid",
+    "IntegratedGradients",
     "Interchange",
     "Mix",
     "Out",
@@ -47,6 +54,7 @@ __all__ = [
     "Transformer",
     "Where",
     "ablate",
+    "attribute",
     "bootstrap",
     "compilation_cache",
     "dose_response",

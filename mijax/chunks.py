@@ -113,6 +113,7 @@ def run_chunks(
     *,
     label: str,
     progress: bool,
+    unit: str = "cell",
     width: int | None = None,
     store: Store | None = None,
 ) -> None:
@@ -123,7 +124,7 @@ def run_chunks(
     from tqdm import tqdm
 
     # The bar appears only where the work takes more than a second.
-    with tqdm(total=jobs, desc=label, unit="cell", delay=1.0, disable=not progress, leave=False) as bar:
+    with tqdm(total=jobs, desc=label, unit=unit, delay=1.0, disable=not progress, leave=False) as bar:
         left = []
         for number in range(chunks):
             held = store.load(number) if store else None

@@ -19,7 +19,8 @@ from mijax.model.tokens import Tokens, as_tokens, integers, is_concrete
 
 AnyMetric: TypeAlias = Callable[[Readout], Array]
 """A function from a readout to one number per example. Where it has an attribute `pos` (one position, or one per
-example, as metrics here take them), a sweep computes no other positions' final stream, and it finds NaN there."""
+example, as metrics here take them), a sweep computes no other positions' final stream, and it finds NaN there. Where it has a
+method `take(examples)`, which gives the metric of some of the examples, attribution can split a batch."""
 
 
 class Metric(eqx.Module):
@@ -37,6 +38,11 @@ class Metric(eqx.Module):
     def pos(self) -> Int[Array, "..."] | None:
         """The position that is read, or one per example; `None` where all may be."""
         return self.arguments.get("pos")
+
+    def take(self, examples: Int[Array, " k"] | Int[np.ndarray, " k"]) -> "Metric":
+        """The metric of some of the examples: arrays have these in front, what is the same for all has rank 0."""
+        own = jax.tree.map(lambda a: a[examples] if jnp.ndim(a) else a, self.arguments)
+        return Metric(self.name, self.function, own)
 
     def __repr__(self):
         return f"{self.name}({', '.join(self.arguments)})"

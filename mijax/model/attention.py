@@ -78,18 +78,25 @@ def attention(
 
 def _mix(config: Config, q: Heads, k: KVHeads, v: KVHeads, frame: Frame, tap: Tap, dtype) -> Heads:
     """Scores, pattern, and the values that the pattern gathers; a query with no key gathers zero."""
-    batch, n_query, _, d_head = q.shape
-    grouped = (batch, n_query, config.n_kv_heads, config.n_heads // config.n_kv_heads, d_head)
-    scores = einsum("bqhge,bkhe->bhgqk", q.reshape(grouped), k, dtype) * config.attn_scale
-    scores = tap("attn_scores", scores.reshape(batch, config.n_heads, n_query, k.shape[1]))
-    pattern = tap("pattern", _masked_softmax(scores, frame))
+    batch, n_query = q.shape[:2]
+    scores = tap("attn_scores", scaled_scores(config, q, k, dtype))
+    pattern = tap("pattern", masked_softmax(scores, frame))
     # An edit may attend to any token, the future included, but padding is none.
     pattern = jnp.where((frame.keys >= 0)[:, None, None, :], pattern, 0.0)
-    by_group = pattern.reshape(batch, *grouped[2:4], n_query, k.shape[1])
+    by_group = pattern.reshape(batch, config.n_kv_heads, -1, n_query, k.shape[1])
     return einsum("bhgqk,bkhe->bqhge", by_group, v, dtype).reshape(q.shape)
 
 
-def _masked_softmax(scores: Scores, frame: Frame) -> Scores:
+def scaled_scores(config: Config, q: Heads, k: KVHeads, dtype) -> Scores:
+    """Queries times the keys of their key/value head, scaled."""
+    batch, n_query, _, d_head = q.shape
+    grouped = (batch, n_query, config.n_kv_heads, config.n_heads // config.n_kv_heads, d_head)
+    scores = einsum("bqhge,bkhe->bhgqk", q.reshape(grouped), k, dtype) * config.attn_scale
+    return scores.reshape(batch, config.n_heads, n_query, k.shape[1])
+
+
+def masked_softmax(scores: Scores, frame: Frame) -> Scores:
+    """The pattern of scores over the keys that each query may see."""
     allowed = frame.allowed[:, None] & (scores > -jnp.inf)  # an edit may cut a key by -inf
     # A row without any key (padding, or all cut) comes out uniform here and zero below, never NaN.
     pattern = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)

@@ -15,8 +15,9 @@ from mijax.model.transformer import Transformer
 from mijax.run import run
 from mijax.sweeps.cells import stack
 from mijax.sweeps.grid import Grid
+from mijax.sweeps.measure import Metrics
 from mijax.sweeps.places import full_grid, positions_told
-from mijax.sweeps.sweep import Metrics, Running, sweep
+from mijax.sweeps.sweep import Running, sweep
 
 Kind = Literal["zero", "mean", "pooled mean", "resample", "noise"]
 

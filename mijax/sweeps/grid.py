@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mijax._types import Int
 from mijax.interventions.where import FIELDS, Where
 from mijax.model.tokens import is_concrete
 
@@ -61,9 +62,14 @@ def grid(**axes: Iterable[Any] | Mapping[str, Any]) -> Grid:
         raise ValueError(f"unknown axis {', '.join(map(repr, unknown))}; the axes are {', '.join(FIELDS)}")
     choices = {axis: _choices(axis, given) for axis, given in axes.items()}
     stacked = {axis: _stack(axis, indices) for axis, (_, indices) in choices.items()}
-    picks = np.indices([len(s) for s in stacked.values()]).reshape(len(stacked), -1)
-    cells = {axis: array[picks[i]] for i, (axis, array) in enumerate(stacked.items())}
-    return Grid(Where(**_combined(cells)), {axis: labels for axis, (labels, _) in choices.items()})
+    labels = {axis: labels for axis, (labels, _) in choices.items()}
+    return Grid(picked(stacked, np.arange(np.prod([len(s) for s in stacked.values()]))), labels)
+
+
+def picked(stacked: Mapping[str, np.ndarray], cells: Int[np.ndarray, " cell"]) -> Where:
+    """Some cells of the product of the choices on each axis, by their row-major numbers."""
+    picks = np.unravel_index(cells, [len(s) for s in stacked.values()])
+    return Where(**_combined({axis: own[pick] for (axis, own), pick in zip(stacked.items(), picks)}))
 
 
 def _choices(axis: str, given: Any) -> tuple[list[int | str], list[np.ndarray]]:

@@ -11,8 +11,9 @@ from mijax.interventions.where import Where
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.grid import Grid, grid
+from mijax.sweeps.measure import Metrics
 from mijax.sweeps.places import layer_window
-from mijax.sweeps.sweep import Metrics, Running, sweep
+from mijax.sweeps.sweep import Running, sweep
 
 
 def knock_out(

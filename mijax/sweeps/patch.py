@@ -20,8 +20,9 @@ from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.cells import cells_of, check_cells
 from mijax.sweeps.grid import Grid
+from mijax.sweeps.measure import Metrics, described, measure, named
 from mijax.sweeps.places import full_grid, positions_told
-from mijax.sweeps.sweep import Metrics, Running, described, kept_base, labelled, measure, named, swept
+from mijax.sweeps.sweep import Running, kept_base, labelled, swept
 
 if TYPE_CHECKING:
     import xarray as xr

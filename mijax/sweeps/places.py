@@ -1,14 +1,18 @@
 """Grids over all of a site, or windows of layers, and what to tell of the prompts' positions afterwards."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from mijax._types import Int
+from mijax.interventions.where import FIELDS, Where
 from mijax.model.sites import SELECTS, site_of
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.grid import Grid, grid
+from mijax.sweeps.grid import Grid, picked
+
+POSITIONS = ("pos", "query", "key")
 
 
 def layer_window(layer: int, window: int, n_layers: int) -> list[int]:
@@ -23,21 +27,44 @@ def layer_window(layer: int, window: int, n_layers: int) -> list[int]:
 
 def full_grid(model: Transformer, tokens: Tokens, site: str, over: Sequence[str]) -> Grid:
     """All of the site's axes `over`; in shorter prompts, missing positions stand in for the last one."""
+    axes = axes_of(model, tokens, site, over)
+    labels = {axis: range(n) for axis, n in axes.items()}
+    return Grid(places_of(tokens, axes, np.arange(np.prod(list(axes.values())))), labels)
+
+
+def axes_of(model: Transformer, tokens: Tokens, site: str, over: Sequence[str]) -> dict[str, int]:
+    """How many cells there are along each axis of `over`; `ValueError` for an axis that the site has not.
+
+    Key/value heads may be named `head`, as in `Where`, or `kv_head`.
+    """
     found = site_of(site, model.config)
-    sizes = {SELECTS[axis]: n for axis, n in zip(found.axes, found.shape(model.config, tokens)) if axis != "batch"}
+    sizes = {axis: n for axis, n in zip(found.axes, found.shape(model.config, tokens)) if axis != "batch"}
+    sizes = {name: n for axis, n in sizes.items() for name in (SELECTS[axis], axis) if name in (*FIELDS, "kv_head")}
     unknown = [axis for axis in over if axis not in sizes]
     if unknown or isinstance(over, str) or not over:
         raise ValueError(f"over must name axes of site {site!r}, some of {', '.join(sizes)}; given {over!r}")
-    choices: dict[str, Any] = {}
-    lengths = np.asarray(tokens.lengths)
-    for axis in over:
-        choices[axis] = range(sizes[axis])
-        if axis in ("pos", "query", "key"):
-            choices[axis] = range(lengths.max())
-            if len(set(lengths.tolist())) > 1:
-                choices[axis] = {str(p): np.minimum(p, lengths - 1)[:, None] for p in choices[axis]}
-    places = grid(**choices)
-    return Grid(places.where, {axis: list(map(int, labels)) for axis, labels in places.labels.items()})
+    most = int(np.asarray(tokens.lengths).max())
+    return {axis: most if axis in POSITIONS else sizes[axis] for axis in over}
+
+
+def places_of(tokens: Tokens, axes: Mapping[str, int], cells: Int[np.ndarray, " cell"]) -> Where:
+    """Some cells of the product of `axes`, by their row-major numbers."""
+    lengths, stacked = np.asarray(tokens.lengths), {}
+    for axis, n in axes.items():
+        own = np.arange(n, dtype=np.int32)
+        if axis in POSITIONS and len(set(lengths.tolist())) > 1:
+            own = np.minimum(own[:, None, None], lengths[:, None] - 1)
+        stacked["head" if axis == "kv_head" else axis] = own
+    return picked(stacked, cells)
+
+
+def in_positions(values: np.ndarray, tokens: Tokens, axis: int) -> np.ndarray:
+    """What is by column along an axis, by position; examples in front; anything at positions that a prompt has not."""
+    mask = np.asarray(tokens.mask)
+    real = np.argsort(~mask, axis=1, kind="stable")[:, : mask.sum(axis=1).max()]
+    own = np.moveaxis(values, axis, 1)
+    own = np.take_along_axis(own, real.reshape(*real.shape, *(1,) * (own.ndim - 2)), axis=1)
+    return np.moveaxis(own, 1, axis)
 
 
 def positions_told(result: Any, tokens: Tokens) -> Any:
@@ -45,7 +72,7 @@ def positions_told(result: Any, tokens: Tokens) -> Any:
     import xarray as xr
 
     lengths = xr.DataArray(np.asarray(tokens.lengths), dims="batch")
-    for axis in ("pos", "query", "key"):
+    for axis in POSITIONS:
         if axis in result.dims:
             result = result.where(result[axis] < lengths)
             if tokens.strings is not None:

@@ -1,19 +1,16 @@
 """Sweeps: a metric at every cell of a grid of edits, each resumed from the base run where it begins to differ."""
 
-import functools
-import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mijax import chunks
-from mijax._types import Array, ArrayLike, Float, Int
+from mijax._types import Array, ArrayLike, Int
 from mijax.interventions.edits import Interventions
 from mijax.metrics import AnyMetric
 from mijax.model.numerics import accumulator
@@ -21,16 +18,13 @@ from mijax.model.readout import Readout
 from mijax.model.sites import PER_HEAD_COPIES
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.run import run
 from mijax.sweeps.cells import Cells, Stack, cells_of, check_cells
 from mijax.sweeps.engine import Base, Chunk, base_of, run_chunk
+from mijax.sweeps.measure import Metrics, Values, checked, described, metric_bytes, named, values_of
 from mijax.sweeps.plan import Plan, Shape, Work, capacity, chunk_of, columns_read, plan, work
 
 if TYPE_CHECKING:
     import xarray as xr
-
-Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
-Values: TypeAlias = dict[str, np.ndarray]
 
 
 class Running(TypedDict, total=False):
@@ -194,49 +188,17 @@ def kept_base(
     return checked(values, "base"), kept, acts
 
 
-def measure(
-    model: Transformer,
-    tokens: Tokens,
-    edits: Any,
-    metrics: Mapping[str, AnyMetric],
-    what: str,
-    capture: tuple[str, ...] = (),
-) -> tuple[Values, dict[str, Array]]:
-    """The metrics of one run, and what was captured."""
-    values, acts = _measured(model, tokens, edits, metrics, capture)
-    return checked(values, what), acts
-
-
-def checked(values: Mapping[str, Array], what: str) -> Values:
-    """Metrics as NumPy arrays; `ValueError` where one is not finite."""
-    found = {name: np.asarray(value) for name, value in values.items()}
-    for name, value in found.items():
-        if not np.isfinite(value).all():
-            example = int(np.argmin(np.isfinite(value)))
-            raise ValueError(
-                f"metric {name!r} is {value[example]} on the {what} run of example {example}: a position or an answer out"
-                " of range, or a model that overflows"
-            )
-    return found
-
-
-@eqx.filter_jit
-def _measured(model, tokens, edits, metrics, capture):
-    out = run(model, tokens, edits, capture=capture)
-    return _metrics(metrics, out.readout), out.acts
-
-
 @eqx.filter_jit
 def _based(model, tokens, edits, metrics, capture):
     readout, acts, base = base_of(model, tokens, edits, capture)
-    return _metrics(metrics, readout), base, {site: acts[site] for site in capture}
+    return values_of(metrics, readout), base, {site: acts[site] for site in capture}
 
 
 @eqx.filter_jit
 def _chunk(model, tokens, base: Base, metrics, read, stacked, chunk: Chunk, varying, fixed):
     """The metrics `[cell, batch]` of a chunk of cells."""
     final = run_chunk(model, tokens, base, chunk, eqx.combine(varying, fixed), stacked, read)
-    cell = lambda final: _metrics(metrics, Readout(final, tokens, model.unembedding, model.b_U))
+    cell = lambda final: values_of(metrics, Readout(final, tokens, model.unembedding, model.b_U))
     return jax.vmap(cell)(final)
 
 
@@ -255,23 +217,6 @@ def _chunks(mesh: Mesh, model, tokens, base, metrics, read, stacked, chunk: Chun
     everywhere, own = PartitionSpec(), PartitionSpec(axis)
     mapped = jax.shard_map(one, mesh=mesh, in_specs=(everywhere, own), out_specs=own, axis_names={axis})
     return mapped(shared, (chunk, varying))
-
-
-def _metrics(metrics: Mapping[str, AnyMetric], readout: Readout) -> dict[str, Float[Array, " batch"]]:
-    batch, found = readout.final.shape[0], {name: metric(readout) for name, metric in metrics.items()}
-    for name, value in found.items():
-        if jnp.shape(value) != (batch,):
-            raise ValueError(
-                f"metric {name!r} must give one number per example, [{batch}], given shape {jnp.shape(value)}"
-            )
-    return {name: value.astype(jnp.float32) for name, value in found.items()}
-
-
-def named(metric: Metrics) -> dict[str, AnyMetric]:
-    """Metrics by name: a single one by its own."""
-    if isinstance(metric, Mapping):
-        return dict(metric)
-    return {getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__: metric}
 
 
 def _operations(model: Transformer, todo: Work) -> float:
@@ -294,20 +239,7 @@ def cell_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetr
     """The bytes that a cell takes beyond its rows: attention over all of its tokens, and what the metrics compute."""
     c, (batch, pos) = model.config, tokens.ids.shape
     per_token = 2 * (c.n_heads + 2 * c.n_kv_heads) * c.d_head + c.d_model + 3 * c.n_heads * pos
-    dtype = accumulator(model.W_E.dtype)
-    final = jax.ShapeDtypeStruct((batch, pos, c.d_model), dtype)
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) or isinstance(x, np.ndarray) else x
-    given = jax.tree.map(shape, ((final, tokens, model.unembedding, model.b_U), dict(metrics)))
-    leaves, treedef = jax.tree.flatten(given)
-    return batch * pos * per_token * dtype.itemsize + _metric_bytes(tuple(leaves), treedef)
-
-
-@functools.lru_cache
-def _metric_bytes(leaves: tuple[Any, ...], treedef: Any) -> int:
-    """The bytes of everything that metrics compute from a readout: both as shapes, so that it is traced but once."""
-    parts, metrics = jax.tree.unflatten(treedef, leaves)
-    program = eqx.filter_make_jaxpr(lambda parts, m: [f(Readout(*parts)) for f in m.values()])(parts, metrics)[0]
-    return sum(v.aval.size * v.aval.dtype.itemsize for eqn in program.jaxpr.eqns for v in eqn.outvars)
+    return batch * pos * per_token * accumulator(model.W_E.dtype).itemsize + metric_bytes(model, tokens, metrics)
 
 
 def labelled(done: Swept, runs: dict[str, Values], *, single: bool, attrs: dict) -> Any:
@@ -328,18 +260,3 @@ def labelled(done: Swept, runs: dict[str, Values], *, single: bool, attrs: dict)
         for name, value in done.values.items()
     }
     return next(iter(arrays.values())) if single else xr.Dataset(arrays, attrs=attrs)
-
-
-def described(model: Transformer) -> dict[str, str]:
-    """What a saved result must say of the model, and of the software that made it."""
-    return {
-        "model": model.config.name or "unnamed",
-        "mijax": _version(),
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-@functools.cache
-def _version() -> str:
-    return importlib.metadata.version("mijax")

@@ -16,8 +16,9 @@ from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import run
 from mijax.sweeps.grid import Grid, grid
+from mijax.sweeps.measure import described
 from mijax.sweeps.places import layer_window
-from mijax.sweeps.sweep import Running, described, sweep
+from mijax.sweeps.sweep import Running, sweep
 
 if TYPE_CHECKING:
     import xarray as xr

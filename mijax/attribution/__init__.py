@@ -1,0 +1,1 @@
+"""Gradients as estimates of what patching would do."""

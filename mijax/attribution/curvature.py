@@ -1,0 +1,50 @@
+"""By how much a first-order estimate errs to second order: the diagonal of the gates' Hessian, by random probes."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mijax._types import Array, Int
+from mijax.attribution.method import Measured, Terms, gradients
+from mijax.attribution.side_by_side import Path
+
+
+class Curvature(NamedTuple):
+    """Half the second derivative of each metric along each gate, and the standard error of the probes' mean."""
+
+    half: Terms
+    standard_error: Terms
+
+
+def curvature(
+    measured: Measured, gates: dict[str, Array], key: Array, examples: Int[Array, " batch"], probes: int
+) -> Curvature:
+    """Estimate the second-order term of every cell's effect with `probes` products of the Hessian and random signs.
+
+    E[v * Hv] is H's diagonal if the signs v are independent (Hutchinson 1990). The variance of one probe is the sum of the squares of
+    the row's other entries: the fewer sites are asked for together, the smaller. An example's signs follow from the key and
+    its number, whatever runs beside it.
+    """
+    gradient = lambda gates: {n: own for n, (own,) in gradients(lambda g: measured(g, Path()), gates)[1].items()}
+
+    def probe(sums, key):
+        signs = {site: _signs(jax.random.fold_in(key, i), g, examples) for i, (site, g) in enumerate(gates.items())}
+        _, product = jax.jvp(gradient, (gates,), (signs,))
+        own = {name: {site: signs[site] * p for site, p in of.items()} for name, of in product.items()}
+        return jax.tree.map(lambda s, new: (s[0] + new, s[1] + new**2), sums, own, is_leaf=_is_pair), None
+
+    zero = jax.tree.map(lambda x: (jnp.zeros_like(x), jnp.zeros_like(x)), gradient(gates))
+    sums, _ = jax.lax.scan(probe, zero, jax.random.split(key, probes))
+    half = jax.tree.map(lambda s: s[0] / (2 * probes), sums, is_leaf=_is_pair)
+    error = lambda s: jnp.sqrt(jnp.maximum(s[1] - s[0] ** 2 / probes, 0.0) / (probes * (probes - 1))) / 2
+    return Curvature(half, jax.tree.map(error, sums, is_leaf=_is_pair))
+
+
+def _is_pair(x: object) -> bool:
+    return isinstance(x, tuple)
+
+
+def _signs(key: Array, gate: Array, examples: Int[Array, " batch"]) -> Array:
+    draw = lambda example: jax.random.rademacher(jax.random.fold_in(key, example), gate.shape[1:], gate.dtype)
+    return jax.vmap(draw)(examples)

@@ -1,0 +1,18 @@
+"""Attribution patching: every cell of a patching grid from one gradient (Nanda 2023; Syed et al. 2023)."""
+
+from mijax._types import Array
+from mijax.attribution.method import Measured, Method, Scores, gradients
+from mijax.attribution.side_by_side import Path
+
+
+class AtP(Method):
+    """The gradient with respect to a gate between the base's and the source's activations, at the base.
+
+    To first order in their difference, what patching it does: exact on a linear model, blind where attention is
+    saturated, and where several ways cancel. Without a source it is gradient x input, with the sign of an ablation.
+    """
+
+    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Scores:
+        """Two forward passes and one backward."""
+        runs, found = gradients(lambda gates: measured(gates, Path()), gates)
+        return Scores(runs, {name: own for name, (own,) in found.items()})

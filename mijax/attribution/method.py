@@ -1,0 +1,56 @@
+"""What every gradient method is: from a metric as a function of gates to one term for each gate."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from mijax._types import Array, Float
+from mijax.attribution.side_by_side import Path
+
+Values: TypeAlias = dict[str, Float[Array, " batch"]]
+"""By metric."""
+
+Terms: TypeAlias = dict[str, dict[str, Array]]
+"""By metric and site, of the shape of the site's gates."""
+
+Measured: TypeAlias = Callable[[dict[str, Array], Path], tuple[Values, Values]]
+"""The metrics of each example, as a function of the gates and of what else is done to the run; and those of the source."""
+
+
+class Scores(NamedTuple):
+    """What a method finds: the metrics of the base and the source, and by how much it says that each cell changes them.
+
+    `unsigned` are magnitudes, which are no changes. `gap` is what the terms sum to, less what they should sum to.
+    """
+
+    runs: tuple[Values, Values]
+    terms: Terms
+    unsigned: Terms | None = None
+    gap: Values | None = None
+
+
+class Method(eqx.Module):
+    """A way of turning gradients with respect to gates into estimates of what patching does."""
+
+    @abc.abstractmethod
+    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Scores:
+        """The terms at `gates`, which are zeros."""
+
+    def path(self, batch: int) -> Path:
+        """What is done to the runs that are differentiated, as far as it decides what these keep."""
+        del batch
+        return Path()
+
+
+def gradients(
+    measured: Callable[..., tuple[Values, Values]], *at: Any
+) -> tuple[tuple[Values, Values], dict[str, tuple]]:
+    """The metrics, and each one's gradient with respect to every argument. (Examples know nothing of each other, so the
+    gradient of their sum is each one's own.)"""
+    values, pull, source = jax.vjp(measured, *at, has_aux=True)
+    alone = lambda name: {n: jnp.ones_like(v) if n == name else jnp.zeros_like(v) for n, v in values.items()}
+    return (values, source), {name: pull(alone(name)) for name in values}

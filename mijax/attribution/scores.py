@@ -1,0 +1,186 @@
+"""All prompts through a gradient method, in chunks that fit the memory."""
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mijax import chunks
+from mijax._types import Array, Int
+from mijax.attribution.curvature import curvature
+from mijax.attribution.method import Method
+from mijax.attribution.nodes import Nodes, spread
+from mijax.attribution.side_by_side import Path, gated, group_size
+from mijax.metrics import AnyMetric
+from mijax.model.numerics import accumulator
+from mijax.model.tokens import Tokens
+from mijax.model.transformer import Transformer
+from mijax.sweeps.measure import metric_bytes, values_of
+
+Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
+"""Of each site: its name, its collapsed shape without batch, and how many cells where they are a grid's."""
+
+CHECKPOINTS = (0, 1, 2)
+
+
+class Job(NamedTuple):
+    """What is attributed, and how."""
+
+    model: Transformer
+    base: Tokens
+    source: Tokens | None
+    metrics: Mapping[str, AnyMetric]
+    nodes: Mapping[str, Nodes]
+    method: Method
+    probes: int
+    seed: int
+
+    @property
+    def layout(self) -> Layout:
+        """What of the nodes the compiled program depends on."""
+        return tuple((site, own.shape, None if own.grid is None else own.size) for site, own in self.nodes.items())
+
+
+class Plan(NamedTuple):
+    """How many prompts run together, what the backward pass computes again, and the bytes that this takes."""
+
+    prompts: int
+    checkpoint: int
+    bytes: int
+
+
+def plan(job: Job, memory: int) -> Plan:
+    """As little computed again as `memory` allows for as many prompts as fill the device.
+
+    Prompts are split only where every metric can be (`AnyMetric.take`). Raises `ValueError` where not one prompt fits.
+    """
+    batch, pos = job.base.ids.shape
+    splits = all(hasattr(metric, "take") for metric in job.metrics.values())
+    full = min(batch, -(-chunks.full_rows() // pos)) if splits else batch
+    read = 2 * metric_bytes(job.model, job.base, job.metrics)
+    fits, each = 0, 0
+    for checkpoint in CHECKPOINTS:
+        each = -(-read // batch) + prompt_bytes(job, checkpoint)
+        fits = min(batch, memory // each)
+        if fits >= full:
+            return Plan(_equal(batch, fits) if splits else batch, checkpoint, each * (fits if splits else batch))
+    if fits < (1 if splits else batch):
+        raise ValueError(f"{'one prompt' if splits else 'the prompts'} take about {each * (1 if splits else batch):,} bytes,"
+                         f" memory={memory:,} allows none")  # fmt: skip
+    return Plan(_equal(batch, fits), CHECKPOINTS[-1], each * fits)
+
+
+def _equal(batch: int, most: int) -> int:
+    """The size of as many chunks of equal size as it takes."""
+    return -(-batch // -(-batch // most))
+
+
+def prompt_bytes(job: Job, checkpoint: int) -> int:
+    """The bytes that one more prompt takes: what the backward pass finds kept, and a layer's own."""
+    leaves, treedef = jax.tree.flatten(jax.tree.map(_shape_of, job.model))
+    sides = job.base.ids.shape[1], job.source is None
+    kept = functools.partial(_kept, tuple(leaves), treedef, *sides, job.layout, job.method)
+    n = max(1, job.model.config.n_layers)
+    layer, streams = kept(0) / n, kept(1) / n
+    held = {0: n * layer, 1: n * streams + layer, 2: (n // group_size(n) + group_size(n)) * streams + layer}[checkpoint]
+    gates = sum(int(np.prod(shape if cells is None else (cells,))) for _, shape, cells in job.layout)
+    gates *= accumulator(job.model.W_E.dtype).itemsize * (4 if job.probes else 2)
+    return int((held + layer) * (2 if job.probes else 1)) + gates
+
+
+@functools.lru_cache(maxsize=256)
+def _kept(
+    leaves: tuple[Any, ...], treedef: Any, pos: int, alone: bool, layout: Layout, method: Method, checkpoint: int
+) -> int:
+    """The bytes that are kept of one prompt for the backward pass: read off its trace, for two prompts and for one."""
+    model = jax.tree.unflatten(treedef, leaves)
+
+    def residuals(batch: int) -> int:
+        ids = jax.ShapeDtypeStruct((batch, pos), jnp.int32)
+        gates = {site: jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for site, shape, _ in layout}
+
+        def kept(gates, model, ids):
+            tokens = Tokens.tree_unflatten(None, (ids, jnp.ones(ids.shape, bool)))
+            at = lambda gates: gated(
+                model, tokens, None if alone else ids, spread(gates, {}, {}), method.path(batch), checkpoint
+            )
+            return jax.vjp(lambda gates: jnp.sum(at(gates)[0].final), gates)[1]
+
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(kept, gates, model, ids)))
+
+    return residuals(2) - residuals(1)
+
+
+def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def scored(job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | None) -> dict[str, np.ndarray]:
+    """Everything found, examples in front, by `kind:metric` or `kind:metric:site`."""
+    batch = len(job.base.ids)
+    whole = order.prompts == batch
+    found: dict[str, list[np.ndarray]] = {}
+
+    def run(numbers: Sequence[int]) -> Mapping[str, Array]:
+        first = numbers[0] * order.prompts
+        examples = np.minimum(np.arange(first, first + order.prompts, dtype=np.int32), batch - 1)
+        some = lambda tree: tree if whole else jax.tree.map(lambda a: np.asarray(a)[examples], tree)
+        metrics: Any = {n: metric if whole else metric.take(examples) for n, metric in job.metrics.items()}  # pyright: ignore[reportFunctionMemberAccess]
+        members = {site: own.members[examples] for site, own in job.nodes.items() if own.members is not None}
+        source: Any = None if job.source is None else jnp.asarray(some(job.source.ids))
+        key = jax.random.key(job.seed)
+        return _chunk(job.method, job.model, some(job.base), source, metrics, members, examples, key, job.layout, job.probes, order.checkpoint)  # fmt: skip
+
+    def keep(number: int, own: Mapping[str, np.ndarray]) -> int:
+        count = min(order.prompts, batch - number * order.prompts)
+        for name, value in own.items():
+            found.setdefault(name, []).append(value[:count])
+        return count
+
+    store = None if save is None else _store(save, job, order)
+    prompts = order.prompts if store is None else int(store.plan["prompts"])
+    order = order._replace(prompts=prompts)
+    chunks.run_chunks(
+        run, keep, -(-batch // prompts), batch, label="attribute", progress=progress, store=store, unit="prompt"
+    )
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _store(save: Any, job: Job, order: Plan) -> chunks.Store:
+    grids = {site: (own.axes, own.members) for site, own in job.nodes.items()}
+    parts = {"model": (job.model, job.model.config), "prompts": (job.base, job.source), "sites": (job.layout, grids)}
+    parts |= {"metric": dict(job.metrics), "method": (job.method, job.probes, job.seed)}
+    identity = {name: chunks.fingerprint(part) for name, part in parts.items()}
+    identity |= {"version of jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    return chunks.Store(save, identity, {"prompts": np.asarray(order.prompts)}, {"sites": list(job.nodes)})
+
+
+@eqx.filter_jit
+def _chunk(
+    method: Method, model: Transformer, tokens: Tokens, source: Array | None, metrics: Any, members: dict[str, Array],
+    examples: Int[Array, " batch"], key: Array, layout: Layout, probes: int, checkpoint: int,
+) -> dict[str, Array]:  # fmt: skip
+    """What is found for a chunk of prompts."""
+    dtype, shapes = accumulator(model.W_E.dtype), {site: shape for site, shape, _ in layout}
+    gates = {
+        s: jnp.zeros((len(examples), *(shape if cells is None else (cells,))), dtype) for s, shape, cells in layout
+    }
+
+    def measured(gates: dict[str, Array], path: Path):
+        read, other = gated(model, tokens, source, spread(gates, shapes, members), path, checkpoint)
+        return values_of(metrics, read), {} if other is None else values_of(metrics, other)
+
+    scores = method(measured, gates, model.config.n_layers)
+    flat = {f"{run}:{name}": v for run, own in zip(("base", "source"), scores.runs) for name, v in own.items()}
+    flat |= {f"gap:{name}": v for name, v in (scores.gap or {}).items()}
+    by_site = {"term": scores.terms, "unsigned": scores.unsigned}
+    if probes:
+        by_site["error"], by_site["error_se"] = curvature(measured, gates, key, examples, probes)
+    for kind, terms in by_site.items():
+        flat |= {f"{kind}:{name}:{site}": t for name, own in (terms or {}).items() for site, t in own.items()}
+    return flat

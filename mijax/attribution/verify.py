@@ -1,0 +1,142 @@
+"""Measuring exactly the cells in doubt, and a sample of the others, which bounds what was missed."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from mijax._types import Float, Int
+from mijax.attribution.nodes import Nodes
+from mijax.attribution.scores import Job
+from mijax.interventions.edits import Replace
+from mijax.sweeps.cells import cells_of
+from mijax.sweeps.engine import Base
+from mijax.sweeps.grid import Grid
+from mijax.sweeps.measure import Values, measure
+from mijax.sweeps.sweep import kept_base, swept
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+CONFIDENCE = 0.95
+
+
+class Verify(NamedTuple):
+    """How many cells of each site to measure because of their score, and how many at random; from which part of source -
+    base on a cell of the rest counts as missed; the seed of the sample."""
+
+    k: int
+    sample: int
+    threshold: float
+    seed: int
+
+
+class Chosen(NamedTuple):
+    """Cells by their numbers: those of the highest score, and a random sample of the rest."""
+
+    top: Int[np.ndarray, " k"]
+    sample: Int[np.ndarray, " s"]
+
+
+def choose(score: Float[np.ndarray, " cell"], k: int, sample: int, rng: np.random.Generator) -> Chosen:
+    """The `k` cells of the highest score, and up to `sample` of the others, each as likely as any other.
+
+    >>> choose(np.array([0.1, 3.0, 0.2, 2.0]), 2, 9, np.random.default_rng(0))
+    Chosen(top=array([1, 3]), sample=array([0, 2]))
+    """
+    order = np.argsort(-score, kind="stable")
+    rest = order[k:]
+    return Chosen(order[:k], np.sort(rng.choice(rest, min(sample, len(rest)), replace=False)))
+
+
+def most_missed(rest: int, sample: int, missed: int, confidence: float = CONFIDENCE) -> int:
+    """How many of `rest` cells are missed at most, if `missed` of a random `sample` of them are.
+
+    The largest number with which so few in the sample would still have a probability over 1 - confidence: in a share of at
+    least `confidence` of samples the truth is no larger (the hypergeometric distribution's one-sided bound).
+
+    >>> most_missed(1000, 0, 0), most_missed(1000, 100, 0), most_missed(1000, 1000, 3)
+    (1000, 28, 3)
+    """
+    low, high = missed, rest - (sample - missed)  # what the sample itself tells
+    while low < high:
+        middle = (low + high + 1) // 2
+        if scipy.stats.hypergeom.cdf(missed, rest, middle, sample) > 1 - confidence:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def verified(job: Job, result: "xr.Dataset", asked: Verify, memory: int | None, progress: bool) -> "xr.Dataset":
+    """Add to every site of `result` what exact runs of some of its cells find."""
+    rng = np.random.default_rng(asked.seed)
+    values, kept, _ = kept_base(job.model, job.base, {}, job.metrics)
+    whole = _whole(result)
+    for site, nodes in job.nodes.items():
+        score = _score(result, site, whole)
+        chosen = choose(score, asked.k, asked.sample, rng)
+        cells = np.concatenate(chosen)
+        found = _exact(job, nodes, cells, (values, kept), memory, progress)
+        exact = _placed(result, site, job, cells, found)
+        effect = np.abs((exact - result.base).mean("batch") / whole)
+        if "metric" in effect.dims:
+            effect = effect.max("metric")
+        missed = int((effect.values.reshape(-1)[chosen.sample] >= asked.threshold).sum())
+        mark = np.zeros(nodes.size, np.int8)
+        mark[chosen.top], mark[chosen.sample] = 1, 2
+        told = {
+            "meaning": "0 not measured, 1 measured for its score, 2 measured in the random sample of the rest",
+            "rest": nodes.size - len(chosen.top), "sample": len(chosen.sample), "missed_in_sample": missed,
+            "missed_at_most": most_missed(nodes.size - len(chosen.top), len(chosen.sample), missed),
+            "confidence": CONFIDENCE, "threshold": asked.threshold,
+        }  # fmt: skip
+        marks = (tuple(nodes.labels), mark.reshape([len(own) for own in nodes.labels.values()]), told)
+        result = result.assign({f"{site}.exact": exact, f"{site}.measured": marks})
+    return result
+
+
+def _whole(result: "xr.Dataset") -> "xr.DataArray":
+    """The size of source - base, of the batch means; of the base, without a source."""
+    base = result.base.mean("batch")
+    whole = np.abs(result.source.mean("batch") - base if "source" in result.coords else base)
+    if not (whole > 1e-6 * np.abs(base)).all():
+        raise ValueError(
+            f"the metric is {base.values} on the base and as much on the source run: they coincide, so that no share of their"
+            " difference can be missed; verify on other prompts, or another metric"
+        )
+    return whole
+
+
+def _score(result: "xr.Dataset", site: str, whole: "xr.DataArray") -> Float[np.ndarray, " cell"]:
+    """How large the mean effect of each cell may be: its estimate and its error together, of the metric where it is largest."""
+    own = result[f"{site}.unsigned"] if f"{site}.unsigned" in result else result[site] - result.base
+    size = np.abs(own.mean("batch")) / whole
+    if f"{site}.error" in result:
+        size = size + np.abs(result[f"{site}.error"].mean("batch")) / whole
+    return (size.max("metric") if "metric" in size.dims else size).values.reshape(-1)
+
+
+def _exact(
+    job: Job, nodes: Nodes, cells: Int[np.ndarray, " k"], base: tuple[Values, Base], memory: Any, progress: bool
+):
+    """The metrics `[cell, batch]` of some cells with the source's activations put in."""
+    value: Any = 0.0
+    if job.source is not None:
+        value = measure(job.model, job.source, {}, job.metrics, "source", (nodes.site,))[1][nodes.site]
+    grid = Grid(nodes.where(cells, job.base), {"cell": range(len(cells))})
+    edits = cells_of({nodes.site: Replace(value, grid)})
+    return swept(job.model, job.base, edits, job.metrics, base=base, memory=memory, progress=progress).values
+
+
+def _placed(result: "xr.Dataset", site: str, job: Job, cells: Int[np.ndarray, " k"], found: Values) -> "xr.DataArray":
+    """The exact metrics in their cells, NaN in the others and where a prompt has not the position."""
+    estimate = result[site]
+    several = "metric" in estimate.dims
+    shape = [estimate.sizes[dim] for dim in estimate.dims if dim != "metric"]
+    arrays = []
+    for name in job.metrics:
+        own = np.full((int(np.prod(shape[:-1])), shape[-1]), np.nan, np.float32)
+        own[cells] = found[name]
+        arrays.append(own.reshape(shape))
+    return estimate.copy(data=np.stack(arrays) if several else arrays[0]).where(estimate.notnull())

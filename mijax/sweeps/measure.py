@@ -1,0 +1,104 @@
+"""Metrics of a run, and what a result says of the model."""
+
+import functools
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mijax._types import Array, Float
+from mijax.metrics import AnyMetric
+from mijax.model.numerics import accumulator
+from mijax.model.readout import Readout
+from mijax.model.tokens import Tokens
+from mijax.model.transformer import Transformer
+from mijax.run import run
+
+Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
+Values: TypeAlias = dict[str, np.ndarray]
+
+
+def named(metric: Metrics) -> dict[str, AnyMetric]:
+    """Metrics by name: a single one by its own."""
+    if isinstance(metric, Mapping):
+        return dict(metric)
+    return {getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__: metric}
+
+
+def measure(
+    model: Transformer,
+    tokens: Tokens,
+    edits: Any,
+    metrics: Mapping[str, AnyMetric],
+    what: str,
+    capture: tuple[str, ...] = (),
+) -> tuple[Values, dict[str, Array]]:
+    """The metrics of one run, and what was captured."""
+    values, acts = _measured(model, tokens, edits, metrics, capture)
+    return checked(values, what), acts
+
+
+def checked(values: Mapping[str, Array], what: str) -> Values:
+    """Metrics as NumPy arrays of float32; `ValueError` where one is not finite."""
+    found = {name: np.asarray(value, np.float32) for name, value in values.items()}
+    for name, value in found.items():
+        if not np.isfinite(value).all():
+            example = int(np.argmin(np.isfinite(value)))
+            raise ValueError(
+                f"metric {name!r} is {value[example]} on the {what} run of example {example}: a position or an answer out"
+                " of range, or a model that overflows"
+            )
+    return found
+
+
+def values_of(metrics: Mapping[str, AnyMetric], readout: Readout) -> dict[str, Float[Array, " batch"]]:
+    """Each metric of each example; `ValueError` for one that gives anything else."""
+    batch, found = readout.final.shape[0], {name: metric(readout) for name, metric in metrics.items()}
+    for name, value in found.items():
+        if jnp.shape(value) != (batch,):
+            raise ValueError(
+                f"metric {name!r} must give one number per example, [{batch}], given shape {jnp.shape(value)}"
+            )
+    return found
+
+
+@eqx.filter_jit
+def _measured(model, tokens, edits, metrics, capture):
+    out = run(model, tokens, edits, capture=capture)
+    return values_of(metrics, out.readout), out.acts
+
+
+def metric_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> int:
+    """The bytes of everything that metrics compute from a readout."""
+    final = jax.ShapeDtypeStruct((*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype))
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) or isinstance(x, np.ndarray) else x
+    given = jax.tree.map(shape, ((final, tokens, model.unembedding, model.b_U), dict(metrics)))
+    leaves, treedef = jax.tree.flatten(given)
+    return _metric_bytes(tuple(leaves), treedef)
+
+
+@functools.lru_cache
+def _metric_bytes(leaves: tuple[Any, ...], treedef: Any) -> int:
+    """Both as shapes, so that it is traced but once."""
+    parts, metrics = jax.tree.unflatten(treedef, leaves)
+    program = eqx.filter_make_jaxpr(lambda parts, m: [f(Readout(*parts)) for f in m.values()])(parts, metrics)[0]
+    return sum(v.aval.size * v.aval.dtype.itemsize for eqn in program.jaxpr.eqns for v in eqn.outvars)
+
+
+def described(model: Transformer) -> dict[str, str]:
+    """What a saved result must say of the model, and of the software that made it."""
+    return {
+        "model": model.config.name or "unnamed",
+        "mijax": _version(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+@functools.cache
+def _version() -> str:
+    return importlib.metadata.version("mijax")
