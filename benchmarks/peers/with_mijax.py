@@ -30,6 +30,8 @@ PARTS = {
 }
 """The calls of `mj.patch` that make up each grid, stacked where there are several."""
 
+ATTRIBUTED = ("resid_pre", "z", "mlp_out", "attn_out", "q", "k", "v", "pattern")
+
 
 def load(folder: Path) -> Worker:
     """The model, and the function that runs a grid on it."""
@@ -41,7 +43,7 @@ def load(folder: Path) -> Worker:
     about = {"peer": "mijax", "version": version("mijax"), "jax": jax.__version__, "numpy": np.__version__}
     about |= {"device": jax.devices()[0].device_kind, "platform": jax.default_backend(), "dtype": dtype}
     about |= {"threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
-    return Worker(partial(run, model, Case(folder)), ("forward", *PARTS), about)
+    return Worker(partial(run, model, Case(folder)), ("forward", "attribution", *PARTS), about)
 
 
 def keep_compiled(folder: str) -> None:
@@ -68,6 +70,8 @@ def run(model: mj.Transformer, case: Case, grid: str, limit: int | None) -> tupl
     metric = mj.metrics.logit_diff(case.correct, case.wrong)
     if grid == "forward":
         return np.asarray(metric(mj.run(model, case.corrupted).readout)), {}
+    if grid == "attribution":
+        return attribution(model, case, metric)
     patched = partial(
         mj.patch, model, clean=case.clean, corrupted=case.corrupted, metric=metric, direction="denoise", progress=False
     )
@@ -75,6 +79,15 @@ def run(model: mj.Transformer, case: Case, grid: str, limit: int | None) -> tupl
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")  # since the process began
     told = {"clean": 0.0, "clean_cpu": 0.0} | ({} if peak is None else {"peak_device": peak})
     return found[0] if len(found) == 1 else np.stack(found), told
+
+
+def attribution(model: mj.Transformer, case: Case, metric: mj.metrics.Metric) -> tuple[np.ndarray, Told]:
+    """Every cell of every site, [cell, batch]."""
+    found = mj.attribute(
+        model, clean=case.clean, corrupted=case.corrupted, sites=ATTRIBUTED, metric=metric, progress=False
+    )
+    cells = [found[site].values.reshape(-1, found.sizes["batch"]) for site in ATTRIBUTED]
+    return np.concatenate(cells), {"clean": 0.0, "clean_cpu": 0.0}
 
 
 def matmul(size: int, dtype, repeats: int = 3) -> Told:

@@ -22,6 +22,8 @@ GRIDS = {
 }
 """The `get_act_patch_*` that make up each grid, stacked where there are several."""
 
+ATTRIBUTED = ("resid_pre", "z", "mlp_out", "attn_out", "q", "k", "v", "pattern")
+
 
 def load(case: Case) -> Run:
     """The model, and the function that runs a grid on it."""
@@ -70,6 +72,8 @@ def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, Told
 
     if grid == "forward":
         return case.metric(model(case.corrupted)).cpu().numpy(), {}
+    if grid == "attribution":
+        return attribution(model, case)
     functions = [getattr(patching, f"get_act_patch_{name}") for name in GRIDS[grid]]
     sites = [function.keywords["activation_name"] for function in functions]
     shapes = {shape(model, case, function) for function in functions}
@@ -99,6 +103,48 @@ def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, Told
     return filled(kept, sizes if len(functions) == 1 else (len(functions), *sizes)), told
 
 
+def attribution(model: Any, case: Case) -> tuple[Any, Told]:
+    """Attribution patching as its author's notebook has it (Nanda 2023): the clean run kept, the corrupted run kept with
+    the gradients at the same hooks, and the sum over units of difference times gradient."""
+    import torch
+
+    model.requires_grad_(False)  # nobody asks for the parameters' gradients
+    names = {model_name(site, layer): site for site in ATTRIBUTED for layer in range(model.cfg.n_layers)}
+    kept, slopes = {}, {}
+    with torch.inference_mode(False), torch.enable_grad():
+        model.reset_hooks()
+        with torch.no_grad():
+            _, clean = model.run_with_cache(case.clean.clone(), names_filter=lambda name: name in names)
+
+        def keep(x, hook):
+            kept[hook.name] = x.detach()
+
+        def slope(x, hook):
+            slopes[hook.name] = x.detach()
+
+        only = lambda name: name in names
+        begin = lambda x, hook: x.detach().requires_grad_()  # parameters are frozen: the graph begins here
+        first = [(model_name("resid_pre", 0), begin)]
+        with model.hooks(fwd_hooks=[*first, (only, keep)], bwd_hooks=[(only, slope)]):
+            value = case.metric(model(case.corrupted.clone()))
+            value.sum().backward()
+    found = {}
+    for site in ATTRIBUTED:
+        own = [name for name, of in names.items() if of == site]
+        term = torch.stack([(clean[name] - kept[name]) * slopes[name] for name in own])
+        found[site] = term if site == "pattern" else term.sum(dim=-1)
+    batch_last = lambda x: x.movedim(1, -1).reshape(-1, x.shape[1])
+    values = torch.cat([batch_last(found[site]) for site in ATTRIBUTED]) + value.detach()
+    return values.detach().cpu().numpy(), {"clean": 0.0, "clean_cpu": 0.0}
+
+
+def model_name(site: str, layer: int) -> str:
+    """TransformerLens's name of a hook."""
+    from transformer_lens import patching
+
+    return patching.utils.get_act_name(site, layer)
+
+
 def shape(model: Any, case: Case, function: Any) -> tuple[int, ...]:
     """How many cells a `get_act_patch_*` has along each of its axes."""
     cfg, site = model.cfg, function.keywords["activation_name"]
@@ -108,4 +154,4 @@ def shape(model: Any, case: Case, function: Any) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    serve("transformer_lens", ("forward", *GRIDS), load)
+    serve("transformer_lens", ("forward", "attribution", *GRIDS), load)

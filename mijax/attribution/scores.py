@@ -21,6 +21,7 @@ from mijax.model.numerics import accumulator
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.measure import metric_bytes, values_of
+from mijax.sweeps.plan import columns_read
 
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
 """Of each site: its name, its collapsed shape without batch, and how many cells where they are a grid's."""
@@ -124,6 +125,7 @@ def scored(job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | N
     """Everything found, examples in front, by `kind:metric` or `kind:metric:site`."""
     batch = len(job.base.ids)
     whole = order.prompts == batch
+    read = _read(job)
     found: dict[str, list[np.ndarray]] = {}
 
     def run(numbers: Sequence[int]) -> Mapping[str, Array]:
@@ -134,7 +136,7 @@ def scored(job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | N
         members = {site: own.members[examples] for site, own in job.nodes.items() if own.members is not None}
         source: Any = None if job.source is None else jnp.asarray(some(job.source.ids))
         key = jax.random.key(job.seed)
-        return _chunk(job.method, job.model, some(job.base), source, metrics, members, examples, key, job.layout, job.probes, order.checkpoint)  # fmt: skip
+        return _chunk(job.method, job.model, some(job.base), source, metrics, members, examples, key, job.layout, job.probes, order.checkpoint, read)  # fmt: skip
 
     def keep(number: int, own: Mapping[str, np.ndarray]) -> int:
         count = min(order.prompts, batch - number * order.prompts)
@@ -151,6 +153,21 @@ def scored(job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | N
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
+def _read(job: Job) -> Int[np.ndarray, " read"] | None:
+    """The columns at which any prompt is read, and as many others as make their number a power of two, so that other prompts
+    seldom compile anew; `None` where that is most of them."""
+    n = job.base.ids.shape[1]
+    columns = columns_read(job.metrics.values(), job.base)
+    if columns is None:
+        return None
+    own = np.unique(columns)
+    count = 1 << (len(own) - 1).bit_length()
+    if 2 * count > n:
+        return None
+    others = np.setdiff1d(np.arange(n), own)[: count - len(own)]
+    return np.sort(np.concatenate([own, others])).astype(np.int32)
+
+
 def _store(save: Any, job: Job, order: Plan) -> chunks.Store:
     grids = {site: (own.axes, own.members) for site, own in job.nodes.items()}
     parts = {"model": (job.model, job.model.config), "prompts": (job.base, job.source), "sites": (job.layout, grids)}
@@ -163,7 +180,7 @@ def _store(save: Any, job: Job, order: Plan) -> chunks.Store:
 @eqx.filter_jit
 def _chunk(
     method: Method, model: Transformer, tokens: Tokens, source: Array | None, metrics: Any, members: dict[str, Array],
-    examples: Int[Array, " batch"], key: Array, layout: Layout, probes: int, checkpoint: int,
+    examples: Int[Array, " batch"], key: Array, layout: Layout, probes: int, checkpoint: int, read: Array | None,
 ) -> dict[str, Array]:  # fmt: skip
     """What is found for a chunk of prompts."""
     dtype, shapes = accumulator(model.W_E.dtype), {site: shape for site, shape, _ in layout}
@@ -172,8 +189,8 @@ def _chunk(
     }
 
     def measured(gates: dict[str, Array], path: Path):
-        read, other = gated(model, tokens, source, spread(gates, shapes, members), path, checkpoint)
-        return values_of(metrics, read), {} if other is None else values_of(metrics, other)
+        own, other = gated(model, tokens, source, spread(gates, shapes, members), path, checkpoint, read)
+        return values_of(metrics, own), {} if other is None else values_of(metrics, other)
 
     scores = method(measured, gates, model.config.n_layers)
     flat = {f"{run}:{name}": v for run, own in zip(("base", "source"), scores.runs) for name, v in own.items()}

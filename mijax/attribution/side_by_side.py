@@ -4,11 +4,14 @@ State around the one block of the model. What stands in the source run is there 
 so that nothing of the size of all layers' activations is ever kept; with `checkpoint`, the backward pass computes it anew.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mijax._types import Array, Float, Ids, Int, Scores, Stream
 from mijax.attribution.recompute import keys_changed, queries_changed
@@ -26,6 +29,8 @@ Gates = Mapping[str, Array]
 """By site, an array that broadcasts to all of the site, layer axis included."""
 
 RECOMPUTED = ("q", "k")
+CHANGE = "change"
+"""What a gate multiplies."""
 
 
 class Path(NamedTuple):
@@ -42,71 +47,107 @@ class Path(NamedTuple):
 
 
 def gated(
-    model: Transformer, tokens: Tokens, source: Ids | None, gates: Gates, path: Path, checkpoint: int
+    model: Transformer,
+    tokens: Tokens,
+    source: Ids | None,
+    gates: Gates,
+    path: Path,
+    checkpoint: int,
+    read: Int[Array, " read"] | None = None,
 ) -> tuple[Readout, Readout | None]:
     """The base run on `tokens`, each site `x` in it now `x + gate * (source's - x)`; and the source run.
 
-    `source` are ids padded as `tokens` are; `None` puts zeros in place of the source's activations. `checkpoint` says what
-    the backward pass computes again: 0 nothing, 1 each layer, 2 groups of layers and then each layer, so that it
-    keeps the streams of about twice the root of the number of layers.
+    `source` are ids padded as `tokens` are; `None` puts zeros in place of the source's activations. Of the last layer and after
+    it only the columns `read` are computed, if they are given; the final stream is NaN elsewhere. The backward pass
+    computes again what is between the matrix products (`checkpoint` 0), each layer (1), or groups of layers and
+    then each layer (2), which keeps the streams of about twice the root of the number of layers.
     """
     config = model.config
     here = frame(config, tokens, accumulator(model.W_E.dtype))
-    layered = {site: gate for site, gate in gates.items() if SITES[site].has_layer}
+    n = config.n_layers
+    in_full = {s: jnp.broadcast_to(g, (n, *g.shape[1:])) for s, g in gates.items() if SITES[s].has_layer}
     outer = {site: gate for site, gate in gates.items() if not SITES[site].has_layer}
-    wanted = {site: None for site in _read(config, gates, path)}
+    wanted = dict.fromkeys(_wanted(config, gates, path))
     # What goes through the layers: the run that is differentiated, and those that it is compared with.
     others = {} if source is None else {"source": source}
     if path.inputs is not None:
         others["base"] = jnp.asarray(tokens.ids)
-    kept = {name: Tap(config, here, {}, {s: None for s in (*outer, "embed")}) for name in others}
-    beside = {name: embed(model, ids, here, kept[name]) for name, ids in others.items()}
-    acts = {name: tap.acts for name, tap in kept.items()}
-    x = embed(model, jnp.asarray(tokens.ids), here, _Toward(config, here, outer, acts, path))
+    taps = {name: Tap(config, here, {}, dict.fromkeys((*outer, "embed"))) for name in others}
+    beside = {name: embed(model, ids, here, taps[name]) for name, ids in others.items()}
+    x = embed(model, jnp.asarray(tokens.ids), here, _Toward(config, here, outer, _acts(taps), path))
 
-    def layer(carry: tuple[Stream, dict[str, Stream]], scanned: Any):
+    def layer(carry: tuple[Stream, dict[str, Stream]], scanned: Any, here: Frame):
         (x, beside), (index, own) = carry, scanned
         params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), model.blocks)
         taps = {name: Tap(config, here, {}, wanted, index) for name in beside}
         beside = {name: block(config, params, stream, here, taps[name]) for name, stream in beside.items()}
-        acts = {name: tap.acts for name, tap in taps.items()}
-        x = block(config, params, x, here, _Toward(config, here, own, acts, path, index))
-        return (x, beside), None
+        return (block(config, params, x, here, _Toward(config, here, own, _acts(taps), path, index)), beside), None
 
-    every = jnp.arange(config.n_layers, dtype=jnp.int32)
-    in_full = {site: jnp.broadcast_to(gate, (config.n_layers, *gate.shape[1:])) for site, gate in layered.items()}
-    x, beside = _scan(layer, (x, beside), (every, in_full), checkpoint)
-    kept = {name: Tap(config, here, {}, dict.fromkeys(outer)) for name in beside}
-    ends = {name: final_norm(model, stream, kept[name]) for name, stream in beside.items()}
-    acts = {name: tap.acts for name, tap in kept.items()}
-    x = final_norm(model, x, _Toward(config, here, outer, acts, path))
-    read = lambda final: Readout(final, tokens, model.unembedding, model.b_U)
-    return read(x), read(ends["source"]) if "source" in ends else None
+    carry, every = (x, beside), jnp.arange(n, dtype=jnp.int32)
+    if read is None or n == 0:
+        x, beside = _scan(partial(layer, here=here), carry, (every, in_full), checkpoint)
+    else:
+        first, last = (jax.tree.map(lambda a, part=part: a[part], (every, in_full)) for part in (slice(n - 1), n - 1))
+        carry = _scan(partial(layer, here=here), carry, first, checkpoint)
+        asked = frame(config, tokens, accumulator(model.W_E.dtype), read)
+        (x, beside), _ = _again(partial(layer, here=here._replace(asked=(asked, read))), checkpoint)(carry, last)
+        here = asked
+        outer = _narrowed(outer, read)
+    taps = {name: Tap(config, here, {}, dict.fromkeys(outer)) for name in beside}
+    ends = {name: final_norm(model, stream, taps[name]) for name, stream in beside.items()}
+    x = final_norm(model, x, _Toward(config, here, outer, _acts(taps), path))
+    whole = lambda x: (
+        x if read is None else jnp.full((len(x), tokens.ids.shape[1], x.shape[2]), jnp.nan, x.dtype).at[:, read].set(x)
+    )
+    readout = lambda final: Readout(whole(final), tokens, model.unembedding, model.b_U)
+    return readout(x), readout(ends["source"]) if "source" in ends else None
+
+
+def _acts(taps: Mapping[str, Tap]) -> dict[str, dict[str, Array]]:
+    return {name: tap.acts for name, tap in taps.items()}
 
 
 def _scan(layer: Callable, carry: Any, scanned: Any, checkpoint: int) -> Any:
-    """Scan over the layers; the outer of two scans over groups of them."""
-    again = lambda f: jax.checkpoint(f, prevent_cse=False) if checkpoint else f
-    n = len(scanned[0])
-    size = group_size(n) if checkpoint == 2 else 1
-    if size == 1:
-        return jax.lax.scan(again(layer), carry, scanned)[0]
-    grouped = jax.tree.map(lambda a: a.reshape(n // size, size, *a.shape[1:]), scanned)
-    group = lambda carry, own: jax.lax.scan(again(layer), carry, own)
-    return jax.lax.scan(again(group), carry, grouped)[0]
+    """Scan over the layers; or over groups of them, over each group's layers inside, and over those that are left."""
+    n, again = len(scanned[0]), _again(layer, checkpoint)
+    each = lambda carry, own: jax.lax.scan(again, carry, own)
+    if checkpoint < 2:
+        return each(carry, scanned)[0]
+    size = group_size(n)
+    grouped = jax.tree.map(lambda a: a[: n // size * size].reshape(n // size, size, *a.shape[1:]), scanned)
+    carry, _ = jax.lax.scan(_again(each, checkpoint), carry, grouped)
+    return _again(each, checkpoint)(carry, jax.tree.map(lambda a: a[n // size * size :], scanned))[0]
+
+
+def _again(function: Callable, checkpoint: int) -> Callable:
+    """What of it the backward pass computes again: all, or all but matrix products. (Not even that: each layer's
+    parameters would be kept a second time.)"""
+    policies = jax.checkpoint_policies
+    policy = policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names(CHANGE))
+    policy = None if checkpoint else policy
+    return jax.checkpoint(function, prevent_cse=False, policy=policy)
 
 
 def group_size(n_layers: int) -> int:
-    """The divisor that makes groups and layers in a group fewest together.
+    """The root of the number of layers, rounded up.
 
-    >>> group_size(12), group_size(30), group_size(7)
-    (3, 5, 1)
+    >>> group_size(12), group_size(29), group_size(1)
+    (4, 6, 1)
     """
-    divisors = [d for d in range(1, n_layers + 1) if n_layers % d == 0]
-    return min(divisors or [1], key=lambda d: d + n_layers // d)
+    return max(1, math.isqrt(max(0, n_layers - 1)) + 1)
 
 
-def _read(config: Config, gates: Gates, path: Path) -> tuple[str, ...]:
+def _narrowed(gates: Gates, columns: Int[Array, " read"]) -> dict[str, Array]:
+    """Gates of one layer at some columns."""
+    found = {}
+    for site, gate in gates.items():
+        axes = SITES[site].inner_axes
+        axis = next(i for i, name in enumerate(axes) if name in ("pos", "query"))
+        found[site] = gate if gate.shape[axis] == 1 else jnp.take(gate, columns, axis=axis)
+    return found
+
+
+def _wanted(config: Config, gates: Gates, path: Path) -> tuple[str, ...]:
     """The layers' sites of the other runs that the gates need."""
     recomputed = [s for s in RECOMPUTED if s in gates and path.recompute]
     sites = [s for s in gates if SITES[s].has_layer and s not in recomputed]
@@ -139,7 +180,8 @@ class _Toward:
         recomputed = self.path.recompute and site in RECOMPUTED
         if site in self.gates and not recomputed:
             there = self.acts["source"][site] if "source" in self.acts else jnp.zeros_like(x)
-            x = x + self.gates[site] * (there - (self.acts["base"][site] if "base" in self.acts else x))
+            change = there - (self.acts["base"][site] if "base" in self.acts else x)
+            x = x + self.gates[site] * checkpoint_name(change, CHANGE)
         if self.path.recompute and site == "pattern":
             x = x + self._through_pattern(x)
         if self.path.dropped is not None and site in ("attn_out", "mlp_out"):
@@ -151,7 +193,13 @@ class _Toward:
         return jnp.arange(head_count(SITES[site], self.config), dtype=jnp.int32) if site in self.gates else None
 
     def at(self, frame: Frame) -> "_Toward":
-        raise NotImplementedError("runs side by side compute every position")
+        assert frame.columns is not None
+        # A query's own copy of the stream (q_input) meets this norm once more.
+        again = lambda site, x: jnp.take(x, frame.columns, axis=1) if site.startswith("ln1.") else x
+        acts = {run: {site: again(site, x) for site, x in own.items()} for run, own in self.acts.items()}
+        tap = _Toward(self.config, frame, _narrowed(self.gates, frame.columns), acts, self.path, self.layer)
+        tap.own = self.own
+        return tap
 
     def _through_pattern(self, pattern: Scores) -> Scores | float:
         """What gates at q and k add to the pattern, attention recomputed."""

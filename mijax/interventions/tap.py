@@ -51,8 +51,10 @@ class Tap:
         return self._edit(site, x, None)
 
     def at(self, frame: Frame) -> "Tap":
-        """The same for another frame."""
-        return Tap(self.config, frame, self.edits, self.capture, self.layer, self.stacked)
+        """The same for another frame; what is captured goes to the same place."""
+        tap = Tap(self.config, frame, self.edits, self.capture, self.layer, self.stacked)
+        tap.acts = self.acts
+        return tap
 
     def heads(self, site: str) -> Int[Array, " k"] | None:
         """The heads that the edits of a per-head copy select; all where it is captured, or where cells differ."""

@@ -70,7 +70,8 @@ def attention(
     else:
         z = frame.rows.gather(_mix(config, frame.rows.spread(q), k, v, frame, tap, params.W_Q.dtype))
     z = tap("z", z)
-    out = einsum("bphe,hed->bpd", z, params.W_O)
+    # As one matrix, whose transpose XLA's products take as it is; with an axis of heads it would be copied.
+    out = einsum("bpi,id->bpd", z.reshape(*z.shape[:2], -1), params.W_O.reshape(-1, config.d_model))
     if params.b_O is not None:
         out = out + params.b_O.astype(out.dtype)[None, None]
     return tap("attn_out", out + _result_change(z, params.W_O, tap))
@@ -104,7 +105,8 @@ def masked_softmax(scores: Scores, frame: Frame) -> Scores:
 
 
 def _project(config: Config, branch: Branch, W: Array, b: Array | None, name: str, tap: Tap) -> Heads:
-    out = einsum("bpd,dhe->bphe", branch.normed, W)
+    flat = einsum("bpd,di->bpi", branch.normed, W.reshape(config.d_model, -1))
+    out = flat.reshape(*flat.shape[:2], *W.shape[1:])
     if b is not None:
         out = out + b.astype(out.dtype)[None, None]
     heads = tap.heads(f"{name}_input")
