@@ -8,11 +8,11 @@ import pytest
 
 import mijax as mj
 from mijax.attribution.gradient import AtP
-from mijax.attribution.nodes import nodes_of, spread
+from mijax.attribution.nodes import nodes_of
 from mijax.attribution.scores import Job, Plan, scored
-from mijax.attribution.side_by_side import Path, gated
-from mijax.sweeps.measure import values_of
-from tests.architectures import ARCHITECTURES, IDS, PADDINGS, batch, error, example, random_model
+from mijax.attribution.verify import Verify, most_missed, verified
+from tests.architectures import ARCHITECTURES, IDS, batch, error, example, random_model
+from tests.compilations import compilations
 
 METRIC = mj.metrics.logit_diff([3, 5, 7], [4, 6, 8])
 each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -23,31 +23,43 @@ def base_and_source(name, padding, dtype=jnp.float64):
     return model, batch(padding), batch(padding, (IDS + 5) % 19)
 
 
-def found_by(model, base, source, sites, method=AtP(), metric=METRIC, probes=0, checkpoint=0, prompts=3, seed=0):
+PLAIN = AtP()
+
+
+def found_by(model, base, source, sites, method=PLAIN, metric=METRIC, probes=0, checkpoint=0, prompts=3, seed=0):
     """What the method finds in the model's own precision, as it is before it is labelled."""
     job = Job(model, base, source, {"m": metric}, nodes_of(model, base, sites), method, probes, seed)
     return scored(job, Plan(prompts, checkpoint, 0), progress=False, save=None)
 
 
+SOME = ("embed", "resid_pre", "q_input", "ln1.scale", "k", "pattern", "z", "attn_out", "mlp_out", "ln_final.scale")
+LEFT = [(name, "left", None, 0) for name in ARCHITECTURES]
+OTHERS = [("llama_gqa", padding, SOME, 0) for padding in ("none", "right")]
+AGAIN = [
+    (name, "left", SOME[:9], checkpoint)
+    for name in ("llama_gqa", "parallel_mqa_partial_rotary")
+    for checkpoint in (1, 2)
+]
+
+
 @pytest.mark.usefixtures("x64")
-@each_architecture
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_6_it_is_the_gradient_of_run_at_every_site(name, padding):
+@pytest.mark.parametrize("name, padding, sites, checkpoint", LEFT + OTHERS + AGAIN)
+def test_6_it_is_the_gradient_of_run_at_every_site(name, padding, sites, checkpoint):
     model, base, source = base_and_source(name, padding)
-    table = mj.sites(model, base)
-    acts = mj.run(model, source, capture=tuple(table)).acts
-    nodes = nodes_of(model, base, tuple(table))
-    gates = {s: jnp.zeros(_with_batch(s, own.shape)) for s, own in nodes.items()}
-    total = lambda gates: jnp.sum(METRIC(mj.run(model, base, {s: mj.Mix(g, acts[s]) for s, g in gates.items()}).readout))
+    table = sites or tuple(mj.sites(model, base))
+    acts = mj.run(model, source, capture=table).acts
+    gates = {s: jnp.zeros(_with_batch(s, own.shape)) for s, own in nodes_of(model, base, table).items()}
+    total = lambda gates: jnp.sum(
+        METRIC(mj.run(model, base, {s: mj.Mix(g, acts[s]) for s, g in gates.items()}).readout)
+    )
     expected = jax.jit(jax.grad(total))(gates)
-    for checkpoint in (0, 1, 2):
-        found = found_by(model, base, source, tuple(table), checkpoint=checkpoint)
-        for site in table:
-            own = np.moveaxis(found[f"term:m:{site}"], 0, mj.SITES[site].axes.index("batch"))
-            for i in range(3):  # padding has gradient zero, and differences of padding are nobody's business
-                ours, theirs = (example(x, site, base, i) for x in (own, expected[site]))
-                if np.abs(theirs).max() > 0:
-                    assert error(ours, theirs) < 1e-10, (site, checkpoint)
+    found = found_by(model, base, source, table, checkpoint=checkpoint)
+    for site in table:
+        own = np.moveaxis(found[f"term:m:{site}"], 0, mj.SITES[site].axes.index("batch"))
+        for i in range(3):  # padding has gradient zero, and differences of padding are nobody's business
+            ours, theirs = (example(x, site, base, i) for x in (own, expected[site]))
+            if np.abs(theirs).max() > 0:
+                assert error(ours, theirs) < 1e-10, site
 
 
 def _with_batch(site, shape):
@@ -60,7 +72,12 @@ def _with_batch(site, shape):
 def test_finite_differences_of_patching_itself(name):
     """The cells' own exact effect along the gate, by central differences: independent of every derivative."""
     model, base, source = base_and_source(name, "left")
-    sites = {"z": ("layer", "head"), "attn_out": ("layer", "pos"), "v": ("layer", "pos", "kv_head"), "resid_pre": ("layer",)}
+    sites = {
+        "z": ("layer", "head"),
+        "attn_out": ("layer", "pos"),
+        "v": ("layer", "pos", "kv_head"),
+        "resid_pre": ("layer",),
+    }
     acts = mj.run(model, source, capture=tuple(sites)).acts
     found = found_by(model, base, source, sites)
     h = 1e-5
@@ -83,17 +100,24 @@ def test_finite_differences_of_patching_itself(name):
             assert np.abs(own - slope)[there].max() < 1e-5 * max(1.0, np.abs(slope).max()), (site, place)
 
 
-def linear_model():
+def linear_model(dtype=jnp.float64):
     """Attention by position alone (zero queries), no norm, no MLP: the logits are a linear function of the embeddings."""
-    model = random_model(ARCHITECTURES["attention_only"])
+    model = random_model(ARCHITECTURES["attention_only"], dtype=dtype)
     return eqx.tree_at(lambda m: (m.blocks.attn.W_Q, m.blocks.attn.b_Q), model, replace_fn=jnp.zeros_like)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("method", [AtP(), mj.IntegratedGradients(2), mj.IntegratedGradients(1, along="inputs"), mj.AtPStar()])
+@pytest.mark.parametrize(
+    "method", [AtP(), mj.IntegratedGradients(2), mj.IntegratedGradients(1, along="inputs"), mj.AtPStar()]
+)
 def test_exact_on_a_linear_model(method):
     model, base, source = linear_model(), batch("left"), batch("left", (IDS + 5) % 19)
-    for site, over in {"z": ("layer", "head"), "resid_pre": ("layer", "pos"), "v": ("layer", "pos", "head"), "embed": ("pos",)}.items():
+    for site, over in {
+        "z": ("layer", "head"),
+        "resid_pre": ("layer", "pos"),
+        "v": ("layer", "pos", "head"),
+        "embed": ("pos",),
+    }.items():
         if getattr(method, "along", None) == "gate" and site != "embed":
             continue  # all gates open together: a later layer's are moved by an earlier one's
         estimate = found_by(model, base, source, {site: over}, method)
@@ -126,12 +150,15 @@ def test_windows_of_layers_and_overlapping_roles_add_up():
     alone = found_by(model, base, source, {"mlp_out": ("layer",)})["term:m:mlp_out"][:, :, 0, 0]
     assert error(found, np.stack([alone.sum(axis=1), alone[:, 0]], axis=1)) < 1e-5
     with pytest.raises(ValueError, match="share no place"):
-        mj.attribute(model, clean=source, corrupted=base, metric=METRIC, sites={"mlp_out": grid}, method=mj.IntegratedGradients())
+        mj.attribute(
+            model, clean=source, corrupted=base, metric=METRIC, sites={"mlp_out": grid}, method=mj.IntegratedGradients()
+        )
 
 
 @pytest.mark.usefixtures("x64")
-@each_architecture
-@pytest.mark.parametrize("along", ["gate", "inputs"])
+@pytest.mark.parametrize(
+    "name, along", [*((name, "gate") for name in ARCHITECTURES), ("gpt2", "inputs"), ("llama_gqa", "inputs")]
+)
 def test_integrated_gradients_are_complete(name, along):
     model, base, source = base_and_source(name, "left")
     model = jax.tree.map(lambda x: 0.5 * x, model)  # smooth enough for a few points
@@ -139,19 +166,19 @@ def test_integrated_gradients_are_complete(name, along):
     sites = written if along == "gate" else ("embed",)
     whole = METRIC(mj.run(model, source).readout) - METRIC(mj.run(model, base).readout)
     gaps = []
-    for steps in (1, 4, 16):
+    for steps in (2, 12):
         found = found_by(model, base, source, sites, mj.IntegratedGradients(steps, along))
         total = sum(found[f"term:m:{s}"].reshape(3, -1).sum(axis=1) for s in sites)
         assert error(found["gap:m"] + 1.0, total - np.asarray(whole) + 1.0) < 1e-8  # what is told is what there is
         gaps.append(np.abs(found["gap:m"]).max())
     if name != "normless":  # relu has kinks
-        assert gaps[2] < 1e-3 * gaps[0] or gaps[2] < 1e-9, gaps
+        assert gaps[1] < 1e-3 * gaps[0] or gaps[1] < 1e-9, gaps
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_gap_falls_at_the_order_of_the_rule():
     """Gauss-Legendre with n points on a path of length e: an error of e^(2n + 1)."""
-    model, base, _ = base_and_source("llama_gqa", "none")
+    model = base_and_source("llama_gqa", "none")[0]
     towards = jnp.asarray(np.random.default_rng(1).normal(size=(9, 12)))
     gaps = {}
     for steps in (1, 2):
@@ -160,8 +187,249 @@ def test_the_gap_falls_at_the_order_of_the_rule():
             near = eqx.tree_at(lambda m: m.W_E, model, W_E)
             ids = np.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 1, 2, 3]])
             metric = mj.metrics.logit(0)
-            found = found_by(near, mj.Tokens(ids), mj.Tokens(ids + 9), ("embed",), mj.IntegratedGradients(steps, "inputs"), metric)
+            found = found_by(
+                near, mj.Tokens(ids), mj.Tokens(ids + 9), ("embed",), mj.IntegratedGradients(steps, "inputs"), metric
+            )
             gaps[steps, length] = np.abs(found["gap:m"])
     for steps in (1, 2):
         order = np.log2(gaps[steps, 0.02] / gaps[steps, 0.01])
         assert np.abs(np.median(order) - (2 * steps + 1)) < 0.5, (steps, order)
+
+
+def saturated(layer, n_kv_heads=4, positions="learned", dtype=jnp.float64):
+    """Two layers of attention alone, that of one nearly one-hot, that of the other nearly even."""
+    config = mj.Config(
+        n_layers=2, d_model=12, n_heads=4, n_kv_heads=n_kv_heads, d_vocab=19, n_ctx=16, d_head=4, d_mlp=0, mlp="none",
+        norm="none", attn_out_bias=False, positions=positions,
+    )  # fmt: skip
+    sharpness = jnp.full((2, 1, 1, 1), 0.2, dtype).at[layer].set(8.0)
+    projections = lambda model: (model.blocks.attn.W_Q, model.blocks.attn.W_K)
+    return eqx.tree_at(projections, random_model(config, dtype=dtype), replace_fn=lambda w: w * sharpness)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("over", [("layer", "pos", "head"), ("layer", "head")])
+@pytest.mark.parametrize("n_kv_heads, positions, padding", [(4, "learned", "none"), (2, "rotary", "left")])
+def test_atp_star_sees_through_saturated_attention(over, n_kv_heads, positions, padding):
+    base, source, sites = batch(padding), batch(padding, (IDS + 5) % 19), {"q": over, "k": over}
+    for layer in (0, 1):
+        model = saturated(layer, n_kv_heads, positions)
+        pattern = mj.run(model, base, capture=("pattern",)).acts["pattern"][layer]
+        assert float(jnp.mean(jnp.max(pattern, axis=-1))) > 0.7  # padding's queries have none
+        plain, star = (found_by(model, base, source, sites, method) for method in (AtP(), mj.AtPStar()))
+        for site in sites:
+            exact = mj.patch(model, clean=source, corrupted=base, site=site, over=over, metric=METRIC)[layer]
+            nodes, there = nodes_of(model, base, sites)[site], np.isfinite(exact.values)
+            effect = np.where(there, exact.values - exact.base.values, 0.0)
+            terms = [np.where(there, nodes.by_cell(f[f"term:m:{site}"], base)[layer], 0.0) for f in (plain, star)]
+            off = [np.abs(own - effect).sum() / np.abs(effect).sum() for own in terms]
+            # What follows the pattern of the last layer is linear: exact there, to patch's float32. Before, another layer is not.
+            assert off[1] < (1e-5 if layer == 1 else 0.5 * off[0]), (site, layer, off)
+            assert off[0] > 0.3, (site, layer, off)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("site, grad_of_stream", [("z", False), ("resid_pre", True)])
+def test_grad_drop_is_the_mean_magnitude_without_each_layer(site, grad_of_stream):
+    """Against a gradient taken with the layer's writes held at their values, which is what no gradient through them means."""
+    model, base, source = base_and_source("gpt2", "left")
+    found = found_by(model, base, source, (site,), mj.AtPStar())
+    acts = mj.run(model, base, capture=(site, "attn_out", "mlp_out")).acts
+    change = mj.run(model, source, capture=(site,)).acts[site] - acts[site]
+    total = 0.0
+    for layer in range(3):
+        held = {s: mj.Replace(acts[s], mj.Where(layer=layer)) for s in ("attn_out", "mlp_out")}
+
+        def metric(gate, held=held):
+            return jnp.sum(METRIC(mj.run(model, base, {site: mj.Add(gate * change), **held}).readout))
+
+        total += np.abs(jax.grad(metric)(jnp.zeros((*change.shape[:-1], 1))))
+    expected = np.moveaxis(total / (3 if grad_of_stream else 2), 1, 0)
+    columns = np.asarray(base.mask)
+    for i in range(3):
+        ours, theirs = (np.asarray(x)[i][:, columns[i]] for x in (found[f"unsigned:m:{site}"], expected))
+        assert error(ours, theirs) < 1e-10
+
+
+def test_saturated_attention_hides_from_gradients_and_their_error_but_not_from_a_sample():
+    """The documented case: estimate and curvature are honest, near zero, and wrong; the sample tells."""
+    model = saturated(0, dtype=jnp.float32)
+    base, source, sites = batch("none"), batch("none", (IDS + 5) % 19), {"q": ("layer", "pos", "head")}
+    both = {"clean": source, "corrupted": base, "metric": METRIC, "progress": False}
+    r = mj.attribute(model, sites=sites, probes=32, verify=6, sample=30, **both)
+    exact = mj.patch(model, site="q", over=sites["q"], **both)
+    whole = abs(float((r.source - r.base).mean()))
+    hidden = (abs((exact - exact.base).mean("batch")) > 0.05 * whole) & (
+        abs((r.q - r.base).mean("batch")) < 0.01 * whole
+    )
+    assert int(hidden.sum()) > 3  # missed by the estimate
+    assert float(abs(r["q.error"].mean("batch")).where(hidden).median()) < 0.05 * whole  # and by its curvature
+    missed = (abs((exact - exact.base).mean("batch")) >= 0.05 * whole) & (r["q.measured"] != 1)
+    assert r["q.measured"].attrs["missed_in_sample"] > 0
+    assert r["q.measured"].attrs["missed_at_most"] >= int(missed.sum())
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "sites", [{"z": ("layer", "head")}, {"attn_out": mj.grid(layer=[[0, 1], [2]], pos={"a": 0, "end": -1})}]
+)
+def test_curvature_is_the_exact_diagonal_within_its_own_error(sites):
+    model, base, source = base_and_source("llama_gqa", "left")
+    (site,) = sites
+    nodes = nodes_of(model, base, sites)[site]
+    acts = mj.run(model, source, capture=(site,)).acts[site]
+    cells = nodes.where(np.arange(nodes.size), base)
+
+    def metric(gate, where):  # one cell's own gate: the second derivative of its exact effect
+        return METRIC(mj.run(model, base, {site: mj.Mix(gate, acts, where)}).readout)
+
+    second = jax.jit(jax.vmap(jax.jacfwd(jax.jacfwd(metric)), in_axes=(None, 0)))(0.0, cells)
+    found = found_by(model, base, source, sites, probes=200)
+    half = nodes.by_cell(found[f"error:m:{site}"], base).reshape(nodes.size, -1)
+    se = nodes.by_cell(found[f"error_se:m:{site}"], base).reshape(nodes.size, -1)
+    off, sure = half - np.asarray(second) / 2, se == 0  # what is not read has no curvature, and no error
+    assert np.abs(off[sure]).max(initial=0) < 1e-12
+    z = off[~sure] / se[~sure]
+    assert np.abs(z).max() < 4.5 and 0.6 < np.sqrt(np.mean(z**2)) < 1.5, z
+
+
+def test_chunks_of_prompts_and_probes_do_not_change_what_is_found():
+    model, base, source = base_and_source("llama_gqa", "left", jnp.float32)
+    together, apart = (found_by(model, base, source, ("z", "mlp_out"), probes=4, prompts=n, seed=3) for n in (3, 2))
+    assert together.keys() == apart.keys()
+    for name in together:
+        assert error(apart[name], together[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("missed", [0, 1, 5, 40])
+def test_the_bound_holds_as_often_as_it_claims(missed):
+    rest, sample, rng = 300, 60, np.random.default_rng(missed)
+    seen = rng.hypergeometric(missed, rest - missed, sample, size=4000)
+    bound = {m: most_missed(rest, sample, m) for m in set(seen.tolist())}
+    held = np.mean([bound[m] >= missed for m in seen.tolist()])
+    assert held >= 0.95 - 3 * np.sqrt(0.95 * 0.05 / 4000)
+    assert max(bound.values()) < rest  # and it says something
+
+
+def test_verify_finds_planted_false_negatives_at_the_rate_of_its_bound():
+    """Cells whose estimate is planted to be nothing; the engine measures them, and the bound covers what is left."""
+    model, base, source = base_and_source("llama_gqa", "none", jnp.float32)
+    sites = {"z": ("layer", "pos", "head")}
+    both = {"clean": source, "corrupted": base, "metric": METRIC, "progress": False}
+    r, exact = mj.attribute(model, sites=sites, **both), mj.patch(model, site="z", over=sites["z"], **both)
+    whole = abs(float((r.source - r.base).mean()))
+    effect = (abs((exact - exact.base).mean("batch")) / whole).values.reshape(-1)
+    strong = np.flatnonzero(effect >= 0.05)
+    job = Job(model, base, source, {"logit_diff": METRIC}, nodes_of(model, base, sites), AtP(), 0, 0)
+    covered, found, expected = [], [], []
+    for seed in range(30):
+        planted = np.random.default_rng(seed).choice(strong, 12, replace=False)
+        blind = r.copy(deep=True)
+        flat = blind.z.values.reshape(-1, 3)
+        flat[planted] = blind.base.values
+        told = verified(job, blind, Verify(10, 20, 0.05, seed), None, False)
+        mark = told["z.measured"].values.reshape(-1)
+        missed = int((effect[mark != 1] >= 0.05).sum())
+        covered.append(told["z.measured"].attrs["missed_at_most"] >= missed)
+        found.append(int((mark[planted] == 2).sum()))
+        expected.append(12 * 20 / (len(effect) - 10))
+        there = told["z.exact"].notnull().values
+        assert error(told["z.exact"].values[there], exact.values[there]) < 1e-5
+        assert (
+            there.sum() == 30 * 3 and told["z.measured"].attrs["missed_in_sample"] == (effect[mark == 2] >= 0.05).sum()
+        )
+    assert np.mean(covered) >= 0.85  # of 30 at 95 %: fewer than 26 have a probability of 1 %
+    assert abs(np.mean(found) - np.mean(expected)) < 4 * np.std(found) / np.sqrt(30)
+
+
+def test_gradient_times_input_estimates_a_zero_ablation():
+    model, base, _ = base_and_source("gpt2", "left", jnp.float32)
+    linear = linear_model(jnp.float32)
+    for own, tolerance in ((linear, 1e-4), (model, None)):
+        r = mj.attribute(
+            own, clean=base, corrupted=None, sites={"z": ("layer", "head")}, metric=METRIC, verify=3, progress=False
+        )
+        exact = mj.ablate(own, base, site="z", over=("layer", "head"), metric=METRIC, progress=False)
+        assert "source" not in r.coords and r.direction == "noise"
+        if tolerance:
+            assert error(r.z, exact) < tolerance
+        measured = r["z.exact"].notnull()
+        assert int(measured.sum()) == 6 * 3  # three chosen and three at random
+        assert error(r["z.exact"].values[measured], exact.values[measured]) < 1e-4
+    acts = mj.run(model, base, capture=("z",)).acts["z"]
+    slope = jax.grad(lambda v: jnp.sum(METRIC(mj.run(model, base, {"z": mj.Add(v)}).readout)))(jnp.zeros_like(acts))
+    expected = -jnp.sum(jnp.where(base.mask[None, :, :, None, None], acts * slope, 0.0), axis=(2, 4))
+    assert error((r.z - r.base).values, np.moveaxis(np.asarray(expected), 1, 2)) < 1e-4
+
+
+def test_several_metrics_directions_and_a_file(tmp_path):
+    model, base, source = base_and_source("llama_gqa", "left", jnp.float32)
+    metrics = {"difference": METRIC, "log_prob": mj.metrics.log_prob([3, 5, 7])}
+    both = {"clean": source, "corrupted": base, "progress": False, "sites": ("z", "k", "pattern")}
+    for direction in ("denoise", "noise"):
+        several = mj.attribute(model, metric=metrics, direction=direction, verify=2, probes=2, **both)
+        assert several.z.dims == ("metric", "layer", "pos", "head", "batch")
+        assert several.k.dims == ("metric", "layer", "pos", "kv_head", "batch")
+        for name, metric in metrics.items():
+            alone = mj.attribute(model, metric=metric, direction=direction, **both)
+            exact = mj.patch(
+                model,
+                clean=source,
+                corrupted=base,
+                metric=metric,
+                direction=direction,
+                site="z",
+                over=("layer", "pos", "head"),
+                progress=False,
+            )
+            for site in ("z", "k", "pattern"):
+                own = several[site].sel(metric=name)
+                assert (own.notnull() == alone[site].notnull()).all()
+                assert error(own.fillna(0), alone[site].fillna(0)) < 1e-5
+            assert error(alone.base, exact.base) < 1e-5 and error(alone.source, exact.source) < 1e-5
+            there = several["z.exact"].sel(metric=name).notnull()
+            assert error(several["z.exact"].sel(metric=name).values[there], exact.values[there]) < 1e-5
+    mj.normalise(several.z)
+    several.to_netcdf(tmp_path / "r.nc", engine="scipy")
+
+
+def test_saved_estimates_go_on_where_they_were(tmp_path):
+    model, base, source = base_and_source("gpt2", "left", jnp.float32)
+    both = {"corrupted": base, "sites": ("z",), "metric": METRIC, "progress": False}
+    whole = mj.attribute(model, clean=source, **both).attrs["memory_estimate"]
+    both["memory"] = int(0.7 * whole)  # two prompts of three, or layers computed again
+    plain = mj.attribute(model, clean=source, **both)
+    assert plain.attrs["prompts_together"] < 3
+    mj.attribute(model, clean=source, save=tmp_path, **both)
+    (tmp_path / "chunk_000001.npz").unlink()
+    again = mj.attribute(model, clean=source, save=tmp_path, **both)
+    assert again.z.equals(plain.z)
+    with pytest.raises(ValueError, match="another prompts"):
+        mj.attribute(model, clean=batch("left", (IDS + 6) % 19), save=tmp_path, **both)
+
+
+def test_9_nothing_is_compiled_twice():
+    model, base, _ = base_and_source("llama_gqa", "left", jnp.float32)
+    grid = lambda pos: {"z": mj.grid(layer=range(3), pos={"a": pos, "end": -1}), "mlp_out": ("layer",)}
+
+    def call(pos, ids, answer):
+        other = mj.Tokens((np.asarray(ids) + 3) % 19, base.mask)
+        metric = mj.metrics.logit(answer)
+        mj.attribute(
+            model, clean=other, corrupted=mj.Tokens(ids, base.mask), sites=grid(pos), metric=metric, progress=False
+        )
+
+    call(0, np.asarray(base.ids), 3)
+    with compilations() as seen:
+        call(2, (np.asarray(base.ids) + 1) % 19, 5)
+    assert not seen, seen
+
+
+def test_bfloat16_parameters():
+    model, base, source = base_and_source("llama_gqa", "left", jnp.float32)
+    small = jax.tree.map(lambda x: 0.5 * x, model)
+    both = {"clean": source, "corrupted": base, "sites": ("z", "mlp_out"), "metric": METRIC, "progress": False}
+    exact = mj.attribute(small, **both)
+    half = mj.attribute(jax.tree.map(lambda x: x.astype(jnp.bfloat16), small), **both)
+    for site in ("z", "mlp_out"):  # products of 8 bits each, of some ten layers of sums
+        assert error((half[site] - half.base).fillna(0), (exact[site] - exact.base).fillna(0)) < 0.1

@@ -49,7 +49,8 @@ def one_key_changed(
     allowed = frame.allowed[:, None]
     some = jnp.any(allowed, axis=-1, keepdims=True)
     masked = jnp.where(allowed, scores, -jnp.inf)
-    largest = jnp.arange(scores.shape[-1]) == jnp.argmax(masked, axis=-1, keepdims=True)
+    keys = jnp.arange(scores.shape[-1]).reshape(1, 1, 1, -1)
+    largest = keys == jnp.argmax(masked, axis=-1, keepdims=True)
     without = jnp.where(largest, -jnp.inf, masked)
     total = lambda s: jax.nn.logsumexp(jnp.where(some, s, 0.0), axis=-1, keepdims=True)
     rest = 1 - jnp.where(largest, 0.0, pattern)

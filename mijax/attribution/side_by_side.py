@@ -197,7 +197,9 @@ class _Toward:
         # A query's own copy of the stream (q_input) meets this norm once more.
         again = lambda site, x: jnp.take(x, frame.columns, axis=1) if site.startswith("ln1.") else x
         acts = {run: {site: again(site, x) for site, x in own.items()} for run, own in self.acts.items()}
-        tap = _Toward(self.config, frame, _narrowed(self.gates, frame.columns), acts, self.path, self.layer)
+        gates = _narrowed({site: gate for site, gate in self.gates.items() if site != "k"}, frame.columns)
+        gates |= {"k": self.gates["k"]} if "k" in self.gates else {}  # through the pattern, every key's gate acts
+        tap = _Toward(self.config, frame, gates, acts, self.path, self.layer)
         tap.own = self.own
         return tap
 
