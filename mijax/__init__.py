@@ -3,6 +3,7 @@
 from mijax import metrics
 from mijax.attribution.atp_star import AtPStar
 from mijax.attribution.attribute import attribute
+from mijax.attribution.concepts import Gradients, concept, gradients
 from mijax.attribution.gradient import AtP
 from mijax.attribution.integrated import IntegratedGradients
 from mijax.cache import compilation_cache
@@ -38,6 +39,7 @@ __all__ = [
     "Config",
     "Edit",
     "Generated",
+    "Gradients",
     "Grid",
     "IntegratedGradients",
     "Interchange",
@@ -57,8 +59,10 @@ __all__ = [
     "attribute",
     "bootstrap",
     "compilation_cache",
+    "concept",
     "dose_response",
     "generate",
+    "gradients",
     "grid",
     "init",
     "knock_out",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import mijax as mj
+from mijax.attribution.concepts import logistic_probe
 from mijax.attribution.gradient import AtP
 from mijax.attribution.nodes import nodes_of
 from mijax.attribution.scores import Job, Plan, scored
@@ -433,3 +434,64 @@ def test_bfloat16_parameters():
     half = mj.attribute(jax.tree.map(lambda x: x.astype(jnp.bfloat16), small), **both)
     for site in ("z", "mlp_out"):  # products of 8 bits each, of some ten layers of sums
         assert error((half[site] - half.base).fillna(0), (exact[site] - exact.base).fillna(0)) < 0.1
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_concepts_directions_are_what_they_say():
+    model, positive, negative = base_and_source("normless", "left")
+    metric, pos = mj.metrics.logit_diff(3, 4), np.array([-1, 0, -2])
+    read = mj.metrics.Metric("logit_diff", metric.function, {**metric.arguments, "pos": jnp.asarray(pos)})
+    found = mj.concept(model, positive=positive, negative=negative, site="resid_post", metric=read, pos=pos)
+    # no norm: after the last layer the gradient is the difference of two columns of the unembedding
+    assert error(found.direction.sel(kind="gradient")[-1], model.W_E[3] - model.W_E[4]) < 1e-6
+    acts = [mj.run(model, t, capture=("resid_post",)).acts["resid_post"] for t in (positive, negative)]
+    columns = [np.flatnonzero(row)[p] for row, p in zip(np.asarray(positive.mask), pos)]
+    at = [np.asarray(a)[:, np.arange(3), columns] for a in acts]
+    assert error(found.direction.sel(kind="difference"), (at[0] - at[1]).mean(axis=1)) < 1e-6
+    for i, a in enumerate(found.kind.values):
+        for j, b in enumerate(found.kind.values):
+            u, v = (np.asarray(found.direction.sel(kind=k), np.float64) for k in (a, b))
+            expected = (u * v).sum(-1) / np.linalg.norm(u, axis=-1) / np.linalg.norm(v, axis=-1)
+            assert np.abs(found.cosine.values[i, j] - expected).max() < 1e-5
+    mine = np.ones((3, 12))
+    told = mj.concept(model, positive=positive, negative=negative, site="resid_post", metric=read, pos=pos, probe=mine)
+    assert error(told.direction.sel(kind="probe"), mine) < 1e-6
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("site", ["z", "post", "embed"])
+def test_gradients_of_any_site_by_finite_differences(site):
+    model, tokens, _ = base_and_source("llama_gqa", "left")
+    found = mj.gradients(model, tokens, METRIC, (site,))
+    rng = np.random.default_rng(0)
+    direction = jnp.asarray(rng.normal(size=found.grads[site].shape))
+    step = lambda h: METRIC(mj.run(model, tokens, {site: mj.Add(h * direction)}).readout)
+    axes = tuple(i for i, axis in enumerate(mj.SITES[site].axes) if axis != "batch")
+    slope, h = jnp.sum(found.grads[site] * direction, axis=axes), 1e-6
+    assert error((step(h) - step(-h)) / (2 * h), slope) < 1e-6
+    at, whole = mj.gradients(model, tokens, METRIC, (site,), pos=-1), np.asarray(found.grads[site])
+    last = [np.flatnonzero(row)[-1] for row in np.asarray(tokens.mask)]
+    i = mj.SITES[site].axes.index("pos")
+    own = np.stack(
+        [np.take(np.take(whole, b, axis=i - 1), last[b], axis=i - 1) for b in range(3)], axis=i - 1
+    )
+    assert error(np.squeeze(at.grads[site], i), own) < 1e-10
+    assert error(found.values, METRIC(mj.run(model, tokens).readout)) < 1e-10
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_probe_is_the_minimum_that_scipy_finds():
+    import scipy.optimize
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 6)) * 3 + 1, rng.integers(0, 2, 40).astype(float)
+    x[y == 1] += [2, 0, 0, 1, 0, 0]
+    centred = x - x.mean(0)
+    scale = np.sqrt((centred**2).mean())
+
+    def loss(w):
+        logits = centred / scale @ w[:-1] + w[-1]
+        return np.mean(np.logaddexp(0, logits) - y * logits) + 0.005 * np.sum(w[:-1] ** 2)
+
+    expected = scipy.optimize.minimize(loss, np.zeros(7), tol=1e-12).x[:-1] / scale
+    assert error(logistic_probe(jnp.asarray(x), jnp.asarray(y)), expected) < 1e-4

@@ -144,19 +144,19 @@ def _check(
                 f"integrated gradients along the gate take cells that share no place; those at {site!r} do"
             )
     for name, metric in metrics.items():
-        if not _has_gradient(model, base, metric):
-            raise TypeError(
-                f"metric {name!r} has no gradient: it does not change with small changes of the final stream (ranks and"
-                " accuracies count); attribute a logit, a probability or a divergence, and verify"
-            )
+        check_gradient(model, base, name, metric)
 
 
-def _has_gradient(model: Transformer, tokens: Tokens, metric: AnyMetric) -> bool:
-    """Whether any of eight random final streams gives any example's metric a gradient."""
+def check_gradient(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric) -> None:
+    """Raise `TypeError` where none of eight random final streams gives any example's metric a gradient."""
     shape, dtype = (*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype)
     streams = (jax.random.normal(jax.random.key(seed), shape, dtype) for seed in range(8))
     slope = lambda final: _slope(final, tokens, model.unembedding, model.b_U, metric)
-    return any(bool(np.asarray(slope(final)).any()) for final in streams)
+    if not any(bool(np.asarray(slope(final)).any()) for final in streams):
+        raise TypeError(
+            f"metric {name!r} has no gradient: it does not change with small changes of the final stream (ranks and"
+            " accuracies count); take a logit, a probability or a divergence"
+        )
 
 
 @eqx.filter_jit

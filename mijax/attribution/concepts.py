@@ -1,0 +1,194 @@
+"""A concept three ways: as a gradient, as a difference between counterfactuals, and as a probe's direction."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mijax._types import Array, ArrayLike, Float
+from mijax.attribution.attribute import check_gradient
+from mijax.interventions.edits import Add
+from mijax.interventions.where import Where
+from mijax.metrics import AnyMetric
+from mijax.model.numerics import accumulator
+from mijax.model.sites import site_of
+from mijax.model.tokens import Tokens, as_tokens, integers
+from mijax.model.transformer import Transformer
+from mijax.run import run
+from mijax.sweeps.measure import described, named, values_of
+from mijax.sweeps.patch import check_pair
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+KINDS = ("gradient", "difference", "probe")
+
+
+class Gradients(NamedTuple):
+    """A metric of each example, activations by site, and the metric's gradient with respect to them."""
+
+    values: Float[Array, " batch"]
+    acts: dict[str, Array]
+    grads: dict[str, Array]
+
+
+def gradients(
+    model: Transformer,
+    tokens: Tokens | ArrayLike,
+    metric: AnyMetric,
+    sites: tuple[str, ...],
+    pos: ArrayLike | None = None,
+) -> Gradients:
+    """The gradient of each example's metric with respect to every activation of some sites, beside the activations.
+
+    A pure function, as `mijax.run` is. With `pos` (one position, or one per example), only there: the position axis then has
+    size 1. Both arrays have the shapes that `run` captures.
+
+    >>> import mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> found = mj.gradients(model, [[1, 2, 3]], mj.metrics.logit(7), ("resid_post", "post"), pos=-1)
+    >>> found.grads["resid_post"].shape, found.grads["post"].shape
+    ((2, 1, 1, 8), (2, 1, 1, 32))
+    """
+    tokens = as_tokens(tokens)
+    where = Where() if pos is None else Where(pos=_column(pos))
+    capture = {site: None if pos is None else where for site in sites}
+    dtype, zeros = accumulator(model.W_E.dtype), {}
+    for site in sites:
+        found = site_of(site, model.config)
+        if pos is not None and "pos" not in found.axes:
+            raise ValueError(f"site {site!r} has no positions of its own, only {', '.join(found.axes)}")
+        shape = zip(found.axes, found.shape(model.config, tokens))
+        zeros[site] = jnp.zeros([1 if axis == "pos" and pos is not None else n for axis, n in shape], dtype)
+
+    def measured(added: dict[str, Array]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+        out = run(model, tokens, {site: Add(v, where) for site, v in added.items()}, capture=capture)
+        values = values_of({"": metric}, out.readout)[""]
+        return jnp.sum(values), (values, out.acts)
+
+    grads, (values, acts) = jax.grad(measured, has_aux=True)(zeros)
+    return Gradients(values, acts, grads)
+
+
+def concept(
+    model: Transformer,
+    *,
+    positive: Tokens | ArrayLike,
+    negative: Tokens | ArrayLike,
+    site: str,
+    metric: AnyMetric,
+    pos: ArrayLike = -1,
+    probe: ArrayLike | None = None,
+) -> "xr.Dataset":
+    """Compare a concept's three directions at a site of vectors, layer by layer: do they agree?
+
+    `positive` and `negative` are pairs of prompts with and without the concept, `metric` says how much of it the model
+    expresses (the logit of its word, say). At `pos` of every prompt: the mean `gradient` of the metric over all prompts;
+    the mean `difference` of activations between the pairs; and the direction of a `probe` that tells
+    positive from negative (logistic regression with a small L2 penalty; or yours, of shape [*layer, *head, unit]).
+
+    Gives `direction` [kind, *layer, *head, unit] and `cosine` [kind, other, *layer, *head] between the kinds. A gradient says
+    what the model would do, a difference and a probe what is there to be seen: a probe can find what nothing uses.
+
+    Raises `ValueError` where the batches differ in shape or padding, or the site has no vectors; `TypeError` for a
+    metric without gradient.
+
+    >>> import mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> found = mj.concept(model, positive=[[1, 2, 3]], negative=[[1, 4, 3]], site="resid_post", metric=mj.metrics.logit(7))
+    >>> dict(found.cosine.sizes)
+    {'kind': 3, 'other': 3, 'layer': 2}
+    """
+    import xarray as xr
+
+    positive, negative = as_tokens(positive), as_tokens(negative)
+    check_pair(positive, negative)
+    found = site_of(site, model.config)
+    if found.inner_axes[-1] not in ("d_model", "d_head", "d_mlp") or "pos" not in found.axes:
+        raise ValueError(
+            f"a concept has a direction at a site of vectors; {site!r} has the axes {', '.join(found.axes)}"
+        )
+    for name, own in named(metric).items():
+        check_gradient(model, positive, name, own)
+    yes, no = (_found(model, tokens, metric, site, pos) for tokens in (positive, negative))
+    axis = found.axes.index("batch")
+    acts, grads = ([np.moveaxis(np.asarray(getattr(own, of)[site]), axis, 0).squeeze(axis + 1) for own in (yes, no)]
+                   for of in ("acts", "grads"))  # fmt: skip
+    gradient, difference = np.concatenate(grads).mean(axis=0), (acts[0] - acts[1]).mean(axis=0)
+    direction = _probes(acts) if probe is None else np.asarray(probe, gradient.dtype)
+    if direction.shape != gradient.shape:
+        raise ValueError(f"the probe's direction has shape {direction.shape}, expected {gradient.shape}")
+    together = np.stack([gradient, difference, direction]).astype(np.float32)
+    unit = together / np.maximum(np.linalg.norm(together, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    dims = [("unit" if a in ("d_model", "d_head", "d_mlp") else a) for a in found.axes if a not in ("batch", "pos")]
+    coords = {"kind": list(KINDS), **{dim: np.arange(n) for dim, n in zip(dims, gradient.shape)}}
+    cosine = np.einsum("i...u,j...u->ij...", unit, unit)
+    told = {"site": site, "metric": next(iter(named(metric))), "prompts": 2 * len(positive.ids), **described(model)}
+    between = xr.DataArray(
+        cosine,
+        {**{d: c for d, c in coords.items() if d != "unit"}, "other": list(KINDS)},
+        ("kind", "other", *dims[:-1]),
+    )
+    return xr.Dataset({"direction": xr.DataArray(together, coords, ("kind", *dims)), "cosine": between}, attrs=told)
+
+
+@eqx.filter_jit
+def _found(model: Transformer, tokens: Tokens, metric: AnyMetric, site: str, pos: ArrayLike) -> Gradients:
+    return gradients(model, tokens, metric, (site,), pos)
+
+
+def _column(pos: Any) -> Any:
+    """As `Where` takes it: one position, or one for each example in a list of its own."""
+    pos = integers(pos, "pos")
+    return pos if pos.ndim == 0 else pos[:, None]
+
+
+def _probes(acts: list[np.ndarray]) -> np.ndarray:
+    """A probe of each layer (and head)."""
+    x, y = np.concatenate(acts), np.repeat([1.0, 0.0], [len(a) for a in acts])
+    inner = x.shape[1:]
+    each = np.moveaxis(x.reshape(len(x), -1, inner[-1]), 1, 0)
+    return np.asarray(_fitted(jnp.asarray(each), jnp.asarray(y, each.dtype))).reshape(inner)
+
+
+@jax.jit
+def _fitted(x: Float[Array, "place example unit"], y: Float[Array, " example"]) -> Float[Array, "place unit"]:
+    return jax.lax.map(lambda own: logistic_probe(own, y), x)
+
+
+def logistic_probe(
+    x: Float[Array, "example unit"], y: Float[Array, " example"], penalty: float = 1e-2, steps: int = 100
+) -> Float[Array, " unit"]:
+    """The direction of logistic regression of `y` in {0, 1} on `x`, by L-BFGS.
+
+    Minimises the mean loss in nats plus `penalty` / 2 times the squared weights of inputs scaled to a mean square of 1; what separates
+    the classes is otherwise infinite.
+
+    >>> x = jnp.array([[1.0, 0.5], [2.0, -0.5], [-1.0, 0.5], [-2.0, -0.5]])
+    >>> w = logistic_probe(x, jnp.array([1.0, 1.0, 0.0, 0.0]))
+    >>> bool(w[0] > 10 * abs(w[1]))
+    True
+    """
+    centred = x - jnp.mean(x, axis=0, keepdims=True)
+    scale = jnp.sqrt(jnp.mean(centred**2))
+    scaled = centred / scale
+
+    def loss(w: Array) -> Array:
+        logits = scaled @ w[:-1] + w[-1]
+        return jnp.mean(jax.nn.softplus(logits) - y * logits) + 0.5 * penalty * jnp.sum(w[:-1] ** 2)
+
+    solver, w = optax.lbfgs(), jnp.zeros(x.shape[1] + 1, x.dtype)
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry, _):
+        w, state = carry
+        value, grad = value_and_grad(w, state=state)
+        updates, state = solver.update(grad, state, w, value=value, grad=grad, value_fn=loss)
+        return (optax.apply_updates(w, updates), state), None
+
+    with jax.numpy_dtype_promotion("standard"):  # optax's line search counts in mixed integers
+        (w, _), _ = jax.lax.scan(step, (w, solver.init(w)), None, length=steps)
+    return w[:-1] / scale
