@@ -21,7 +21,7 @@ import xarray as xr
 import mijax as mj
 from experiments import record
 from experiments.facts import FACTS, Fact, Facts, make
-from mijax.plots import save_heatmaps, save_page
+from mijax.plots import save_heatmaps
 from mijax.sweeps.trace import Severed
 
 KINDS = {"hidden state": "resid_post", "MLPs": "mlp_out", "attention": "attn_out"}
@@ -32,11 +32,9 @@ SEVERED: dict[str, Severed] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(record.Study):
     """Causal tracing of facts."""
 
-    model: str = "smollm2-135m-instruct"
-    """A name, a Hugging Face hub id, or a local path, as mijax.load takes it."""
     facts: int = 12
     """How many facts to average over (of 72, relations in turn)."""
     single: int = 2
@@ -51,17 +49,12 @@ class Settings:
     """Draws the noise."""
     out: Path = Path("results/causal_tracing")
     """Where figures, data and the record go."""
-    memory: int | None = None
-    """Bytes that one chunk of cells may take; by default chosen for the device."""
 
 
 def main(settings: Settings) -> xr.Dataset:
     """Run the study, print what it finds, and write it all under `settings.out`."""
     started = time.perf_counter()
-    mj.compilation_cache()
-    model, tokenizer = mj.load(settings.model)
-    if tokenizer is None:
-        raise SystemExit(f"{settings.model} comes without a tokenizer, which this study needs")
+    model, tokenizer = record.load(settings.model)
     chosen = known(model, tokenizer, settings.facts)
     facts = make(tokenizer, chosen)
     results = averaged(model, facts, settings)
@@ -76,7 +69,9 @@ def main(settings: Settings) -> xr.Dataset:
         record.save(settings.out / f"fact_{i}_tokens", settings, one)
     seconds = time.perf_counter() - started
     record.save(settings.out, settings, results, facts=results.fact.values.tolist(), seconds=seconds)
-    print(f"\nwrote {settings.out}/: causal_tracing.png, .html, fact_*.png, results.nc, record.json ({seconds:.0f} s)")
+    print(
+        f"\nwrote {settings.out}/: causal_tracing.png and .html, fact_*.png, results.nc, record.json ({seconds:.0f} s)"
+    )
     return results
 
 
@@ -155,8 +150,8 @@ def draw_average(results: xr.Dataset, settings: Settings) -> None:
         "severed": {"hidden state": panel("hidden state"), **{kind.split(", ")[1]: panel(kind) for kind in SEVERED}},
     }
     title = f"{settings.model}: average indirect effect on p(answer), {results.sizes['batch']} facts, {settings.draws} draws of noise"
-    save_heatmaps(panels, settings.out / "causal_tracing.png", title=title, label="average indirect effect")
-    save_page(panels, settings.out / "causal_tracing.html", title=title, label="average indirect effect")
+    files = (settings.out / f"causal_tracing.{kind}" for kind in ("png", "html"))
+    save_heatmaps(panels, *files, title=title, label="average indirect effect")
 
 
 def draw_fact(fact: xr.Dataset, settings: Settings, path: Path) -> None:

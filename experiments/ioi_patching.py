@@ -22,7 +22,7 @@ import xarray as xr
 import mijax as mj
 from experiments import record
 from experiments.ioi_prompts import IOI, Counterfactual, make
-from mijax.plots import save_heatmaps, save_page
+from mijax.plots import save_heatmaps
 from mijax.sweeps.patch import Direction
 
 COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
@@ -33,11 +33,9 @@ DIRECTIONS: dict[Direction, str] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(record.Study):
     """Activation patching of indirect object identification."""
 
-    model: str = "smollm2-135m-instruct"
-    """A name, a Hugging Face hub id, or a local path, as mijax.load takes it."""
     prompts: int = 64
     """How many prompts; a multiple of 4."""
     counterfactual: Counterfactual = "flip"
@@ -54,8 +52,6 @@ class Settings:
     """How many heads to print."""
     out: Path = Path("results/ioi_patching")
     """Where figures, data and the record go."""
-    memory: int | None = None
-    """Bytes that one chunk of cells may take; by default chosen for the device."""
     save: Path | None = None
     """A folder to save finished chunks in: the same command then goes on after a crash."""
 
@@ -63,10 +59,7 @@ class Settings:
 def main(settings: Settings) -> xr.Dataset:
     """Run the study, print what it finds, and write it all under `settings.out`."""
     started = time.perf_counter()
-    mj.compilation_cache()
-    model, tokenizer = mj.load(settings.model)
-    if tokenizer is None:
-        raise SystemExit(f"{settings.model} comes without a tokenizer, which this study needs")
+    model, tokenizer = record.load(settings.model)
     loaded = time.perf_counter()
     ioi = make(tokenizer, settings.prompts, counterfactual=settings.counterfactual, seed=settings.seed)
     behaviour = baseline(model, ioi)
@@ -131,8 +124,6 @@ def study(model: mj.Transformer, ioi: IOI, settings: Settings) -> xr.Dataset:
         found[name] = xr.concat(
             patched, xr.Variable("direction", list(DIRECTIONS)), combine_attrs="drop_conflicts", join="exact"
         )
-        if site in ("k", "v"):
-            found[name] = found[name].rename(head="kv_head")
     told = ("sites", "memory_estimate", "memory_peak")
     results = xr.Dataset(found, attrs={k: v for k, v in found["z"].attrs.items() if k not in told})
     return results.assign_coords(prompt=("batch", ioi.texts))
@@ -140,12 +131,12 @@ def study(model: mj.Transformer, ioi: IOI, settings: Settings) -> xr.Dataset:
 
 def grids(model: mj.Transformer, ioi: IOI, settings: Settings) -> dict[str, tuple[str, Any]]:
     """What is patched, by the name of the result: a site, and a grid over it."""
-    c, heads = model.config, ("layer", "head")
+    c, heads, kv_heads = model.config, ("layer", "head"), ("layer", "kv_head")
     roles = mj.grid(layer=range(c.n_layers), pos=ioi.roles)
     places = ("layer", "pos") if settings.positions else roles
     wanted: dict[str, tuple[str, Any]] = {site: (site, places) for site in COMPONENTS} | {"z": ("z", heads)}
     if settings.projections:
-        wanted |= {site: (site, heads) for site in ("q", "k", "v", "pattern")}
+        wanted |= {"q": ("q", heads), "k": ("k", kv_heads), "v": ("v", kv_heads), "pattern": ("pattern", heads)}
     if settings.heads_by_position:
         by_role = mj.grid(layer=range(c.n_layers), pos=ioi.roles, head=range(c.n_heads))
         wanted["z_by_position"] = ("z", ("layer", "pos", "head") if settings.positions else by_role)
@@ -182,8 +173,7 @@ def write(settings: Settings, results: xr.Dataset, effects: dict, told: dict) ->
     out = settings.out
     title = f"{settings.model}: patching indirect object identification ({len(results.batch)} prompts, {settings.counterfactual})"
     panels = {DIRECTIONS[d]: {s: _strongest_head(e) for s, e in own.items()} for d, own in effects.items()}
-    save_heatmaps(panels, out / "ioi_patching.png", title=title, limit=1.0)
-    save_page(panels, out / "ioi_patching.html", title=title, limit=1.0)
+    save_heatmaps(panels, out / "ioi_patching.png", out / "ioi_patching.html", title=title, limit=1.0)
     record.save(out, settings, results, **told)
 
 

@@ -20,34 +20,27 @@ import xarray as xr
 import mijax as mj
 from experiments import record
 from experiments.pronoun_prompts import FEMALE, TEMPLATES, Pronouns, make
-from mijax.plots import save_heatmaps, save_page
+from mijax.plots import save_heatmaps
 
 EFFECTS = ("indirect", "direct")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(record.Study):
     """Direct and indirect effects of a profession's gender on the pronoun."""
 
-    model: str = "smollm2-135m-instruct"
-    """A name, a Hugging Face hub id, or a local path, as mijax.load takes it."""
     templates: int = 2
     """How many templates (of six), each with all professions."""
     top: int = 8
     """How many heads to print."""
     out: Path = Path("results/pronouns")
     """Where figures, data and the record go."""
-    memory: int | None = None
-    """Bytes that one chunk of cells may take; by default chosen for the device."""
 
 
 def main(settings: Settings) -> xr.Dataset:
     """Run the study, print what it finds, and write it all under `settings.out`."""
     started = time.perf_counter()
-    mj.compilation_cache()
-    model, tokenizer = mj.load(settings.model)
-    if tokenizer is None:
-        raise SystemExit(f"{settings.model} comes without a tokenizer, which this study needs")
+    model, tokenizer = record.load(settings.model)
     pronouns = make(tokenizer, templates=TEMPLATES[: settings.templates])
     results = study(model, pronouns, settings.memory)
     told = table(results, settings.top)
@@ -110,8 +103,8 @@ def draw(results: xr.Dataset, settings: Settings) -> None:
         share = lambda name, own=own: own[name].mean("batch") / own.total.mean("batch")
         panels[f"stereotypically {kind}"] = {s: share(f"{s}.indirect") for s in ("z", "attn_out", "mlp_out")}
     title = f"{settings.model}: indirect effects as parts of the total"
-    save_heatmaps(panels, settings.out / "pronouns.png", title=title, label="indirect / total effect")
-    save_page(panels, settings.out / "pronouns.html", title=title, label="indirect / total effect")
+    files = (settings.out / f"pronouns.{kind}" for kind in ("png", "html"))
+    save_heatmaps(panels, *files, title=title, label="indirect / total effect")
 
 
 if __name__ == "__main__":

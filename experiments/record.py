@@ -1,4 +1,4 @@
-"""What every study leaves behind: labelled data, and a record of what was done with what."""
+"""What studies share: the model that they begin with, and the data and the record that they leave behind."""
 
 import dataclasses
 import json
@@ -8,7 +8,27 @@ from typing import Any
 
 import xarray as xr
 
+import mijax as mj
 from mijax.files import atomic
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What can be set for every study that patches a model."""
+
+    model: str = "smollm2-135m-instruct"
+    """A name, a Hugging Face hub id, or a local path, as mijax.load takes it."""
+    memory: int | None = None
+    """Bytes that one chunk of cells may take; by default chosen for the device."""
+
+
+def load(name: str) -> tuple[mj.Transformer, mj.Tokenizer]:
+    """A model with its tokenizer, compiled programs being kept from now on."""
+    mj.compilation_cache()
+    model, tokenizer = mj.load(name)
+    if tokenizer is None:
+        raise SystemExit(f"{name} comes without a tokenizer, which this study needs")
+    return model, tokenizer
 
 
 def save(out: Path, settings: Any, results: xr.Dataset, **told: Any) -> None:

@@ -21,6 +21,7 @@ import tyro
 import xarray as xr
 
 import mijax as mj
+from experiments import record
 from mijax.files import atomic
 
 POSITIVE = (
@@ -133,9 +134,7 @@ def study(model: mj.Transformer, tokenizer: mj.Tokenizer, settings: Settings) ->
 def main(settings: Settings) -> xr.Dataset:
     """Run the study, print samples, and write figure, data and samples under `settings.out`."""
     mj.compilation_cache()
-    model, tokenizer = mj.load(settings.model)
-    if tokenizer is None:
-        raise SystemExit(f"{settings.model} comes without a tokenizer, which this study needs")
+    model, tokenizer = record.load(settings.model)
     if not 0 <= settings.layer < model.config.n_layers:
         raise SystemExit(f"--layer {settings.layer}: the model has layers 0 to {model.config.n_layers - 1}")
     results = study(model, tokenizer, settings)

@@ -472,9 +472,7 @@ def test_gradients_of_any_site_by_finite_differences(site):
     at, whole = mj.gradients(model, tokens, METRIC, (site,), pos=-1), np.asarray(found.grads[site])
     last = [np.flatnonzero(row)[-1] for row in np.asarray(tokens.mask)]
     i = mj.SITES[site].axes.index("pos")
-    own = np.stack(
-        [np.take(np.take(whole, b, axis=i - 1), last[b], axis=i - 1) for b in range(3)], axis=i - 1
-    )
+    own = np.stack([np.take(np.take(whole, b, axis=i - 1), last[b], axis=i - 1) for b in range(3)], axis=i - 1)
     assert error(np.squeeze(at.grads[site], i), own) < 1e-10
     assert error(found.values, METRIC(mj.run(model, tokens).readout)) < 1e-10
 

@@ -16,7 +16,7 @@ import xarray as xr
 
 import mijax as mj
 from experiments import causal_tracing, facts, ioi_patching, ioi_prompts, pronouns, steering, train_tiny
-from mijax.plots import save_heatmaps, save_page
+from mijax.plots import save_heatmaps
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +160,7 @@ def test_an_interrupted_figure_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="format"):
         save_heatmaps(bad, tmp_path / "figure.nonsense")
     assert list(tmp_path.iterdir()) == []
-    save_page(bad, tmp_path / "page.html")
+    save_heatmaps(bad, tmp_path / "page.html")
     assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
@@ -244,6 +244,7 @@ FLOORS = (
     "metrics",
     "generate",
     "sweeps",
+    "attribution",
     "plots",
     "__init__",
 )

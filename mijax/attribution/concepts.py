@@ -6,7 +6,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from mijax._types import Array, ArrayLike, Float
 from mijax.attribution.attribute import check_gradient
@@ -172,6 +171,8 @@ def logistic_probe(
     >>> bool(w[0] > 10 * abs(w[1]))
     True
     """
+    import optax
+
     centred = x - jnp.mean(x, axis=0, keepdims=True)
     scale = jnp.sqrt(jnp.mean(centred**2))
     scaled = centred / scale

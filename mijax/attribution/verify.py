@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 
 from mijax._types import Float, Int
 from mijax.attribution.nodes import Nodes
@@ -58,6 +57,8 @@ def most_missed(rest: int, sample: int, missed: int, confidence: float = CONFIDE
     >>> most_missed(1000, 0, 0), most_missed(1000, 100, 0), most_missed(1000, 1000, 3)
     (1000, 28, 3)
     """
+    import scipy.stats
+
     low, high = missed, rest - (sample - missed)  # what the sample itself tells
     while low < high:
         middle = (low + high + 1) // 2

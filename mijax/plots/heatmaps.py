@@ -19,21 +19,26 @@ _BLUE_WHITE_RED = "RdBu"
 
 def save_heatmaps(
     panels: Panels,
-    path: str | os.PathLike,
-    *,
+    *paths: str | os.PathLike,
     title: str = "",
     limit: float | None = None,
     label: str = "normalised effect",
 ) -> None:
-    """Draw rows of heat maps on one colour scale, symmetric about zero, to an image file.
+    """Draw rows of heat maps on one colour scale, symmetric about zero, to files: images, or `.html`.
 
-    The first dimension of each panel runs upwards, the second to the right. `limit` is the value of the
-    strongest colour, by default the largest magnitude; `label` says what the colours are.
+    A page shows values on hovering and needs no network. The first dimension of each panel runs upwards, the second to the
+    right. `limit` is the value of the strongest colour, by default the largest magnitude; `label` says what the colours are.
     """
+    limit = _limit(panels, limit)
+    for path in paths:
+        draw = _page if str(path).endswith(".html") else _image
+        draw(panels, path, title, limit, label)
+
+
+def _image(panels: Panels, path: str | os.PathLike, title: str, limit: float, label: str) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    limit = _limit(panels, limit)
     n_columns = max(len(row) for row in panels.values())
     figure = Figure(figsize=(3.1 * n_columns + 1.2, 3.9 * len(panels) + 0.6), layout="constrained")
     axes = figure.subplots(len(panels), n_columns, squeeze=False)
@@ -69,19 +74,10 @@ def save_heatmaps(
         figure.savefig(scratch, dpi=120)
 
 
-def save_page(
-    panels: Panels,
-    path: str | os.PathLike,
-    *,
-    title: str = "",
-    limit: float | None = None,
-    label: str = "normalised effect",
-) -> None:
-    """Write the same heat maps as one HTML page, with values on hovering, that needs no network."""
+def _page(panels: Panels, path: str | os.PathLike, title: str, limit: float, label: str) -> None:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    limit = _limit(panels, limit)
     n_columns = max(len(row) for row in panels.values())
     titles = [f"{row}: {name}" for row, own in panels.items() for name in own]
     figure = make_subplots(
