@@ -15,8 +15,13 @@ MODEL = mj.init(ARCHITECTURES["llama_gqa"], jax.random.key(0))
 PLAIN = mj.init(ARCHITECTURES["attention_only"], jax.random.key(0))
 TOKENS = batch("left")
 METRIC = mj.metrics.logit(3)
+OTHER = batch("left", (IDS + 5) % 19)
+SINGLE = mj.init(mj.Config(n_layers=1, d_model=12, n_heads=4, d_vocab=19, n_ctx=16), jax.random.key(0))
 pytestmark = pytest.mark.usefixtures("as_a_user")
 edit = lambda site, edit, model=MODEL: mj.run(model, TOKENS, {site: edit})
+attribute = lambda model=MODEL, **given: mj.attribute(
+    model, **{"clean": OTHER, "corrupted": TOKENS, "sites": ("z",), "metric": METRIC, **given}
+)
 replace = lambda site, value=0.0, **where: edit(site, mj.Replace(value, mj.Where(**where)))
 patch = lambda **kw: mj.patch(
     MODEL, **({"clean": TOKENS, "corrupted": TOKENS, "site": "z", "over": ("head",), "metric": METRIC} | kw)
@@ -126,6 +131,27 @@ FAULTS = {
     "nothing to normalise": (lambda: mj.normalise(patch(progress=False)), ValueError, "they coincide"),
     "no source to normalise by": (lambda: mj.normalise(xr.DataArray([[1.0]], {"base": ("batch", [0.0])}, ("layer", "batch"))), ValueError, "no coordinate 'source'"),
     "bootstrap of one prompt": (lambda: mj.bootstrap(xr.DataArray([[1.0]], {"base": ("batch", [0.0]), "source": ("batch", [1.0])}, ("layer", "batch"))), ValueError, "needs at least two, given 1"),
+    "attribution of a rank": (lambda: attribute(metric=mj.metrics.rank(3)), TypeError, "metric 'rank' has no gradient: .*ranks and accuracies count"),
+    "attribution of an accuracy": (lambda: attribute(metric={"a": METRIC, "b": mj.metrics.accuracy(3)}), TypeError, "metric 'b' has no gradient"),
+    "attribution of a metric out of range": (lambda: attribute(metric=mj.metrics.logit(3, pos=4)), ValueError, "metric 'logit' is nan on the base run of example 1"),
+    "attribution at a number": (lambda: attribute(sites=(3,)), ValueError, "unknown site 3"),
+    "attribution at one name": (lambda: attribute(sites="z"), ValueError, "sites must be some names of sites"),
+    "attribution over an unknown axis": (lambda: attribute(sites={"z": ("neuron",)}), ValueError, "over must name axes of site 'z'"),
+    "attribution out of range": (lambda: attribute(sites={"z": mj.grid(layer=range(4))}), ValueError, "layer=3 is out of range"),
+    "attribution of different grids": (lambda: attribute(sites={"z": mj.grid(layer=[0]), "mlp_out": mj.grid(layer=[1])}), ValueError, "different grids of one axis must be asked for apart"),
+    "attribution of other padding": (lambda: attribute(clean=batch("right", (IDS + 5) % 19)), ValueError, "padded alike"),
+    "nothing to attribute": (lambda: attribute(clean=batch("left", np.where(np.arange(3)[:, None] == 1, IDS, (IDS + 5) % 19))), ValueError, "the same prompt in example 1: nothing to attribute"),
+    "more to verify than there is": (lambda: attribute(sites={"z": ("layer",)}, verify=4), ValueError, "verify must be from 0 to the 3 cells of site 'z', given 4"),
+    "verified baselines that coincide": (lambda: attribute(clean=batch("left", np.where(np.arange(6) == 3, 11, IDS)), metric=mj.metrics.logit(3, pos=0), verify=1, progress=False), ValueError, "they coincide"),
+    "one probe": (lambda: attribute(probes=1), ValueError, "at least two probes, given probes=1"),
+    "no memory for a prompt": (lambda: attribute(memory=1000), ValueError, "one prompt take.* about .* bytes, memory=1,000 allows none"),
+    "gradients along nothing": (lambda: mj.IntegratedGradients(along="depth"), ValueError, "along 'gate' or 'inputs'"),
+    "gradients along the inputs to nothing": (lambda: attribute(corrupted=None, method=mj.IntegratedGradients(along="inputs")), ValueError, "need corrupted prompts"),
+    "gradients dropped in one layer": (lambda: attribute(model=SINGLE, method=mj.AtPStar()), ValueError, "at least two layers"),
+    "a concept without a direction": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="pattern", metric=METRIC), ValueError, "a site of vectors; 'pattern' has the axes"),
+    "a concept that counts": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="z", metric=mj.metrics.rank(3)), TypeError, "no gradient"),
+    "a probe of another shape": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="resid_post", metric=METRIC, probe=np.ones(12)), ValueError, r"shape \(12,\), expected \(3, 12\)"),
+    "gradients at a position of scores": (lambda: mj.gradients(MODEL, TOKENS, METRIC, ("pattern",), pos=0), ValueError, "'pattern' has no positions of its own"),
     "config that does not fit": (lambda: mj.Config(n_layers=-1, d_model=8, n_heads=2, n_kv_heads=3, d_vocab=0, n_ctx=4, norm="batch"), ValueError, "d_vocab=0 must be positive; n_layers=-1 must not be negative; n_heads=2 is not a multiple of n_kv_heads=3; norm='batch' is none of 'layer', 'rms', 'none'"),
     "odd rotary dimensions": (lambda: mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=3, n_ctx=4, positions="rotary", rotary_dim=3), ValueError, "rotary_dim=3 must be even and at most d_head=4"),
 }  # fmt: skip

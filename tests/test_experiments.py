@@ -15,7 +15,17 @@ import tokenizers
 import xarray as xr
 
 import mijax as mj
-from experiments import causal_tracing, facts, ioi_patching, ioi_prompts, pronouns, steering, train_tiny
+from experiments import (
+    attribution_vs_patching,
+    capitals,
+    causal_tracing,
+    facts,
+    ioi_patching,
+    ioi_prompts,
+    pronouns,
+    steering,
+    train_tiny,
+)
 from mijax.plots import save_heatmaps
 
 
@@ -127,6 +137,34 @@ def test_causal_tracing_writes_what_it_measures(tmp_path, monkeypatch, capsys):
     severed = results.indirect.sel(kind="hidden state, later MLPs severed", layer=1)
     assert np.allclose(severed, results.indirect.sel(kind="hidden state", layer=1), atol=1e-6)  # nothing is later
     assert "largest average indirect effect" in capsys.readouterr().out
+
+
+def test_attribution_vs_patching_writes_what_it_measures(tmp_path, monkeypatch, capsys):
+    """One vocabulary for both tasks; the model's own answers stand in for the capitals."""
+    countries = list(capitals.CAPITALS)[:8]
+    texts = [capitals.TEMPLATE.format(country) for country in countries]
+    words = [t.format(A="", B="", S="", place="", thing="") for t in ioi_prompts.TEMPLATES]
+    model, tokenizer = word_tokenizer([*texts, *words, *ioi_prompts.NAMES, *ioi_prompts.PLACES, *ioi_prompts.THINGS])
+    ids = [int(mj.run(model, tokenizer([text])).logits[0, -1].argmax()) for text in texts]
+    monkeypatch.setattr(capitals, "CAPITALS", {c: tokenizer.decode([i]) for c, i in zip(countries, ids)})
+    monkeypatch.setattr(mj, "load", lambda source: (model, tokenizer))
+    settings = attribution_vs_patching.Settings(prompts=8, probes=2, out=tmp_path / "out")
+    results = attribution_vs_patching.main(settings)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "attribution_vs_patching.png",
+        "record.json",
+        "results.nc",
+    ]
+    xr.testing.assert_identical(xr.load_dataset(tmp_path / "out/results.nc", engine="scipy"), results)
+    assert abs(float(results["capital cities.resid_pre.exact"].sel(layer=0, pos="country")) - 1) < 1e-4
+    record = json.loads((tmp_path / "out/record.json").read_text())
+    told = record["tasks"]["indirect objects"]["fit"]["z"]["AtP"]
+    exact, estimate = (results[f"indirect objects.z.{which}"].values.ravel() for which in ("exact", "AtP"))
+    assert abs(told["r"] - np.corrcoef(exact, estimate)[0, 1]) < 1e-6
+    assert abs(told["slope"] - np.polyfit(exact, estimate, 1)[0]) < 1e-6
+    assert "residual stream: r" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="knows 8 of the 8 capitals"):
+        capitals.make(model, tokenizer, 9)
 
 
 def test_pronouns_writes_what_it_measures(tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check
-from mijax.sweeps.measure import Metrics, described, named, values_of
+from mijax.sweeps.measure import Metrics, checked, described, named, values_of
 from mijax.sweeps.patch import Direction, check_pair
 from mijax.sweeps.places import positions_told
 
@@ -95,6 +95,8 @@ def attribute(
     order = plan(job, chunks.default_memory() if memory is None else memory)
     with chunks.PeakMemory(order.bytes) as peak:
         found = scored(job, order, progress=progress, save=save)
+    for run in ("base", "source"):
+        checked({name: found[f"{run}:{name}"] for name in metrics if f"{run}:{name}" in found}, run)
     told = {"memory_estimate": order.bytes, "prompts_together": order.prompts, "checkpoint": order.checkpoint}
     told |= {} if peak.taken is None else {"memory_peak": peak.taken}
     result = _labelled(job, found, single=not isinstance(metric, Mapping))

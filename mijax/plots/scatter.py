@@ -49,7 +49,7 @@ def save_scatter(
             if note:
                 axis.text(0.04, 0.96, note, transform=axis.transAxes, va="top", fontsize=8)
         row[0].annotate(
-            row_title, (-0.3, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center", weight="bold"
+            row_title, (-0.42, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center", weight="bold"
         )
     figure.suptitle(title)
     figure.colorbar(dots, ax=axes, shrink=0.6, label="layer")

@@ -42,7 +42,7 @@ def measure(
     return checked(values, what), acts
 
 
-def checked(values: Mapping[str, Array], what: str) -> Values:
+def checked(values: Mapping[str, Any], what: str) -> Values:
     """Metrics as NumPy arrays of float32; `ValueError` where one is not finite."""
     found = {name: np.asarray(value, np.float32) for name, value in values.items()}
     for name, value in found.items():
