@@ -10,7 +10,7 @@ import numpy as np
 
 from mijax import Config
 
-GridName: TypeAlias = Literal["resid_pre", "z_head", "z_head_pos", "qkvzp"]
+GridName: TypeAlias = Literal["resid_pre", "z_head", "z_head_pos", "qkvzp", "attribution"]
 PARTS: dict[GridName, tuple[tuple[str, bool], ...]] = {
     "resid_pre": (("resid_pre", True),),
     "z_head": (("z", False),),
@@ -20,21 +20,29 @@ PARTS: dict[GridName, tuple[tuple[str, bool], ...]] = {
 """The sites of each grid, and whether each position is a cell of its own or all are patched at once."""
 
 
+ATTRIBUTED = ("resid_pre", "mlp_out", "attn_out", "z", "q", "k", "v", "pattern")
+"""The sites of attribution patching: every position and head, and every query and key, is a cell."""
+
+
 def heads_of(c: Config, site: str) -> int:
     """How many heads a site has: 1 where it has none."""
-    return {"resid_pre": 1, "k": c.n_kv_heads, "v": c.n_kv_heads}.get(site, c.n_heads)
+    return {"resid_pre": 1, "mlp_out": 1, "attn_out": 1, "k": c.n_kv_heads, "v": c.n_kv_heads}.get(site, c.n_heads)
 
 
 def cells(c: Config, grid: GridName, pos: int) -> int:
     """How many cells a grid has."""
+    if grid == "attribution":
+        return sum(c.n_layers * heads_of(c, site) * pos ** (1 + (site == "pattern")) for site in ATTRIBUTED)
     return sum(c.n_layers * heads_of(c, site) * (pos if by_pos else 1) for site, by_pos in PARTS[grid])
 
 
 def naive(c: Config, grid: GridName, batch: int, pos: int) -> int:
-    """Every cell a whole forward pass: all scores, masked or not, and all logits."""
+    """Every cell a whole forward pass: all scores, masked or not, and all logits. Attribution is two, and one backward,
+    which without parameters' gradients takes as much."""
     attention = 2 * pos * c.n_heads * c.d_head
+    runs = 3 if grid == "attribution" else cells(c, grid, pos)
     token = c.n_layers * (_queries(c) + _keys_values(c) + _mlp(c) + attention) + c.d_model * c.d_vocab
-    return 2 * cells(c, grid, pos) * batch * pos * token
+    return 2 * runs * batch * pos * token
 
 
 def floor(c: Config, grid: GridName, differs: np.ndarray) -> int:
@@ -44,8 +52,10 @@ def floor(c: Config, grid: GridName, differs: np.ndarray) -> int:
     takes nothing. Other cells take, from the edited position on: of the edited layer everything (resid_pre), or at the
     edited positions what follows the edit of one head: its scores, what they gather, its part of W_O, and the MLP; then
     every later layer, of the last one only keys and values there, and the rest at the position that is read; and two
-    columns of the unembedding.
+    columns of the unembedding. Attribution is three runs of everything, the last layer likewise.
     """
+    if grid == "attribution":
+        return 2 * 3 * len(differs) * _layers(c, 0, 0, differs.shape[1])
     total = 0
     for site, by_pos in PARTS[grid]:
         for row in np.asarray(differs, bool):

@@ -53,7 +53,7 @@ from mijax.files import atomic
 SCRIPTS = Path(__file__).parent / "peers"
 PACKAGES = ("transformer_lens", "nnsight")
 GRIDS: dict[str, tuple[GridName, ...]] = {
-    "gpt2": ("resid_pre", "z_head", "z_head_pos", "qkvzp"),
+    "gpt2": ("resid_pre", "z_head", "z_head_pos", "qkvzp", "attribution"),
     "smollm2": ("resid_pre", "z_head"),
 }
 LARGE = 200
@@ -287,7 +287,7 @@ class Bench:
         """mijax's values; each tool's answers of all rounds; and the rate of a matrix product among them."""
         own, *peers = self.workers
         peers = [worker for worker in peers if grid in worker.hello["grids"]]
-        limited = not self.settings.full and cells > (20 if self.settings.tiny else LARGE)
+        limited = not self.settings.full and grid != "attribution" and cells > (20 if self.settings.tiny else LARGE)
         requests = {worker: f"{grid}:{min(cells, self.settings.cells)}" if limited else grid for worker in peers}
         values = np.load(own.ask(grid)["file"])
         size = 256 if self.settings.tiny else 4096

@@ -116,16 +116,16 @@ def attribution(model: Any, case: Case) -> tuple[Any, Told]:
         with torch.no_grad():
             _, clean = model.run_with_cache(case.clean.clone(), names_filter=lambda name: name in names)
 
-        def keep(x, hook):
-            kept[hook.name] = x.detach()
+        def keep(x, name):
+            kept[name] = x.detach()
 
-        def slope(x, hook):
-            slopes[hook.name] = x.detach()
+        def slope(x, name):
+            slopes[name] = x.detach()
 
-        only = lambda name: name in names
+        own = lambda function: [(name, partial(lambda x, hook, name: function(x, name), name=name)) for name in names]
         begin = lambda x, hook: x.detach().requires_grad_()  # parameters are frozen: the graph begins here
         first = [(model_name("resid_pre", 0), begin)]
-        with model.hooks(fwd_hooks=[*first, (only, keep)], bwd_hooks=[(only, slope)]):
+        with model.hooks(fwd_hooks=[*first, *own(keep)], bwd_hooks=own(slope)):
             value = case.metric(model(case.corrupted.clone()))
             value.sum().backward()
     found = {}
