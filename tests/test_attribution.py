@@ -10,8 +10,9 @@ import mijax as mj
 from mijax.attribution.concepts import logistic_probe
 from mijax.attribution.gradient import AtP
 from mijax.attribution.nodes import nodes_of
-from mijax.attribution.scores import Job, Plan, scored
+from mijax.attribution.scores import Job, Plan, _chunk, layers_bytes, prompt_bytes, scored
 from mijax.attribution.verify import Verify, most_missed, verified
+from mijax.sweeps.measure import metric_bytes
 from tests.architectures import ARCHITECTURES, IDS, batch, error, example, random_model
 from tests.compilations import compilations
 
@@ -493,3 +494,43 @@ def test_the_probe_is_the_minimum_that_scipy_finds():
 
     expected = scipy.optimize.minimize(loss, np.zeros(7), tol=1e-12).x[:-1] / scale
     assert error(logistic_probe(jnp.asarray(x), jnp.asarray(y)), expected) < 1e-4
+
+
+@pytest.mark.parametrize("checkpoint", [0, 1, 2])
+@pytest.mark.parametrize(
+    "method, probes", [(AtP(), 0), (AtP(), 2), (mj.IntegratedGradients(3, "inputs"), 0), (mj.AtPStar(), 0)]
+)
+def test_the_estimate_bounds_what_the_program_takes(checkpoint, method, probes):
+    config = mj.Config(
+        n_layers=8, d_model=64, n_heads=4, d_vocab=101, n_ctx=64, mlp="gated", norm="rms", positions="rotary"
+    )
+    model = mj.init(config, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    base, source = (mj.Tokens(rng.integers(0, 101, (4, 48))) for _ in range(2))
+    metric = mj.metrics.logit_diff(3, 4)
+    sites = ("resid_pre", "z", "mlp_out", "q", "k", "v", "pattern")
+    job = Job(model, base, source, {"m": metric}, nodes_of(model, base, sites), method, probes, 0)
+    estimate = layers_bytes(model) + 4 * prompt_bytes(job, checkpoint) + metric_bytes(model, base, {"m": metric})
+    arguments = (method, model, base, jnp.asarray(source.ids), {"m": metric}, {}, np.arange(4, dtype=np.int32), jax.random.key(0),
+                 job.layout, probes, checkpoint, np.array([47], np.int32))  # fmt: skip
+    taken = _chunk.lower(*arguments).compile().compiled.memory_analysis()
+    taken = taken.temp_size_in_bytes + taken.output_size_in_bytes
+    assert taken <= estimate <= 4 * taken, taken / estimate
+
+
+def test_memory_is_flat_in_depth_where_layers_are_computed_again():
+    """Beyond what a layer's parameters and gates take: 4 times the layers take less than a third more."""
+    taken = {}
+    for n_layers in (6, 24):
+        config = mj.Config(n_layers=n_layers, d_model=32, n_heads=4, d_vocab=101, n_ctx=128)
+        model = mj.init(config, jax.random.key(0))
+        base = mj.Tokens(np.random.default_rng(0).integers(0, 101, (2, 128)))
+        job = Job(model, base, base, {}, nodes_of(model, base, ("z", "mlp_out")), AtP(), 0, 0)
+        for checkpoint in (0, 2):
+            arguments = (AtP(), model, base, jnp.asarray(base.ids), {"m": mj.metrics.logit(3)}, {}, np.arange(2, dtype=np.int32),
+                         jax.random.key(0), job.layout, 0, checkpoint, np.array([127], np.int32))  # fmt: skip
+            taken[n_layers, checkpoint] = (
+                _chunk.lower(*arguments).compile().compiled.memory_analysis().temp_size_in_bytes
+            )
+    assert taken[24, 2] < 1.3 * taken[6, 2], taken
+    assert taken[24, 0] - taken[6, 0] > 5 * (taken[24, 2] - taken[6, 2]), taken

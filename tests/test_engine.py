@@ -278,7 +278,7 @@ def test_9_new_places_values_answers_and_prompts_compile_nothing(model):
 def test_devices_share_the_chunks_and_give_the_same_numbers(model):
     tokens, value = batch("left"), captured(model, "z")
     edits = {"z": mj.Replace(value, mj.grid(layer=range(3), head=range(4), pos=range(4)))}
-    one = len(IDS) * 6 * row_bytes(model, cells_of(edits)) + 2 * cell_bytes(model, tokens, {"m": METRIC})
+    one = len(IDS) * 6 * row_bytes(model, cells_of(edits).edits) + 2 * cell_bytes(model, tokens, {"m": METRIC})
     alone = swept(model, tokens, edits, memory=3 * one)
     assert len(jax.devices()) == 8
     mesh = jax.make_mesh((8,), ("cells",))
@@ -308,7 +308,7 @@ def test_the_estimate_bounds_what_the_program_takes():
             cells, metrics = cells_of({site: mj.Scale(0.0, mj.grid(**over))}), {"m": metric}
             read = columns_read([metric], tokens)
             todo = work(model.config, tokens, cells, read)
-            each = row_bytes(model, cells), cell_bytes(model, tokens, metrics)
+            each = row_bytes(model, cells.edits), cell_bytes(model, tokens, metrics)
             order = plan(todo, capacity(todo, Shape.of(model.config, cells), *each, 2**28, 2048, specialise=False))
             own, chunk = chunk_of(todo, order, 0)
             kept = module.kept_base(model, tokens, {}, metrics)[1]

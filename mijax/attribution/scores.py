@@ -22,6 +22,7 @@ from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.measure import metric_bytes, values_of
 from mijax.sweeps.plan import columns_read
+from mijax.sweeps.sweep import row_bytes
 
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
 """Of each site: its name, its collapsed shape without batch, and how many cells where they are a grid's."""
@@ -63,17 +64,20 @@ def plan(job: Job, memory: int) -> Plan:
     batch, pos = job.base.ids.shape
     splits = all(hasattr(metric, "take") for metric in job.metrics.values())
     full = min(batch, -(-chunks.full_rows() // pos)) if splits else batch
-    read = 2 * metric_bytes(job.model, job.base, job.metrics)
+    read, fixed = 2 * metric_bytes(job.model, job.base, job.metrics), layers_bytes(job.model)
     fits, each = 0, 0
     for checkpoint in CHECKPOINTS:
         each = -(-read // batch) + prompt_bytes(job, checkpoint)
-        fits = min(batch, memory // each)
+        fits = min(batch, max(0, memory - fixed) // each)
         if fits >= full:
-            return Plan(_equal(batch, fits) if splits else batch, checkpoint, each * (fits if splits else batch))
-    if fits < (1 if splits else batch):
-        raise ValueError(f"{'one prompt' if splits else 'the prompts'} take about {each * (1 if splits else batch):,} bytes,"
-                         f" memory={memory:,} allows none")  # fmt: skip
-    return Plan(_equal(batch, fits), CHECKPOINTS[-1], each * fits)
+            break
+    prompts = _equal(batch, fits) if splits and fits else batch
+    if fits < prompts:
+        raise ValueError(
+            f"{'one prompt takes' if splits else 'the prompts take'} about {fixed + each * (1 if splits else batch):,} bytes,"
+            f" memory={memory:,} allows none"
+        )
+    return Plan(prompts, checkpoint, fixed + each * prompts)
 
 
 def _equal(batch: int, most: int) -> int:
@@ -81,17 +85,27 @@ def _equal(batch: int, most: int) -> int:
     return -(-batch // -(-batch // most))
 
 
+def layers_bytes(model: Transformer) -> int:
+    """The bytes of the parameters of three layers, of which XLA makes copies as it comes to them, forwards, backwards and last."""
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.blocks))
+    return 3 * total // max(1, model.config.n_layers)
+
+
 def prompt_bytes(job: Job, checkpoint: int) -> int:
-    """The bytes that one more prompt takes: what the backward pass finds kept, and a layer's own."""
+    """The bytes that one more prompt takes: what the backward pass finds kept, what a layer works with, and gates."""
+    config, pos = job.model.config, job.base.ids.shape[1]
     leaves, treedef = jax.tree.flatten(jax.tree.map(_shape_of, job.model))
     sides = job.base.ids.shape[1], job.source is None
     kept = functools.partial(_kept, tuple(leaves), treedef, *sides, job.layout, job.method)
-    n = max(1, job.model.config.n_layers)
-    layer, streams = kept(0) / n, kept(1) / n
-    held = {0: n * layer, 1: n * streams + layer, 2: (n // group_size(n) + group_size(n)) * streams + layer}[checkpoint]
-    gates = sum(int(np.prod(shape if cells is None else (cells,))) for _, shape, cells in job.layout)
-    gates *= accumulator(job.model.W_E.dtype).itemsize * (4 if job.probes else 2)
-    return int((held + layer) * (2 if job.probes else 1)) + gates
+    n, itemsize = max(1, config.n_layers), accumulator(job.model.W_E.dtype).itemsize
+    streams = kept(1) / n
+    held = kept(0) if checkpoint == 0 else n * streams if checkpoint == 1 else (n // group_size(n) + group_size(n)) * streams
+    recomputed = job.method.path(1).recompute
+    runs = 4 if job.method.path(1).inputs is not None else 3  # forwards and backwards
+    scores = config.n_heads * pos**2 * itemsize * (36 if recomputed else 4 * runs)
+    layer = runs * pos * row_bytes(job.model, job.nodes) + scores
+    gates = sum(int(np.prod(shape if cells is None else (cells,))) for _, shape, cells in job.layout) * itemsize
+    return int((held + layer) * (2.5 if job.probes else 1)) + gates * (4 if job.probes or recomputed else 3)
 
 
 @functools.lru_cache(maxsize=256)

@@ -29,8 +29,10 @@ Gates = Mapping[str, Array]
 """By site, an array that broadcasts to all of the site, layer axis included."""
 
 RECOMPUTED = ("q", "k")
-CHANGE = "change"
-"""What a gate multiplies."""
+MATRIX_PRODUCTS = ("q", "k", "v", "attn_out", "pre", "pre_linear")
+"""The sites of which the backward pass needs the value, and which are too dear to be computed again."""
+
+KEPT = "kept"
 
 
 class Path(NamedTuple):
@@ -122,9 +124,7 @@ def _scan(layer: Callable, carry: Any, scanned: Any, checkpoint: int) -> Any:
 def _again(function: Callable, checkpoint: int) -> Callable:
     """What of it the backward pass computes again: all, or all but matrix products. (Not even that: each layer's
     parameters would be kept a second time.)"""
-    policies = jax.checkpoint_policies
-    policy = policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names(CHANGE))
-    policy = None if checkpoint else policy
+    policy = None if checkpoint else jax.checkpoint_policies.save_only_these_names(KEPT)
     return jax.checkpoint(function, prevent_cse=False, policy=policy)
 
 
@@ -170,6 +170,7 @@ class _Toward:
 
     def __call__(self, site: str, x: Array, heads: Int[Array, " k"] | None = None) -> Array:
         x = self.edited(site, x)
+        x = checkpoint_name(x, KEPT) if site in MATRIX_PRODUCTS else x
         if self.path.recompute and site in ("q", "k", "rot_q", "rot_k", "attn_scores"):
             self.own[site] = x
         return x
@@ -181,7 +182,7 @@ class _Toward:
         if site in self.gates and not recomputed:
             there = self.acts["source"][site] if "source" in self.acts else jnp.zeros_like(x)
             change = there - (self.acts["base"][site] if "base" in self.acts else x)
-            x = x + self.gates[site] * checkpoint_name(change, CHANGE)
+            x = x + self.gates[site] * checkpoint_name(change, KEPT)
         if self.path.recompute and site == "pattern":
             x = x + self._through_pattern(x)
         if self.path.dropped is not None and site in ("attn_out", "mlp_out"):

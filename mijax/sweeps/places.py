@@ -71,10 +71,11 @@ def positions_told(result: Any, tokens: Tokens) -> Any:
     """Blank the positions that a prompt has not; put the tokens beside their positions."""
     import xarray as xr
 
-    lengths = xr.DataArray(np.asarray(tokens.lengths), dims="batch")
+    lengths = np.asarray(tokens.lengths)
     for axis in POSITIONS:
         if axis in result.dims:
-            result = result.where(result[axis] < lengths)
+            if (lengths < result.sizes[axis]).any():
+                result = result.where(result[axis] < xr.DataArray(lengths, dims="batch"))
             if tokens.strings is not None:
                 rows = [
                     [s for s, real in zip(row, mask) if real]

@@ -1,7 +1,7 @@
 """Sweeps: a metric at every cell of a grid of edits, each resumed from the base run where it begins to differ."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
 
 import equinox as eqx
@@ -122,7 +122,7 @@ def swept(
     if first is not None:
         todo = todo._replace(first=np.maximum(first, todo.first))
     budget = chunks.default_memory() if memory is None else memory
-    each = row_bytes(model, cells), cell_bytes(model, tokens, metrics)
+    each = row_bytes(model, cells.edits), cell_bytes(model, tokens, metrics)
     shape = Shape.of(model.config, cells)
     long = _operations(model, todo) > chunks.long_work()  # the time saved is then more than another compilation takes
     order = plan(todo, capacity(todo, shape, *each, budget, chunks.full_rows(), specialise=long))
@@ -226,12 +226,12 @@ def _operations(model: Transformer, todo: Work) -> float:
     return 2.0 * matrices * float(todo.rows() @ layers)
 
 
-def row_bytes(model: Transformer, cells: Cells) -> int:
+def row_bytes(model: Transformer, sites: Iterable[str]) -> int:
     """The bytes that one row (a token of a cell) takes while a layer runs."""
     c = model.config
     heads = (c.n_heads + c.n_kv_heads) * c.d_head
     numbers = 8 * c.d_model + 4 * heads + (3 if c.mlp == "gated" else 2) * c.d_mlp
-    numbers += 3 * c.n_heads * c.d_model * any(site in PER_HEAD_COPIES for site in cells.edits)
+    numbers += 3 * c.n_heads * c.d_model * any(site in PER_HEAD_COPIES for site in sites)
     return numbers * accumulator(model.W_E.dtype).itemsize
 
 
