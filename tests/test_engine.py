@@ -3,6 +3,8 @@
 Results are stored as float32, which rounds at 6e-8: hence 2e-7.
 """
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -275,14 +277,22 @@ def test_9_new_places_values_answers_and_prompts_compile_nothing(model):
     assert seen == []
 
 
-def test_devices_share_the_chunks_and_give_the_same_numbers(model):
+def test_devices_share_the_chunks_and_give_the_same_numbers(model, monkeypatch):
+    from mijax.sweeps import sweep as module
+
     tokens, value = batch("left"), captured(model, "z")
     edits = {"z": mj.Replace(value, mj.grid(layer=range(3), head=range(4), pos=range(4)))}
     one = len(IDS) * 6 * row_bytes(model, cells_of(edits).edits) + 2 * cell_bytes(model, tokens, {"m": METRIC})
     alone = swept(model, tokens, edits, memory=3 * one)
     assert len(jax.devices()) == 8
     mesh = jax.make_mesh((8,), ("cells",))
+    given = []
+    original = module._chunks
+    monkeypatch.setattr(module, "_chunks", lambda *arguments: given.append(arguments) or original(*arguments))
     assert (swept(model, tokens, edits, memory=3 * one, mesh=mesh).values == alone.values).all()
+    program = original.lower(*given[0]).compile().compiled.as_text()
+    assert "num_partitions=8" in program  # and none of them waits for another
+    assert not re.search(r"all-reduce|all-gather|all-to-all|reduce-scatter|collective", program)
     both = jax.make_mesh((4, 2), ("cells", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     split = jax.sharding.NamedSharding(both, jax.sharding.PartitionSpec(None, None, "model"))
     W_in = jax.device_put(model.blocks.mlp.W_in, split)

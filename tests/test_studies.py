@@ -89,7 +89,7 @@ def test_knockout_shares_the_weight_among_the_keys_that_are_left(model):
             alone = mj.run(model, tokens, {"attn_scores": cut}, capture=("pattern",))
             assert (
                 error(
-                    result.sel(layer=str(layer) if result.layer.dtype.kind == "U" else layer, edge=name),
+                    result.sel(layer=layer, edge=name),
                     METRIC(alone.readout),
                 )
                 < TOLERANCE

@@ -99,10 +99,16 @@ def prompt_bytes(job: Job, checkpoint: int) -> int:
     kept = functools.partial(_kept, tuple(leaves), treedef, *sides, job.layout, job.method)
     n, itemsize = max(1, config.n_layers), accumulator(job.model.W_E.dtype).itemsize
     streams = kept(1) / n
-    held = kept(0) if checkpoint == 0 else n * streams if checkpoint == 1 else (n // group_size(n) + group_size(n)) * streams
+    held = (
+        kept(0)
+        if checkpoint == 0
+        else n * streams
+        if checkpoint == 1
+        else (n // group_size(n) + group_size(n)) * streams
+    )
     recomputed = job.method.path(1).recompute
     runs = 4 if job.method.path(1).inputs is not None else 3  # forwards and backwards
-    scores = config.n_heads * pos**2 * itemsize * (36 if recomputed else 4 * runs)
+    scores = config.n_heads * pos**2 * itemsize * (48 if recomputed else 4 * runs)
     layer = runs * pos * row_bytes(job.model, job.nodes) + scores
     gates = sum(int(np.prod(shape if cells is None else (cells,))) for _, shape, cells in job.layout) * itemsize
     return int((held + layer) * (2.5 if job.probes else 1)) + gates * (4 if job.probes or recomputed else 3)

@@ -18,7 +18,7 @@ from mijax.model.position import frame
 from mijax.model.sites import SITES
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.cells import cells_of, check_cells
+from mijax.sweeps.cells import cells_of
 from mijax.sweeps.grid import Grid
 from mijax.sweeps.measure import Metrics, described, measure, named
 from mijax.sweeps.places import full_grid, positions_told
@@ -80,7 +80,6 @@ def patch(
     goal, value = measure(model, source, {}, metrics, "source", (site,))
     at_base, kept, own = kept_base(model, base, {}, metrics, (site,))
     cells = cells_of({site: Replace(value[site], places)})
-    check_cells(model.config, base, cells)
     first = np.asarray(_first_change(model.config, base, site, places.where, own[site] != value[site]))
     done = swept(model, base, cells, metrics, base=(at_base, kept), first=first, **running)
     attrs = {"sites": site, "direction": direction, **described(model)}

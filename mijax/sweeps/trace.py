@@ -125,7 +125,7 @@ def _known(
 def _noise(
     model: Transformer, tokens: Tokens, mask: np.ndarray, scale: float, draws: int, seed: int
 ) -> Float[Array, "example pos d_model"]:
-    """`[draw x batch, pos, d_model]`: each prompt's own draws, the same however many other prompts there are."""
+    """`[draw x batch, pos, d_model]`: independent of one another."""
     embedded = np.asarray(model.W_E[np.asarray(tokens.ids)[mask]].astype(jnp.float32))
     spread = scale * embedded.std()
     keys = jax.random.split(jax.random.key(seed), draws)
