@@ -75,7 +75,8 @@ def measured(settings: Settings, n_layers: int, tokens: int, checkpoint: int, ru
     job = Job(model, base, base, {"m": metric}, nodes_of(model, base, SITES), mj.AtP(), 0, 0)
     arguments: Any = (job.method, model, base, jnp.asarray(given["clean"]), {"m": metric}, {}, np.zeros(1, np.int32),
                       jax.random.key(0), job.layout, 0, checkpoint, _read(job))  # fmt: skip
-    compiled = _chunk.lower(*arguments).compile()
+    program: Any = _chunk
+    compiled = program.lower(*arguments).compile()
     analysis = compiled.compiled.memory_analysis()
     found = {
         "layers": n_layers, "tokens": tokens, "checkpoint": checkpoint, "peak": None, "cpu": None,

@@ -128,8 +128,9 @@ def error_told(model: mj.Transformer, task: Task, settings: Settings, result: xr
         model, clean=task.clean, corrupted=task.corrupted, metric=task.metric, sites={"z": ("layer", "head")},
         probes=settings.probes, memory=settings.memory,
     )  # fmt: skip
-    actual = np.abs(result["z.exact"] - result["z.AtP"]).values.ravel()
-    return float(scipy.stats.spearmanr(np.abs(told["z.error"].mean("batch")).values.ravel(), actual).statistic)
+    actual, own = result["z.exact"] - result["z.AtP"], told["z.error"].mean("batch")
+    ranked: Any = scipy.stats.spearmanr(np.abs(own.values).ravel(), np.abs(actual.values).ravel())
+    return float(ranked.statistic)
 
 
 def sites_of(result: xr.Dataset) -> list[str]:
@@ -142,7 +143,7 @@ def fit(exact: xr.DataArray, estimate: xr.DataArray) -> dict[str, float]:
     x, y = exact.values.ravel(), estimate.transpose(*exact.dims).values.ravel()
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return {"r": float("nan"), "slope": float("nan"), "hidden": 0}
-    line = scipy.stats.linregress(x, y)
+    line: Any = scipy.stats.linregress(x, y)
     hidden = int(((np.abs(y) < HIDDEN[0]) & (np.abs(x) > HIDDEN[1])).sum())
     return {"r": float(line.rvalue), "slope": float(line.slope), "hidden": hidden}
 

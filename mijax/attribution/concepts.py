@@ -1,6 +1,6 @@
 """A concept three ways: as a gradient, as a difference between counterfactuals, and as a probe's direction."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
@@ -181,15 +181,16 @@ def logistic_probe(
         logits = scaled @ w[:-1] + w[-1]
         return jnp.mean(jax.nn.softplus(logits) - y * logits) + 0.5 * penalty * jnp.sum(w[:-1] ** 2)
 
-    solver, w = optax.lbfgs(), jnp.zeros(x.shape[1] + 1, x.dtype)
+    solver = optax.lbfgs()
+    w: Any = jnp.zeros(x.shape[1] + 1, x.dtype)
     value_and_grad = optax.value_and_grad_from_state(loss)
 
-    def step(carry, _):
+    def step(carry: Any, _: Any) -> Any:
         w, state = carry
         value, grad = value_and_grad(w, state=state)
         updates, state = solver.update(grad, state, w, value=value, grad=grad, value_fn=loss)
         return (optax.apply_updates(w, updates), state), None
 
     with jax.numpy_dtype_promotion("standard"):  # optax's line search counts in mixed integers
-        (w, _), _ = jax.lax.scan(step, (w, solver.init(w)), None, length=steps)
+        (w, _), _ = cast(Any, jax.lax.scan)(step, (w, solver.init(w)), None, length=steps)
     return w[:-1] / scale

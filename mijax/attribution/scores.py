@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import equinox as eqx
 import jax
@@ -65,7 +65,7 @@ def plan(job: Job, memory: int) -> Plan:
     splits = all(hasattr(metric, "take") for metric in job.metrics.values())
     full = min(batch, -(-chunks.full_rows() // pos)) if splits else batch
     read, fixed = 2 * metric_bytes(job.model, job.base, job.metrics), layers_bytes(job.model)
-    fits, each = 0, 0
+    fits, each, checkpoint = 0, 0, 0
     for checkpoint in CHECKPOINTS:
         each = -(-read // batch) + prompt_bytes(job, checkpoint)
         fits = min(batch, max(0, memory - fixed) // each)
@@ -95,17 +95,10 @@ def prompt_bytes(job: Job, checkpoint: int) -> int:
     """The bytes that one more prompt takes: what the backward pass finds kept, what a layer works with, and gates."""
     config, pos = job.model.config, job.base.ids.shape[1]
     leaves, treedef = jax.tree.flatten(jax.tree.map(_shape_of, job.model))
-    sides = job.base.ids.shape[1], job.source is None
-    kept = functools.partial(_kept, tuple(leaves), treedef, *sides, job.layout, job.method)
+    kept = functools.partial(_kept, tuple(leaves), treedef, pos, job.source is None, job.layout, job.method)
     n, itemsize = max(1, config.n_layers), accumulator(job.model.W_E.dtype).itemsize
     streams = kept(1) / n
-    held = (
-        kept(0)
-        if checkpoint == 0
-        else n * streams
-        if checkpoint == 1
-        else (n // group_size(n) + group_size(n)) * streams
-    )
+    held = kept(0) if checkpoint == 0 else streams * (n if checkpoint == 1 else n // group_size(n) + group_size(n))
     recomputed = job.method.path(1).recompute
     runs = 4 if job.method.path(1).inputs is not None else 3  # forwards and backwards
     scores = config.n_heads * pos**2 * itemsize * (48 if recomputed else 4 * runs)
@@ -143,20 +136,25 @@ def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
 
 def scored(job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | None) -> dict[str, np.ndarray]:
     """Everything found, examples in front, by `kind:metric` or `kind:metric:site`."""
-    batch = len(job.base.ids)
-    whole = order.prompts == batch
-    read = _read(job)
+    batch, read = len(job.base.ids), cast(Any, _read(job))
+    store = None if save is None else _store(save, job, order)
+    if store is not None:
+        order = order._replace(prompts=int(store.plan["prompts"]), checkpoint=int(store.plan["checkpoint"]))
+    whole, count = order.prompts == batch, -(-batch // order.prompts)
     found: dict[str, list[np.ndarray]] = {}
 
     def run(numbers: Sequence[int]) -> Mapping[str, Array]:
         first = numbers[0] * order.prompts
-        examples = np.minimum(np.arange(first, first + order.prompts, dtype=np.int32), batch - 1)
+        examples: Any = np.minimum(np.arange(first, first + order.prompts, dtype=np.int32), batch - 1)
         some = lambda tree: tree if whole else jax.tree.map(lambda a: np.asarray(a)[examples], tree)
         metrics: Any = {n: metric if whole else metric.take(examples) for n, metric in job.metrics.items()}  # pyright: ignore[reportFunctionMemberAccess]
-        members = {site: own.members[examples] for site, own in job.nodes.items() if own.members is not None}
+        members: Any = {site: own.members[examples] for site, own in job.nodes.items() if own.members is not None}
         source: Any = None if job.source is None else jnp.asarray(some(job.source.ids))
         key = jax.random.key(job.seed)
-        return _chunk(job.method, job.model, some(job.base), source, metrics, members, examples, key, job.layout, job.probes, order.checkpoint, read)  # fmt: skip
+        return _chunk(
+            job.method, job.model, some(job.base), source, metrics, members, examples, key, job.layout, job.probes,
+            order.checkpoint, read,
+        )  # fmt: skip
 
     def keep(number: int, own: Mapping[str, np.ndarray]) -> int:
         count = min(order.prompts, batch - number * order.prompts)
@@ -164,12 +162,7 @@ def scored(job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | N
             found.setdefault(name, []).append(value[:count])
         return count
 
-    store = None if save is None else _store(save, job, order)
-    prompts = order.prompts if store is None else int(store.plan["prompts"])
-    order = order._replace(prompts=prompts)
-    chunks.run_chunks(
-        run, keep, -(-batch // prompts), batch, label="attribute", progress=progress, store=store, unit="prompt"
-    )
+    chunks.run_chunks(run, keep, count, batch, label="attribute", progress=progress, store=store, unit="prompt")
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -194,7 +187,8 @@ def _store(save: Any, job: Job, order: Plan) -> chunks.Store:
     parts |= {"metric": dict(job.metrics), "method": (job.method, job.probes, job.seed)}
     identity = {name: chunks.fingerprint(part) for name, part in parts.items()}
     identity |= {"version of jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    return chunks.Store(save, identity, {"prompts": np.asarray(order.prompts)}, {"sites": list(job.nodes)})
+    plan = {"prompts": np.asarray(order.prompts), "checkpoint": np.asarray(order.checkpoint)}
+    return chunks.Store(save, identity, plan, {"sites": list(job.nodes)})
 
 
 @eqx.filter_jit

@@ -194,11 +194,12 @@ class _Toward:
         return jnp.arange(head_count(SITES[site], self.config), dtype=jnp.int32) if site in self.gates else None
 
     def at(self, frame: Frame) -> "_Toward":
-        assert frame.columns is not None
+        columns = frame.columns
+        assert columns is not None
         # A query's own copy of the stream (q_input) meets this norm once more.
-        again = lambda site, x: jnp.take(x, frame.columns, axis=1) if site.startswith("ln1.") else x
+        again = lambda site, x: jnp.take(x, columns, axis=1) if site.startswith("ln1.") else x
         acts = {run: {site: again(site, x) for site, x in own.items()} for run, own in self.acts.items()}
-        gates = _narrowed({site: gate for site, gate in self.gates.items() if site != "k"}, frame.columns)
+        gates = _narrowed({site: gate for site, gate in self.gates.items() if site != "k"}, columns)
         gates |= {"k": self.gates["k"]} if "k" in self.gates else {}  # through the pattern, every key's gate acts
         tap = _Toward(self.config, frame, gates, acts, self.path, self.layer)
         tap.own = self.own

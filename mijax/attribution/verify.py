@@ -112,7 +112,7 @@ def _whole(result: "xr.Dataset") -> "xr.DataArray":
 def _score(result: "xr.Dataset", site: str, whole: "xr.DataArray") -> Float[np.ndarray, " cell"]:
     """How large the mean effect of each cell may be: its estimate and its error together, of the metric where it is largest."""
     own = result[f"{site}.unsigned"] if f"{site}.unsigned" in result else result[site] - result.base
-    size = np.abs(own.mean("batch")) / whole
+    size: Any = np.abs(own.mean("batch")) / whole
     if f"{site}.error" in result:
         size = size + np.abs(result[f"{site}.error"].mean("batch")) / whole
     return (size.max("metric") if "metric" in size.dims else size).values.reshape(-1)

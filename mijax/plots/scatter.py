@@ -27,7 +27,8 @@ def save_scatter(
 
     n_columns = max(len(row) for row in pairs.values())
     figure = Figure(figsize=(3.0 * n_columns + 1.0, 3.1 * len(pairs) + 0.6), layout="constrained")
-    axes, dots = figure.subplots(len(pairs), n_columns, squeeze=False), None
+    axes = figure.subplots(len(pairs), n_columns, squeeze=False)
+    dots: Any = None
     last = max(int(exact.layer.max()) for row in pairs.values() for exact, _ in row.values())
     for row, (row_title, panels) in zip(axes, pairs.items()):
         for axis in row[len(panels) :]:
