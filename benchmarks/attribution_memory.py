@@ -48,7 +48,7 @@ class Settings:
 def main(settings: Settings) -> dict[str, Any]:
     """Measure, print a table, and write it all to `settings.out`."""
     rows = [measured(settings, 12, n, checkpoint, run=True) for n in settings.lengths for checkpoint in (0, 1, 2)]
-    length = settings.lengths[-2]
+    length = settings.lengths[-2:][0]
     rows += [measured(settings, n, length, checkpoint, run=False) for n in settings.depths for checkpoint in (0, 1, 2)]
     record = {"settings": dataclasses.asdict(settings), "machine": machine(), "jax": jax.__version__, "rows": rows}
     print(f"{'layers':>7}{'tokens':>8}{'checkpoint':>12}{'planned MiB':>13}{'computed':>10}{'peak':>8}{'CPU s':>8}")

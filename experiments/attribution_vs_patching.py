@@ -65,7 +65,8 @@ def main(settings: Settings) -> xr.Dataset:
         found[name], told[name] = compared(model, task, settings)
         print(table(found[name], told[name]["seconds"]))
         print(told[name]["answer"])
-    results = xr.Dataset({f"{task}.{name}": one for task, own in found.items() for name, one in own.items()})
+    own_roles = lambda task, one: one.rename(pos=f"role in {task}") if "pos" in one.dims else one
+    results = xr.Dataset({f"{t}.{name}": own_roles(t, one) for t, own in found.items() for name, one in own.items()})
     results = results.assign_attrs(next(iter(found.values())).attrs)
     draw(found, settings)
     seconds = time.perf_counter() - started

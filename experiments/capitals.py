@@ -47,6 +47,8 @@ def make(model: mj.Transformer, tokenizer: mj.Tokenizer, n: int) -> Capitals:
             f"the model knows {len(known)} of the {len(CAPITALS)} capitals (in one token each), asked for {n}"
         )
     texts, answers = [texts[i] for i in known], answers[known]
+    if (answers == np.roll(answers, -1)).any():
+        raise ValueError("two countries in turn have capitals that begin with the same token")
     clean = tokenizer(texts)
     country = len(tokenizer.backend.encode(TEMPLATE.split(" {}")[0]).ids)
     length = np.asarray(clean.lengths)

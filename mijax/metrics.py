@@ -19,16 +19,21 @@ from mijax.model.tokens import Tokens, as_tokens, integers, is_concrete
 
 AnyMetric: TypeAlias = Callable[[Readout], Array]
 """A function from a readout to one number per example. Where it has an attribute `pos` (one position, or one per
-example, as metrics here take them), a sweep computes no other positions' final stream, and it finds NaN there. Where it has a
-method `take(examples)`, which gives the metric of some of the examples, attribution can split a batch."""
+example, as metrics here take them), a sweep computes no other positions' final stream, and it finds NaN there. Where its
+attribute `per_example` is true, a method `take(examples)` gives the metric of some of the examples, and attribution can split
+a batch."""
 
 
 class Metric(eqx.Module):
-    """A named function of a readout and of arrays; `metric(readout)` gives `[batch]`."""
+    """A named function of a readout and of arrays; `metric(readout)` gives `[batch]`.
+
+    `per_example` says that every array of rank 1 or more has the examples in front.
+    """
 
     name: str = eqx.field(static=True)
     function: Callable[..., Float[Array, " batch"]] = eqx.field(static=True)
     arguments: dict[str, Any]
+    per_example: bool = eqx.field(static=True, default=False)
 
     def __call__(self, readout: Readout) -> Float[Array, " batch"]:
         """One number per example."""
@@ -40,9 +45,11 @@ class Metric(eqx.Module):
         return self.arguments.get("pos")
 
     def take(self, examples: Int[Array, " k"] | Int[np.ndarray, " k"]) -> "Metric":
-        """The metric of some of the examples: arrays have these in front, what is the same for all has rank 0."""
+        """The metric of some of the examples; `ValueError` where it is not said which arrays are theirs."""
+        if not self.per_example:
+            raise ValueError(f"metric {self.name!r} does not say that its arrays are per example")
         own = jax.tree.map(lambda a: a[examples] if jnp.ndim(a) else a, self.arguments)
-        return Metric(self.name, self.function, own)
+        return Metric(self.name, self.function, own, self.per_example)
 
     def __repr__(self):
         return f"{self.name}({', '.join(self.arguments)})"
@@ -58,7 +65,7 @@ def logit(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
     >>> bool(jax.numpy.allclose(given, wanted))
     True
     """
-    return Metric("logit", _logit, {"answer": _ids(answer), "pos": _ids(pos)})
+    return Metric("logit", _logit, {"answer": _ids(answer), "pos": _ids(pos)}, per_example=True)
 
 
 def logit_diff(correct: ArrayLike, wrong: ArrayLike, pos: ArrayLike = -1) -> Metric:
@@ -69,7 +76,9 @@ def logit_diff(correct: ArrayLike, wrong: ArrayLike, pos: ArrayLike = -1) -> Met
     >>> mj.metrics.logit_diff(7, 8)(mj.run(model, [[1, 2, 3]]).readout).shape
     (1,)
     """
-    return Metric("logit_diff", _logit_diff, {"correct": _ids(correct), "wrong": _ids(wrong), "pos": _ids(pos)})
+    return Metric(
+        "logit_diff", _logit_diff, {"correct": _ids(correct), "wrong": _ids(wrong), "pos": _ids(pos)}, per_example=True
+    )
 
 
 def log_prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
@@ -80,7 +89,7 @@ def log_prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
     >>> mj.metrics.log_prob(7)(mj.run(model, [[1, 2, 3]]).readout).shape
     (1,)
     """
-    return Metric("log_prob", _log_prob, {"answer": _ids(answer), "pos": _ids(pos)})
+    return Metric("log_prob", _log_prob, {"answer": _ids(answer), "pos": _ids(pos)}, per_example=True)
 
 
 def prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
@@ -91,7 +100,7 @@ def prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
     >>> mj.metrics.prob(7, pos=0)(mj.run(model, [[1, 2, 3]]).readout).shape
     (1,)
     """
-    return Metric("prob", _prob, {"answer": _ids(answer), "pos": _ids(pos)})
+    return Metric("prob", _prob, {"answer": _ids(answer), "pos": _ids(pos)}, per_example=True)
 
 
 def rank(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
@@ -102,7 +111,7 @@ def rank(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
     >>> mj.metrics.rank(7)(mj.run(model, [[1, 2, 3]]).readout).shape
     (1,)
     """
-    return Metric("rank", _rank, {"answer": _ids(answer), "pos": _ids(pos)})
+    return Metric("rank", _rank, {"answer": _ids(answer), "pos": _ids(pos)}, per_example=True)
 
 
 def accuracy(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
@@ -113,7 +122,7 @@ def accuracy(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
     >>> mj.metrics.accuracy(7)(mj.run(model, [[1, 2, 3]]).readout).shape
     (1,)
     """
-    return Metric("accuracy", _accuracy, {"answer": _ids(answer), "pos": _ids(pos)})
+    return Metric("accuracy", _accuracy, {"answer": _ids(answer), "pos": _ids(pos)}, per_example=True)
 
 
 def kl(reference: ArrayLike, pos: ArrayLike | None = -1) -> Metric:
@@ -131,7 +140,7 @@ def kl(reference: ArrayLike, pos: ArrayLike | None = -1) -> Metric:
     reference, expected = jnp.asarray(reference), 3 if pos is None else 2
     if reference.ndim != expected:
         raise ValueError(f"with pos={pos}, reference must be logits of rank {expected}, given shape {reference.shape}")
-    return Metric("kl", _kl, {"reference": reference, "pos": None if pos is None else _ids(pos)})
+    return Metric("kl", _kl, {"reference": reference, "pos": None if pos is None else _ids(pos)}, per_example=True)
 
 
 def cross_entropy(tokens: Tokens | ArrayLike) -> Metric:
@@ -149,7 +158,7 @@ def cross_entropy(tokens: Tokens | ArrayLike) -> Metric:
         lengths = np.asarray(tokens.mask).sum(axis=1)
         if (lengths < 2).any():
             raise ValueError(f"example {int(np.argmin(lengths))} has fewer than two tokens, so none to predict")
-    return Metric("cross_entropy", _cross_entropy, {"tokens": tokens})
+    return Metric("cross_entropy", _cross_entropy, {"tokens": tokens}, per_example=True)
 
 
 def _ids(value: ArrayLike) -> Int[Array, "..."]:

@@ -31,7 +31,7 @@ PLAIN = AtP()
 def found_by(model, base, source, sites, method=PLAIN, metric=METRIC, probes=0, checkpoint=0, prompts=3, seed=0):
     """What the method finds in the model's own precision, as it is before it is labelled."""
     job = Job(model, base, source, {"m": metric}, nodes_of(model, base, sites), method, probes, seed)
-    return scored(job, Plan(prompts, checkpoint, 0), progress=False, save=None)
+    return scored(job, Plan(prompts, checkpoint, 0), progress=False, save=None)[0]
 
 
 SOME = ("embed", "resid_pre", "q_input", "ln1.scale", "k", "pattern", "z", "attn_out", "mlp_out", "ln_final.scale")
@@ -230,6 +230,42 @@ def test_atp_star_sees_through_saturated_attention(over, n_kv_heads, positions, 
             assert off[0] > 0.3, (site, layer, off)
 
 
+def test_a_large_estimate_is_measured_even_where_grad_drop_says_nothing():
+    """In two layers, what goes from the first through the second has no magnitude left where either is dropped."""
+    model = saturated(0, dtype=jnp.float32)
+    r = mj.attribute(model, clean=batch("none", (IDS + 5) % 19), corrupted=batch("none"), metric=METRIC, sites={"v": ("layer", "pos", "head")},
+                     method=mj.AtPStar(), verify=8, sample=0, progress=False)  # fmt: skip
+    size = abs((r.v - r.base).mean("batch")).values.ravel()
+    assert (r["v.measured"].values.ravel()[np.argsort(-size)[:3]] == 1).all()
+
+
+def test_metrics_of_ones_own_arrays_are_not_split():
+    model, base, source = base_and_source("gpt2", "left", jnp.float32)
+    three = lambda readout, tokens: jnp.sum(readout.logits(pos=-1, tokens=tokens), axis=1)  # as many tokens as examples
+    metric = mj.metrics.Metric("three", three, {"tokens": jnp.array([3, 5, 7])})
+    both = {"clean": source, "corrupted": base, "sites": ("z",), "metric": metric, "progress": False}
+    whole = mj.attribute(model, **both)
+    assert whole.attrs["prompts_together"] == 3
+    with pytest.raises(ValueError, match="the prompts take about"):
+        mj.attribute(model, memory=int(whole.attrs["memory_estimate"] / 4), **both)
+    with pytest.raises(ValueError, match="does not say that its arrays are per example"):
+        metric.take(np.array([0]))
+
+
+@pytest.mark.parametrize("metric", [mj.metrics.kl, mj.metrics.cross_entropy, mj.metrics.log_prob])
+def test_every_metric_is_split_by_its_examples(metric):
+    model, base, source = base_and_source("llama_gqa", "left", jnp.float32)
+    logits = mj.run(model, source).logits
+    own = {
+        "kl": lambda: metric(logits, pos=None),
+        "cross_entropy": lambda: metric(base),
+        "log_prob": lambda: metric([3, 5, 7]),
+    }[metric.__name__]()
+    together, apart = (found_by(model, base, source, ("z",), metric=own, prompts=n) for n in (3, 2))
+    for name in together:  # the source's own divergence is zero but for rounding
+        assert np.abs(apart[name] - together[name]).max() < 1e-4 * max(1.0, np.abs(together[name]).max()), name
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("site, grad_of_stream", [("z", False), ("resid_pre", True)])
 def test_grad_drop_is_the_mean_magnitude_without_each_layer(site, grad_of_stream):
@@ -403,9 +439,10 @@ def test_saved_estimates_go_on_where_they_were(tmp_path):
     plain = mj.attribute(model, clean=source, **both)
     assert plain.attrs["prompts_together"] < 3
     mj.attribute(model, clean=source, save=tmp_path, **both)
+    both["memory"] = 10**9  # the folder's plan stands
     (tmp_path / "chunk_000001.npz").unlink()
     again = mj.attribute(model, clean=source, save=tmp_path, **both)
-    assert again.z.equals(plain.z)
+    assert again.z.equals(plain.z) and again.attrs["prompts_together"] == plain.attrs["prompts_together"]
     with pytest.raises(ValueError, match="another prompts"):
         mj.attribute(model, clean=batch("left", (IDS + 6) % 19), save=tmp_path, **both)
 
@@ -454,6 +491,9 @@ def test_a_concepts_directions_are_what_they_say():
             u, v = (np.asarray(found.direction.sel(kind=k), np.float64) for k in (a, b))
             expected = (u * v).sum(-1) / np.linalg.norm(u, axis=-1) / np.linalg.norm(v, axis=-1)
             assert np.abs(found.cosine.values[i, j] - expected).max() < 1e-5
+    same = mj.concept(model, positive=positive, negative=negative, site="pos_embed" if "pos_embed" in mj.sites(model, positive) else "embed",
+                      metric=read, pos=np.array([0, 0, 0]))  # fmt: skip
+    assert np.isfinite(same.cosine).all()
     mine = np.ones((3, 12))
     told = mj.concept(model, positive=positive, negative=negative, site="resid_post", metric=read, pos=pos, probe=mine)
     assert error(told.direction.sel(kind="probe"), mine) < 1e-6

@@ -16,6 +16,7 @@ PLAIN = mj.init(ARCHITECTURES["attention_only"], jax.random.key(0))
 TOKENS = batch("left")
 METRIC = mj.metrics.logit(3)
 OTHER = batch("left", (IDS + 5) % 19)
+BASE_LOGITS = mj.run(MODEL, TOKENS).readout.logits(pos=-1)
 SINGLE = mj.init(mj.Config(n_layers=1, d_model=12, n_heads=4, d_vocab=19, n_ctx=16), jax.random.key(0))
 pytestmark = pytest.mark.usefixtures("as_a_user")
 edit = lambda site, edit, model=MODEL: mj.run(model, TOKENS, {site: edit})
@@ -138,11 +139,21 @@ FAULTS = {
     "attribution at one name": (lambda: attribute(sites="z"), ValueError, "sites must be some names of sites"),
     "attribution over an unknown axis": (lambda: attribute(sites={"z": ("neuron",)}), ValueError, "over must name axes of site 'z'"),
     "attribution out of range": (lambda: attribute(sites={"z": mj.grid(layer=range(4))}), ValueError, "layer=3 is out of range"),
-    "attribution of different grids": (lambda: attribute(sites={"z": mj.grid(layer=[0]), "mlp_out": mj.grid(layer=[1])}), ValueError, "different grids of one axis must be asked for apart"),
+    "attribution of different grids": (lambda: attribute(sites={"z": mj.grid(layer=[0]), "mlp_out": mj.grid(layer=[1])}), ValueError, "different grids along 'layer' must be asked for apart"),
     "attribution of other padding": (lambda: attribute(clean=batch("right", (IDS + 5) % 19)), ValueError, "padded alike"),
     "nothing to attribute": (lambda: attribute(clean=batch("left", np.where(np.arange(3)[:, None] == 1, IDS, (IDS + 5) % 19))), ValueError, "the same prompt in example 1: nothing to attribute"),
     "more to verify than there is": (lambda: attribute(sites={"z": ("layer",)}, verify=4), ValueError, "verify must be from 0 to the 3 cells of site 'z', given 4"),
     "verified baselines that coincide": (lambda: attribute(clean=batch("left", np.where(np.arange(6) == 3, 11, IDS)), metric=mj.metrics.logit(3, pos=0), verify=1, progress=False), ValueError, "they coincide"),
+    "attribution over heads of two kinds": (lambda: attribute(sites={"z": ("layer", "head"), "k": ("layer", "head")}), ValueError, "different grids along 'head'.*named 'kv_head'"),
+    "attribution by a name": (lambda: attribute(method="atp"), TypeError, r"must be one such as mijax.AtP\(\), given 'atp'"),
+    "attribution without a metric": (lambda: attribute(metric={}), ValueError, "there is no metric"),
+    "attribution without layers": (lambda: attribute(model=mj.init(mj.Config(n_layers=0, d_model=12, n_heads=4, d_vocab=19, n_ctx=16), jax.random.key(0)), sites=("embed",)), ValueError, "without layers"),
+    "attribution of a metric with a kink": (lambda: attribute(corrupted=None, clean=TOKENS, metric=lambda r: jnp.sqrt(mj.metrics.kl(BASE_LOGITS)(r).clip(0))), ValueError, "the gradient of metric '<lambda>' at site 'z' is not finite in example 0"),
+    "a sample of nothing": (lambda: attribute(sample=5), ValueError, "sample counts cells beside those of verify=0, given 5"),
+    "a negative sample": (lambda: attribute(verify=2, sample=-3), ValueError, "given -3"),
+    "probes of another method": (lambda: attribute(probes=4, method=mj.AtPStar()), ValueError, r"second-order error of AtP\(\); that of AtPStar\(\) is another"),
+    "a concept out of range": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="z", metric=METRIC, pos=[-1, 5, 0]), ValueError, "pos=5 is out of range .* example 1"),
+    "a concept in the same prompts": (lambda: mj.concept(MODEL, positive=OTHER, negative=OTHER, site="z", metric=METRIC), ValueError, "the same prompt in example 0"),
     "one probe": (lambda: attribute(probes=1), ValueError, "at least two probes, given probes=1"),
     "no memory for a prompt": (lambda: attribute(memory=1000), ValueError, "one prompt take.* about .* bytes, memory=1,000 allows none"),
     "gradients along nothing": (lambda: mj.IntegratedGradients(along="depth"), ValueError, "along 'gate' or 'inputs'"),

@@ -63,8 +63,9 @@ def attribute(
     Gives a variable for each site, on the scale of `patch`: the base's metric plus the estimated change, [*cells, batch]; with
     `base` and `source` beside. Several metrics have the dimension `metric` in front. Key/value heads have the dimension `kv_head`.
 
-    How wrong is it? `probes` random probes (each about two backward passes; at least 2) add `<site>.error`, the second-order term of
-    every cell, which is what the exact effect exceeds the estimate by where cells are nearly quadratic, and its `<site>.error_se`.
+    How wrong is it? `probes` random probes (of `AtP`; each about two backward passes; at least 2) add `<site>.error`, the second-order
+    term of every cell, which is what the exact effect exceeds the estimate by where cells are nearly quadratic, and its
+    `<site>.error_se`. (A metric that is least at the base, such as a divergence from the base's own logits, is all second order.)
     Neither sees what has no curvature at the base, such as saturated attention. So `verify=k` measures with the sweep engine
     the `k` cells of each site whose mean effect and error are largest together, and a random `sample` of the rest (by
     default as many): `<site>.exact`, NaN where not measured, and `<site>.measured` (0 not, 1 among the largest, 2 in the
@@ -74,8 +75,9 @@ def attribute(
     Prompts are run in chunks within `memory` bytes, layers being computed again in the backward pass (`jax.checkpoint`) where that
     takes it; attributes tell. `progress` and `save` are as in `sweep` (only estimates are saved).
 
-    Raises what `patch` raises; `TypeError` for a metric without gradient (ranks and accuracies count), and `ValueError` for
-    prompts that are the same in both batches, for more cells to verify than there are.
+    Raises what `patch` raises; `TypeError` for a metric without gradient (ranks and accuracies count); `ValueError` for
+    prompts that are the same in both batches, a gradient that is not finite, different grids along one axis, more cells to
+    verify than there are.
 
     >>> import mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -90,21 +92,21 @@ def attribute(
     base, source = _sides(clean, corrupted, direction)
     metrics = named(metric)
     nodes = nodes_of(model, base, sites)
-    _check(model, base, source, metrics, nodes, method, probes, verify)
+    sample = verify if sample is None else sample
+    _check_method(model, source, nodes, method, probes)
+    _check_cells(nodes, verify, sample)
+    _check_runs(model, base, source, metrics)
     job = Job(model, base, source, metrics, nodes, method, probes, seed)
     order = plan(job, chunks.default_memory() if memory is None else memory)
     with chunks.PeakMemory(order.bytes) as peak:
-        found = scored(job, order, progress=progress, save=save)
-    for run in ("base", "source"):
-        checked({name: found[f"{run}:{name}"] for name in metrics if f"{run}:{name}" in found}, run)
-    told = {"memory_estimate": order.bytes, "prompts_together": order.prompts, "checkpoint": order.checkpoint}
-    told |= {} if peak.taken is None else {"memory_peak": peak.taken}
+        found, order = scored(job, order, progress=progress, save=save)
+    _check_found(job, found)
+    told: dict[str, Any] = {"prompts_together": order.prompts, "checkpoint": order.checkpoint}
+    told |= {"memory_estimate": float(order.bytes)} | ({} if peak.taken is None else {"memory_peak": float(peak.taken)})
     result = _labelled(job, found, single=not isinstance(metric, Mapping))
     result = result.assign_attrs(direction="noise" if source is None else direction, **told)
     if verify:
-        result = verified(
-            job, result, Verify(verify, verify if sample is None else sample, threshold, seed), memory, progress
-        )
+        result = verified(job, result, Verify(verify, sample, threshold, seed), memory, progress)
     return result
 
 
@@ -117,40 +119,84 @@ def _sides(clean: Any, corrupted: Any, direction: Direction) -> tuple[Tokens, To
         return clean, None
     corrupted = as_tokens(corrupted)
     check_pair(clean, corrupted)
-    same = (np.asarray(clean.ids) == np.asarray(corrupted.ids)) | ~np.asarray(clean.mask)
-    if same.all(axis=1).any():
-        raise ValueError(
-            f"clean and corrupted are the same prompt in example {int(np.argmax(same.all(axis=1)))}: nothing to attribute"
-        )
+    check_differ(clean, corrupted)
     return (corrupted, clean) if direction == "denoise" else (clean, corrupted)
 
 
-def _check(
-    model: Transformer, base: Tokens, source: Tokens | None, metrics: Mapping[str, AnyMetric],
-    nodes: Mapping[str, Nodes], method: Method, probes: int, verify: int,
-) -> None:  # fmt: skip
-    for tokens in (base,) if source is None else (base, source):
-        check(model.config, tokens, {}, {})
+def check_differ(clean: Tokens, corrupted: Tokens) -> None:
+    """Raise `ValueError` where an example is the same prompt in both batches."""
+    same = (np.asarray(clean.ids) == np.asarray(corrupted.ids)) | ~np.asarray(clean.mask)
+    if same.all(axis=1).any():
+        raise ValueError(
+            f"both batches have the same prompt in example {int(np.argmax(same.all(axis=1)))}: nothing to attribute"
+        )
+
+
+def _check_method(
+    model: Transformer, source: Tokens | None, nodes: Mapping[str, Nodes], method: Method, probes: int
+) -> None:
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be one such as mijax.AtP(), given {method!r}")
+    if model.config.n_layers == 0:
+        raise ValueError("a model without layers has nothing to attribute to")
     if probes < 0 or probes == 1:
         raise ValueError(f"a standard error takes at least two probes, given probes={probes}")
+    if probes and not isinstance(method, AtP):
+        raise ValueError(f"probes tell the second-order error of AtP(); that of {method!r} is another")
     along = method.along if isinstance(method, IntegratedGradients) else None
     if along == "inputs" and source is None:
         raise ValueError(
             "integrated gradients along the inputs need corrupted prompts; along the gate, zeros can stand for them"
         )
+    shared = [site for site, own in nodes.items() if along == "gate" and overlap(own)]
+    if shared:
+        raise ValueError(
+            f"integrated gradients along the gate take cells that share no place; those at {shared[0]!r} do"
+        )
+
+
+def _check_cells(nodes: Mapping[str, Nodes], verify: int, sample: int) -> None:
+    labels: dict[str, list[Any]] = {}
     for site, own in nodes.items():
         if not 0 <= verify <= own.size:
             raise ValueError(f"verify must be from 0 to the {own.size} cells of site {site!r}, given {verify}")
-        if along == "gate" and overlap(own):
-            raise ValueError(
-                f"integrated gradients along the gate take cells that share no place; those at {site!r} do"
-            )
+        for dim, these in own.labels.items():
+            if labels.setdefault(dim, list(these)) != list(these):
+                raise ValueError(
+                    f"sites with different grids along {dim!r} must be asked for apart; at {site!r} these are {list(these)[:9]}, at"
+                    f" another {labels[dim][:9]} (key/value heads may be named 'kv_head')"
+                )
+    if sample < 0 or (sample and not verify):
+        raise ValueError(f"sample counts cells beside those of verify={verify}, given {sample}")
+
+
+def _check_runs(model: Transformer, base: Tokens, source: Tokens | None, metrics: Mapping[str, AnyMetric]) -> None:
+    if not metrics:
+        raise ValueError("there is no metric")
+    for tokens in (base,) if source is None else (base, source):
+        check(model.config, tokens, {}, {})
     for name, metric in metrics.items():
         check_gradient(model, base, name, metric)
 
 
+def _check_found(job: Job, found: Mapping[str, np.ndarray]) -> None:
+    """Raise `ValueError` where a run's metric or its gradient is not finite."""
+    for run in ("base", "source"):
+        checked({name: found[f"{run}:{name}"] for name in job.metrics if f"{run}:{name}" in found}, run)
+    for name in job.metrics:
+        for site in job.nodes:
+            bad = ~np.isfinite(found[f"term:{name}:{site}"])
+            if bad.any():
+                raise ValueError(
+                    f"the gradient of metric {name!r} at site {site!r} is not finite in example {int(np.argwhere(bad)[0][0])}: the"
+                    " metric has no slope where the base run is (a root at zero, say), or the model overflows"
+                )
+
+
 def check_gradient(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric) -> None:
     """Raise `TypeError` where none of eight random final streams gives any example's metric a gradient."""
+    if getattr(metric, "per_example", False):  # one tells as much as all
+        tokens, metric = jax.tree.map(lambda a: np.asarray(a)[:1], tokens), metric.take(np.zeros(1, np.int32))  # pyright: ignore[reportFunctionMemberAccess]
     shape, dtype = (*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype)
     streams = (jax.random.normal(jax.random.key(seed), shape, dtype) for seed in range(8))
     slope = lambda final: _slope(final, tokens, model.unembedding, model.b_U, metric)
@@ -175,7 +221,7 @@ def _labelled(job: Job, found: Mapping[str, np.ndarray], single: bool) -> "xr.Da
     together = lambda own: own[0] if single else np.stack(own)
     runs = ("batch",) if single else ("metric", "batch")
     shared: dict[str, Any] = {"batch": np.arange(len(job.base.ids))} | ({} if single else {"metric": names})
-    for run in ("base", "source"):
+    for run in ("base", "source", "gap"):
         if f"{run}:{names[0]}" in found:
             shared[run] = (runs, together([found[f"{run}:{name}"] for name in names]).astype(np.float32))
     arrays = {}
@@ -189,12 +235,9 @@ def _labelled(job: Job, found: Mapping[str, np.ndarray], single: bool) -> "xr.Da
                     cells = [c + found[f"base:{metric}"] for c, metric in zip(cells, names)]
                 array = xr.DataArray(together(cells).astype(np.float32), coords, dims)
                 arrays[name.format(site)] = array if nodes.grid else positions_told(array, job.base)
-    try:
-        result = xr.merge([array.rename(name) for name, array in arrays.items()], join="exact", compat="equals")
-    except ValueError as error:
-        raise ValueError("sites whose cells are over different grids of one axis must be asked for apart") from error
+    result = xr.merge([array.rename(name) for name, array in arrays.items()], join="exact", compat="equals")
     attrs: dict[str, Any] = {"method": repr(job.method), "metric": " ".join(names), "sites": " ".join(job.nodes)}
     for name in names:
         if f"gap:{name}" in found:
-            attrs["gap" if single else f"gap.{name}"] = float(np.mean(found[f"gap:{name}"]))
+            attrs["gap" if single else f"gap.{name}"] = float(np.abs(found[f"gap:{name}"]).mean())
     return result.assign_attrs(attrs | described(job.model))

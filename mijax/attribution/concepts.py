@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Float
-from mijax.attribution.attribute import check_gradient
+from mijax.attribution.attribute import check_differ, check_gradient
 from mijax.interventions.edits import Add
 from mijax.interventions.where import Where
 from mijax.metrics import AnyMetric
@@ -16,8 +16,8 @@ from mijax.model.numerics import accumulator
 from mijax.model.sites import site_of
 from mijax.model.tokens import Tokens, as_tokens, integers
 from mijax.model.transformer import Transformer
-from mijax.run import run
-from mijax.sweeps.measure import described, named, values_of
+from mijax.run import check, run
+from mijax.sweeps.measure import checked, described, named, values_of
 from mijax.sweeps.patch import check_pair
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def concept(
 
     positive, negative = as_tokens(positive), as_tokens(negative)
     check_pair(positive, negative)
+    check_differ(positive, negative)
     found = site_of(site, model.config)
     if found.inner_axes[-1] not in ("d_model", "d_head", "d_mlp") or "pos" not in found.axes:
         raise ValueError(
@@ -112,7 +113,11 @@ def concept(
         )
     for name, own in named(metric).items():
         check_gradient(model, positive, name, own)
+    for tokens in (positive, negative):
+        check(model.config, tokens, {}, {site: Where(pos=_column(pos))})
     yes, no = (_found(model, tokens, metric, site, pos) for tokens in (positive, negative))
+    for own, what in ((yes, "positive"), (no, "negative")):
+        checked({next(iter(named(metric))): own.values}, what)
     axis = found.axes.index("batch")
     acts, grads = ([np.moveaxis(np.asarray(getattr(own, of)[site]), axis, 0).squeeze(axis + 1) for own in (yes, no)]
                    for of in ("acts", "grads"))  # fmt: skip
@@ -161,7 +166,7 @@ def _fitted(x: Float[Array, "place example unit"], y: Float[Array, " example"]) 
 def logistic_probe(
     x: Float[Array, "example unit"], y: Float[Array, " example"], penalty: float = 1e-2, steps: int = 100
 ) -> Float[Array, " unit"]:
-    """The direction of logistic regression of `y` in {0, 1} on `x`, by L-BFGS.
+    """The direction of logistic regression of `y` in {0, 1} on `x`, by L-BFGS; zero where `x` does not vary.
 
     Minimises the mean loss in nats plus `penalty` / 2 times the squared weights of inputs scaled to a mean square of 1; what separates
     the classes is otherwise infinite.
@@ -174,8 +179,9 @@ def logistic_probe(
     import optax
 
     centred = x - jnp.mean(x, axis=0, keepdims=True)
-    scale = jnp.sqrt(jnp.mean(centred**2))
-    scaled = centred / scale
+    scale, size = jnp.sqrt(jnp.mean(centred**2)), jnp.sqrt(jnp.mean(x**2))
+    varies = scale > 10 * jnp.finfo(x.dtype).eps * size  # else what there is to see is rounding
+    scaled = centred / jnp.where(varies, scale, 1.0)
 
     def loss(w: Array) -> Array:
         logits = scaled @ w[:-1] + w[-1]
@@ -193,4 +199,4 @@ def logistic_probe(
 
     with jax.numpy_dtype_promotion("standard"):  # optax's line search counts in mixed integers
         (w, _), _ = cast(Any, jax.lax.scan)(step, (w, solver.init(w)), None, length=steps)
-    return w[:-1] / scale
+    return jnp.where(varies, w[:-1] / jnp.where(varies, scale, 1.0), 0.0)

@@ -20,8 +20,9 @@ class IntegratedGradients(Method):
     sites that hold one another share an effect between them.) `along="inputs"` moves the embeddings from base to source
     (Hanna et al. 2024, EAP-IG): the terms of `embed`, or of any one layer's `resid_pre`, sum to nearly the same.
 
-    `steps` are the points of a Gauss-Legendre rule, exact for polynomials of degree 2 * steps - 1. The result's attribute
-    `gap` is by how much the sum misses; a smooth model's falls exponentially with `steps`.
+    `steps` are the points of a Gauss-Legendre rule, exact for polynomials of degree 2 * steps - 1. `gap` in
+    the result is by how much that sum misses for each prompt (along the inputs: the sum of the terms of `embed`, asked for or not), and
+    the attribute `gap` its mean size; a smooth model's falls exponentially with `steps`.
     """
 
     steps: int = eqx.field(static=True, default=5)

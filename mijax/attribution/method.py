@@ -24,7 +24,8 @@ Measured: TypeAlias = Callable[[dict[str, Array], Path], tuple[Values, Values]]
 class Scores(NamedTuple):
     """What a method finds: the metrics of the base and the source, and by how much it says that each cell changes them.
 
-    `unsigned` are magnitudes, which are no changes. `gap` is what the terms sum to, less what they should sum to.
+    `unsigned` are magnitudes, which are no changes. `gap` is what the terms
+    on the path sum to, less what they should sum to.
     """
 
     runs: tuple[Values, Values]

@@ -25,6 +25,10 @@ Over: TypeAlias = Sequence[str] | Grid | None
 Sites: TypeAlias = Sequence[str] | Mapping[str, Over]
 
 
+MASK_BYTES = 2**26
+"""Of the masks that say which entries a cell holds, at once."""
+
+
 class Nodes(NamedTuple):
     """The cells of one site.
 
@@ -101,9 +105,10 @@ def _nodes(model: Transformer, tokens: Tokens, site: str, over: Over) -> Nodes:
 def _members(config: Config, tokens: Tokens, site: str, grid: Grid, shape: tuple[int, ...]) -> np.ndarray:
     """The entries of each cell, by example."""
     batch = SITES[site].axes.index("batch")
-    some = lambda begin: jax.tree.map(lambda index: index[begin : begin + 64], grid.where)
+    step = max(1, MASK_BYTES // int(np.prod(shape)))
+    some = lambda begin: jax.tree.map(lambda index: index[begin : begin + step], grid.where)
     found = []
-    for begin in range(0, grid.size, 64):
+    for begin in range(0, grid.size, step):
         mask = np.asarray(_masks(config, tokens, site, some(begin)))
         own = np.argwhere(np.broadcast_to(mask, (len(mask), *shape)))
         found.append(own + np.eye(1, own.shape[1], dtype=int) * begin)

@@ -59,10 +59,10 @@ class Plan(NamedTuple):
 def plan(job: Job, memory: int) -> Plan:
     """As little computed again as `memory` allows for as many prompts as fill the device.
 
-    Prompts are split only where every metric can be (`AnyMetric.take`). Raises `ValueError` where not one prompt fits.
+    Prompts are split only where every metric can be (`AnyMetric`). Raises `ValueError` where not one prompt fits.
     """
     batch, pos = job.base.ids.shape
-    splits = all(hasattr(metric, "take") for metric in job.metrics.values())
+    splits = all(getattr(metric, "per_example", False) for metric in job.metrics.values())
     full = min(batch, -(-chunks.full_rows() // pos)) if splits else batch
     read, fixed = 2 * metric_bytes(job.model, job.base, job.metrics), layers_bytes(job.model)
     fits, each, checkpoint = 0, 0, 0
@@ -134,12 +134,14 @@ def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def scored(job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | None) -> dict[str, np.ndarray]:
-    """Everything found, examples in front, by `kind:metric` or `kind:metric:site`."""
+def scored(
+    job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | None
+) -> tuple[dict[str, np.ndarray], Plan]:
+    """Everything found, examples in front, by `kind:metric` or `kind:metric:site`; and the plan by which it was, that of the folder."""
     batch, read = len(job.base.ids), cast(Any, _read(job))
     store = None if save is None else _store(save, job, order)
     if store is not None:
-        order = order._replace(prompts=int(store.plan["prompts"]), checkpoint=int(store.plan["checkpoint"]))
+        order = Plan(*(int(store.plan[name]) for name in Plan._fields))
     whole, count = order.prompts == batch, -(-batch // order.prompts)
     found: dict[str, list[np.ndarray]] = {}
 
@@ -163,7 +165,7 @@ def scored(job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | N
         return count
 
     chunks.run_chunks(run, keep, count, batch, label="attribute", progress=progress, store=store, unit="prompt")
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    return {name: np.concatenate(parts) for name, parts in found.items()}, order
 
 
 def _read(job: Job) -> Int[np.ndarray, " read"] | None:
@@ -187,7 +189,7 @@ def _store(save: Any, job: Job, order: Plan) -> chunks.Store:
     parts |= {"metric": dict(job.metrics), "method": (job.method, job.probes, job.seed)}
     identity = {name: chunks.fingerprint(part) for name, part in parts.items()}
     identity |= {"version of jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    plan = {"prompts": np.asarray(order.prompts), "checkpoint": np.asarray(order.checkpoint)}
+    plan = {name: np.asarray(value) for name, value in order._asdict().items()}
     return chunks.Store(save, identity, plan, {"sites": list(job.nodes)})
 
 

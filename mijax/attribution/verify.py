@@ -103,16 +103,17 @@ def _whole(result: "xr.Dataset") -> "xr.DataArray":
     whole = np.abs(result.source.mean("batch") - base if "source" in result.coords else base)
     if not (whole > 1e-6 * np.abs(base)).all():
         raise ValueError(
-            f"the metric is {base.values} on the base and as much on the source run: they coincide, so that no share of their"
-            " difference can be missed; verify on other prompts, or another metric"
+            f"the metric is {base.values} on the base, and the source run's is no other: they coincide, so that there is nothing of"
+            " which a cell could miss a share; verify on other prompts, or by another metric"
         )
     return whole
 
 
 def _score(result: "xr.Dataset", site: str, whole: "xr.DataArray") -> Float[np.ndarray, " cell"]:
     """How large the mean effect of each cell may be: its estimate and its error together, of the metric where it is largest."""
-    own = result[f"{site}.unsigned"] if f"{site}.unsigned" in result else result[site] - result.base
-    size: Any = np.abs(own.mean("batch")) / whole
+    size: Any = np.abs((result[site] - result.base).mean("batch")) / whole
+    if f"{site}.unsigned" in result:
+        size = np.maximum(size, result[f"{site}.unsigned"].mean("batch") / whole)
     if f"{site}.error" in result:
         size = size + np.abs(result[f"{site}.error"].mean("batch")) / whole
     return (size.max("metric") if "metric" in size.dims else size).values.reshape(-1)

@@ -49,7 +49,7 @@ class Swept(NamedTuple):
     cells: Cells
     base: Values
     values: Values
-    memory: dict[str, int]
+    memory: dict[str, float]
 
 
 @overload
@@ -157,8 +157,8 @@ def swept(
             measured, keep, len(order.bounds) - 1, len(order.order), label=f"sweep {', '.join(cells.edits)}",
             progress=progress, width=None if mesh is None else mesh.devices.shape[0], store=store,
         )  # fmt: skip
-    told = {"memory_estimate": estimate}
-    return Swept(cells, at_base, values, told if peak.taken is None else {**told, "memory_peak": peak.taken})
+    told = {"memory_estimate": float(estimate)}  # a netCDF file has no integers of this size
+    return Swept(cells, at_base, values, told if peak.taken is None else {**told, "memory_peak": float(peak.taken)})
 
 
 def _replicated(mesh: Mesh | None, tree: Any) -> Any:
