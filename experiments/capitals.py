@@ -41,14 +41,14 @@ def make(model: mj.Transformer, tokenizer: mj.Tokenizer, n: int) -> Capitals:
     countries = [country for country in CAPITALS if len(tokenizer.backend.encode(f" {country}").ids) == 1]
     texts = [TEMPLATE.format(country) for country in countries]
     answers = np.array([_first_token(tokenizer, text, CAPITALS[c]) for text, c in zip(texts, countries)])
-    known = np.flatnonzero(np.asarray(mj.metrics.rank(answers)(mj.run(model, tokenizer(texts)).readout)) == 0)[:n]
+    rank = np.asarray(mj.metrics.rank(answers)(mj.run(model, tokenizer(texts)).readout))
+    first = np.unique(answers, return_index=True)[1]  # of capitals that begin alike, one
+    known = np.intersect1d(np.flatnonzero(rank == 0), first)[:n]
     if len(known) < max(2, n):
         raise ValueError(
             f"the model knows {len(known)} of the {len(CAPITALS)} capitals (in one token each), asked for {n}"
         )
     texts, answers = [texts[i] for i in known], answers[known]
-    if (answers == np.roll(answers, -1)).any():
-        raise ValueError("two countries in turn have capitals that begin with the same token")
     clean = tokenizer(texts)
     country = len(tokenizer.backend.encode(TEMPLATE.split(" {}")[0]).ids)
     length = np.asarray(clean.lengths)

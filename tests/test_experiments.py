@@ -141,14 +141,14 @@ def test_causal_tracing_writes_what_it_measures(tmp_path, monkeypatch, capsys):
 
 def test_attribution_vs_patching_writes_what_it_measures(tmp_path, monkeypatch, capsys):
     """One vocabulary for both tasks; the model's own answers stand in for the capitals."""
-    countries = list(capitals.CAPITALS)[:8]
+    countries = list(capitals.CAPITALS)
     texts = [capitals.TEMPLATE.format(country) for country in countries]
     words = [t.format(A="", B="", S="", place="", thing="") for t in ioi_prompts.TEMPLATES]
     model, tokenizer = word_tokenizer([*texts, *words, *ioi_prompts.NAMES, *ioi_prompts.PLACES, *ioi_prompts.THINGS])
     ids = [int(mj.run(model, tokenizer([text])).logits[0, -1].argmax()) for text in texts]
     monkeypatch.setattr(capitals, "CAPITALS", {c: tokenizer.decode([i]) for c, i in zip(countries, ids)})
     monkeypatch.setattr(mj, "load", lambda source: (model, tokenizer))
-    settings = attribution_vs_patching.Settings(prompts=8, probes=2, out=tmp_path / "out")
+    settings = attribution_vs_patching.Settings(prompts=4, probes=2, out=tmp_path / "out")
     results = attribution_vs_patching.main(settings)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "attribution_vs_patching.png",
@@ -156,15 +156,18 @@ def test_attribution_vs_patching_writes_what_it_measures(tmp_path, monkeypatch, 
         "results.nc",
     ]
     xr.testing.assert_identical(xr.load_dataset(tmp_path / "out/results.nc", engine="scipy"), results)
-    assert abs(float(results["capital cities.resid_pre.exact"].sel(layer=0, pos="country")) - 1) < 1e-4
+    assert (
+        abs(float(results["capital cities.resid_pre.exact"].sel({"layer": 0, "role in capital cities": "country"})) - 1)
+        < 1e-4
+    )
     record = json.loads((tmp_path / "out/record.json").read_text())
     told = record["tasks"]["indirect objects"]["fit"]["z"]["AtP"]
     exact, estimate = (results[f"indirect objects.z.{which}"].values.ravel() for which in ("exact", "AtP"))
     assert abs(told["r"] - np.corrcoef(exact, estimate)[0, 1]) < 1e-6
     assert abs(told["slope"] - np.polyfit(exact, estimate, 1)[0]) < 1e-6
     assert "residual stream: r" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="knows 8 of the 8 capitals"):
-        capitals.make(model, tokenizer, 9)
+    with pytest.raises(ValueError, match="of the 36 capitals"):
+        capitals.make(model, tokenizer, 37)
 
 
 def test_pronouns_writes_what_it_measures(tmp_path, monkeypatch, capsys):
