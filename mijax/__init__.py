@@ -1,6 +1,6 @@
 """mijax: mechanistic interpretability in JAX, the forward pass as a pure function of data."""
 
-from mijax import metrics
+from mijax import metrics, superposition
 from mijax.attribution.atp_star import AtPStar
 from mijax.attribution.attribute import attribute
 from mijax.attribution.concepts import Gradients, concept, gradients
@@ -79,6 +79,7 @@ __all__ = [
     "sites",
     "stack",
     "strongest",
+    "superposition",
     "sweep",
     "trace",
 ]

@@ -278,6 +278,7 @@ FLOORS = (
     "cache",
     "files",
     "chunks",
+    "superposition",
     "model",
     "checkpoints",
     "interventions",

@@ -1,0 +1,232 @@
+"""How a model arranges its features: `W [hidden, feature]`, whose columns are the features' directions.
+
+Functions take NumPy or JAX arrays with any axes in front, unless they name what they find: then one matrix.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mijax._types import Array, Float
+
+_TINY = 1e-12
+
+
+def norms(w: Float[Array, "*model hidden feature"]) -> Float[Array, "*model feature"]:
+    """The length of each feature's direction: about 1 where it is represented, about 0 where not.
+
+    >>> norms(np.array([[3.0, 0.0], [4.0, 1.0]])).tolist()
+    [5.0, 1.0]
+    """
+    return (w**2).sum(-2) ** 0.5
+
+
+def interference(w: Float[Array, "*model hidden feature"]) -> Float[Array, "*model feature"]:
+    """How much other features share a feature's direction: sum over j other than i of (W_i_hat . W_j)^2. Elhage et al. 2022."""
+    return _squared_shares(w) - norms(w) ** 2
+
+
+def dimensionality(w: Float[Array, "*model hidden feature"]) -> Float[Array, "*model feature"]:
+    """The fraction of a dimension that each feature has: D_i = |W_i|^2 / sum_j (W_i_hat . W_j)^2; 0 for one of no length.
+
+    They sum to at most the hidden dimensions, and to all of them for tight arrangements. 1 is a dimension of its own,
+    1/2 an antipodal pair, 2/k a k-gon in a plane. Elhage et al. 2022.
+
+    >>> dimensionality(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]])).tolist()
+    [0.5, 0.5, 1.0]
+    """
+    return norms(w) ** 2 / (_squared_shares(w) + _TINY)
+
+
+def _squared_shares(w: Any) -> Any:
+    gram = w.swapaxes(-1, -2) @ w
+    return (gram**2).sum(-1) / (norms(w) ** 2 + _TINY)
+
+
+def dimensions_per_feature(w: Float[Array, "*model hidden feature"]) -> Float[Array, "*model"]:
+    """D* = m / |W|_F^2: hidden dimensions for each feature that is represented. Elhage et al. 2022.
+
+    >>> float(dimensions_per_feature(np.array([[1.0, -1.0]])))
+    0.5
+    """
+    return w.shape[-2] / (w**2).sum((-1, -2))
+
+
+class Represented(NamedTuple):
+    """A feature's two colours in the paper's phase diagrams: its squared length, and how much others share its direction."""
+
+    norm: Array
+    shared: Array
+
+
+def represented(w: Float[Array, "*model hidden feature"], feature: int = -1) -> Represented:
+    """Whether a feature is represented, and whether in a dimension of its own: (|W_i|, sum over j of (W_i_hat . W_j)^2)."""
+    return Represented(norms(w)[..., feature], interference(w)[..., feature])
+
+
+IGNORED, SHARING, DEDICATED = range(3)
+
+
+def role(w: Float[np.ndarray, "*model hidden feature"], feature: int = -1) -> np.ndarray:
+    """What becomes of a feature: 0 ignored, 1 sharing a dimension, 2 dedicated.
+
+    Ignored below half of the squared length that the longest feature has, or of 1 if that is longer; sharing where others'
+    squared projections on its direction exceed a tenth of it.
+
+    >>> role(np.array([[1.0, -1.0]])).item(), role(np.array([[1.0, 0.0]])).item(), role(np.array([[0.0, 1.0]])).item()
+    (1, 0, 2)
+    """
+    w = np.asarray(w)
+    squared = norms(w) ** 2
+    there = squared[..., feature] > 0.5 * np.minimum(1.0, squared.max(-1))
+    alone = interference(w)[..., feature] < 0.1 * squared[..., feature]
+    return np.where(there, np.where(alone, DEDICATED, SHARING), IGNORED)
+
+
+def tegum_factors(w: Float[np.ndarray, "hidden feature"], tolerance: float = 0.1) -> list[list[int]]:
+    """The features in groups that are orthogonal to each other: blocks of `W^T W`, largest first.
+
+    Two features are in one group where |cos| exceeds `tolerance`, or through others; features shorter than `tolerance` of
+    the longest are in none.
+
+    >>> tegum_factors(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]]))
+    [[0, 1], [2]]
+    """
+    unit, kept = _directions(w, tolerance)
+    near = np.abs(unit.T @ unit) > tolerance
+    groups: list[list[int]] = []
+    left = set(range(len(kept)))
+    while left:
+        group, edge = set(), {min(left)}
+        while edge:
+            group |= edge
+            edge = {j for i in edge for j in np.flatnonzero(near[i])} - group
+        groups.append(sorted(int(kept[i]) for i in group))
+        left -= group
+    return sorted(groups, key=lambda g: (-len(g), g))
+
+
+def polytopes(w: Float[np.ndarray, "hidden feature"], tolerance: float = 0.1) -> list[str]:
+    """The name of each tegum factor, largest first.
+
+    >>> polytopes(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]]))
+    ['digon', 'point']
+    """
+    return [polytope(np.asarray(w)[:, group], tolerance) for group in tegum_factors(w, tolerance)]
+
+
+def polytope(w: Float[np.ndarray, "hidden feature"], tolerance: float = 0.1) -> str:
+    """The name of the arrangement of all features' directions, up to rotation and order.
+
+    Each known polytope is compared by the sorted cosines of each of its corners with the others; one whose largest difference
+    is at most `tolerance`, and the least, gives its name. `"k in d"` is what none of them is.
+
+    >>> polytope(np.array([[0.0, 0.866, -0.866], [-1.0, 0.5, 0.5]]))
+    'triangle'
+    """
+    unit, kept = _directions(w, tolerance)
+    if not len(kept):
+        return "nothing"
+    found = {
+        name: np.abs(_signature(corners.T @ corners) - _signature(unit.T @ unit)).max()
+        for name, corners in POLYTOPES.items()
+        if corners.shape[1] == len(kept)
+    }
+    if found and min(found.values()) <= tolerance:
+        return min(found, key=found.__getitem__)
+    rank = int((np.linalg.svd(unit, compute_uv=False) > tolerance).sum())
+    return f"{len(kept)} in {rank}"
+
+
+def _directions(w: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    w = np.asarray(w, float)
+    length = np.linalg.norm(w, axis=0)
+    kept = np.flatnonzero(length > tolerance * max(length.max(), _TINY))
+    return w[:, kept] / length[kept], kept
+
+
+def _signature(cosines: np.ndarray) -> np.ndarray:
+    """Sorted rows in sorted order; rounding first keeps near-equal rows in one order."""
+    rows = np.sort(cosines, axis=1)
+    return rows[np.lexsort(rows.round(3).T)]
+
+
+def _unit(corners: Any) -> np.ndarray:
+    array = np.asarray(corners, float).T
+    return array / np.linalg.norm(array, axis=0)
+
+
+def _gon(k: int) -> np.ndarray:
+    angle = 2 * np.pi * np.arange(k) / k
+    return np.stack([np.cos(angle), np.sin(angle)])
+
+
+def _simplex(d: int) -> np.ndarray:
+    basis = np.linalg.svd(np.eye(d + 1) - 1 / (d + 1))[0][:, :d]
+    return _unit(basis)
+
+
+def _bipyramid(k: int) -> np.ndarray:
+    return np.concatenate([np.pad(_gon(k), ((0, 1), (0, 0))), [[0, 0], [0, 0], [1, -1]]], axis=1)
+
+
+def _antiprism(height: float) -> np.ndarray:
+    turned = np.pi / 4
+    turn = np.array([[np.cos(turned), -np.sin(turned)], [np.sin(turned), np.cos(turned)]])
+    above, below = np.vstack([_gon(4), np.full(4, height)]), np.vstack([turn @ _gon(4), np.full(4, -height)])
+    return _unit(np.concatenate([above, below], axis=1).T)
+
+
+_GOLDEN = (1 + 5**0.5) / 2
+_SIGNS = list(itertools.product((1, -1), repeat=3))
+POLYTOPES: dict[str, np.ndarray] = {
+    "point": np.ones((1, 1)),
+    "digon": np.array([[1.0, -1.0]]),
+    "triangle": _gon(3),
+    "square": _gon(4),
+    "pentagon": _gon(5),
+    "hexagon": _gon(6),
+    "heptagon": _gon(7),
+    "octagon": _gon(8),
+    "tetrahedron": _simplex(3),
+    "5-cell": _simplex(4),
+    "5-simplex": _simplex(5),
+    "triangular bipyramid": _bipyramid(3),
+    "octahedron": _bipyramid(4),
+    "pentagonal bipyramid": _bipyramid(5),
+    "cube": _unit(_SIGNS),
+    "square antiprism": _antiprism(0.64),
+    "icosahedron": _unit([np.roll([0, a, b * _GOLDEN], s) for a in (1, -1) for b in (1, -1) for s in range(3)]),
+}
+"""The corners `[d, k]` of what is known by name; the antiprism with the height at which eight charges rest on a sphere."""
+
+THOMSON = {2: 0.5, 3: 1.732050808, 4: 3.674234614, 5: 6.474691495, 6: 9.985281374, 7: 14.452977414, 8: 19.675287861}
+"""The least energies of k charges on a sphere in three dimensions. Wales and Ulker 2006."""
+
+
+def thomson_energy(w: Float[np.ndarray, "hidden feature"]) -> float:
+    """The energy of the features' directions as charges on a sphere: the sum over pairs of 1 / distance.
+
+    >>> round(thomson_energy(POLYTOPES["octahedron"]), 6)
+    9.985281
+    """
+    unit = np.asarray(w, float) / np.linalg.norm(w, axis=0)
+    i, j = np.triu_indices(unit.shape[1], 1)
+    return float((1 / np.linalg.norm(unit[:, i] - unit[:, j], axis=0)).sum())
+
+
+def features_of_neurons(w: Float[Array, "*model hidden feature"]) -> tuple[Array, Array]:
+    """How many neurons are monosemantic, and how many polysemantic; the rest are dead.
+
+    Of neurons (rows) whose norm is over 0.1, one is monosemantic where one feature carries over 90 % of the squared norm.
+
+    >>> mono, poly = features_of_neurons(np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.01]]))
+    >>> int(mono), int(poly)
+    (1, 1)
+    """
+    squared = w**2
+    total = squared.sum(-1)
+    alive = total > 0.01
+    one = squared.max(-1) > 0.9 * total
+    return (alive & one).sum(-1), (alive & ~one).sum(-1)

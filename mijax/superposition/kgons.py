@@ -1,0 +1,89 @@
+"""Critical points of the two-dimensional toy model on one-hot data: k-gons. Chen et al. 2023 (arXiv:2310.06301).
+
+c features, exactly one active, uniform in [0, 1]; the model is ReLU(W^T W x + b) in two dimensions, the loss the mean over examples of
+the sum over features. A k-gon has k features of length l at equal angles with bias b; the other c - k are dead: W_i = 0.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.optimize
+
+LEARNING_COEFFICIENTS = {5: 7.0, 6: 8.5, 7: 10.0, 8: 11.5}
+"""The local learning coefficient of the k-gon with k = c: (3c - 1) / 2, half of its 2c + c parameters but the rotation."""
+
+
+class KGon(NamedTuple):
+    """Length and bias of a k-gon's features, and h: k features cost h / (3c) in all."""
+
+    k: int
+    length: float
+    bias: float
+    h: float
+
+
+def kgon(k: int) -> KGon:
+    """The critical k-gon, by minimising over its length and bias.
+
+    An active feature of size x gives outputs ReLU(l^2 cos(2 pi j / k) x + b), j = 0, ..., k - 1. Integrated over x in [0, 1],
+    int ReLU(a x + b)^2 dx is (ReLU(a + b)^3 - ReLU(b)^3) / (3a), and int x ReLU(a x + b) dx for b <= 0 < a + b is elementary.
+    k = 4 is exact: l = 1, b = 0, since no cosine but the own is positive. `ValueError` for k < 4, which is not critical
+    with fewer features than dimensions can hold without interference.
+
+    >>> [round(v, 4) for v in kgon(5)[1:]]
+    [1.1705, -0.2823, 0.2374]
+    """
+    if k < 4:
+        raise ValueError(f"k={k}: k-gons from 4 on are told")
+    if k == 4:
+        return KGon(4, 1.0, 0.0, 0.0)
+    found = scipy.optimize.minimize(
+        lambda v: kgon_error(k, *v),
+        (1.2, -0.3),
+        method="Nelder-Mead",
+        options={"xatol": 1e-10, "fatol": 1e-14, "maxiter": 4000},
+    )
+    length, bias = map(float, found.x)
+    return KGon(k, length, bias, float(k * 3 * found.fun))
+
+
+def kgon_error(k: int, length: float, bias: float) -> float:
+    """The mean squared error of a k-gon's features when one of them is active, summed over outputs; bias <= 0."""
+    own = length**2
+    squares = sum(_relu_square(own * np.cos(2 * np.pi * j / k), bias) for j in range(k))
+    start = min(1.0, -bias / own) if bias < 0 else 0.0
+    cross = own * (1 - start**3) / 3 + bias * (1 - start**2) / 2
+    return float(squares - 2 * cross + 1 / 3)
+
+
+def _relu_square(a: float, b: float) -> float:
+    """The integral of ReLU(a x + b)^2 over [0, 1]."""
+    if abs(a) < 1e-12:
+        return max(b, 0.0) ** 2
+    return (max(a + b, 0.0) ** 3 - max(b, 0.0) ** 3) / (3 * a)
+
+
+def kgon_loss(k: int, c: int, positive: int = 0) -> float:
+    """The loss of a k-gon among c features, of whose dead ones `positive` have a positive bias: (h + c - k) / (3c) - positive / (4 c^2).
+
+    A dead feature with b <= 0 misses x^2, on average 1/3, when it is active (1/c). With b > 0 it also adds b^2 whenever it is not:
+    c b^2 - b + 1/3 over c in all, least at b = 1 / (2c), which saves 1 / (4c^2).
+
+    >>> kgon_loss(4, 6)
+    0.1111111111111111
+    """
+    if not 4 <= k <= c or not 0 <= positive <= c - k:
+        raise ValueError(
+            f"a {k}-gon of {c} features with {positive} positive dead ones: 4 <= k <= c, and at most c - k, are expected"
+        )
+    return (kgon(k).h + c - k) / (3 * c) - positive / (4 * c**2)
+
+
+def kgon_params(k: int, c: int, positive: int = 0) -> dict[str, np.ndarray]:
+    """`W [2, c]` and `b [c]` of that point."""
+    _, length, bias, _ = kgon(k)
+    angle = 2 * np.pi * np.arange(k) / k
+    w = np.zeros((2, c))
+    w[:, :k] = length * np.stack([np.cos(angle), np.sin(angle)])
+    dead = [1 / (2 * c)] * positive + [0.0] * (c - k - positive)
+    return {"W": w, "b": np.array([bias] * k + dead)}

@@ -1,0 +1,67 @@
+"""Grids of settings: what each cell of a training is given, by name."""
+
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from mijax._types import ArrayLike
+
+
+class Grid(NamedTuple):
+    """All axes as they were given, the settings of all cells `[cell]`, and the seeds, each of which every cell has."""
+
+    axes: dict[str, np.ndarray]
+    settings: dict[str, np.ndarray]
+    seeds: np.ndarray
+
+    @property
+    def cells(self) -> int:
+        """How many cells there are, seeds apart."""
+        return len(next(iter(self.settings.values()), np.zeros(1)))
+
+    def at(self, cells: np.ndarray) -> dict[str, np.ndarray]:
+        """The settings of some cells, in JAX's default precision; a grid of seeds alone has one cell, without a name."""
+        kinds = {k: jnp.result_type(int if v.dtype.kind in "iub" else float) for k, v in self.settings.items()}
+        return {k: v[cells].astype(kinds[k]) for k, v in self.settings.items()} or {"": np.zeros(len(cells), np.int32)}
+
+    def label(self, cell: int, seed: int | None = None) -> str:
+        """A cell in words."""
+        told = [f"{name} {values[cell]:.6g}" for name, values in self.settings.items()]
+        return ", ".join([*told, *([] if seed is None else [f"seed {self.seeds[seed]}"])])
+
+    def shaped(self, values: np.ndarray) -> np.ndarray:
+        """`[seed, cell, ...]` with the axes that were given in place of the first two."""
+        sizes = [len(own) for name, own in self.axes.items() if name != "seed"]
+        values = values.reshape(len(self.seeds), *sizes, *values.shape[2:])
+        return np.moveaxis(values, 0, list(self.axes).index("seed")) if "seed" in self.axes else values[0]
+
+
+def grid_of(over: Mapping[str, ArrayLike], takers: Mapping[str, Callable]) -> Grid:
+    """The product of all settings; `ValueError` for one that no taker takes, or that a taker lacks."""
+    axes = {name: np.asarray(values) for name, values in over.items()}
+    for name, values in axes.items():
+        if values.ndim != 1 or not values.size or values.dtype.kind not in "iufb":
+            raise ValueError(f"{name}: a list of numbers is expected, got shape {values.shape} of {values.dtype}")
+    faults = [
+        f"{name!r} is taken by none of {', '.join(f'{who}{inspect.signature(f)}' for who, f in takers.items())}"
+        for name in axes
+        if name != "seed" and not any(name in inspect.signature(f).parameters for f in takers.values())
+    ]
+    faults += [
+        f"{who} takes {p.name!r}, which the grid lacks"
+        for who, function in takers.items()
+        for p in inspect.signature(function).parameters.values()
+        if p.name not in (*axes, "seed") and p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    seeds = axes.get("seed", np.zeros(1, int))
+    if seeds.dtype.kind not in "iu" or len(set(seeds.tolist())) < len(seeds) or (seeds < 0).any():
+        faults.append(f"seeds are different integers from 0 on, got {seeds.tolist()}")
+    if faults:
+        raise ValueError("; ".join(faults))
+    others = {name: values for name, values in axes.items() if name != "seed"}
+    columns = zip(*itertools.product(*others.values()))
+    return Grid(axes, {name: np.array(c, others[name].dtype) for name, c in zip(others, columns)}, seeds)

@@ -1,0 +1,266 @@
+"""Training every toy model of a grid of settings in one compiled loop."""
+
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mijax import chunks
+from mijax._types import Array, ArrayLike
+from mijax.superposition.data import check_density
+from mijax.superposition.job import Job, State, advance, begin, judge, model_bytes
+from mijax.superposition.loss import Toy
+from mijax.superposition.model import Params
+from mijax.superposition.settings import Grid, grid_of
+
+if TYPE_CHECKING:
+    import optax
+    import xarray as xr
+
+TURNS, STEPS = 20, 100
+"""Into how many turns a chunk's steps are divided, each saved when it is done, and how many steps a turn has at least."""
+
+
+def train(
+    toy: Callable[..., Toy],
+    over: Mapping[str, ArrayLike],
+    *,
+    optimizer: "Callable[..., optax.GradientTransformation] | None" = None,
+    steps: int = 10_000,
+    batch: int | None = 1024,
+    judged_on: int = 16_384,
+    log: Mapping[str, Callable[[Toy, Params], Array]] | None = None,
+    log_at: Sequence[int] = (),
+    nan: Literal["raise", "mask"] = "raise",
+    memory: int | None = None,
+    progress: bool = True,
+    save: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
+) -> "xr.Dataset":
+    """Train a toy model at every point of a grid of settings, thousands at a time.
+
+    `toy` and `optimizer` are functions of settings by name, `over` gives each setting its values, and the grid is their
+    product. `"seed"` is a setting that neither need take: models of one seed begin alike and see the same draws in each step,
+    whatever their other settings; those of different seeds share nothing. `optimizer` is by default Adam with 1e-3. `batch`
+    examples are drawn for each of the `steps`; where it is `None` the loss is the exact expectation
+    (`mijax.superposition.population_loss`).
+
+    The result has the grid's dimensions. Variables are the parameters, and `loss`: exact in exact training, else taken
+    over `judged_on` fresh examples, the same for all models. `log` names functions of a toy and its parameters, which
+    become further variables; with `log_at` they and the loss, as `log.<name>`, are kept after each of these numbers of steps,
+    along `step`.
+
+    `memory`, `progress`, `save` and `mesh` are those of a sweep (`mijax.sweeps.sweep.Running`); finished steps of a chunk
+    are saved too, and resumed from, and the mesh's first axis divides settings. How a grid is divided changes no draw: keys are
+    counted out from seed and step by Threefry, whatever JAX's default generator is.
+
+    A model that is no longer finite ends the run with `FloatingPointError`, which names it and its step; with `nan="mask"` it
+    is NaN in all variables, and told in `failed_at` (the step; -1 for the others). `ValueError` for settings that nobody
+    takes, densities and importances that are none, and data of the wrong shape, before anything runs.
+
+    >>> from mijax import superposition as sp
+    >>> toy = lambda density: sp.Toy(sp.relu_output(3, 2), sp.sparse(3, density))
+    >>> found = sp.train(toy, {"density": [0.1, 1.0], "seed": range(4)}, steps=10, batch=32)
+    >>> dict(found.W.sizes)
+    {'density': 2, 'seed': 4, 'hidden': 2, 'feature': 3}
+    """
+    optimizer = optimizer or _adam
+    grid = grid_of(over, {"toy": toy, "optimizer": optimizer})
+    log_at = sorted({int(step) for step in log_at})
+    job = Job(toy, optimizer, batch, judged_on, tuple((log or {}).items()))
+    _check(job, grid, steps, log_at)
+    each = model_bytes(job, *_example(grid))
+    budget = _default_memory() if memory is None else memory
+    parts = _parts(grid, budget // each, 1 if mesh is None else mesh.devices.shape[0])
+    if parts is None:
+        raise ValueError(f"memory={budget} bytes does not hold one model for each device, which takes {each}")
+    store = None if save is None else _store(save, job, grid, steps, log_at, parts)
+    run = _Run(job, grid, parts if store is None else store.plan, steps, log_at, store, mesh, strict=nan == "raise")
+    estimate = each * min(grid.cells * len(grid.seeds), run.parts[0][0].size * run.parts[0][1].size)
+    with chunks.PeakMemory(estimate) as peak:
+        chunks.run_chunks(
+            run, run.keep, len(run.parts) * len(run.ends), len(run.parts) * run.ends[-1], label="train", unit="step",
+            progress=progress, store=store,
+        )  # fmt: skip
+    told = {"memory_estimate": float(estimate)}
+    return _labelled(run, told if peak.taken is None else {**told, "memory_peak": float(peak.taken)})
+
+
+def _default_memory() -> int:
+    """On a CPU, chunks that stay near its caches run up to twice as fast as those of 1 GiB."""
+    return min(chunks.default_memory(), 2**27) if jax.default_backend() == "cpu" else chunks.default_memory()
+
+
+def _adam() -> "optax.GradientTransformation":
+    import optax
+
+    return optax.adam(1e-3)
+
+
+def _example(grid: Grid) -> tuple[dict[str, Any], Any]:
+    return {name: own[0] for name, own in grid.at(np.zeros(1, int)).items()}, np.uint32(grid.seeds[0])
+
+
+def _check(job: Job, grid: Grid, steps: int, log_at: list[int]) -> None:
+    """Raise for what cannot be trained, before anything is."""
+    if steps < 0 or (job.batch is not None and job.batch < 1) or job.judge < 1:
+        raise ValueError(f"steps={steps}, batch={job.batch}, judged_on={job.judge}: positive numbers are expected")
+    if log_at and not 0 <= log_at[0] <= log_at[-1] <= steps:
+        raise ValueError(f"log_at={log_at}: between 0 and the {steps} steps are expected")
+    settings, seed = _example(grid)
+    state = jax.eval_shape(job.begin, settings, seed)
+    jax.eval_shape(job.step, np.int32(0), settings, seed, state)
+    jax.eval_shape(job.judged, settings, seed, state)
+
+    def told(settings):
+        toy = job.made(settings, seed)[0]
+        return toy.data.density, toy.weights
+
+    density, importance = jax.jit(jax.vmap(told))(grid.at(np.arange(grid.cells)))
+    for cell in range(grid.cells) if density is not None else ():
+        check_density(density[cell], f"{grid.label(cell)}: density")
+    bad = np.argwhere(~(np.asarray(importance) >= 0))
+    if len(bad):
+        cell, feature = bad[0]
+        raise ValueError(
+            f"{grid.label(cell)}: importance {importance[cell, feature]:g} of feature {feature} is negative, or no number"
+        )
+
+
+def _parts(grid: Grid, models: int, width: int) -> dict[str, np.ndarray] | None:
+    """The cells and the seeds of each chunk: all of the same size, as few as hold `models` on each device.
+
+    Many cells come before many seeds, since they share what is drawn.
+    """
+    if models < 1:
+        return None
+    cells = _equal(grid.cells, models * width, width)
+    return {"cells": cells, "seeds": _equal(len(grid.seeds), max(1, models * width // cells.shape[1]), 1)}
+
+
+def _equal(count: int, most: int, multiple: int) -> np.ndarray:
+    """The numbers below `count` in rows of at most `most`, the last of them repeated where rows are not full."""
+    rows = -(-count // most)
+    width = -(-count // rows)
+    width = -(-width // multiple) * multiple
+    rows = -(-count // width)
+    return np.minimum(np.arange(rows * width), count - 1).reshape(rows, width)
+
+
+def _store(
+    save: Any, job: Job, grid: Grid, steps: int, log_at: list[int], parts: dict[str, np.ndarray]
+) -> chunks.Store:
+    about = {"toy": job.toy, "optimizer": job.optimizer, "log": (job.log, log_at), "settings": grid.axes}
+    about |= {"number of steps": steps, "batch": (job.batch, job.judge)}
+    identity = {name: chunks.fingerprint(part) for name, part in about.items()}
+    identity |= {"version of jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    return chunks.Store(save, identity, parts, {"axes": {k: v.tolist() for k, v in grid.axes.items()}})
+
+
+class _Run:
+    """A grid's chunks, each in turns of some steps: called by `chunks.run_chunks` with a turn's number, in order."""
+
+    def __init__(
+        self, job: Job, grid: Grid, parts: Mapping[str, np.ndarray], steps: int, log_at: list[int],
+        store: chunks.Store | None, mesh: Mesh | None, strict: bool,
+    ):  # fmt: skip
+        self.job, self.grid, self.log_at, self.store, self.mesh, self.strict = job, grid, log_at, store, mesh, strict
+        self.parts = list(itertools.product(parts["seeds"], parts["cells"]))
+        turns = max(1, min(TURNS, steps // STEPS))
+        self.ends = sorted({*log_at, *(np.arange(1, turns + 1) * steps // turns).tolist()})
+        self.state = jax.eval_shape(lambda *inputs: begin(job, None, *inputs), *self._inputs(0))
+        self.live: tuple[int, State] | None = None
+        self.whole: dict[str, np.ndarray] = {}
+
+    def _inputs(self, part: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        seeds, cells = self.parts[part]
+        return self.grid.at(cells), self.grid.seeds[seeds].astype(np.uint32)
+
+    def __call__(self, numbers: Sequence[int]) -> dict[str, Array]:
+        part, turn = divmod(numbers[0], len(self.ends))
+        inputs = self._inputs(part)
+        start = self.ends[turn - 1] if turn else 0
+        state = advance(self.job, self.mesh, *inputs, self._before(numbers[0], turn, inputs), start, self.ends[turn])
+        self.live = numbers[0], state
+        last = turn == len(self.ends) - 1
+        found = {"failed_at": state.failed_at}
+        if last or self.ends[turn] in self.log_at:
+            found |= {f"log.{k}": v for k, v in judge(self.job, self.mesh, *inputs, state).items()}
+        if last or self.store is not None:
+            found |= {f"state.{i}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+        return found
+
+    def _before(self, number: int, turn: int, inputs: Any) -> State:
+        """What a turn goes on from: the last turn's state, in memory or saved."""
+        if turn == 0:
+            return begin(self.job, self.mesh, *inputs)
+        if self.live is not None and self.live[0] == number - 1:
+            return self.live[1]
+        found = self.store.load(number - 1) if self.store else None
+        assert found is not None  # turns run in order, and a damaged one is run again before the next
+        leaves, structure = jax.tree.flatten(self.state)
+        return jax.tree.unflatten(structure, [found[f"state.{i}"] for i in range(len(leaves))])
+
+    def keep(self, number: int, found: Mapping[str, np.ndarray]) -> int:
+        """Put a turn's results in their place, and say how many steps it was."""
+        part, turn = divmod(number, len(self.ends))
+        seeds, cells = self.parts[part]
+        if self.strict and (found["failed_at"] >= 0).any():
+            raise FloatingPointError(self._failures(found["failed_at"], seeds, cells))
+        at, step = np.ix_(seeds, cells), self.ends[turn]
+        if step in self.log_at:
+            logged = {f"step.{name}": value for name, value in found.items() if name.startswith("log.")}
+            for name, value in logged.items():
+                self._whole(name, value, len(self.log_at))[(*at, self.log_at.index(step))] = value
+        if turn == len(self.ends) - 1:
+            for name, value in found.items():
+                self._whole(name, value)[at] = value
+        return step - (self.ends[turn - 1] if turn else 0)
+
+    def _whole(self, name: str, part: np.ndarray, *more: int) -> np.ndarray:
+        shape = (len(self.grid.seeds), self.grid.cells, *more, *part.shape[2:])
+        return self.whole.setdefault(name, np.zeros(shape, part.dtype))
+
+    def _failures(self, failed: np.ndarray, seeds: np.ndarray, cells: np.ndarray) -> str:
+        which = sorted({(seeds[i], cells[j], failed[i, j]) for i, j in np.argwhere(failed >= 0)}, key=lambda f: f[2])
+        told = [f"{self.grid.label(cell, seed)} after step {step}" for seed, cell, step in which[:5]]
+        more = [f"and {len(which) - 5} more"] * (len(which) > 5)
+        return f"no longer finite: {'; '.join([*told, *more])}. nan='mask' trains the others"
+
+
+def _labelled(run: _Run, told: dict[str, float]) -> "xr.Dataset":
+    import xarray as xr
+
+    grid, failed = run.grid, run.whole["failed_at"]
+    own = jax.tree_util.tree_flatten_with_path(run.state)[0]
+    params = len(jax.tree.leaves(run.state.params))
+    names = {f"state.{i}": "".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path[1:]) or "params" for i, (path, _) in enumerate(own[:params])}  # fmt: skip
+    dims = _dims(run)
+    variables: dict[str, Any] = {"failed_at": (tuple(grid.axes), grid.shaped(failed))}
+    for key, values in run.whole.items():
+        along = ["step"] if key.startswith("step.") else []
+        if (key.startswith("state.") and key not in names) or key == "failed_at":
+            continue
+        name = names.get(key) or key.removeprefix("step.") if along or key in names else key.removeprefix("log.")
+        masked = np.where(failed.reshape(*failed.shape, *[1] * (values.ndim - 2)) >= 0, np.nan, values) if values.dtype.kind == "f" else values  # fmt: skip
+        rest = values.ndim - 2 - len(along)
+        inner = dims.get(name) or tuple(f"{name}_{i}" for i in range(rest))
+        variables[name] = ((*grid.axes, *along, *inner), grid.shaped(masked.astype(values.dtype)))
+    coords = {**grid.axes, **({"step": run.log_at} if run.log_at else {})}
+    attrs = {"steps": run.ends[-1], "batch": run.job.batch or "exact", "jax": jax.__version__, **told}
+    return xr.Dataset(variables, coords, attrs)
+
+
+def _dims(run: _Run) -> dict[str, tuple[str, ...]]:
+    found = {}
+    settings, seed = _example(run.grid)
+
+    def read(settings, seed):
+        found.update(run.job.made(settings, seed)[0].model.dims or {})
+
+    jax.eval_shape(read, settings, seed)
+    return found
