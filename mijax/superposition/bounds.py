@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mijax._types import Float
+from mijax._types import Array, Float
 
 
 def welch(n: int, m: int) -> float:
@@ -17,7 +17,7 @@ def welch(n: int, m: int) -> float:
     return float(np.sqrt(max(0, n - m) / (m * max(1, n - 1))))
 
 
-def frame_potential(w: Float[np.ndarray, "hidden feature"]) -> float:
+def frame_potential(w: Float[Array | np.ndarray, "hidden feature"]) -> float:
     """The sum of squared cosines of all pairs of columns, each with itself too; at least n^2 / m (Benedetto and Fickus 2003).
 
     Equal where the unit vectors are a tight frame, U U^T = (n / m) 1. The mean squared interference of a feature is then n / m - 1.
@@ -44,7 +44,7 @@ def johnson_lindenstrauss(points: int, epsilon: float) -> int:
     return int(np.ceil(4 * np.log(points) / (epsilon**2 / 2 - epsilon**3 / 3)))
 
 
-def recoverable(w: Float[np.ndarray, "hidden feature"]) -> int:
+def recoverable(w: Float[Array | np.ndarray, "hidden feature"]) -> int:
     """How many active features can always be told from `W x`: the largest k < (1 + 1 / mu) / 2, mu the largest |cos| of two columns.
 
     Two different k-sparse inputs with one image would be a kernel vector with 2k entries; Gershgorin's disks keep the Gram matrix of
@@ -65,7 +65,7 @@ def compressed_sensing(n: int, active: float) -> float:
     necessary (Do Ba et al. 2010), and sufficient with random projections (Candes, Romberg and Tao 2006). Elhage et al. 2022 write it
     -n (1 - S) ln(1 - S).
 
-    >>> round(compressed_sensing(1000, 10), 1)
+    >>> round(compressed_sensing(1000, 10.0), 1)
     46.1
     """
     if not 0 < active <= n:

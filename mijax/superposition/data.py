@@ -110,13 +110,13 @@ def anticorrelated(
     def sample(key: PRNGKeyArray, batch: int) -> Array:
         which, amount = jax.random.split(key)
         u = jax.random.uniform(which, (sets, batch)) * size / p[:, None]  # below `size` where the set is active
-        chosen = jnp.repeat(jnp.floor(u), size, axis=0) == jnp.tile(jnp.arange(size), sets)[:, None]
+        chosen = jnp.repeat(jnp.floor(u), size, axis=0) == jnp.tile(jnp.arange(size, dtype=u.dtype), sets)[:, None]
         return _spread(jnp.where(chosen, jax.random.uniform(amount, (n, batch)), 0.0), signed)
 
     def patterns() -> Patterns:
         chosen = np.array(list(itertools.product(range(size + 1), repeat=sets)))  # `size` is none of them
         active = (chosen[..., None] == np.arange(size)).reshape(len(chosen), n)
-        each = jnp.where(chosen == size, 1 - p, p / size)
+        each = jnp.where(chosen == size, 1 - p[None], p[None] / size)
         return Patterns(active, each.prod(axis=1), -1.0 if signed else 0.0)
 
     return Data(n, sample, patterns, jnp.repeat(p / size, size))
@@ -133,7 +133,7 @@ def one_hot(n: int) -> Data:
     def sample(key: PRNGKeyArray, batch: int) -> Array:
         which, amount = jax.random.split(key)
         chosen = jax.random.randint(which, (batch,), 0, n)
-        return jax.nn.one_hot(chosen, n, axis=0) * (1 - jax.random.uniform(amount, (batch,)))  # in (0, 1]
+        return jax.nn.one_hot(chosen, n, axis=0) * (1 - jax.random.uniform(amount, (1, batch)))  # in (0, 1]
 
     def patterns() -> Patterns:
         return Patterns(np.eye(n, dtype=bool), jnp.full(n, 1 / n), 0.0)
@@ -158,7 +158,7 @@ def unit_norm(x: Float[Array, "feature batch"]) -> Float[Array, "feature batch"]
     >>> unit_norm(jnp.array([[3.0, 0.0], [4.0, 0.0]])).round(1).tolist()
     [[0.6000000238418579, 0.0], [0.800000011920929, 0.0]]
     """
-    norm = jnp.sqrt((x**2).sum(axis=0))
+    norm = jnp.sqrt((x**2).sum(axis=0, keepdims=True))
     return x / jnp.where(norm > 0, norm, 1.0)
 
 
@@ -196,4 +196,4 @@ def _subsets(n: int) -> Bool[np.ndarray, "pattern feature"]:
 
 
 def _subset_probability(active: np.ndarray, p: Array) -> Float[Array, " pattern"]:
-    return jnp.where(active, p, 1 - p).prod(axis=1)
+    return jnp.where(active, p[None], 1 - p[None]).prod(axis=1)

@@ -4,16 +4,20 @@ Functions take NumPy or JAX arrays with any axes in front, unless they name what
 """
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from mijax._types import Array, Float
+
+Matrices: TypeAlias = Float[Array | np.ndarray, "*model hidden feature"]
+Matrix: TypeAlias = Float[Array | np.ndarray, "hidden feature"]
 
 _TINY = 1e-12
 
 
-def norms(w: Float[Array, "*model hidden feature"]) -> Float[Array, "*model feature"]:
+def norms(w: Matrices) -> Any:
     """The length of each feature's direction: about 1 where it is represented, about 0 where not.
 
     >>> norms(np.array([[3.0, 0.0], [4.0, 1.0]])).tolist()
@@ -22,12 +26,12 @@ def norms(w: Float[Array, "*model hidden feature"]) -> Float[Array, "*model feat
     return (w**2).sum(-2) ** 0.5
 
 
-def interference(w: Float[Array, "*model hidden feature"]) -> Float[Array, "*model feature"]:
+def interference(w: Matrices) -> Any:
     """How much other features share a feature's direction: sum over j other than i of (W_i_hat . W_j)^2. Elhage et al. 2022."""
     return _squared_shares(w) - norms(w) ** 2
 
 
-def dimensionality(w: Float[Array, "*model hidden feature"]) -> Float[Array, "*model feature"]:
+def dimensionality(w: Matrices) -> Any:
     """The fraction of a dimension that each feature has: D_i = |W_i|^2 / sum_j (W_i_hat . W_j)^2; 0 for one of no length.
 
     They sum to at most the hidden dimensions, and to all of them for tight arrangements. 1 is a dimension of its own,
@@ -36,15 +40,20 @@ def dimensionality(w: Float[Array, "*model hidden feature"]) -> Float[Array, "*m
     >>> dimensionality(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]])).tolist()
     [0.5, 0.5, 1.0]
     """
-    return norms(w) ** 2 / (_squared_shares(w) + _TINY)
+    return _ratio(norms(w) ** 2, _squared_shares(w))
 
 
 def _squared_shares(w: Any) -> Any:
     gram = w.swapaxes(-1, -2) @ w
-    return (gram**2).sum(-1) / (norms(w) ** 2 + _TINY)
+    return _ratio((gram**2).sum(-1), norms(w) ** 2)
 
 
-def dimensions_per_feature(w: Float[Array, "*model hidden feature"]) -> Float[Array, "*model"]:
+def _ratio(one: Any, other: Any) -> Any:
+    """0 where both are 0; for NumPy and JAX alike."""
+    return one / (other + (other == 0).astype(other.dtype))
+
+
+def dimensions_per_feature(w: Matrices) -> Any:
     """D* = m / |W|_F^2: hidden dimensions for each feature that is represented. Elhage et al. 2022.
 
     >>> float(dimensions_per_feature(np.array([[1.0, -1.0]])))
@@ -56,11 +65,11 @@ def dimensions_per_feature(w: Float[Array, "*model hidden feature"]) -> Float[Ar
 class Represented(NamedTuple):
     """A feature's two colours in the paper's phase diagrams: its squared length, and how much others share its direction."""
 
-    norm: Array
-    shared: Array
+    norm: Any
+    shared: Any
 
 
-def represented(w: Float[Array, "*model hidden feature"], feature: int = -1) -> Represented:
+def represented(w: Matrices, feature: int = -1) -> Represented:
     """Whether a feature is represented, and whether in a dimension of its own: (|W_i|, sum over j of (W_i_hat . W_j)^2)."""
     return Represented(norms(w)[..., feature], interference(w)[..., feature])
 
@@ -68,7 +77,7 @@ def represented(w: Float[Array, "*model hidden feature"], feature: int = -1) -> 
 IGNORED, SHARING, DEDICATED = range(3)
 
 
-def role(w: Float[np.ndarray, "*model hidden feature"], feature: int = -1) -> np.ndarray:
+def role(w: Matrices, feature: int = -1) -> np.ndarray:
     """What becomes of a feature: 0 ignored, 1 sharing a dimension, 2 dedicated.
 
     Ignored below half of the squared length that the longest feature has, or of 1 if that is longer; sharing where others'
@@ -84,7 +93,7 @@ def role(w: Float[np.ndarray, "*model hidden feature"], feature: int = -1) -> np
     return np.where(there, np.where(alone, DEDICATED, SHARING), IGNORED)
 
 
-def tegum_factors(w: Float[np.ndarray, "hidden feature"], tolerance: float = 0.1) -> list[list[int]]:
+def tegum_factors(w: Matrix, tolerance: float = 0.1) -> list[list[int]]:
     """The features in groups that are orthogonal to each other: blocks of `W^T W`, largest first.
 
     Two features are in one group where |cos| exceeds `tolerance`, or through others; features shorter than `tolerance` of
@@ -107,7 +116,7 @@ def tegum_factors(w: Float[np.ndarray, "hidden feature"], tolerance: float = 0.1
     return sorted(groups, key=lambda g: (-len(g), g))
 
 
-def polytopes(w: Float[np.ndarray, "hidden feature"], tolerance: float = 0.1) -> list[str]:
+def polytopes(w: Matrix, tolerance: float = 0.1) -> list[str]:
     """The name of each tegum factor, largest first.
 
     >>> polytopes(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]]))
@@ -116,7 +125,7 @@ def polytopes(w: Float[np.ndarray, "hidden feature"], tolerance: float = 0.1) ->
     return [polytope(np.asarray(w)[:, group], tolerance) for group in tegum_factors(w, tolerance)]
 
 
-def polytope(w: Float[np.ndarray, "hidden feature"], tolerance: float = 0.1) -> str:
+def polytope(w: Matrix, tolerance: float = 0.1) -> str:
     """The name of the arrangement of all features' directions, up to rotation and order.
 
     Each known polytope is compared by the sorted cosines of each of its corners with the others; one whose largest difference
@@ -128,8 +137,9 @@ def polytope(w: Float[np.ndarray, "hidden feature"], tolerance: float = 0.1) -> 
     unit, kept = _directions(w, tolerance)
     if not len(kept):
         return "nothing"
+    cosines = unit.T @ unit
     found = {
-        name: np.abs(_signature(corners.T @ corners) - _signature(unit.T @ unit)).max()
+        name: _apart(corners.T @ corners, cosines)
         for name, corners in POLYTOPES.items()
         if corners.shape[1] == len(kept)
     }
@@ -146,10 +156,11 @@ def _directions(w: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
     return w[:, kept] / length[kept], kept
 
 
-def _signature(cosines: np.ndarray) -> np.ndarray:
-    """Sorted rows in sorted order; rounding first keeps near-equal rows in one order."""
-    rows = np.sort(cosines, axis=1)
-    return rows[np.lexsort(rows.round(3).T)]
+def _apart(one: np.ndarray, other: np.ndarray) -> float:
+    """The largest difference of the sorted cosines of corners that are matched as well as they can be."""
+    rows = [np.sort(cosines, axis=1) for cosines in (one, other)]
+    apart = np.abs(rows[0][:, None] - rows[1][None]).max(-1)
+    return float(apart[linear_sum_assignment(apart)].max())
 
 
 def _unit(corners: Any) -> np.ndarray:
@@ -196,7 +207,7 @@ POLYTOPES: dict[str, np.ndarray] = {
     "octahedron": _bipyramid(4),
     "pentagonal bipyramid": _bipyramid(5),
     "cube": _unit(_SIGNS),
-    "square antiprism": _antiprism(0.64),
+    "square antiprism": _antiprism(0.676695),
     "icosahedron": _unit([np.roll([0, a, b * _GOLDEN], s) for a in (1, -1) for b in (1, -1) for s in range(3)]),
 }
 """The corners `[d, k]` of what is known by name; the antiprism with the height at which eight charges rest on a sphere."""
@@ -205,7 +216,7 @@ THOMSON = {2: 0.5, 3: 1.732050808, 4: 3.674234614, 5: 6.474691495, 6: 9.98528137
 """The least energies of k charges on a sphere in three dimensions. Wales and Ulker 2006."""
 
 
-def thomson_energy(w: Float[np.ndarray, "hidden feature"]) -> float:
+def thomson_energy(w: Matrix) -> float:
     """The energy of the features' directions as charges on a sphere: the sum over pairs of 1 / distance.
 
     >>> round(thomson_energy(POLYTOPES["octahedron"]), 6)
@@ -216,7 +227,7 @@ def thomson_energy(w: Float[np.ndarray, "hidden feature"]) -> float:
     return float((1 / np.linalg.norm(unit[:, i] - unit[:, j], axis=0)).sum())
 
 
-def features_of_neurons(w: Float[Array, "*model hidden feature"]) -> tuple[Array, Array]:
+def features_of_neurons(w: Matrices) -> tuple[Any, Any]:
     """How many neurons are monosemantic, and how many polysemantic; the rest are dead.
 
     Of neurons (rows) whose norm is over 0.1, one is monosemantic where one feature carries over 90 % of the squared norm.

@@ -53,12 +53,9 @@ class Job(NamedTuple):
 
     def step(self, number: Any, settings: Settings, seed: Any, state: State) -> State:
         """One step of the optimizer."""
-        import optax
-
         toy, optimizer = self.made(settings, seed)
         gradient = jax.grad(self.loss)(state.params, toy, seed, number)
-        updates, kept = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, kept = updated(optimizer, gradient, state.params, state.optimizer)
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
         return State(params, kept, jnp.where(finite | (state.failed_at >= 0), state.failed_at, number))
 
@@ -77,6 +74,17 @@ class Job(NamedTuple):
         batch = self.batch
         one = lambda number: loss(toy, state.params, _sampled(toy, _key(0, _JUDGING, number), batch))
         return {"loss": jax.lax.map(one, jnp.arange(-(-self.judge // batch))).mean(), **logged}
+
+
+def updated(
+    optimizer: "optax.GradientTransformation", gradient: Params, params: Params, state: Any
+) -> tuple[Params, Any]:
+    """The parameters and the optimizer's state after one update."""
+    import optax
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # optax promotes
+        updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
 
 
 def _sampled(toy: Toy, key: PRNGKeyArray, batch: int) -> Array:

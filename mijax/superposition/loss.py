@@ -51,8 +51,9 @@ def population_loss(toy: Toy, params: Params, order: int = 8) -> Float[Array, ""
     """The expectation of `loss` over the data: a sum over activity patterns, an integral over amplitudes.
 
     Each amplitude has `order` Gauss-Legendre nodes. A model that is `ReLU(A x + b)` is integrated in closed form along one
-    amplitude (piecewise quadratic, broken at the kink), so that patterns of one active feature are exact, and the others, now
-    smooth twice, converge quickly: with 8 nodes to about 1e-6, and 1e-4 without that. Differentiable once in the
+    amplitude (piecewise quadratic, broken at the kink), so that patterns of one active feature are exact. For the others a kink is
+    left where it leaves the cube: over 200 random models of two and three features the median error is 4e-6 with 8 nodes and 7e-8
+    with 32, the largest 2e-3 and 1e-4; for models that are not of this form the median is up to 4e-4 and 3e-5. Differentiable once in the
     parameters. `ValueError` where the data knows no patterns or the sum has more than a million terms.
 
     >>> import jax.numpy as jnp
@@ -131,7 +132,7 @@ def _affine(toy: Toy, params: Params, where: np.ndarray, patterns: Patterns, ord
     wanted = np.zeros((len(where), toy.data.n, at.shape[1])) + patterns.low * is_last
     wanted = jnp.asarray(wanted, dtype)
     for j in range(k - 1):
-        wanted = wanted + jnp.asarray(np.eye(toy.data.n)[where[:, j]][..., None], dtype) * at[j]
+        wanted = wanted + jnp.asarray(np.eye(toy.data.n)[where[:, j]][..., None], dtype) * at[None, None, j]
     rise = jnp.asarray(span * is_last, dtype)
     from_, to = _positive(slope, start)
     whole = _product(rise, wanted, rise, wanted, 0.0, 1.0)
@@ -143,7 +144,7 @@ def _combined(a: Array, where: np.ndarray, at: Array) -> Array:
     """What the features `where [pattern, k]` at amplitudes `at [k, node]` add to each output: `[pattern, output, node]`."""
     total = jnp.zeros((len(where), a.shape[0], at.shape[1]), a.dtype)
     for j in range(where.shape[1]):
-        total = total + a[:, where[:, j]].T[..., None] * at[j]
+        total = total + a[:, where[:, j]].T[..., None] * at[None, None, j]
     return total
 
 

@@ -87,7 +87,7 @@ def top_k_output(n: int, m: int, k: int, *, used: Used | None = None) -> Model:
         raise ValueError(f"k={k}: of {n} outputs between 1 and {n} can be kept")
 
     def largest(z: Array) -> Array:
-        return jnp.where(z >= jax.lax.top_k(z.T, k)[0][:, -1], jax.nn.relu(z), 0.0)
+        return jnp.where(z >= jax.lax.top_k(z.T, k)[0][None, :, -1], jax.nn.relu(z), 0.0)
 
     return _tied(n, m, largest, used)
 
@@ -153,9 +153,10 @@ def _init_untied(n: int, m: int, used: Used | None) -> Callable[[PRNGKeyArray], 
 def _xavier(key: PRNGKeyArray, shape: tuple[int, int], used: Used | None) -> Float[Array, "hidden feature"]:
     """Normal with variance 2 / (features + hidden dimensions), as in the paper's notebook; zero beyond what is used."""
     m, n = shape
-    features, hidden = (n, m) if used is None else (jnp.asarray(size, jnp.result_type(float)) for size in used)
+    features, hidden = (jnp.asarray(size, jnp.result_type(float)) for size in used or (n, m))
     std = jnp.sqrt(2 / (features + hidden))
-    there = (jnp.arange(m)[:, None] < hidden) & (jnp.arange(n) < features)
+    row, column = (jnp.arange(size, dtype=features.dtype) for size in shape)
+    there = (row[:, None] < hidden) & (column[None] < features)
     return jnp.where(there, jax.random.normal(key, shape) * std, 0.0)
 
 

@@ -16,6 +16,7 @@ from mijax._types import Array, ArrayLike, Float
 from mijax.superposition import theory
 from mijax.superposition.data import sparse
 from mijax.superposition.geometry import DEDICATED, IGNORED, SHARING, role
+from mijax.superposition.job import updated
 from mijax.superposition.loss import Toy, population_loss
 from mijax.superposition.model import relu_output
 
@@ -121,8 +122,7 @@ def _optimised(
 
         def step(carry: Any, _: None) -> tuple[Any, None]:
             params, state = carry
-            updates, state = optimizer.update(jax.grad(lambda q: population_loss(own, q))(params), state, params)
-            return (optax.apply_updates(params, updates), state), None
+            return updated(optimizer, jax.grad(lambda q: population_loss(own, q))(params), params, state), None
 
         params = jax.lax.scan(step, (begun, optimizer.init(begun)), None, length=steps)[0][0]
         return population_loss(own, params), params["W"]

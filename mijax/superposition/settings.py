@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +28,7 @@ class Grid(NamedTuple):
         kinds = {k: jnp.result_type(int if v.dtype.kind in "iub" else float) for k, v in self.settings.items()}
         return {k: v[cells].astype(kinds[k]) for k, v in self.settings.items()} or {"": np.zeros(len(cells), np.int32)}
 
-    def label(self, cell: int, seed: int | None = None) -> str:
+    def label(self, cell: SupportsIndex, seed: SupportsIndex | None = None) -> str:
         """A cell in words."""
         told = [f"{name} {values[cell]:.6g}" for name, values in self.settings.items()]
         return ", ".join([*told, *([] if seed is None else [f"seed {self.seeds[seed]}"])])
@@ -37,7 +37,11 @@ class Grid(NamedTuple):
         """`[seed, cell, ...]` with the axes that were given in place of the first two."""
         sizes = [len(own) for name, own in self.axes.items() if name != "seed"]
         values = values.reshape(len(self.seeds), *sizes, *values.shape[2:])
-        return np.moveaxis(values, 0, list(self.axes).index("seed")) if "seed" in self.axes else values[0]
+        return (
+            np.moveaxis(values, 0, list(self.axes).index("seed"))
+            if "seed" in self.axes
+            else values.reshape(values.shape[1:])
+        )
 
 
 def grid_of(over: Mapping[str, ArrayLike], takers: Mapping[str, Callable]) -> Grid:

@@ -5,13 +5,16 @@ features of importance times squared error, as Elhage et al. 2022 write them. Ev
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 
 from mijax._types import ArrayLike, Float
 
+Numbers: TypeAlias = np.ndarray | np.floating
 
-def ignored(p: ArrayLike, importance: ArrayLike = 1.0) -> np.ndarray:
+
+def ignored(p: ArrayLike, importance: ArrayLike = 1.0) -> Numbers:
     """The loss of a feature that is not represented: I (p/3 - p^2/4), at the bias p/2.
 
     With W_i = 0 the output is the constant ReLU(b), and E(x - b)^2 is least at the mean b = E x = p/2, where it is the variance
@@ -24,12 +27,12 @@ def ignored(p: ArrayLike, importance: ArrayLike = 1.0) -> np.ndarray:
     return np.asarray(importance, float) * (p / 3 - p**2 / 4)
 
 
-def dedicated(p: ArrayLike, importance: ArrayLike = 1.0) -> np.ndarray:
+def dedicated(p: ArrayLike, importance: ArrayLike = 1.0) -> Numbers:
     """The loss of a feature with a dimension of its own: 0, since ReLU(x + 0) = x for x >= 0."""
     return np.zeros(np.broadcast_shapes(np.shape(p), np.shape(importance)))
 
 
-def antipodal(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> np.ndarray:
+def antipodal(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> Numbers:
     """The loss of two features in one dimension, W = (1, -1), without bias: (I1 + I2) p^2 / 6.
 
     Output 1 is ReLU(x1 - x2). It errs only where both are active (p^2): by x2 where x1 > x2, by x1 elsewhere, that is by
@@ -41,7 +44,7 @@ def antipodal(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> np.
     return (np.asarray(one, float) + np.asarray(other, float)) * np.asarray(p, float) ** 2 / 6
 
 
-def antipodal_at(b: ArrayLike, p: ArrayLike) -> np.ndarray:
+def antipodal_at(b: ArrayLike, p: ArrayLike) -> Numbers:
     """The loss per importance of an antipodal pair with a bias b in [0, 1]: output 1 is ReLU(x1 - x2 + b).
 
     Neither or only x1 active (probability 1 - p): the error is b. Only x2 (p (1 - p)): ReLU(b - x2), whose mean square is
@@ -53,7 +56,7 @@ def antipodal_at(b: ArrayLike, p: ArrayLike) -> np.ndarray:
     return (1 - p) * b**2 + p * (1 - p) * b**3 / 3 + p**2 * both
 
 
-def antipodal_biased(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> np.ndarray:
+def antipodal_biased(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> Numbers:
     """The loss of an antipodal pair at its best bias: (I1 + I2) min_b `antipodal_at`.
 
     `antipodal_at` is convex in b (the second derivative of (1-b)^3 (1+b) is 12 b (1-b)), so that bisecting its derivative finds the minimum.
@@ -63,7 +66,7 @@ def antipodal_biased(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0)
     """
     p = np.asarray(p, float)
 
-    def slope(b: np.ndarray) -> np.ndarray:
+    def slope(b: Numbers) -> Numbers:
         both = -((1 - b) ** 2) * (1 + 2 * b) / 3 + b**2
         return 2 * (1 - p) * b + p * (1 - p) * b**2 + p**2 * both
 
@@ -75,7 +78,7 @@ def antipodal_biased(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0)
     return (np.asarray(one, float) + np.asarray(other, float)) * antipodal_at((low + high) / 2, p)
 
 
-def boundary(importance: ArrayLike) -> np.ndarray:
+def boundary(importance: ArrayLike) -> Numbers:
     """The density below which two features share one dimension (n=2, m=1; importances 1 and I), without bias: closed form.
 
     An antipodal pair costs (1 + I) p^2/6, keeping only the more important feature min(1, I) (p/3 - p^2/4). They cross at
@@ -88,7 +91,7 @@ def boundary(importance: ArrayLike) -> np.ndarray:
     return np.where(i <= 1, 4 * i / (2 + 5 * i), 4 / (5 + 2 * i))
 
 
-def boundary_three(importance: ArrayLike) -> np.ndarray:
+def boundary_three(importance: ArrayLike) -> Numbers:
     """The same for n=3, m=2 with importances 1, 1, I: which density ends superposition.
 
     One dimension is dedicated, two features share the other: (1 + I) p^2/6 with the third, or, cheaper for I > 1, p^2/3 of the
@@ -101,7 +104,7 @@ def boundary_three(importance: ArrayLike) -> np.ndarray:
     return boundary(np.minimum(np.asarray(importance, float), 1.0))
 
 
-def boundary_biased(importance: ArrayLike) -> np.ndarray:
+def boundary_biased(importance: ArrayLike) -> Numbers:
     """The density where an antipodal pair at its best bias costs as much as ignoring the less important feature.
 
     >>> boundary_biased([0.1, 0.5, 1.0]).round(3).tolist()
@@ -112,35 +115,35 @@ def boundary_biased(importance: ArrayLike) -> np.ndarray:
     return crossing(lambda p: antipodal_biased(p, 1.0, i), lambda p: ignored(p, i), i.shape)
 
 
-def triangle(p: ArrayLike) -> np.ndarray:
-    """The loss of three equally important features at 120 degrees in a plane, without bias: 3 p^2 (1/8 - p/24) ...
+def triangle(p: ArrayLike) -> Numbers:
+    """The loss of three equally important features at 120 degrees in a plane, without bias: 3 p^2 ((1 - p) / 8 + p / 6).
 
     Not the least: at small p an antipodal pair beside a dedicated feature costs p^2/3, this .375 p^2 + O(p^3). Output 1 is
     ReLU(x1 - (x2 + x3)/2). With x1 and x2 active it errs by x2/2 where x1 > x2/2, else by x1: int int min(x1, x2/2)^2 = 1/16;
-    that is 2 pairs of each of 3 outputs. With x2 and x3 active it is 0. Three active: min(x1, (x2 + x3)/2)^2, whose mean is 1/8 + 1/48 - 1/60.
+    that is 2 pairs of each of 3 outputs. With x2 and x3 active it is 0. Three active: min(x1, (x2 + x3)/2)^2, whose mean is 1/6.
     """
     p = np.asarray(p, float)
     return 3 * (2 * p**2 * (1 - p) / 16 + p**3 * _three_active())
 
 
 def _three_active() -> float:
-    """The mean of min(x, s)^2 for x uniform and s the mean of two uniforms: int (s^2 - 2 s^3 / 3) over the law of s."""
-    second, third = 7 / 24, 3 / 16  # E s^2 = 1/12/2 + 1/4, E s^3
+    """The mean of min(x, s)^2 for x uniform and s the mean of two uniforms, given s int_0^1 min(x, s)^2 dx = s^2 - 2 s^3 / 3."""
+    second, third = 7 / 24, 3 / 16  # of s
     return second - 2 * third / 3
 
 
-def linear_loss(p: ArrayLike, importance: Float[np.ndarray, " feature"], m: int) -> float:
+def linear_loss(p: ArrayLike, importance: ArrayLike, m: int) -> float:
     """The least loss of the linear model W^T W x + b: it keeps the `m` features of largest I_i Var(x_i), and no others.
 
     The bias removes the means. What is left is |D_I^(1/2) (1 - M) D_v^(1/2)|_F^2 with D_I, D_v the diagonals of importances and
     variances and M = W^T W of rank m. By Eckart and Young no matrix of rank m does better on D_I^(1/2) D_v^(1/2), whose singular
     values are (I_i v_i)^(1/2), than to lose its n - m smallest; the projection on the others does that.
 
-    >>> float(linear_loss(1.0, np.array([1.0, 0.5, 0.1]), 2).round(6))
+    >>> round(linear_loss(1.0, [1.0, 0.5, 0.1], 2), 6)
     0.008333
     """
     each = np.sort(ignored(np.broadcast_to(p, np.shape(importance)), importance))
-    return each[: len(each) - m].sum()
+    return float(each[: len(each) - m].sum())
 
 
 def principal_components(covariance: Float[np.ndarray, "feature feature"], m: int) -> tuple[np.ndarray, float]:
@@ -155,7 +158,7 @@ def principal_components(covariance: Float[np.ndarray, "feature feature"], m: in
     return vectors[:, ::-1][:, :m].T, float(values[: len(values) - m].sum())
 
 
-def crossing(one: Callable, other: Callable, shape: tuple[int, ...]) -> np.ndarray:
+def crossing(one: Callable, other: Callable, shape: tuple[int, ...]) -> Numbers:
     """The density in (0, 1] below which the first loss is the lower, by bisection; 1 where it always is.
 
     The difference of the two changes sign once: (first - second) / p grows with p.
