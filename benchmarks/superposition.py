@@ -111,7 +111,7 @@ def with_mijax(case: Case, batch: int, steps: int) -> tuple[Callable, Callable]:
 
 def with_torch(case: Case, batch: int, steps: int) -> tuple[Callable, Callable]:
     """The same by PyTorch."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
     instances = len(case.density) * case.seeds
@@ -168,7 +168,7 @@ def exact(settings: Settings) -> dict[str, Any]:
     run = lambda: kept.append(sp.best(sp.train(phase.toy(2, 1), {**axes, "seed": range(4)}, optimizer=optimizer, steps=steps, batch=None, progress=False)))  # fmt: skip
     spent = timed(run)
     share, _ = phase.agreement(
-        geometry.role(kept[0].W.values), phase.closed_form(2, 1, **axes), phase.free(2, 1, **axes)
+        geometry.role(kept[0].W.values), phase.closed_form(2, 1, *axes.values()), phase.free(2, 1, *axes.values())
     )
     return {**spent, "steps": steps, "models": 40_000, "agreement": share}
 

@@ -251,6 +251,8 @@ def test_best_sampled_models_are_not_below_the_exact_minimum():
     over = {"importance": [0.3, 0.8], "density": density, "seed": range(6)}
     log = {"exact": lambda toy, params: sp.population_loss(toy, params)}
     sampled = sp.train(made, over, batch=256, log=log, **settings)
+    judged = sp.train(made, over, batch=256, judged_on=None, **settings)
+    assert np.allclose(judged.loss, sampled.exact, rtol=1e-5)
     least = sp.best(sp.train(made, over, batch=None, **settings)).loss
     assert (sampled.exact.min("seed") >= least - 1e-6).all()
     assert (sampled.exact.min("seed") <= 1.1 * least).all()

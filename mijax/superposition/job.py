@@ -36,7 +36,7 @@ class Job(NamedTuple):
     toy: Callable[..., Toy]
     optimizer: "Callable[..., optax.GradientTransformation]"
     batch: int | None
-    judge: int
+    judge: int | None
     log: tuple[tuple[str, Callable[[Toy, Params], Array]], ...]
 
     def made(self, settings: Settings, seed: Any) -> "tuple[Toy, optax.GradientTransformation]":
@@ -66,10 +66,10 @@ class Job(NamedTuple):
         return loss(toy, params, _sampled(toy, _key(seed, _TRAINING, number), self.batch))
 
     def judged(self, settings: Settings, seed: Any, state: State) -> dict[str, Array]:
-        """The loss on examples that are the same for all models, a batch at a time, and what is logged."""
+        """What is logged, and the loss: exact, or on examples that are the same for all models, a batch at a time."""
         toy, _ = self.made(settings, seed)
         logged = {name: function(toy, state.params) for name, function in self.log}
-        if self.batch is None:
+        if self.batch is None or self.judge is None:
             return {"loss": population_loss(toy, state.params), **logged}
         batch = self.batch
         one = lambda number: loss(toy, state.params, _sampled(toy, _key(0, _JUDGING, number), batch))
@@ -157,7 +157,7 @@ def model_bytes(job: Job, settings: Settings, seed: Any) -> int:
     made = jax.make_jaxpr(lambda *own: job.loss(own[2].params, job.made(*own[:2])[0], own[1], 0))(settings, seed, state)
     size = lambda v: (
         math.prod(v.shape) * v.dtype.itemsize
-        if hasattr(v, "dtype") and not jax.dtypes.issubdtype(v.dtype, jax.dtypes.extended)
+        if hasattr(v, "dtype") and not jnp.issubdtype(v.dtype, jax.dtypes.extended)
         else 0
     )
     inner = lambda eqn: [p.jaxpr for p in eqn.params.values() if hasattr(p, "jaxpr")]

@@ -32,7 +32,7 @@ def train(
     optimizer: "Callable[..., optax.GradientTransformation] | None" = None,
     steps: int = 10_000,
     batch: int | None = 1024,
-    judged_on: int = 16_384,
+    judged_on: int | None = 16_384,
     log: Mapping[str, Callable[[Toy, Params], Array]] | None = None,
     log_at: Sequence[int] = (),
     nan: Literal["raise", "mask"] = "raise",
@@ -49,7 +49,8 @@ def train(
     examples are drawn for each of the `steps`; where it is `None` the loss is the exact expectation
     (`mijax.superposition.population_loss`).
 
-    The result has the grid's dimensions. Variables are the parameters, and `loss`: exact in exact training, else taken
+    The result has the grid's dimensions. Variables are the parameters, and `loss`: exact in exact training, or where `judged_on`
+    is `None` (where active features are rare, so are the pairs of them that tell models apart), else taken
     over `judged_on` fresh examples, the same for all models. `log` names functions of a toy and its parameters, which
     become further variables; with `log_at` they and the loss, as `log.<name>`, are kept after each of these numbers of steps,
     along `step`.
@@ -107,7 +108,7 @@ def _example(grid: Grid) -> tuple[dict[str, Any], Any]:
 
 def _check(job: Job, grid: Grid, steps: int, log_at: list[int]) -> None:
     """Raise for what cannot be trained, before anything is."""
-    if steps < 0 or (job.batch is not None and job.batch < 1) or job.judge < 1:
+    if steps < 0 or (job.batch is not None and job.batch < 1) or (job.judge is not None and job.judge < 1):
         raise ValueError(f"steps={steps}, batch={job.batch}, judged_on={job.judge}: positive numbers are expected")
     if log_at and not 0 <= log_at[0] <= log_at[-1] <= steps:
         raise ValueError(f"log_at={log_at}: between 0 and the {steps} steps are expected")
@@ -121,8 +122,9 @@ def _check(job: Job, grid: Grid, steps: int, log_at: list[int]) -> None:
         return toy.data.density, toy.weights
 
     density, importance = jax.jit(jax.vmap(told))(grid.at(np.arange(grid.cells)))
-    for cell in range(grid.cells) if density is not None else ():
-        check_density(density[cell], f"{grid.label(cell)}: density")
+    if density is not None:
+        for cell in range(grid.cells):
+            check_density(density[cell], f"{grid.label(cell)}: density")
     bad = np.argwhere(~(np.asarray(importance) >= 0))
     if len(bad):
         cell, feature = bad[0]
