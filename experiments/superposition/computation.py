@@ -5,8 +5,8 @@
 Elhage et al. 2022 ("Computation in superposition"): signed inputs x in [-1, 1], the target |x|, a hidden layer ReLU(W1 x) and the output
 ReLU(W2 h + b). |x| = ReLU(x) + ReLU(-x) takes two neurons; with n=3 features in m=6 neurons models find just that in most
 of the seeds (a loss below 1e-4). With n=100 in m=40 and importance 0.8^i nearly all of the 40 neurons
-are monosemantic while features are dense, and at most two when each is present once in a hundred times. (Longer training at a higher rate
-finds models of lower loss there, a few more of whose neurons lean on one feature.)
+of a model (the median of several) are monosemantic while features are dense, and at most two when each is present once in a hundred times. (Twice as
+many steps with the constant rate bring 0 to 17 of them back at that density.)
 
 Whose a neuron is, is told by its row of W1, scaled to the geometric mean of the norms of its row of W1 and its column of
 W2: a ReLU lets the two trade length freely, and a neuron that nobody reads is dead whatever it takes in.
@@ -35,16 +35,16 @@ class Settings(Study):
     """Models of three features in six neurons."""
     clean_steps: int = 5000
     """Their steps, at a batch of 256."""
-    seeds: int = 3
-    """Models of each density with n=100, m=40, of which the best is kept; `--scale paper` takes 10."""
+    seeds: int = 4
+    """Models of each density with n=100, m=40; `--scale paper` takes 10."""
     steps: int = 10_000
-    """Of their training, by AdamW with a constant rate of 1e-3, as in the paper's notebook; `--scale paper` takes 20,000."""
+    """Of their training, by AdamW with 1e-3, as in the paper's notebook, which falls to 0 in the last four tenths."""
     batch: int = 1024
     """Examples in each step."""
 
 
 N, M = 100, 40
-DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01)
+DENSITIES = (1.0, 0.5, 0.2, 0.1, 0.03, 0.01)
 CLEAN = 1e-4
 """Below which loss a model of three features is clean."""
 
@@ -52,14 +52,15 @@ CLEAN = 1e-4
 def main(settings: Settings) -> xr.Dataset:
     """Train both sizes, count clean models and monosemantic neurons, draw, compare, and write."""
     mj.compilation_cache()
-    small, large = train_small(settings), sp.best(train_large(settings))
+    small, large = train_small(settings), train_large(settings)
     mono, poly = geometry.features_of_neurons(balanced(large))
+    dims = ("density", "seed")
     results = xr.Dataset(
         {
-            "n=3, m=6: loss": small.loss,
+            "n=3, m=6: loss": small.loss.rename(seed="small_seed"),
             "loss": large.loss,
-            "monosemantic": ("density", mono),
-            "polysemantic": ("density", poly),
+            "monosemantic": (dims, mono),
+            "polysemantic": (dims, poly),
             "W1": large.W1,
             "W2": large.W2,
             "b": large.b,
@@ -67,8 +68,8 @@ def main(settings: Settings) -> xr.Dataset:
     )
     claims = [
         at_least(f"n=3, m=6: share of seeds whose loss is below {CLEAN:g}", 0.5, (small.loss < CLEAN).mean()),
-        at_least(f"density {DENSITIES[0]:g}: monosemantic neurons of {M}", 38, mono[0]),
-        at_most(f"density {DENSITIES[-1]:g}: monosemantic neurons of {M}", 2, mono[-1]),
+        at_least(f"density {DENSITIES[0]:g}: median number of monosemantic neurons of {M}", 38, np.median(mono[0])),
+        at_most(f"density {DENSITIES[-1]:g}: median number of monosemantic neurons of {M}", 2, np.median(mono[-1])),
     ]
     save(settings, results)
     return finish(settings, results, claims)
@@ -88,12 +89,13 @@ def train_small(settings: Settings) -> xr.Dataset:
 
 def train_large(settings: Settings) -> xr.Dataset:
     """A hundred features in forty neurons over densities."""
-    seeds, steps = (10, 20_000) if settings.paper else (settings.seeds, settings.steps)
+    steps, last = settings.steps, settings.steps * 2 // 5
+    rate = optax.join_schedules([optax.constant_schedule(1e-3), optax.linear_schedule(1e-3, 0, last)], [steps - last])
     importance = 0.8 ** np.arange(N)
     return sp.train(
         lambda density: sp.Toy(sp.hidden_layer(N, M), sp.sparse(N, density, signed=True), importance, jnp.abs),
-        {"density": DENSITIES, "seed": np.arange(seeds)},
-        optimizer=lambda: optax.adamw(1e-3, weight_decay=0.01),
+        {"density": DENSITIES, "seed": np.arange(10 if settings.paper else settings.seeds)},
+        optimizer=lambda: optax.adamw(rate, weight_decay=0.01),
         steps=steps,
         batch=settings.batch,
         judged_on=2**17,
@@ -102,12 +104,10 @@ def train_large(settings: Settings) -> xr.Dataset:
 
 
 def balanced(models: xr.Dataset) -> np.ndarray:
-    """Rows of W1 `[density, hidden, feature]`, each with the geometric mean of its norm and that of its column of W2."""
-    w1 = models.W1.transpose("density", "hidden", "feature").values
-    reads, writes = (
-        np.linalg.norm(w1, axis=2),
-        np.linalg.norm(models.W2.transpose("density", "feature", "hidden"), axis=1),
-    )
+    """Rows of W1 `[density, seed, hidden, feature]`, each with the geometric mean of its norm and that of its column of W2."""
+    w1 = models.W1.transpose("density", "seed", "hidden", "feature").values
+    reads = np.linalg.norm(w1, axis=-1)
+    writes = np.linalg.norm(models.W2.transpose("density", "seed", "feature", "hidden"), axis=-2)
     return w1 * np.sqrt(writes / np.maximum(reads, 1e-9))[..., None]
 
 
@@ -119,7 +119,8 @@ def save(settings: Settings, results: xr.Dataset) -> None:
         {
             "n=3, m=6: loss, seeds in order": {"loss": (np.linspace(0, 1, len(losses)), losses)},
             f"n={N}, m={M}: share of neurons, over 1 - density": {
-                name: (1 - 1 / sparsity, results[name].values / M) for name in ("monosemantic", "polysemantic")
+                name: (1 - 1 / sparsity, results[name].median("seed").values / M)
+                for name in ("monosemantic", "polysemantic")
             },
         },
         settings.folder / "computation.png",

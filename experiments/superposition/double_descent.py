@@ -64,9 +64,9 @@ def main(settings: Settings) -> xr.Dataset:
         test.append(float(sp.loss(toy_of(examples)(), params, fresh)))
         hidden[size] = np.asarray(params["W"] @ examples)
         kept.append(model)
-    results = xr.concat(
-        kept, xr.Variable("examples", np.array(sizes)), coords="minimal", compat="override", join="override"
-    )
+    stacked = {name: np.stack([model[name].values for model in kept]) for name in ("W", "b", "loss")}
+    dims = {"W": ("examples", "hidden", "feature"), "b": ("examples", "feature"), "loss": ("examples",)}
+    results = xr.Dataset({name: (dims[name], values) for name, values in stacked.items()}, {"examples": list(sizes)})
     results["test_loss"] = ("examples", np.array(test))
     save(settings, results, hidden)
     return finish(settings, results, claims_of(results, hidden))

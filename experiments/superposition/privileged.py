@@ -101,7 +101,7 @@ def claims_of(results: xr.Dataset) -> list:
     """What the paper says of neurons, at the densest and the sparsest and between them."""
     dense, thin = f"density {results.density.values[0]:g}", f"density {results.density.values[-1]:g}"
     share = lambda name, at: results[name].values[at] / M
-    grows = spearmanr(-results.density, results["ReLU: polysemantic"]).statistic
+    grows = spearmanr(-results.density, results["ReLU: polysemantic"])[0]
     linear = results["linear: loss after turning"].values
     return [
         at_least(f"{dense}: monosemantic share of ReLU neurons", 0.8, share("ReLU: monosemantic", 0)),

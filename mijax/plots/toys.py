@@ -97,9 +97,22 @@ def save_curves(
         for label, (x, y) in curves.items():
             axis.plot(x, y, "." if dots else "-", markersize=4, alpha=0.6 if dots else 1.0, label=label)
         axis.set(title=name, xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
+        if xscale == "log":
+            _readable(axis)
         if 1 < len(curves) <= 12:
             axis.legend(fontsize=7)
     _written(figure, path, title)
+
+
+def _readable(axis: Any) -> None:
+    """Plain numbers at 1, 2, 5 of each decade, where there are at most two decades."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_xlim()
+    if high / low < 300:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def save_directions(
