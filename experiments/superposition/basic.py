@@ -109,7 +109,7 @@ def train(settings: Settings, size: Size, kind: Callable) -> xr.Dataset:
 
 def introduce(settings: Settings) -> xr.Dataset:
     """Five features in a plane, density 1 to .05."""
-    toy = lambda density: sp.Toy(sp.relu_output(5, 2), sp.sparse(5, density), 0.9 ** jnp.arange(5))
+    toy = lambda density: sp.Toy(sp.relu_output(5, 2), sp.sparse(5, density), 0.9 ** np.arange(5))
     return sp.best(fitted(settings, "plane", toy, 20.0 ** -np.linspace(0, 1, 10), settings.starts, settings.batch // 4))
 
 
@@ -118,7 +118,7 @@ def compute(settings: Settings) -> xr.Dataset:
     n, m = 10, 6
 
     def toy(density):
-        return sp.Toy(sp.hidden_layer(n, m), sp.sparse(n, density, signed=True), 0.8 ** jnp.arange(n), jnp.abs)
+        return sp.Toy(sp.hidden_layer(n, m), sp.sparse(n, density, signed=True), 0.8 ** np.arange(n), jnp.abs)
 
     models = fitted(settings, "absolute", toy, np.array([0.3, 0.1]), 2 * settings.starts, settings.batch // 4)
     return models.isel(seed=slice(settings.starts)).drop_vars("seed")

@@ -10,6 +10,7 @@ is what theory says.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import tyro
 import xarray as xr
 
 import mijax as mj
-from experiments.superposition.study import Claim, Study, at_least, finish
+from experiments.superposition.study import Claim, Study, at_least, at_most, finish
 from mijax import superposition as sp
 from mijax.plots import save_phases
 from mijax.superposition import geometry, phase
@@ -46,48 +47,24 @@ SIZES = ((2, 1), (3, 2))
 def main(settings: Settings) -> xr.Dataset:
     """Compute theory and train, draw, compare, and write."""
     mj.compilation_cache()
-    found, claims, panels = {}, [], {}
+    results, claims, panels = xr.Dataset(), [], {}
     for n, m in SIZES:
+        own, panels[f"n={n}, m={m}"] = f"n={n}, m={m}", {}
         cells = settings.cells if m == 1 or settings.paper else settings.sampled_cells
-        exact_seeds = 4 if m == 1 else 16  # a third of the starts find the partner that is best
-        own = f"n={n}, m={m}"
-        for kind, count, seeds in (("exact", cells, exact_seeds), ("sampled", settings.sampled_cells, settings.seeds)):
-            axes = axes_of(count)
-            closed, true = phase.closed_form(n, m, *axes.values()), phase.free(n, m, *axes.values())
+        starts = 4 if m == 1 else 16  # a third of the starts find the partner that is best
+        for kind, count, seeds in (("exact", cells, starts), ("sampled", settings.sampled_cells, settings.seeds)):
+            axes, theories = axes_of(count), theory(n, m, count)
             trained = train(settings, n, m, kind, axes, seeds)
             roles = geometry.role(trained.W.values)
-            share, clear = phase.agreement(roles, closed, true)
-            told = {
-                "closed form": closed.winner,
-                "bias optimised": phase.closed_form(n, m, *axes.values(), biased=True).winner,
-                "true minimum": true.winner,
-            }
-            told[f"trained, {kind}"] = roles
-            for name, values in told.items():
-                found[f"{own}: {name}" if "trained" in name else f"{own}: {name} ({count})"] = along(axes, values)
-            found[f"{own}: trained, {kind}: loss"] = along(axes, trained.loss.values)
-            found[f"{own}: trained, {kind}: W"] = along(axes, trained.W.values)
-            panels.setdefault(own, {}).update(
-                {k: (axes, v) for k, v in told.items() if kind == "exact" or "trained" in k}
-            )
-            claims.append(
-                at_least(
-                    f"{own}, {kind}: cells with theory's role, outside the band ({1 - clear.mean():.1%} of all)",
-                    {"exact": 0.99, "sampled": 0.97}[kind],
-                    share,
-                )
-            )
-            if kind == "exact":
-                below = float((trained.loss.values - true.losses.min(0)).min())
-                claims.append(
-                    Claim(
-                        f"{own}: no trained model lies below the true minimum by more than",
-                        "at most 1e-4",
-                        -min(0.0, below),
-                        below >= -1e-4,
-                    )
-                )
-    results = xr.Dataset(found)
+            for name, diagram in theories.items():
+                results[f"{own}: {name} ({count})"] = along(axes, diagram.winner)
+                if kind == "exact":
+                    panels[own][name] = axes, diagram.winner
+            panels[own][f"trained, {kind}"] = axes, roles
+            results[f"{own}: true minimum ({count}): loss"] = along(axes, theories["true minimum"].losses.min(0))
+            for name, values in (("role", roles), ("loss", trained.loss.values), ("W", trained.W.values)):
+                results[f"{own}: trained, {kind}: {name}"] = along(axes, values)
+            claims += compare(own, kind, theories, roles, trained.loss.values)
     save_phases(
         panels,
         settings.folder / "phase_diagrams.png",
@@ -101,16 +78,40 @@ def axes_of(count: int) -> dict[str, np.ndarray]:
     return {"importance": np.geomspace(0.1, 10, count), "density": np.geomspace(1, 0.01, count)}
 
 
+@functools.cache
+def theory(n: int, m: int, count: int) -> dict[str, phase.Phase]:
+    """The three diagrams that are not trained."""
+    axes = axes_of(count).values()
+    return {
+        "closed form": phase.closed_form(n, m, *axes),
+        "bias optimised": phase.closed_form(n, m, *axes, biased=True),
+        "true minimum": phase.free(n, m, *axes),
+    }
+
+
 def along(axes: dict[str, np.ndarray], values: np.ndarray) -> xr.DataArray:
-    """With dimensions of this number of cells."""
-    count = len(axes["density"])
-    dims = (f"importance_{count}", f"density_{count}")
-    coords = dict(zip(dims, axes.values()))
-    return (
-        xr.DataArray(values, coords, (*dims, "hidden", "feature")[: values.ndim])
-        if values.ndim == 2
-        else xr.DataArray(values, coords, (*dims, f"hidden_{values.shape[2]}", f"feature_{values.shape[3]}"))
-    )
+    """With dimensions that tell their sizes: those of several diagrams are in one data set."""
+    coords = {f"{name}_{len(at)}": at for name, at in axes.items()}
+    rest = [f"{name}_{size}" for name, size in zip(("hidden", "feature"), values.shape[2:])]
+    return xr.DataArray(values, coords, (*coords, *rest))
+
+
+def compare(
+    own: str, kind: str, theories: dict[str, phase.Phase], roles: np.ndarray, losses: np.ndarray
+) -> list[Claim]:
+    """Agreement outside the band between the boundaries; and no exact loss below the true minimum."""
+    closed, true = theories["closed form"], theories["true minimum"]
+    share, clear = phase.agreement(roles, closed, true)
+    told = f"{own}, {kind}: cells with theory's role, outside the band ({1 - clear.mean():.1%} of all)"
+    claims = [at_least(told, {"exact": 0.99, "sampled": 0.97}[kind], share)]
+    if kind == "exact":
+        below = (true.losses.min(0) - losses).max()
+        claims.append(
+            at_most(
+                f"{own}: how far the best trained model lies below the true minimum, at most", 1e-4, max(0.0, below)
+            )
+        )
+    return claims
 
 
 def train(settings: Settings, n: int, m: int, kind: str, axes: dict[str, Any], seeds: int) -> xr.Dataset:

@@ -38,7 +38,7 @@ class Settings(Study):
 
 
 PLATEAU = (2.3, 3.5)
-FRACTIONS = {"1": 1, "3/4": 3 / 4, "2/3": 2 / 3, "1/2": 1 / 2, "2/5": 2 / 5, "3/8": 3 / 8, "0": 0}
+FRACTIONS = {"1": 1.0, "3/4": 3 / 4, "2/3": 2 / 3, "1/2": 1 / 2, "2/5": 2 / 5, "3/8": 3 / 8, "0": 0.0}
 
 
 def main(settings: Settings) -> xr.Dataset:
