@@ -70,7 +70,7 @@ def loss_by_active(toy: Toy, params: Params, order: int = 8) -> Float[Array, " a
     """`population_loss`, told by how many features are active: what 0, 1, ..., n of them contribute, summing to it."""
     if toy.data.patterns is None:
         raise ValueError("this data lists no activity patterns: its loss can only be sampled")
-    patterns = toy.data.patterns()
+    patterns, params = toy.data.patterns(), jax.tree.map(jnp.asarray, params)
     exact = toy.model.affine is not None and toy.target is None
     count = patterns.active.sum(axis=1)
     terms = sum(float(order) ** max(0, k - exact) for k in count.tolist())
