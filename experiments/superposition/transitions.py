@@ -124,7 +124,7 @@ def dynamical(learnt: xr.Dataset, losses: np.ndarray) -> list[Claim]:
         at_least(
             "gradient descent: at rest, share of the steps with as many corners as the critical loss tells",
             0.95,
-            np.average((counted == named)[rests], weights=lasted[rests]),
+            lasted[rests & (counted == named)].sum() / max(1, lasted[rests].sum()),
         ),
     ]  # fmt: skip
 
@@ -185,7 +185,9 @@ def rung(
     """Particles of n examples from those of `before`, the step size that suits them, and the share of moves accepted."""
     choose, move = jax.random.split(key)
     weight = jax.nn.softmax(-(n - before) * jax.vmap(energy)(particles))
-    at = (jax.random.uniform(choose) + jnp.arange(len(particles), dtype=particles.dtype)) / len(particles)  # systematic resampling
+    at = (jax.random.uniform(choose) + jnp.arange(len(particles), dtype=particles.dtype)) / len(
+        particles
+    )  # systematic resampling
     particles = particles[jnp.clip(jnp.searchsorted(jnp.cumsum(weight), at), 0, len(particles) - 1)]
     potential = lambda flat: n * energy(flat) + (flat**2).sum() / 2
 
