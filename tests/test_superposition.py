@@ -333,6 +333,7 @@ BAD = {
     "no numbers": (dict(over={"density": ["a"]}), "a list of numbers is expected"),
     "same seeds": (dict(over={"density": [0.1], "seed": [1, 1]}), "seeds are different integers"),
     "memory": (dict(over={"density": [0.1]}, memory=10), "does not hold one model"),
+    "log": (dict(over={"density": [0.1]}, log={"W": lambda toy, params: params["W"]}), "W is a variable of the result already"),
     "steps": (dict(over={"density": [0.1]}, steps=-1), "positive numbers are expected"),
     "log_at": (dict(over={"density": [0.1]}, log_at=[50]), "between 0 and the 5 steps"),
     "sampler": (dict(over={}, toy=lambda: sp.Toy(sp.relu_output(2, 1), Data(2, lambda k, n: jnp.zeros((n, 2))))), "the sampler gave"),

@@ -34,29 +34,23 @@ def settings_of_jax_stay(monkeypatch):
     monkeypatch.setattr(mj, "compilation_cache", lambda: None)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """The folder where the studies that were run leave their results."""
-    return tmp_path_factory.mktemp("superposition")
-
-
 def test_every_study_is_run_here_and_gathered():
     assert tuple(TINY) == overview.STUDIES
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_study_leaves_data_figures_and_claims(name, results):
+def test_a_study_leaves_data_figures_and_claims(name, tmp_path):
     """Claims are judged by what was found: at these sizes most do not hold, and the record says so."""
     module = importlib.import_module(f"experiments.superposition.{name}")
-    found = module.main(module.Settings(out=results / name, **TINY[name]))
-    record = json.loads((results / name / "record.json").read_text())
+    found = module.main(module.Settings(out=tmp_path / name, **TINY[name]))
+    record = json.loads((tmp_path / name / "record.json").read_text())
     assert record["settings"]["scale"] == "small" and record["claims"]
     for claim in record["claims"]:
         assert set(claim) == {"claim", "expected", "found", "holds"}
         within(claim)
-    with xr.open_dataset(results / name / "results.nc") as saved:
+    with xr.open_dataset(tmp_path / name / "results.nc") as saved:
         assert set(saved) == set(found) and all(np.isfinite(found[v].values).any() for v in found)
-    figures = list((results / name).glob("*.png"))
+    figures = list((tmp_path / name).glob("*.png"))
     assert figures and all(f.read_bytes().startswith(b"\x89PNG") for f in figures)
     assert re.search(r"\d{4}", module.__doc__) and f"python -m experiments.superposition.{name}" in module.__doc__
 
@@ -80,15 +74,30 @@ def test_claims_and_their_bounds():
     assert not Study().paper and Study(scale="paper").paper
 
 
-def test_the_overview_is_one_page_without_a_network(results, tmp_path):
-    page = overview.main(overview.Settings(folder=results)).read_text()
-    for name in TINY:
-        assert f"<section id={name}>" in page
-        for claim in json.loads((results / name / "record.json").read_text())["claims"]:
-            assert f"{claim['found']:.4g}" in page
-    assert not re.search(r"(src|href)=[\"']?(?!data:)", page) and "http" not in re.sub(r"base64,[^\"]*", "", page)
+def leave(settings):
+    """What a study leaves, in little."""
+    settings.folder.mkdir(parents=True)
+    claim = {"claim": "a < b & c", "expected": "at least 3", "found": 2.71828, "holds": False}
+    (settings.folder / "record.json").write_text(json.dumps({"settings": {"scale": "small"}, "claims": [claim]}))
+    (settings.folder / "figure.png").write_bytes(b"\x89PNG")
+
+
+def test_the_overview_is_one_page_without_a_network(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no study's record"):
         overview.main(overview.Settings(folder=tmp_path))
+    leave(Study(out=tmp_path / "dynamics"))
+    page = overview.main(overview.Settings(folder=tmp_path)).read_text()
+    assert "<section id=dynamics>" in page and "<section id=transitions>" not in page
+    assert "Learning dynamics" in page and "a &lt; b &amp; c" in page and "2.718" in page and "at least 3" in page
+    assert page.count("<img") == 1 and not re.search(r"(src|href)=(?!\"data:)", page)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    run = []
+    for name in overview.STUDIES:
+        module = importlib.import_module(f"experiments.superposition.{name}")
+        monkeypatch.setattr(module, "main", lambda settings, name=name: (run.append(name), leave(settings)))
+    page = overview.main(overview.Settings(folder=tmp_path, run=True)).read_text()
+    assert run == [name for name in overview.STUDIES if name != "dynamics"]
+    assert all(f"<section id={name}>" in page for name in overview.STUDIES)
 
 
 def test_hamiltonian_moves_keep_the_posterior():

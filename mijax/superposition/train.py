@@ -49,15 +49,16 @@ def train(
     examples are drawn for each of the `steps`; where it is `None` the loss is the exact expectation
     (`mijax.superposition.population_loss`).
 
-    The result has the grid's dimensions. Variables are the parameters, and `loss`: exact in exact training, or where `judged_on`
-    is `None` (where active features are rare, so are the pairs of them that tell models apart), else taken
-    over `judged_on` fresh examples, the same for all models. `log` names functions of a toy and its parameters, which
+    The result has the grid's dimensions. Variables are the parameters, and `loss`: the exact expectation in exact training, or
+    where `judged_on` is `None`, else taken over `judged_on` fresh examples, the same for all models. (Where active features
+    are rare, so are the pairs of them that tell models apart: to keep the best, judge exactly.) `log` names functions of a toy and its parameters, which
     become further variables; with `log_at` they and the loss, as `log.<name>`, are kept after each of these numbers of steps,
     along `step`.
 
     `memory`, `progress`, `save` and `mesh` are those of a sweep (`mijax.sweeps.sweep.Running`); finished steps of a chunk
     are saved too, and resumed from, and the mesh's first axis divides settings. How a grid is divided changes no draw: keys are
-    counted out from seed and step by Threefry, whatever JAX's default generator is.
+    counted out from seed and step by Threefry, whatever JAX's default generator is. (Sums may be rounded otherwise, in the last bit, which long
+    training at a high rate amplifies.)
 
     A model that is no longer finite ends the run with `FloatingPointError`, which names it and its step; with `nan="mask"` it
     is NaN in all variables, and told in `failed_at` (the step; -1 for the others). `ValueError` for settings that nobody
@@ -116,6 +117,9 @@ def _check(job: Job, grid: Grid, steps: int, log_at: list[int]) -> None:
     state = jax.eval_shape(job.begin, settings, seed)
     jax.eval_shape(job.step, np.int32(0), settings, seed, state)
     jax.eval_shape(job.judged, settings, seed, state)
+    taken = sorted({name for name, _ in job.log} & {"loss", "failed_at", *_parameters(state)})
+    if taken:
+        raise ValueError(f"log: {', '.join(taken)} is a variable of the result already; give it another name")
 
     def told(settings):
         toy = job.made(settings, seed)[0]
@@ -175,6 +179,7 @@ class _Run:
         turns = max(1, min(TURNS, steps // STEPS))
         self.ends = sorted({*log_at, *(np.arange(1, turns + 1) * steps // turns).tolist()})
         self.state = jax.eval_shape(lambda *inputs: begin(job, None, *inputs), *self._inputs(0))
+        self.names = {f"state.{i}": name for i, name in enumerate(_parameters(self.state))}
         self.live: tuple[int, State] | None = None
         self.whole: dict[str, np.ndarray] = {}
 
@@ -191,7 +196,7 @@ class _Run:
         last = turn == len(self.ends) - 1
         found = {"failed_at": state.failed_at}
         if last or self.ends[turn] in self.log_at:
-            found |= {f"log.{k}": v for k, v in judge(self.job, self.mesh, *inputs, state).items()}
+            found |= {f"judged.{k}": v for k, v in judge(self.job, self.mesh, *inputs, state).items()}
         if last or self.store is not None:
             found |= {f"state.{i}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
         return found
@@ -214,12 +219,13 @@ class _Run:
         if self.strict and (found["failed_at"] >= 0).any():
             raise FloatingPointError(self._failures(found["failed_at"], seeds, cells))
         at, step = np.ix_(seeds, cells), self.ends[turn]
+        judged = {key.removeprefix("judged."): value for key, value in found.items() if key.startswith("judged.")}
         if step in self.log_at:
-            logged = {f"step.{name}": value for name, value in found.items() if name.startswith("log.")}
-            for name, value in logged.items():
-                self._whole(name, value, len(self.log_at))[(*at, self.log_at.index(step))] = value
+            for name, value in judged.items():
+                self._whole(f"log.{name}", value, len(self.log_at))[(*at, self.log_at.index(step))] = value
         if turn == len(self.ends) - 1:
-            for name, value in found.items():
+            last = {"failed_at": found["failed_at"], **judged} | {name: found[key] for key, name in self.names.items()}
+            for name, value in last.items():
                 self._whole(name, value)[at] = value
         return step - (self.ends[turn - 1] if turn else 0)
 
@@ -234,30 +240,31 @@ class _Run:
         return f"no longer finite: {'; '.join([*told, *more])}. nan='mask' trains the others"
 
 
+def _parameters(state: Any) -> list[str]:
+    """The names of a model's parameters, in the order of the state's leaves, which begin with them."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(state.params)[0]]
+    return ["".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path) or "params" for path in paths]
+
+
 def _labelled(run: _Run, told: dict[str, float]) -> "xr.Dataset":
+    """All that was kept, with the grid's dimensions; NaN where a model failed."""
     import xarray as xr
 
-    grid, failed = run.grid, run.whole["failed_at"]
-    own = jax.tree_util.tree_flatten_with_path(run.state)[0]
-    params = len(jax.tree.leaves(run.state.params))
-    names = {f"state.{i}": "".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path[1:]) or "params" for i, (path, _) in enumerate(own[:params])}  # fmt: skip
-    dims = _dims(run)
-    variables: dict[str, Any] = {"failed_at": (tuple(grid.axes), grid.shaped(failed))}
-    for key, values in run.whole.items():
-        along = ["step"] if key.startswith("step.") else []
-        if (key.startswith("state.") and key not in names) or key == "failed_at":
-            continue
-        name = names.get(key) or key.removeprefix("step.") if along or key in names else key.removeprefix("log.")
-        masked = np.where(failed.reshape(*failed.shape, *[1] * (values.ndim - 2)) >= 0, np.nan, values) if values.dtype.kind == "f" else values  # fmt: skip
-        rest = values.ndim - 2 - len(along)
-        inner = dims.get(name) or tuple(f"{name}_{i}" for i in range(rest))
-        variables[name] = ((*grid.axes, *along, *inner), grid.shaped(masked.astype(values.dtype)))
+    grid, dims, failed = run.grid, _dims(run), run.whole["failed_at"] >= 0
+    variables: dict[str, Any] = {}
+    for name, values in run.whole.items():
+        if values.dtype.kind == "f":
+            values[failed] = np.nan
+        along = ("step",) if name.startswith("log.") else ()
+        inner = dims.get(name) or tuple(f"{name}_{i}" for i in range(values.ndim - 2 - len(along)))
+        variables[name] = ((*grid.axes, *along, *inner), grid.shaped(values))
     coords = {**grid.axes, **({"step": run.log_at} if run.log_at else {})}
     attrs = {"steps": run.ends[-1], "batch": run.job.batch or "exact", "jax": jax.__version__, **told}
     return xr.Dataset(variables, coords, attrs)
 
 
 def _dims(run: _Run) -> dict[str, tuple[str, ...]]:
+    """The names of the parameters' dimensions, as the model tells them."""
     found = {}
     settings, seed = _example(run.grid)
 
