@@ -323,6 +323,13 @@ def test_a_model_that_is_no_longer_finite_is_named(x64):
     assert np.isfinite(sp.best(found, "learning_rate").loss).all()
 
 
+def test_a_large_model_runs_in_a_chunk_of_its_own():
+    """The default budget of a CPU is small, but not smaller than one model."""
+    large = lambda: sp.Toy(sp.relu_output(600, 2), sp.sparse(600, 0.1))
+    found = sp.train(large, {"seed": range(2)}, steps=1, batch=16_384, judged_on=1, progress=False)
+    assert found.memory_estimate > 2**27 and np.isfinite(found.loss).all()
+
+
 BAD = {
     "nobody takes it": (dict(over={"densty": [0.1]}), "'densty' is taken by none of toy"),
     "lacking": (dict(over={"importance": [1.0]}), "toy takes 'density', which the grid lacks"),

@@ -76,7 +76,7 @@ def train(
     job = Job(toy, optimizer, batch, judged_on, tuple((log or {}).items()))
     _check(job, grid, steps, log_at)
     each = model_bytes(job, *_example(grid))
-    budget = _default_memory() if memory is None else memory
+    budget = _default_memory(each) if memory is None else memory
     parts = _parts(grid, budget // each, 1 if mesh is None else mesh.devices.shape[0])
     if parts is None:
         raise ValueError(f"memory={budget} bytes does not hold one model for each device, which takes {each}")
@@ -92,9 +92,10 @@ def train(
     return _labelled(run, told if peak.taken is None else {**told, "memory_peak": float(peak.taken)})
 
 
-def _default_memory() -> int:
-    """On a CPU, chunks that stay near its caches run up to twice as fast as those of 1 GiB."""
-    return min(chunks.default_memory(), 2**27) if jax.default_backend() == "cpu" else chunks.default_memory()
+def _default_memory(least: int) -> int:
+    """On a CPU, chunks that stay near its caches run up to twice as fast as those of 1 GiB; one model they must hold."""
+    most = chunks.default_memory()
+    return min(most, max(2**27, least)) if jax.default_backend() == "cpu" else most
 
 
 def _adam() -> "optax.GradientTransformation":
