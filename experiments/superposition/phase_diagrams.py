@@ -35,7 +35,7 @@ class Settings(Study):
     """The same of the sampled diagrams, and of n=3, m=2 unless `--scale paper`."""
     seeds: int = 10
     """Models in each cell of the sampled diagrams, of which the best is kept."""
-    steps: int = 1500
+    steps: int = 1000
     """Of the sampled training."""
     batch: int = 256
     """Of the sampled training; `--scale paper` takes 1,024 and 10,000 steps."""
