@@ -2,9 +2,11 @@
 
 import collections
 import hashlib
+import inspect
 import json
 import os
 import re
+import types
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,8 +154,12 @@ def _in_flight(run: Callable, groups: Sequence[Sequence[int]]) -> Iterator[tuple
     yield from waiting
 
 
-def fingerprint(tree: Any) -> str:
-    """A checksum of all arrays in a pytree, its structure, and the code of the functions in it."""
+def fingerprint(tree: Any, _seen: frozenset[int] = frozenset()) -> str:
+    """A checksum of all arrays in a pytree, its structure, and the functions in it: their code, and what it reaches.
+
+    That is what they close over, defaults, and globals that they name: data by their values, functions of the same package by
+    their own code, others by their names.
+    """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     digest = hashlib.sha256(_without_addresses(str(treedef)))
     for path, leaf in leaves:
@@ -163,17 +169,49 @@ def fingerprint(tree: Any) -> str:
             digest.update(f"{array.dtype}{array.shape}".encode())
             digest.update(array.data if array.size else b"")
         else:
-            digest.update(_told(leaf))
+            digest.update(_told(leaf, _seen))
     return digest.hexdigest()
 
 
-def _told(leaf: Any) -> bytes:
-    code = getattr(leaf, "__code__", None)
-    if code is None:
+def _told(leaf: Any, seen: frozenset[int]) -> bytes:
+    function = inspect.unwrap(leaf) if callable(leaf) else leaf
+    code = getattr(function, "__code__", None)
+    if code is None or id(code) in seen:
         return _without_addresses(repr(leaf))
-    inside = [fingerprint(cell.cell_contents) for cell in leaf.__closure__ or ()]
-    inside += [leaf.__qualname__, fingerprint(leaf.__defaults__)]
-    return code.co_code + _without_addresses(repr(code.co_consts)) + "".join(inside).encode()
+    seen = seen | {id(code)}
+    reached = [getattr(function, "__self__", None), function.__defaults__, function.__kwdefaults__]
+    reached += [cell.cell_contents for cell in function.__closure__ or ()]
+    inside = [function.__qualname__, *(fingerprint(own, seen) for own in reached)]
+    names = sorted(_names(code) & function.__globals__.keys())
+    inside += [f"{name}={_of_global(function.__globals__[name], function.__module__, seen)}" for name in names]
+    return _instructions(code) + "".join(inside).encode()
+
+
+def _of_global(value: Any, module: str, seen: frozenset[int]) -> str:
+    if isinstance(value, types.ModuleType):
+        return value.__name__
+    if isinstance(value, type) or (callable(value) and not _same_package(value, module)):
+        return (
+            f"{value.__module__}.{value.__qualname__}"
+            if hasattr(value, "__qualname__")
+            else _without_addresses(repr(value)).decode()
+        )
+    return fingerprint(value, seen)
+
+
+def _same_package(function: Any, module: str) -> bool:
+    return str(getattr(function, "__module__", "")).partition(".")[0] == str(module).partition(".")[0]
+
+
+def _names(code: types.CodeType) -> set[str]:
+    return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
+
+
+def _instructions(code: types.CodeType) -> bytes:
+    consts = [
+        _instructions(c) if isinstance(c, types.CodeType) else _without_addresses(repr(c)) for c in code.co_consts
+    ]
+    return b"".join([code.co_code, repr(code.co_names).encode(), *consts])
 
 
 def _without_addresses(text: str) -> bytes:

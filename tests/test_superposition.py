@@ -281,10 +281,8 @@ def test_sizes_in_one_call():
     """Padded models are the small ones: what is not used stays zero, and their output is that of the cut-out."""
 
     def padded(features, width):
-        there = jnp.arange(5) < features
-        data = sp.sparse(5, 0.5)
-        masked = data._replace(sample=lambda key, batch: jnp.where(there[:, None], data.sample(key, batch), 0.0))
-        return sp.Toy(sp.relu_output(5, 3, used=(features, width)), masked, jnp.where(there, 1.0, 0.0))
+        importance = jnp.where(jnp.arange(5) < features, 1.0, 0.0)
+        return sp.Toy(sp.relu_output(5, 3, used=(features, width)), sp.sparse(5, 0.5), importance)
 
     found = sp.train(
         padded, {"features": [3, 5], "width": [1, 3]}, steps=20, batch=32, optimizer=adam, judged_on=64, progress=False
@@ -323,6 +321,73 @@ def test_a_model_that_is_no_longer_finite_is_named(x64):
     assert np.isfinite(sp.best(found, "learning_rate").loss).all()
 
 
+def test_a_loss_that_is_not_finite_is_a_failure():
+    """A single wild step leaves finite parameters, whose loss is infinite; and a model may begin as NaN."""
+    settings = dict(batch=16, judged_on=16, progress=False)
+    with pytest.raises(FloatingPointError, match=r"density 0\.5, seed 0 after step 1"):
+        sp.train(toy, {"density": [0.5]}, steps=1, optimizer=lambda: optax.sgd(1e20), **settings)
+    begun = sp.relu_output(2, 1)._replace(init=lambda key: {"W": jnp.full((1, 2), jnp.nan), "b": jnp.zeros(2)})
+    with pytest.raises(FloatingPointError, match="after step 0"):
+        sp.train(lambda: sp.Toy(begun, sp.sparse(2, 0.5)), {"seed": [0]}, steps=0, **settings)
+
+
+def test_masked_models_have_no_numbers_at_all():
+    log = {"negative": lambda toy, params: (params["W"] < 0).sum()}
+    over = {"learning_rate": [0.01, 1e30], "density": [0.5]}
+    settings = dict(steps=3, batch=16, judged_on=16, progress=False, nan="mask", log=log, log_at=[0, 3])
+    found = sp.train(toy, over, optimizer=failing, **settings)
+    assert (found.failed_at.values[1] >= 1).all() and (found.failed_at.values[0] == -1).all()
+    for name in set(found) - {"failed_at"}:
+        assert np.isnan(found[name].values[1]).all() and np.isfinite(found[name].values[0]).all()
+    assert (sp.geometry.role(found.W.values) == -1)[1].all()
+
+
+def test_any_mesh_divides_any_toy():
+    """Constant importance, tiny and larger models, explicit and automatic axes, several axes: as on one device."""
+    makes = [lambda density, n=n: sp.Toy(sp.relu_output(n, 2), sp.sparse(n, density)) for n in (3, 20)]
+    meshes = [
+        jax.make_mesh((4,), ("c",)),
+        jax.make_mesh((2, 2), ("c", "d")),
+        jax.sharding.Mesh(np.array(jax.devices()[:2]), ("c",)),
+    ]
+    settings = dict(steps=20, batch=16, judged_on=16, optimizer=adam, progress=False)
+    for make, mesh in itertools.product(makes, meshes):
+        over = {"density": [0.3, 0.5, 0.9], "seed": range(2)}
+        same(sp.train(make, over, **settings), sp.train(make, over, mesh=mesh, **settings), 1e-5)
+
+
+def test_a_folder_is_not_taken_for_that_of_another_training(tmp_path):
+    settings = dict(steps=2, batch=8, judged_on=8, progress=False, save=tmp_path)
+    over = {"density": [0.3]}
+    sp.train(lambda density: sp.Toy(sp.relu_output(3, 2), sp.sparse(3, density)), over, **settings)
+    with pytest.raises(ValueError, match="toy"):
+        sp.train(lambda density: sp.Toy(sp.linear(3, 2), sp.sparse(3, density)), over, **settings)
+
+
+def test_chunks_that_devices_cannot_share_are_refused(tmp_path, as_a_user):
+    make = lambda density: sp.Toy(sp.relu_output(3, 2), sp.sparse(3, density))
+    settings = dict(steps=2, batch=8, judged_on=8, progress=False, save=tmp_path)
+    sp.train(make, {"density": [0.3, 0.4, 0.5]}, **settings)
+    with pytest.raises(ValueError, match="chunks of 3 cells, which 4 devices cannot share"):
+        sp.train(make, {"density": [0.3, 0.4, 0.5]}, mesh=jax.make_mesh((4,), ("c",)), **settings)
+
+
+@pytest.mark.parametrize("batch", [64, None])
+def test_padding_leaves_the_small_model(batch):
+    """Features beyond those used are data as any other, but no gradient reaches what is beyond; weight decay neither."""
+    padded = lambda features: sp.Toy(
+        sp.relu_output(4, 2, used=(features, 2)), sp.sparse(4, 0.5), jnp.where(jnp.arange(4) < features, 1.0, 0.0)
+    )
+    settings = dict(
+        steps=40, batch=batch, judged_on=64, progress=False, optimizer=lambda: optax.adamw(0.01, weight_decay=0.1)
+    )
+    found = sp.train(padded, {"features": [2, 3]}, **settings)
+    for row, features in zip(found.W.values, [2, 3]):
+        assert (row[:, features:] == 0).all() and (row[:, :features] != 0).all()
+    with pytest.raises(ValueError, match="not among 4 features"):
+        sp.relu_output(4, 2, used=(5, 2))
+
+
 def test_a_large_model_runs_in_a_chunk_of_its_own():
     """The default budget of a CPU is small, but not smaller than one model."""
     large = lambda: sp.Toy(sp.relu_output(600, 2), sp.sparse(600, 0.1))
@@ -340,13 +405,27 @@ BAD = {
     "no numbers": (dict(over={"density": ["a"]}), "a list of numbers is expected"),
     "same seeds": (dict(over={"density": [0.1], "seed": [1, 1]}), "seeds are different integers"),
     "memory": (dict(over={"density": [0.1]}, memory=10), "does not hold one model"),
-    "log": (dict(over={"density": [0.1]}, log={"W": lambda toy, params: params["W"]}), "W is a variable of the result already"),
+    "log": (dict(over={"density": [0.1]}, log={"W": lambda toy, params: params["W"]}), "W: the name of two things"),
     "steps": (dict(over={"density": [0.1]}, steps=-1), "positive numbers are expected"),
     "log_at": (dict(over={"density": [0.1]}, log_at=[50]), "between 0 and the 5 steps"),
     "sampler": (dict(over={}, toy=lambda: sp.Toy(sp.relu_output(2, 1), Data(2, lambda k, n: jnp.zeros((n, 2))))), "the sampler gave"),
     "no patterns": (dict(over={}, toy=lambda: sp.Toy(sp.relu_output(2, 1), sp.fixed(jnp.zeros((2, 3)))), batch=None), "lists no activity patterns"),
     "m > n": (dict(over={}, toy=lambda: sp.Toy(sp.relu_output(2, 3), sp.sparse(2, 0.1))), "3 hidden dimensions for 2 features"),
     "too many patterns": (dict(over={}, toy=lambda: sp.Toy(sp.relu_output(20, 3), sp.sparse(20, 0.1)), batch=None), "sample them instead"),
+    "infinite": (dict(over={"importance": [np.inf]}, toy=lambda importance: sp.Toy(sp.relu_output(2, 1), sp.sparse(2, 0.1), importance)), "importance inf of feature 0"),
+    "of one seed": (dict(over={"seed": [0, 1]}, toy=lambda seed: sp.Toy(sp.relu_output(2, 1), sp.sparse(2, 1.0 + 0.5 * seed.astype(float)))), "seed 1: density 1.5"),
+    "of sets": (dict(over={"density": [0.5, 1.5]}, toy=lambda density: sp.Toy(sp.relu_output(2, 1), sp.anticorrelated(2, density))), "density 1.5: a probability"),
+    "per feature": (dict(over={"density": [0.8]}, toy=lambda density: sp.Toy(sp.relu_output(2, 1), sp.anticorrelated(2, density, per="feature"))), "density 1.6: a probability"),
+    "large seed": (dict(over={"seed": [0, 2**32]}), "seeds are different integers from 0 to"),
+    "large integer": (dict(over={"k": [2**31 + 1]}, toy=lambda k: toy(0.5)), "'k' has integers beyond"),
+    "nan": (dict(over={}, nan="maks"), "'raise' or 'mask'"),
+    "output": (dict(over={}, toy=lambda: sp.Toy(Model(lambda key: jnp.zeros(3), lambda w, x: x[:1]), sp.sparse(3, 0.1))), r"the model gives \(1, 8\)"),
+    "target": (dict(over={}, toy=lambda: sp.Toy(sp.relu_output(3, 2), sp.sparse(3, 0.1), target=lambda x: x[:1])), r"the target is \(1, 8\)"),
+    "other n": (dict(over={}, toy=lambda: sp.Toy(sp.relu_output(1, 1), sp.sparse(4, 0.1)), batch=None), "examples (of|are)"),
+    "axis": (dict(over={"feature": [1]}, toy=lambda feature: toy(0.5)), "feature: the name of two things"),
+    "step": (dict(over={"step": [1]}, toy=lambda step: toy(0.5), log_at=[1]), "step: the name of two things"),
+    "parameter": (dict(over={}, toy=lambda: sp.Toy(Model(lambda key: {"loss": jnp.zeros(3)}, lambda params, x: x), sp.sparse(3, 0.1))), "loss: the name of two things"),
+    "used": (dict(over={"m": [1, 3]}, toy=lambda m: sp.Toy(sp.relu_output(4, 3, used=(2, m)), sp.sparse(4, 0.1))), "m 3: the used sizes"),
     "importance shape": (dict(over={}, toy=lambda: sp.Toy(sp.relu_output(2, 1), sp.sparse(2, 0.1), jnp.ones(3))), "importance of shape"),
 }  # fmt: skip
 

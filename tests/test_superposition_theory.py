@@ -266,3 +266,30 @@ def test_phases_of_other_sizes_are_refused(as_a_user):
     for function in (phase.closed_form, phase.free):
         with pytest.raises(ValueError, match="known for n=2, m=1"):
             function(4, 2, [1.0], [0.5])
+
+
+def test_what_is_not_finite_has_no_geometry():
+    """A failed model is neither ignored nor dead: it is told."""
+    w = np.array([[[1.0, -1.0]], [[np.nan, 1.0]]])
+    assert geometry.role(w).tolist() == [geometry.SHARING, geometry.UNKNOWN]
+    assert [v.tolist() for v in geometry.features_of_neurons(w)] == [[0, -1], [1, -1]]
+    with pytest.raises(ValueError, match="not finite"):
+        geometry.polytope(w[1])
+
+
+def test_ranks_beyond_the_features_are_refused(as_a_user):
+    with pytest.raises(ValueError, match="3 hidden dimensions for 2 features"):
+        theory.linear_loss(0.5, [1.0, 1.0], 3)
+    with pytest.raises(ValueError, match="3 hidden dimensions for 2 features"):
+        theory.principal_components(np.eye(2), 3)
+
+
+@pytest.mark.parametrize(("k", "c"), [(4, 6), (5, 7), (6, 8)])
+def test_dead_features_are_where_the_loss_has_no_kink(k, c, x64):
+    """Both one-sided derivatives vanish along every bias."""
+    toy = sp.Toy(sp.relu_output(c, 2), sp.one_hot(c))
+    params = jax.tree.map(jnp.asarray, kgons.kgon_params(k, c))
+    at = lambda i, h: float(sp.population_loss(toy, {**params, "b": params["b"].at[i].add(h)}))
+    for i in range(k, c):
+        assert abs(at(i, 1e-5) - at(i, 0.0)) < 1e-9 and abs(at(i, -1e-5) - at(i, 0.0)) < 1e-9
+    assert abs(at(0, 0.0) - kgons.kgon_loss(k, c)) < 1e-6

@@ -47,7 +47,7 @@ def save_phases(
     *,
     title: str = "",
 ) -> None:
-    """Draw rows of phase diagrams `{row: {title: (axes, role)}}`, roles 0 ignored, 1 sharing, 2 dedicated, over log axes."""
+    """Draw rows of phase diagrams `{row: {title: (axes, role)}}`, roles 0 ignored, 1 sharing, 2 dedicated, over log axes; -1, unknown, is black."""
     from matplotlib.colors import ListedColormap
 
     columns = max(len(row) for row in panels.values())
@@ -61,8 +61,8 @@ def save_phases(
                 along[x],
                 along[y],
                 roles,
-                cmap=ListedColormap(["0.93", "#d62728", "#1f77b4"]),
-                vmin=0,
+                cmap=ListedColormap(["black", "0.93", "#d62728", "#1f77b4"]),
+                vmin=-1,
                 vmax=2,
                 shading="nearest",
                 rasterized=True,

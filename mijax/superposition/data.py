@@ -32,13 +32,15 @@ class Data(NamedTuple):
     `sample(key, batch)` gives `[feature, batch]`. Draws that depend on the key alone are shared by all cells of a grid that
     have the same seed; what then depends on a cell's settings (its density) is computed from them. `patterns()` lists what
     exact expectations run over; without it only samples can be taken. `density` is each feature's probability of being active,
-    where it is known.
+    where it is known. `chances` are the probabilities that the data was made from, where these are others (of sets):
+    drivers tell of one that is not in (0, 1].
     """
 
     n: int
     sample: Sampler
     patterns: Callable[[], Patterns] | None = None
     density: Float[Array, " feature"] | None = None
+    chances: Float[Array, " event"] | None = None
 
 
 def sparse(n: int, density: ArrayLike, *, signed: bool = False) -> Data:
@@ -120,7 +122,7 @@ def anticorrelated(
         each = jnp.where(chosen == size, 1 - p[None], p[None] / size)
         return Patterns(active, each.prod(axis=1), -1.0 if signed else 0.0)
 
-    return Data(n, sample, patterns, jnp.repeat(p / size, size))
+    return Data(n, sample, patterns, jnp.repeat(p / size, size), p)
 
 
 def one_hot(n: int) -> Data:

@@ -74,11 +74,11 @@ def represented(w: Matrices, feature: int = -1) -> Represented:
     return Represented(norms(w)[..., feature], interference(w)[..., feature])
 
 
-IGNORED, SHARING, DEDICATED = range(3)
+UNKNOWN, IGNORED, SHARING, DEDICATED = range(-1, 3)
 
 
 def role(w: Matrices, feature: int = -1) -> np.ndarray:
-    """What becomes of a feature: 0 ignored, 1 sharing a dimension, 2 dedicated.
+    """What becomes of a feature: 0 ignored, 1 sharing a dimension, 2 dedicated; -1 where W is not finite (training failed).
 
     Ignored below half of the squared length that the longest feature has, or of 1 if that is longer; sharing where others'
     squared projections on its direction exceed a tenth of it.
@@ -90,7 +90,8 @@ def role(w: Matrices, feature: int = -1) -> np.ndarray:
     squared = norms(w) ** 2
     there = squared[..., feature] > 0.5 * np.minimum(1.0, squared.max(-1))
     alone = interference(w)[..., feature] < 0.1 * squared[..., feature]
-    return np.where(there, np.where(alone, DEDICATED, SHARING), IGNORED)
+    found = np.where(there, np.where(alone, DEDICATED, SHARING), IGNORED)
+    return np.where(np.isfinite(w).all((-1, -2)), found, UNKNOWN)
 
 
 def tegum_factors(w: Matrix, tolerance: float = 0.1) -> list[list[int]]:
@@ -151,6 +152,8 @@ def polytope(w: Matrix, tolerance: float = 0.1) -> str:
 
 def _directions(w: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
     w = np.asarray(w, float)
+    if not np.isfinite(w).all():
+        raise ValueError("W is not finite: the training of this model failed")
     length = np.linalg.norm(w, axis=0)
     kept = np.flatnonzero(length > tolerance * max(length.max(), _TINY))
     return w[:, kept] / length[kept], kept
@@ -228,7 +231,7 @@ def thomson_energy(w: Matrix) -> float:
 
 
 def features_of_neurons(w: Matrices) -> tuple[Any, Any]:
-    """How many neurons are monosemantic, and how many polysemantic; the rest are dead.
+    """How many neurons are monosemantic, and how many polysemantic; the rest are dead. -1 where W is not finite.
 
     Of neurons (rows) whose norm is over 0.1, one is monosemantic where one feature carries over 90 % of the squared norm.
 
@@ -240,4 +243,6 @@ def features_of_neurons(w: Matrices) -> tuple[Any, Any]:
     total = squared.sum(-1)
     alive = total > 0.01
     one = squared.max(-1) > 0.9 * total
-    return (alive & one).sum(-1), (alive & ~one).sum(-1)
+    finite = (total == total).all(-1)  # a NaN equals nothing; for NumPy and JAX alike
+    count = lambda which: which.sum(-1) * finite - ~finite
+    return count(alive & one), count(alive & ~one)

@@ -23,7 +23,7 @@ _INIT, _TRAINING, _JUDGING = range(3)  # what a key is for
 
 
 class State(NamedTuple):
-    """A model while it is trained; `failed_at` is the step after which it was no longer finite, or -1."""
+    """A model while it is trained; `failed_at` is the number of steps after which it was no longer finite, or -1."""
 
     params: Params
     optimizer: Any
@@ -54,16 +54,29 @@ class Job(NamedTuple):
     def step(self, number: Any, settings: Settings, seed: Any, state: State) -> State:
         """One step of the optimizer."""
         toy, optimizer = self.made(settings, seed)
-        gradient = jax.grad(self.loss)(state.params, toy, seed, number)
+        value, gradient = jax.value_and_grad(self.loss)(state.params, toy, seed, number)
         params, kept = updated(optimizer, gradient, state.params, state.optimizer)
-        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
-        return State(params, kept, jnp.where(finite | (state.failed_at >= 0), state.failed_at, number))
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in (value, *jax.tree.leaves(params))]).all()
+        return State(params, kept, jnp.where(finite | (state.failed_at >= 0), state.failed_at, number + 1))
 
     def loss(self, params: Params, toy: Toy, seed: Any, number: Any) -> Array:
         """What step `number` follows the gradient of."""
         if self.batch is None:
             return population_loss(toy, params)
         return loss(toy, params, _sampled(toy, _key(seed, _TRAINING, number), self.batch))
+
+    def check(self, settings: Settings, seed: Any, state: State) -> None:
+        """Raise `ValueError` for data, model and target that do not fit together."""
+        toy, _ = self.made(settings, seed)
+        x = jnp.zeros((toy.data.n, 2)) if self.batch is None else _sampled(toy, _key(seed, _TRAINING, 0), self.batch)
+        try:
+            given, wanted = toy.model.apply(state.params, x).shape, toy.wanted(x).shape
+        except (TypeError, IndexError) as fault:
+            raise ValueError(f"the model does not take examples of {toy.data.n} features: {fault}") from fault
+        if not given == wanted == x.shape:
+            raise ValueError(
+                f"examples are {x.shape}, the model gives {given} and the target is {wanted}: the same is expected of all"
+            )
 
     def judged(self, settings: Settings, seed: Any, state: State) -> dict[str, Array]:
         """What is logged, and the loss: exact, or on examples that are the same for all models, a batch at a time."""
@@ -129,7 +142,8 @@ def _divided(function: Callable, job: Job, mesh: Mesh | None, settings: Settings
     cells, everywhere = PartitionSpec(None, axis), PartitionSpec()
     specs = [cells if isinstance(own, State) else everywhere for own in rest]
     return jax.shard_map(
-        lambda *args: function(job, *args), mesh=mesh, in_specs=(PartitionSpec(axis), everywhere, *specs), out_specs=cells
+        lambda *args: function(job, *args), mesh=mesh, in_specs=(PartitionSpec(axis), everywhere, *specs), out_specs=cells,
+        check_vma=False,  # cells never meet, and what all share need not be told from what varies
     )(settings, seeds, *rest)  # fmt: skip
 
 

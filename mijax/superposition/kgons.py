@@ -80,10 +80,10 @@ def kgon_loss(k: int, c: int, positive: int = 0) -> float:
 
 
 def kgon_params(k: int, c: int, positive: int = 0) -> dict[str, np.ndarray]:
-    """`W [2, c]` and `b [c]` of that point."""
+    """`W [2, c]` and `b [c]` of that point; other dead features have a negative bias, at 0 the loss has a kink."""
     _, length, bias, _ = kgon(k)
     angle = 2 * np.pi * np.arange(k) / k
     w = np.zeros((2, c))
     w[:, :k] = length * np.stack([np.cos(angle), np.sin(angle)])
-    dead = [1 / (2 * c)] * positive + [0.0] * (c - k - positive)
+    dead = [1 / (2 * c)] * positive + [-1 / (2 * c)] * (c - k - positive)
     return {"W": w, "b": np.array([bias] * k + dead)}

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from mijax._types import Array, Float
+from mijax._types import Array, ArrayLike, Float
 
 Params = Any
 Activation = Callable[[Array], Array]
@@ -19,13 +20,15 @@ class Model(NamedTuple):
     """A toy model: `init(key)` gives parameters (any pytree), `apply(params, x)` an output for each column of `x`.
 
     `Model(init, apply)` is all that a model of your own takes. `dims` names the axes of its parameters in results.
-    `affine(params)` gives the `(A, b)` of a model that is `ReLU(A x + b)`, for which exact expectations are cheap.
+    `affine(params)` gives the `(A, b)` of a model that is `ReLU(A x + b)`, for which exact expectations are cheap. `possible` is whether
+    the sizes that a padded model uses can be: drivers tell where they cannot.
     """
 
     init: Callable[[PRNGKeyArray], Params]
     apply: Callable[[Params, Float[Array, "feature batch"]], Float[Array, "feature batch"]]
     dims: Mapping[str, tuple[str, ...]] | None = None
     affine: Callable[[Params], tuple[Array, Array]] | None = None
+    possible: ArrayLike = True
 
 
 def times(matrix: Float[Array, "row column"], x: Float[Array, "column batch"]) -> Float[Array, "row batch"]:
@@ -59,8 +62,9 @@ _written_out.defvjp(_forward, _backward)
 def relu_output(n: int, m: int, *, used: Used | None = None) -> Model:
     """`ReLU(W^T W x + b)`, `W [m, n]`: the model of Elhage et al. 2022.
 
-    `used` pads: only so many features and hidden dimensions begin with weights, and what begins at zero stays there, so that models of
-    different sizes run in one call. `ValueError` where m > n: a bottleneck cannot be wider than what passes.
+    `used` pads, so that models of different sizes run in one call: parameters beyond so many features and hidden dimensions
+    are zero, and stay so. Give the features beyond an importance of 0, and the model is the small one. `ValueError` where m >
+    n: a bottleneck cannot be wider than what passes.
 
     >>> import jax
     >>> model = relu_output(5, 2)
@@ -68,7 +72,8 @@ def relu_output(n: int, m: int, *, used: Used | None = None) -> Model:
     >>> params["W"].shape, model.apply(params, jax.numpy.ones((5, 7))).shape
     ((2, 5), (5, 7))
     """
-    return _tied(n, m, jax.nn.relu, used)._replace(affine=lambda params: (params["W"].T @ params["W"], params["b"]))
+    affine = lambda params: (params["W"].T @ params["W"], params["b"])
+    return _tied(n, m, jax.nn.relu, used, affine)
 
 
 def linear(n: int, m: int, *, used: Used | None = None) -> Model:
@@ -99,7 +104,7 @@ def relu_hidden(n: int, m: int, *, used: Used | None = None) -> Model:
     def apply(params: Params, x: Array) -> Array:
         return jax.nn.relu(times(params["W"].T, jax.nn.relu(times(params["W"], x))) + params["b"][:, None])
 
-    return Model(_init_tied(n, m, used), apply, _TIED)
+    return _padded(Model(_init_tied(n, m, used), apply, _TIED), n, m, used)
 
 
 def untied(n: int, m: int, *, used: Used | None = None) -> Model:
@@ -110,7 +115,7 @@ def untied(n: int, m: int, *, used: Used | None = None) -> Model:
         return jax.nn.relu(times(params["W2"], times(params["W1"], x)) + params["b"][:, None])
 
     affine = lambda params: (params["W2"] @ params["W1"], params["b"])
-    return Model(_init_untied(n, m, used), apply, _UNTIED, affine)
+    return _padded(Model(_init_untied(n, m, used), apply, _UNTIED, affine), n, m, used)
 
 
 def hidden_layer(n: int, m: int, activation: Activation = jax.nn.relu, *, used: Used | None = None) -> Model:
@@ -122,20 +127,43 @@ def hidden_layer(n: int, m: int, activation: Activation = jax.nn.relu, *, used: 
     def apply(params: Params, x: Array) -> Array:
         return jax.nn.relu(times(params["W2"], activation(times(params["W1"], x))) + params["b"][:, None])
 
-    return Model(_init_untied(n, m, used), apply, _UNTIED)
+    return _padded(Model(_init_untied(n, m, used), apply, _UNTIED), n, m, used, bottleneck=False)
 
 
 _TIED = {"W": ("hidden", "feature"), "b": ("feature",)}
 _UNTIED = {"W1": ("hidden", "feature"), "W2": ("feature", "hidden"), "b": ("feature",)}
 
 
-def _tied(n: int, m: int, activation: Activation, used: Used | None) -> Model:
+def _tied(n: int, m: int, activation: Activation, used: Used | None, affine: Callable | None = None) -> Model:
     _check(n, m)
 
     def apply(params: Params, x: Array) -> Array:
         return activation(times(params["W"].T, times(params["W"], x)) + params["b"][:, None])
 
-    return Model(_init_tied(n, m, used), apply, _TIED)
+    return _padded(Model(_init_tied(n, m, used), apply, _TIED, affine), n, m, used)
+
+
+def _padded(model: Model, n: int, m: int, used: Used | None, *, bottleneck: bool = True) -> Model:
+    """A model of which what is beyond the used sizes is zero, and has no gradient."""
+    if used is None:
+        return model
+    features, hidden = (jnp.asarray(size, jnp.result_type(int)) for size in used)
+    there = {"feature": jnp.arange(n) < features, "hidden": jnp.arange(m) < hidden}
+    possible = (
+        (features >= 1) & (features <= n) & (hidden >= 1) & (hidden <= (jnp.minimum(features, m) if bottleneck else m))
+    )
+    if not isinstance(possible, jax.core.Tracer) and not possible:
+        raise ValueError(f"used={features}, {hidden}: not among {n} features and {m} hidden dimensions")
+
+    def cut(params: Params) -> Params:
+        axes = {name: [there[dim] for dim in own] for name, own in (model.dims or {}).items()}
+        mask = lambda own: own[0] if len(own) == 1 else own[0][:, None] & own[1][None]
+        return {name: jnp.where(mask(axes[name]), value, 0.0) for name, value in params.items()}
+
+    affine = None if model.affine is None else lambda params: model.affine(cut(params))  # pyright: ignore[reportOptionalCall]
+    return Model(
+        lambda key: cut(model.init(key)), lambda params, x: model.apply(cut(params), x), model.dims, affine, possible
+    )
 
 
 def _init_tied(n: int, m: int, used: Used | None) -> Callable[[PRNGKeyArray], Params]:
@@ -151,13 +179,9 @@ def _init_untied(n: int, m: int, used: Used | None) -> Callable[[PRNGKeyArray], 
 
 
 def _xavier(key: PRNGKeyArray, shape: tuple[int, int], used: Used | None) -> Float[Array, "hidden feature"]:
-    """Normal with variance 2 / (features + hidden dimensions), as in the paper's notebook; zero beyond what is used."""
-    m, n = shape
-    features, hidden = (jnp.asarray(size, jnp.result_type(float)) for size in used or (n, m))
-    std = jnp.sqrt(2 / (features + hidden))
-    row, column = (jnp.arange(size, dtype=features.dtype) for size in shape)
-    there = (row[:, None] < hidden) & (column[None] < features)
-    return jnp.where(there, jax.random.normal(key, shape) * std, 0.0)
+    """Normal with variance 2 / (features + hidden dimensions), as in the paper's notebook."""
+    features, hidden = (jnp.asarray(size, jnp.result_type(float)) for size in used or shape)
+    return jax.random.normal(key, shape) * jnp.sqrt(2 / (features + hidden))
 
 
 def _check(n: int, m: int) -> None:

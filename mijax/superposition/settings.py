@@ -62,8 +62,18 @@ def grid_of(over: Mapping[str, ArrayLike], takers: Mapping[str, Callable]) -> Gr
         if p.name not in (*axes, "seed") and p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]
     seeds = axes.get("seed", np.zeros(1, int))
-    if seeds.dtype.kind not in "iu" or len(set(seeds.tolist())) < len(seeds) or (seeds < 0).any():
-        faults.append(f"seeds are different integers from 0 on, got {seeds.tolist()}")
+    if (
+        seeds.dtype.kind not in "iu"
+        or len(set(seeds.tolist())) < len(seeds)
+        or not ((seeds >= 0) & (seeds < 2**32)).all()
+    ):
+        faults.append(f"seeds are different integers from 0 to 2^32 - 1, got {seeds.tolist()}")
+    most = np.iinfo(jnp.result_type(int)).max
+    faults += [
+        f"{name!r} has integers beyond {most}, which JAX does not hold"
+        for name, values in axes.items()
+        if name != "seed" and values.dtype.kind in "iu" and (np.abs(values.astype(float)) > most).any()
+    ]
     if faults:
         raise ValueError("; ".join(faults))
     others = {name: values for name, values in axes.items() if name != "seed"}

@@ -142,6 +142,7 @@ def linear_loss(p: ArrayLike, importance: ArrayLike, m: int) -> float:
     >>> round(linear_loss(1.0, [1.0, 0.5, 0.1], 2), 6)
     0.008333
     """
+    _check_rank(m, len(np.atleast_1d(importance)))
     each = np.sort(ignored(np.broadcast_to(p, np.shape(importance)), importance))
     return float(each[: len(each) - m].sum())
 
@@ -154,8 +155,14 @@ def principal_components(covariance: Float[np.ndarray, "feature feature"], m: in
     >>> principal_components(np.array([[2.0, 1.0], [1.0, 2.0]]), 1)[1]
     1.0
     """
+    _check_rank(m, len(covariance))
     values, vectors = np.linalg.eigh(covariance)
     return vectors[:, ::-1][:, :m].T, float(values[: len(values) - m].sum())
+
+
+def _check_rank(m: int, n: int) -> None:
+    if not 1 <= m <= n:
+        raise ValueError(f"{m} hidden dimensions for {n} features: between 1 and {n} are expected")
 
 
 def crossing(one: Callable, other: Callable, shape: tuple[int, ...]) -> Numbers:

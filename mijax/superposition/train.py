@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from mijax import chunks
 from mijax._types import Array, ArrayLike
-from mijax.superposition.data import check_density
 from mijax.superposition.job import Job, State, advance, begin, judge, model_bytes
 from mijax.superposition.loss import Toy
 from mijax.superposition.model import Params
@@ -47,7 +47,7 @@ def train(
     product. `"seed"` is a setting that neither need take: models of one seed begin alike and see the same draws in each step,
     whatever their other settings; those of different seeds share nothing. `optimizer` is by default Adam with 1e-3. `batch`
     examples are drawn for each of the `steps`; where it is `None` the loss is the exact expectation
-    (`mijax.superposition.population_loss`).
+    (`mijax.superposition.population_loss`, with 8 Gauss nodes in each amplitude; judge a model that is not `ReLU(A x + b)` with more).
 
     The result has the grid's dimensions. Variables are the parameters, and `loss`: the exact expectation in exact training, or
     where `judged_on` is `None`, else taken over `judged_on` fresh examples, the same for all models. (Where active features
@@ -61,7 +61,7 @@ def train(
     training at a high rate amplifies.)
 
     A model that is no longer finite ends the run with `FloatingPointError`, which names it and its step; with `nan="mask"` it
-    is NaN in all variables, and told in `failed_at` (the step; -1 for the others). `ValueError` for settings that nobody
+    is NaN in all variables, and told in `failed_at` (after how many steps; -1 for the others). `ValueError` for settings that nobody
     takes, densities and importances that are none, and data of the wrong shape, before anything runs.
 
     >>> from mijax import superposition as sp
@@ -70,7 +70,9 @@ def train(
     >>> dict(found.W.sizes)
     {'density': 2, 'seed': 4, 'hidden': 2, 'feature': 3}
     """
-    optimizer = optimizer or _adam
+    if nan not in ("raise", "mask"):
+        raise ValueError(f"nan={nan!r}: 'raise' or 'mask' is expected")
+    optimizer, mesh = optimizer or _adam, None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
     grid = grid_of(over, {"toy": toy, "optimizer": optimizer})
     log_at = sorted({int(step) for step in log_at})
     job = Job(toy, optimizer, batch, judged_on, tuple((log or {}).items()))
@@ -80,7 +82,7 @@ def train(
     parts = _parts(grid, budget // each, 1 if mesh is None else mesh.devices.shape[0])
     if parts is None:
         raise ValueError(f"memory={budget} bytes does not hold one model for each device, which takes {each}")
-    store = None if save is None else _store(save, job, grid, steps, log_at, parts)
+    store = None if save is None else _store(save, job, grid, steps, log_at, parts, mesh)
     run = _Run(job, grid, parts if store is None else store.plan, steps, log_at, store, mesh, strict=nan == "raise")
     estimate = each * min(grid.cells * len(grid.seeds), run.parts[0][0].size * run.parts[0][1].size)
     with chunks.PeakMemory(estimate) as peak:
@@ -116,26 +118,58 @@ def _check(job: Job, grid: Grid, steps: int, log_at: list[int]) -> None:
         raise ValueError(f"log_at={log_at}: between 0 and the {steps} steps are expected")
     settings, seed = _example(grid)
     state = jax.eval_shape(job.begin, settings, seed)
+    jax.eval_shape(job.check, settings, seed, state)
     jax.eval_shape(job.step, np.int32(0), settings, seed, state)
     jax.eval_shape(job.judged, settings, seed, state)
-    taken = sorted({name for name, _ in job.log} & {"loss", "failed_at", *_parameters(state)})
-    if taken:
-        raise ValueError(f"log: {', '.join(taken)} is a variable of the result already; give it another name")
+    _check_names(job, grid, state, log_at)
+    _check_values(job, grid)
 
-    def told(settings):
-        toy = job.made(settings, seed)[0]
-        return toy.data.density, toy.weights
 
-    density, importance = jax.jit(jax.vmap(told))(grid.at(np.arange(grid.cells)))
-    if density is not None:
-        for cell in range(grid.cells):
-            check_density(density[cell], f"{grid.label(cell)}: density")
-    bad = np.argwhere(~(np.asarray(importance) >= 0))
-    if len(bad):
-        cell, feature = bad[0]
+def _check_names(job: Job, grid: Grid, state: State, log_at: list[int]) -> None:
+    """Every name of the result stands for one thing."""
+    logged = ["loss", *(name for name, _ in job.log)]
+    dims = {dim for own in _dims(job, grid).values() for dim in own} | ({"step"} if log_at else set())
+    names = [
+        *grid.axes,
+        *dims,
+        "failed_at",
+        *logged,
+        *_parameters(state),
+        *(f"log.{name}" for name in logged if log_at),
+    ]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
         raise ValueError(
-            f"{grid.label(cell)}: importance {importance[cell, feature]:g} of feature {feature} is negative, or no number"
+            f"{', '.join(twice)}: the name of two things in the result (settings, logs, parameters, their axes)"
         )
+
+
+def _check_values(job: Job, grid: Grid) -> None:
+    """Probabilities, importances and used sizes of all cells and seeds are such."""
+
+    def told(settings, seed):
+        toy = job.made(settings, seed)[0]
+        chances = toy.data.density if toy.data.chances is None else toy.data.chances
+        return {
+            "chances": jnp.ones(1) if chances is None else chances,
+            "importance": toy.weights,
+            "possible": toy.model.possible,
+        }
+
+    every = jax.vmap(jax.vmap(told, (0, None)), (None, 0))
+    found = jax.tree.map(np.asarray, jax.jit(every)(grid.at(np.arange(grid.cells)), grid.seeds.astype(np.uint32)))
+    p, importance = found["chances"], found["importance"]
+    label = lambda at: grid.label(at[1], at[0] if "seed" in grid.axes else None)
+    for at in np.argwhere(~((p > 0) & (p <= 1)))[:1]:
+        raise ValueError(
+            f"{label(at)}: density {p[tuple(at)]:g}: a probability p = 1 - S, in (0, 1], is expected (of a set, where features come in sets)"
+        )
+    for at in np.argwhere(~((importance >= 0) & np.isfinite(importance)))[:1]:
+        raise ValueError(
+            f"{label(at)}: importance {importance[tuple(at)]:g} of feature {at[2]} is negative, or no number"
+        )
+    for at in np.argwhere(~np.broadcast_to(found["possible"], p.shape[:2]))[:1]:
+        raise ValueError(f"{label(at)}: the used sizes are not among the features and hidden dimensions that there are")
 
 
 def _parts(grid: Grid, models: int, width: int) -> dict[str, np.ndarray] | None:
@@ -159,13 +193,20 @@ def _equal(count: int, most: int, multiple: int) -> np.ndarray:
 
 
 def _store(
-    save: Any, job: Job, grid: Grid, steps: int, log_at: list[int], parts: dict[str, np.ndarray]
+    save: Any, job: Job, grid: Grid, steps: int, log_at: list[int], parts: dict[str, np.ndarray], mesh: Mesh | None
 ) -> chunks.Store:
     about = {"toy": job.toy, "optimizer": job.optimizer, "log": (job.log, log_at), "settings": grid.axes}
     about |= {"number of steps": steps, "batch": (job.batch, job.judge)}
     identity = {name: chunks.fingerprint(part) for name, part in about.items()}
     identity |= {"version of jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    return chunks.Store(save, identity, parts, {"axes": {k: v.tolist() for k, v in grid.axes.items()}})
+    identity |= {"precision": str(jnp.result_type(float))}
+    store = chunks.Store(save, identity, parts, {"axes": {k: v.tolist() for k, v in grid.axes.items()}})
+    places = 1 if mesh is None else mesh.devices.shape[0]
+    if store.plan["cells"].shape[1] % places:
+        raise ValueError(
+            f"{save} was begun with chunks of {store.plan['cells'].shape[1]} cells, which {places} devices cannot share"
+        )
+    return store
 
 
 class _Run:
@@ -217,6 +258,9 @@ class _Run:
         """Put a turn's results in their place, and say how many steps it was."""
         part, turn = divmod(number, len(self.ends))
         seeds, cells = self.parts[part]
+        if "judged.loss" in found:
+            late = (found["failed_at"] < 0) & ~np.isfinite(found["judged.loss"])
+            found = {**found, "failed_at": np.where(late, self.ends[turn], found["failed_at"])}
         if self.strict and (found["failed_at"] >= 0).any():
             raise FloatingPointError(self._failures(found["failed_at"], seeds, cells))
         at, step = np.ix_(seeds, cells), self.ends[turn]
@@ -251,11 +295,15 @@ def _labelled(run: _Run, told: dict[str, float]) -> "xr.Dataset":
     """All that was kept, with the grid's dimensions; NaN where a model failed."""
     import xarray as xr
 
-    grid, dims, failed = run.grid, _dims(run), run.whole["failed_at"] >= 0
+    grid, dims, failed = run.grid, _dims(run.job, run.grid), run.whole["failed_at"] >= 0
     variables: dict[str, Any] = {}
     for name, values in run.whole.items():
-        if values.dtype.kind == "f":
-            values[failed] = np.nan
+        if failed.any():
+            values = (
+                np.where(failed.reshape(*failed.shape, *[1] * (values.ndim - 2)), np.nan, values)
+                if name != "failed_at"
+                else values
+            )
         along = ("step",) if name.startswith("log.") else ()
         inner = dims.get(name) or tuple(f"{name}_{i}" for i in range(values.ndim - 2 - len(along)))
         variables[name] = ((*grid.axes, *along, *inner), grid.shaped(values))
@@ -264,13 +312,8 @@ def _labelled(run: _Run, told: dict[str, float]) -> "xr.Dataset":
     return xr.Dataset(variables, coords, attrs)
 
 
-def _dims(run: _Run) -> dict[str, tuple[str, ...]]:
+def _dims(job: Job, grid: Grid) -> dict[str, tuple[str, ...]]:
     """The names of the parameters' dimensions, as the model tells them."""
     found = {}
-    settings, seed = _example(run.grid)
-
-    def read(settings, seed):
-        found.update(run.job.made(settings, seed)[0].model.dims or {})
-
-    jax.eval_shape(read, settings, seed)
+    jax.eval_shape(lambda *given: found.update(job.made(*given)[0].model.dims or {}), *_example(grid))
     return found
