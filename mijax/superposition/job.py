@@ -54,9 +54,9 @@ class Job(NamedTuple):
     def step(self, number: Any, settings: Settings, seed: Any, state: State) -> State:
         """One step of the optimizer."""
         toy, optimizer = self.made(settings, seed)
-        value, gradient = jax.value_and_grad(self.loss)(state.params, toy, seed, number)
+        gradient = jax.grad(self.loss)(state.params, toy, seed, number)
         params, kept = updated(optimizer, gradient, state.params, state.optimizer)
-        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in (value, *jax.tree.leaves(params))]).all()
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
         return State(params, kept, jnp.where(finite | (state.failed_at >= 0), state.failed_at, number + 1))
 
     def loss(self, params: Params, toy: Toy, seed: Any, number: Any) -> Array:
