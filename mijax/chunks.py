@@ -1,6 +1,7 @@
 """Many small jobs in memory-bounded chunks of equal size: with progress, saved as they finish, over many devices."""
 
 import collections
+import functools
 import hashlib
 import inspect
 import json
@@ -174,6 +175,8 @@ def fingerprint(tree: Any, _seen: frozenset[int] = frozenset()) -> str:
 
 
 def _told(leaf: Any, seen: frozenset[int]) -> bytes:
+    if isinstance(leaf, functools.partial):
+        return fingerprint((leaf.func, leaf.args, leaf.keywords), seen).encode()
     function = inspect.unwrap(leaf) if callable(leaf) else leaf
     code = getattr(function, "__code__", None)
     if code is None or id(code) in seen:

@@ -1,5 +1,6 @@
 """Sweeps that are saved as they go: continued bit by bit after any end, refused where the job is another."""
 
+import functools
 import json
 import random
 import signal
@@ -121,6 +122,10 @@ def test_fingerprints_tell_functions_by_all_that_they_reach(monkeypatch):
         told(lambda x: [y + 1 for y in x]) == told(lambda x: [y + 1 for y in x]) != told(lambda x: [y + 2 for y in x])
     )
     assert told(lambda: lambda x: x.sum()) != told(lambda: lambda x: x.max())
+    part = lambda f, **given: told(functools.partial(f, **given))
+    assert (
+        part(keyword, factor=1.0) == part(keyword, factor=1.0) != part(keyword, factor=2.0) != part(scaled, factor=2.0)
+    )
     before = told(scaled), told(lambda x: scaled(x)), told(keyword)
     monkeypatch.setitem(globals(), "FACTOR", 3.0)
     keyword.__kwdefaults__["factor"] = 2.0

@@ -80,7 +80,12 @@ def main(settings: Settings) -> xr.Dataset:
         for name, values in models[[k for k in ("W", "W1", "W2", "b", "loss") if k in models]].items():
             found[f"{own}: {name}"] = values.rename({k: f"{k}_{own}" for k in values.dims})
     claims += compare_plane(plane) + compare_motif(absolute)
-    save_models(pictures, settings.folder / "basic.png", title="W^T W, and b", columns=len(SPARSITY))
+    save_models(
+        pictures,
+        settings.folder / "basic.png",
+        title="W^T W, b, and |W_i| (yellow: shares its dimension)",
+        columns=len(SPARSITY),
+    )
     save_directions(
         {f"1 - S = {float(p):.2g}": w for p, w in zip(plane.density, plane.W.values)},
         settings.folder / "basic_intro.png",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mijax.files import atomic
+from mijax.superposition import geometry
 
 Curve = tuple[Any, Any]
 """What stands along x, and along y."""
@@ -28,9 +29,15 @@ def _written(figure: Any, path: str | os.PathLike, title: str) -> None:
 def save_models(
     models: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | os.PathLike, *, title: str = "", columns: int = 5
 ) -> None:
-    """Draw `W^T W` beside the bias of each model `{title: (W, b)}`, red negative and blue positive, up to +-1.2."""
+    """Draw each model `{title: (W, b)}`: `W^T W` beside the bias, red negative and blue positive, up to +-1.2, and its features.
+
+    A feature's bar is as long as its direction, |W_i|, and coloured as in Elhage et al. 2022: dark where it has a dimension of its
+    own, yellow where others share it (`mijax.superposition.geometry.interference` of 1 and more).
+    """
+    from matplotlib import colormaps
+
     rows = -(-len(models) // columns)
-    figure, axes = _figure(rows, min(columns, len(models)))
+    figure, axes = _figure(rows, min(columns, len(models)), 3.1)
     for axis in axes.ravel()[len(models) :]:
         axis.set_axis_off()
     for axis, (name, (w, b)) in zip(axes.ravel(), models.items()):
@@ -38,6 +45,14 @@ def save_models(
         both = np.concatenate([w.T @ w, gap, np.asarray(b)[:, None]], axis=1)
         axis.imshow(both, cmap="RdBu", vmin=-1.2, vmax=1.2)
         axis.set(title=name, xticks=[], yticks=[])
+        bars = axis.inset_axes((1.03, 0.0, 0.25, 1.0))
+        bars.barh(
+            np.arange(len(b)),
+            geometry.norms(w),
+            height=1.0,
+            color=colormaps["viridis"](np.clip(geometry.interference(w), 0, 1)),
+        )
+        bars.set(xlim=(0, 1.3), ylim=(len(b) - 0.5, -0.5), xticks=[], yticks=[])
     _written(figure, path, title)
 
 
