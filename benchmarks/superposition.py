@@ -82,21 +82,9 @@ def timed(run: Callable[[], Any]) -> dict[str, float]:
 
 def with_mijax(case: Case, batch: int, steps: int) -> tuple[Callable, Callable]:
     """One training, and its drawing of random numbers alone."""
-    importance = jnp.asarray(case.importance, jnp.float32)
-
-    def toy(density, cell):
-        return sp.Toy(sp.relu_output(case.n, case.m), sp.sparse(case.n, density), importance[cell])
-
-    cells = {"density": np.unique(case.density), "cell": np.arange(len(case.density))}
-    if len(case.density) == len(cells["density"]):  # a series: each cell its own density
-        density = jnp.asarray(case.density, jnp.float32)
-        make = lambda cell: toy(density[cell], cell)
-        over: dict[str, Any] = {"cell": cells["cell"]}
-    else:
-        make, over = (
-            phase.toy(case.n, case.m),
-            {"importance": np.geomspace(0.1, 10, 50), "density": np.geomspace(1, 0.01, 50)},
-        )
+    density, importance = (jnp.asarray(v, jnp.float32) for v in (case.density, case.importance))
+    make = lambda cell: sp.Toy(sp.relu_output(case.n, case.m), sp.sparse(case.n, density[cell]), importance[cell])
+    over = {"cell": np.arange(len(case.density))}
     optimizer = lambda: optax.adamw(1e-3, weight_decay=0.01)
     run = lambda: sp.train(make, {**over, "seed": range(case.seeds)}, optimizer=optimizer, steps=steps, batch=batch, judged_on=batch, progress=False).W.values  # fmt: skip
 

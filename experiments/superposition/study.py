@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import xarray as xr
 
-import mijax as mj
 from experiments import record
 
 
@@ -50,7 +49,6 @@ class Claim:
 
 def finish(settings: Study, results: xr.Dataset, claims: list[Claim]) -> xr.Dataset:
     """Write data and record beside the figure, print the claims, and give the results back."""
-    results.attrs.setdefault("mijax", mj.__name__)
     record.save(settings.folder, settings, results, claims=[dataclasses.asdict(c) for c in claims])
     for c in claims:
         print(f"{'yes' if c.holds else 'NO '}  {c.claim}: expected {c.expected}, found {c.found:.4g}")

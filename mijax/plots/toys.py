@@ -32,7 +32,7 @@ def save_models(
     """Draw each model `{title: (W, b)}`: `W^T W` beside the bias, red negative and blue positive, up to +-1.2, and its features.
 
     A feature's bar is as long as its direction, |W_i|, and coloured as in Elhage et al. 2022: dark where it has a dimension of its
-    own, yellow where others share it (`mijax.superposition.geometry.interference` of 1 and more).
+    own, yellow where others share it (`mijax.superposition.geometry.represented`, 1 and more).
     """
     from matplotlib import colormaps
 
@@ -46,12 +46,8 @@ def save_models(
         axis.imshow(both, cmap="RdBu", vmin=-1.2, vmax=1.2)
         axis.set(title=name, xticks=[], yticks=[])
         bars = axis.inset_axes((1.03, 0.0, 0.25, 1.0))
-        bars.barh(
-            np.arange(len(b)),
-            geometry.norms(w),
-            height=1.0,
-            color=colormaps["viridis"](np.clip(geometry.interference(w), 0, 1)),
-        )
+        norm, shared = geometry.represented(w)
+        bars.barh(np.arange(len(b)), norm, height=1.0, color=colormaps["viridis"](np.clip(shared, 0, 1)))
         bars.set(xlim=(0, 1.3), ylim=(len(b) - 0.5, -0.5), xticks=[], yticks=[])
     _written(figure, path, title)
 

@@ -63,15 +63,15 @@ def dimensions_per_feature(w: Matrices) -> Any:
 
 
 class Represented(NamedTuple):
-    """A feature's two colours in the paper's phase diagrams: its squared length, and how much others share its direction."""
+    """What colours features in the paper's pictures `[feature]`: their length, and how much others share their direction."""
 
     norm: Any
     shared: Any
 
 
-def represented(w: Matrices, feature: int = -1) -> Represented:
-    """Whether a feature is represented, and whether in a dimension of its own: (|W_i|, sum over j of (W_i_hat . W_j)^2)."""
-    return Represented(norms(w)[..., feature], interference(w)[..., feature])
+def represented(w: Matrices) -> Represented:
+    """Which features are represented, and which in a dimension of their own: |W_i|, and the sum over j of (W_i_hat . W_j)^2."""
+    return Represented(norms(w), interference(w))
 
 
 UNKNOWN, IGNORED, SHARING, DEDICATED = range(-1, 3)

@@ -55,7 +55,7 @@ class Job(NamedTuple):
         """One step of the optimizer."""
         toy, optimizer = self.made(settings, seed)
         gradient = jax.grad(self.loss)(state.params, toy, seed, number)
-        params, kept = updated(optimizer, gradient, state.params, state.optimizer)
+        params, kept = _updated(optimizer, gradient, state.params, state.optimizer)
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
         return State(params, kept, jnp.where(finite | (state.failed_at >= 0), state.failed_at, number + 1))
 
@@ -89,7 +89,7 @@ class Job(NamedTuple):
         return {"loss": jax.lax.map(one, jnp.arange(-(-self.judge // batch))).mean(), **logged}
 
 
-def updated(
+def _updated(
     optimizer: "optax.GradientTransformation", gradient: Params, params: Params, state: Any
 ) -> tuple[Params, Any]:
     """The parameters and the optimizer's state after one update."""

@@ -7,18 +7,17 @@ bias at its best, with norms and biases free, and trained models.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mijax._types import Array, ArrayLike, Float
+from mijax._types import ArrayLike, Float
 from mijax.superposition import theory
 from mijax.superposition.data import sparse
 from mijax.superposition.geometry import DEDICATED, IGNORED, SHARING, role
-from mijax.superposition.job import updated
-from mijax.superposition.loss import Toy, population_loss
+from mijax.superposition.loss import Toy
 from mijax.superposition.model import relu_output
+from mijax.superposition.train import train
 
 
 class Phase(NamedTuple):
@@ -94,40 +93,30 @@ def free(n: int, m: int, importance: ArrayLike, density: ArrayLike, *, steps: in
     >>> free(2, 1, [0.5], [0.01, 1.0], steps=50).winner.tolist()
     [[1, 0]]
     """
+    over = {"importance": importance, "density": density}
+    optimizer = lambda: optax.adam(optax.cosine_decay_schedule(0.03, steps))
     own = candidates(n, m)
-    make, model = toy(n, m), optax.adam(optax.cosine_decay_schedule(0.03, steps))
-    i, p = (np.asarray(v, np.float32) for v in (importance, density))
-    cells = [a.ravel() for a in np.meshgrid(i, p, indexing="ij")]
     roles = list(dict.fromkeys(r for r, _ in own.values()))
-    best = np.full((len(roles), len(i), len(p)), np.inf)
+    best = np.full((len(roles), len(np.asarray(importance)), len(np.asarray(density))), np.inf)
     for _, w in own.values():
-        found, ends = _optimised(make, model, steps, jnp.asarray(w, jnp.float32), *cells)
-        ends_as = role(np.asarray(ends)).reshape(len(i), len(p))
+        found = train(_started(n, m, w), over, optimizer=optimizer, steps=steps, batch=None, progress=False)
+        ends_as = role(found.W.values)
         for k, r in enumerate(roles):
-            best[k] = np.minimum(best[k], np.where(ends_as == r, np.asarray(found).reshape(len(i), len(p)), np.inf))
+            best[k] = np.minimum(best[k], np.where(ends_as == r, found.loss.values, np.inf))
     return Phase(best, tuple(roles))
 
 
-def _optimised(
-    make: Callable, optimizer: Any, steps: int, w: Array, importance: ArrayLike, density: ArrayLike
-) -> tuple[Array, Array]:
-    """The losses and W that a start ends with, for every cell."""
+def _started(n: int, m: int, w: np.ndarray) -> Callable[..., Toy]:
+    """The toy model that begins at a configuration, off its saddle of exact zeros."""
+    begun = w + 0.02 * np.cos(1.7 * np.arange(w.size)).reshape(w.shape)
+    represented = (w**2).sum(0) > 0
 
-    def one(i: Array, p: Array) -> tuple[Array, Array]:
-        own = make(p, i)
-        nudge = 0.02 * jnp.cos(1.7 * jnp.arange(w.size, dtype=w.dtype)).reshape(
-            w.shape
-        )  # off the saddle of exact zeros
-        begun = {"W": w + nudge, "b": jnp.where((w**2).sum(0) > 0, 0.0, p / 2)}
+    def of(density: Any, importance: Any) -> Toy:
+        made = toy(n, m)(density, importance)
+        params = {"W": jnp.asarray(begun, jnp.result_type(float)), "b": jnp.where(represented, 0.0, density / 2)}
+        return made._replace(model=made.model._replace(init=lambda key: params))
 
-        def step(carry: Any, _: None) -> tuple[Any, None]:
-            params, state = carry
-            return updated(optimizer, jax.grad(lambda q: population_loss(own, q))(params), params, state), None
-
-        params = jax.lax.scan(step, (begun, optimizer.init(begun)), None, length=steps)[0][0]
-        return population_loss(own, params), params["W"]
-
-    return jax.jit(lambda *cells: jax.lax.map(lambda c: one(*c), cells, batch_size=250))(importance, density)
+    return of
 
 
 def agreement(found: np.ndarray, closed: Phase, true: Phase) -> tuple[float, np.ndarray]:
