@@ -336,7 +336,7 @@ import jax, sys
 before = dict(jax.config.values)
 import mijax
 assert dict(jax.config.values) == before
-heavy = {"xarray", "pandas", "matplotlib", "plotly", "torch", "flax", "optax", "gguf", "huggingface_hub", "tqdm", "tyro"}
+heavy = {"xarray", "pandas", "matplotlib", "plotly", "torch", "flax", "optax", "gguf", "huggingface_hub", "tqdm", "tyro", "scipy.optimize", "scipy.stats"}
 print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -25,13 +25,14 @@ def build(
 ) -> Transformer:
     """Fill a model from a checkpoint that holds the tensors `names`, each of which `read` gives.
 
-    One stacked parameter is in memory beside the model at any time, and files are read through
-    memory maps, so that the weights are never held twice.
+    One stacked parameter is in memory beside the model at any time, the largest while there is least else, and `read`
+    gives one tensor, so that the weights are never held twice.
 
     Raises `ValueError` that lists every missing, unexpected, misshapen or not finite tensor.
     """
     empty = jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
     table = [w for w in family.weights(config) if get(empty, w.ours[0]) is not None]
+    table.sort(key=lambda w: -get(empty, w.ours[0]).size * len(w.ours))
     lookup = _Lookup(family, names)
     faults = [f"missing {name}" for weight in table for name in tensor_names(weight, config) if lookup(name) is None]
     expected = {lookup(name) for weight in table for name in tensor_names(weight, config)}
@@ -86,8 +87,8 @@ def get(model: Any, path: str) -> Any:
 def _stacked(config: Config, weight: Weight, empty: Transformer, read: Callable, faults: list[str]) -> list[jax.Array]:
     """Read one weight of all layers; returns one array for each of `weight.ours`."""
     slots = [get(empty, path) for path in weight.ours]
-    hosts = [np.empty(slot.shape, slot.dtype) for slot in slots]
     stacked = "{layer}" in weight.theirs
+    hosts = [np.empty(slot.shape if stacked else 0, slot.dtype) for slot in slots]
     sizes = axis_sizes(weight, config)
     for i, name in enumerate(tensor_names(weight, config)):
         tensor = read(name)
@@ -100,12 +101,16 @@ def _stacked(config: Config, weight: Weight, empty: Transformer, read: Callable,
         if arranged.shape != expected:
             faults.append(f"{name} has shape {tensor.shape}, which does not give {weight.ours[0]} its {expected[1:]}")
             continue
-        for host, part in zip(hosts, arranged):
-            target = host[i] if stacked else host
-            target[...] = part
+        for which, part in enumerate(arranged):
+            if stacked:
+                hosts[which][i] = part
+            else:  # taken as it is, if it can be
+                hosts[which] = part.astype(slots[which].dtype, copy=False)
+            target = hosts[which][i] if stacked else hosts[which]
             if not np.isfinite(target.astype(np.float32) if target.dtype.itemsize < 4 else target).all():
                 faults.append(f"{name} has values that are not finite")
-    return [jnp.asarray(host) for host in hosts] if not faults else []
+    # Waited for, because the host's copy is held until the device has its own.
+    return jax.block_until_ready([jnp.asarray(host) for host in hosts]) if not faults else []
 
 
 def _fail(source: str, faults: list[str]) -> None:

@@ -1,9 +1,8 @@
 """`mijax.load`: a name, a hub id, a folder or a GGUF file, to a model and its tokenizer."""
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,8 @@ def load(
         gguf = GGUF(path)
         model = _build(gguf.config, gguf.names, gguf.read, dtype, name, str(path))
         return model, gguf.tokenizer() if tokenizer else None
-    with _safetensors(path) as (names, read):
-        model = _build(_read_json(path / "config.json"), names, read, dtype, name, str(path))
+    names, read = _safetensors(path)
+    model = _build(_read_json(path / "config.json"), names, read, dtype, name, str(path))
     return model, Tokenizer.from_folder(path) if tokenizer else None
 
 
@@ -76,9 +75,9 @@ def _build(config: dict, names: list[str], read: Callable, dtype: Any, name: str
     return build(dataclasses.replace(ours, name=name), family, names, read, dtype, source)
 
 
-@contextlib.contextmanager
-def _safetensors(folder: Path) -> Iterator[tuple[list[str], Callable[[str], np.ndarray]]]:
-    """The names of a folder's tensors, and a function that reads one through a memory map."""
+def _safetensors(folder: Path) -> tuple[list[str], Callable[[str], np.ndarray]]:
+    """The names of a folder's tensors, and a function that reads one. (Each time the file is mapped anew: what
+    was read of a map counts as this process's memory until it is closed.)"""
     import safetensors
 
     index = folder / "model.safetensors.index.json"
@@ -93,17 +92,19 @@ def _safetensors(folder: Path) -> Iterator[tuple[list[str], Callable[[str], np.n
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks the shards {', '.join(missing)} that its index names")
-    with contextlib.ExitStack() as stack:
-        where = {}
-        for shard in shards:
-            try:
-                file = stack.enter_context(safetensors.safe_open(folder / shard, framework="numpy"))
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{folder / shard} is not a readable safetensors file (truncated?): {error}"
-                ) from error
-            where |= dict.fromkeys(file.keys(), file)
-        yield list(where), lambda name: where[name].get_tensor(name)
+    where = {}
+    for shard in shards:
+        try:
+            with safetensors.safe_open(folder / shard, framework="numpy") as file:
+                where |= dict.fromkeys(file.keys(), folder / shard)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / shard} is not a readable safetensors file (truncated?): {error}") from error
+
+    def read(name: str) -> np.ndarray:
+        with safetensors.safe_open(where[name], framework="numpy") as file:
+            return file.get_tensor(name)
+
+    return list(where), read
 
 
 def _read_json(path: Path) -> dict:

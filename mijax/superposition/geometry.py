@@ -7,7 +7,6 @@ import itertools
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from mijax._types import Array, Float
 
@@ -161,6 +160,8 @@ def _directions(w: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _apart(one: np.ndarray, other: np.ndarray) -> float:
     """The largest difference of the sorted cosines of corners that are matched as well as they can be."""
+    from scipy.optimize import linear_sum_assignment
+
     rows = [np.sort(cosines, axis=1) for cosines in (one, other)]
     apart = np.abs(rows[0][:, None] - rows[1][None]).max(-1)
     return float(apart[linear_sum_assignment(apart)].max())

@@ -7,7 +7,6 @@ the sum over features. A k-gon has k features of length l at equal angles with b
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize
 
 LEARNING_COEFFICIENTS = {5: 7.0, 6: 8.5, 7: 10.0, 8: 11.5}
 """The local learning coefficient of the k-gon with k = c: (3c - 1) / 2, half of its 2c + c parameters but the rotation."""
@@ -37,6 +36,8 @@ def kgon(k: int) -> KGon:
         raise ValueError(f"k={k}: k-gons from 4 on are told")
     if k == 4:
         return KGon(4, 1.0, 0.0, 0.0)
+    import scipy.optimize
+
     found = scipy.optimize.minimize(
         lambda v: kgon_error(k, *v),
         (1.2, -0.3),
