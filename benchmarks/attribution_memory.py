@@ -24,7 +24,7 @@ import tyro
 import mijax as mj
 from benchmarks.sweeps import machine, random_model, random_tokens
 from mijax.attribution.nodes import nodes_of
-from mijax.attribution.scores import Job, _chunk, _read, layers_bytes, prompt_bytes
+from mijax.attribution.scores import Job, _chunk, layers_bytes, prompt_bytes
 from mijax.chunks import PeakMemory
 from mijax.files import atomic
 
@@ -74,7 +74,7 @@ def measured(settings: Settings, n_layers: int, tokens: int, checkpoint: int, ru
     base = mj.Tokens(given["corrupted"])
     job = Job(model, base, base, {"m": metric}, nodes_of(model, base, SITES), mj.AtP(), 0, 0)
     arguments: Any = (job.method, model, base, jnp.asarray(given["clean"]), {"m": metric}, {}, np.zeros(1, np.int32),
-                      jax.random.key(0), job.layout, 0, checkpoint, _read(job))  # fmt: skip
+                      jax.random.key(0), job.layout, 0, checkpoint)  # fmt: skip
     program: Any = _chunk
     compiled = program.lower(*arguments).compile()
     analysis = compiled.compiled.memory_analysis()

@@ -552,7 +552,7 @@ def test_the_estimate_bounds_what_the_program_takes(checkpoint, method, probes):
     job = Job(model, base, source, {"m": metric}, nodes_of(model, base, sites), method, probes, 0)
     estimate = layers_bytes(model) + 4 * prompt_bytes(job, checkpoint) + metric_bytes(model, base, {"m": metric})
     arguments = (method, model, base, jnp.asarray(source.ids), {"m": metric}, {}, np.arange(4, dtype=np.int32), jax.random.key(0),
-                 job.layout, probes, checkpoint, np.array([47], np.int32))  # fmt: skip
+                 job.layout, probes, checkpoint)  # fmt: skip
     taken = _chunk.lower(*arguments).compile().compiled.memory_analysis()
     taken = taken.temp_size_in_bytes + taken.output_size_in_bytes
     assert taken <= estimate <= 4 * taken, taken / estimate
@@ -568,7 +568,7 @@ def test_memory_is_flat_in_depth_where_layers_are_computed_again():
         job = Job(model, base, base, {}, nodes_of(model, base, ("z", "mlp_out")), AtP(), 0, 0)
         for checkpoint in (0, 2):
             arguments = (AtP(), model, base, jnp.asarray(base.ids), {"m": mj.metrics.logit(3)}, {}, np.arange(2, dtype=np.int32),
-                         jax.random.key(0), job.layout, 0, checkpoint, np.array([127], np.int32))  # fmt: skip
+                         jax.random.key(0), job.layout, 0, checkpoint)  # fmt: skip
             taken[n_layers, checkpoint] = (
                 _chunk.lower(*arguments).compile().compiled.memory_analysis().temp_size_in_bytes
             )

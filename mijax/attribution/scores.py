@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -21,7 +21,6 @@ from mijax.model.numerics import accumulator
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.measure import metric_bytes, values_of
-from mijax.sweeps.plan import columns_read
 from mijax.sweeps.sweep import row_bytes
 
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
@@ -86,9 +85,9 @@ def _equal(batch: int, most: int) -> int:
 
 
 def layers_bytes(model: Transformer) -> int:
-    """The bytes of the parameters of three layers, of which XLA makes copies as it comes to them, forwards, backwards and last."""
+    """The bytes of the parameters of two layers, of which XLA makes copies as it comes to them, forwards and backwards."""
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.blocks))
-    return 3 * total // max(1, model.config.n_layers)
+    return 2 * total // max(1, model.config.n_layers)
 
 
 def prompt_bytes(job: Job, checkpoint: int) -> int:
@@ -138,7 +137,7 @@ def scored(
     job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | None
 ) -> tuple[dict[str, np.ndarray], Plan]:
     """Everything found, examples in front, by `kind:metric` or `kind:metric:site`; and the plan by which it was, that of the folder."""
-    batch, read = len(job.base.ids), cast(Any, _read(job))
+    batch = len(job.base.ids)
     store = None if save is None else _store(save, job, order)
     if store is not None:
         order = Plan(*(int(store.plan[name]) for name in Plan._fields))
@@ -155,7 +154,7 @@ def scored(
         key = jax.random.key(job.seed)
         return _chunk(
             job.method, job.model, some(job.base), source, metrics, members, examples, key, job.layout, job.probes,
-            order.checkpoint, read,
+            order.checkpoint,
         )  # fmt: skip
 
     def keep(number: int, own: Mapping[str, np.ndarray]) -> int:
@@ -166,21 +165,6 @@ def scored(
 
     chunks.run_chunks(run, keep, count, batch, label="attribute", progress=progress, store=store, unit="prompt")
     return {name: np.concatenate(parts) for name, parts in found.items()}, order
-
-
-def _read(job: Job) -> Int[np.ndarray, " read"] | None:
-    """The columns at which any prompt is read, and as many others as make their number a power of two, so that other prompts
-    seldom compile anew; `None` where that is most of them."""
-    n = job.base.ids.shape[1]
-    columns = columns_read(job.metrics.values(), job.base)
-    if columns is None:
-        return None
-    own = np.unique(columns)
-    count = 1 << (len(own) - 1).bit_length()
-    if 2 * count > n:
-        return None
-    others = np.setdiff1d(np.arange(n), own)[: count - len(own)]
-    return np.sort(np.concatenate([own, others])).astype(np.int32)
 
 
 def _store(save: Any, job: Job, order: Plan) -> chunks.Store:
@@ -196,7 +180,7 @@ def _store(save: Any, job: Job, order: Plan) -> chunks.Store:
 @eqx.filter_jit
 def _chunk(
     method: Method, model: Transformer, tokens: Tokens, source: Array | None, metrics: Any, members: dict[str, Array],
-    examples: Int[Array, " batch"], key: Array, layout: Layout, probes: int, checkpoint: int, read: Array | None,
+    examples: Int[Array, " batch"], key: Array, layout: Layout, probes: int, checkpoint: int,
 ) -> dict[str, Array]:  # fmt: skip
     """What is found for a chunk of prompts."""
     dtype, shapes = accumulator(model.W_E.dtype), {site: shape for site, shape, _ in layout}
@@ -205,7 +189,7 @@ def _chunk(
     }
 
     def measured(gates: dict[str, Array], path: Path):
-        own, other = gated(model, tokens, source, spread(gates, shapes, members), path, checkpoint, read)
+        own, other = gated(model, tokens, source, spread(gates, shapes, members), path, checkpoint)
         return values_of(metrics, own), {} if other is None else values_of(metrics, other)
 
     scores = method(measured, gates, model.config.n_layers)

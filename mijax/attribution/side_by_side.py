@@ -6,7 +6,6 @@ so that nothing of the size of all layers' activations is ever kept; with `check
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -55,12 +54,10 @@ def gated(
     gates: Gates,
     path: Path,
     checkpoint: int,
-    read: Int[Array, " read"] | None = None,
 ) -> tuple[Readout, Readout | None]:
     """The base run on `tokens`, each site `x` in it now `x + gate * (source's - x)`; and the source run.
 
-    `source` are ids padded as `tokens` are; `None` puts zeros in place of the source's activations. Of the last layer and after
-    it only the columns `read` are computed, if they are given; the final stream is NaN elsewhere. The backward pass
+    `source` are ids padded as `tokens` are; `None` puts zeros in place of the source's activations. The backward pass
     computes again what is between the matrix products (`checkpoint` 0), each layer (1), or groups of layers and
     then each layer (2), which keeps the streams of about twice the root of the number of layers.
     """
@@ -78,30 +75,18 @@ def gated(
     beside = {name: embed(model, ids, here, taps[name]) for name, ids in others.items()}
     x = embed(model, jnp.asarray(tokens.ids), here, _Toward(config, here, outer, _acts(taps), path))
 
-    def layer(carry: tuple[Stream, dict[str, Stream]], scanned: Any, here: Frame):
+    def layer(carry: tuple[Stream, dict[str, Stream]], scanned: tuple[Int[Array, ""], dict[str, Array]]):
         (x, beside), (index, own) = carry, scanned
         params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), model.blocks)
         taps = {name: Tap(config, here, {}, wanted, index) for name in beside}
         beside = {name: block(config, params, stream, here, taps[name]) for name, stream in beside.items()}
         return (block(config, params, x, here, _Toward(config, here, own, _acts(taps), path, index)), beside), None
 
-    carry, every = (x, beside), jnp.arange(n, dtype=jnp.int32)
-    if read is None or n == 0:
-        x, beside = _scan(partial(layer, here=here), carry, (every, in_full), checkpoint)
-    else:
-        first, last = (jax.tree.map(lambda a, part=part: a[part], (every, in_full)) for part in (slice(n - 1), n - 1))
-        carry = _scan(partial(layer, here=here), carry, first, checkpoint)
-        asked = frame(config, tokens, accumulator(model.W_E.dtype), read)
-        (x, beside), _ = _again(partial(layer, here=here._replace(asked=(asked, read))), checkpoint)(carry, last)
-        here = asked
-        outer = _narrowed(outer, read)
+    x, beside = _scan(layer, (x, beside), (jnp.arange(n, dtype=jnp.int32), in_full), checkpoint)
     taps = {name: Tap(config, here, {}, dict.fromkeys(outer)) for name in beside}
     ends = {name: final_norm(model, stream, taps[name]) for name, stream in beside.items()}
     x = final_norm(model, x, _Toward(config, here, outer, _acts(taps), path))
-    whole = lambda x: (
-        x if read is None else jnp.full((len(x), tokens.ids.shape[1], x.shape[2]), jnp.nan, x.dtype).at[:, read].set(x)
-    )
-    readout = lambda final: Readout(whole(final), tokens, model.unembedding, model.b_U)
+    readout = lambda final: Readout(final, tokens, model.unembedding, model.b_U)
     return readout(x), readout(ends["source"]) if "source" in ends else None
 
 
@@ -135,16 +120,6 @@ def group_size(n_layers: int) -> int:
     (4, 6, 1)
     """
     return max(1, math.isqrt(max(0, n_layers - 1)) + 1)
-
-
-def _narrowed(gates: Gates, columns: Int[Array, " read"]) -> dict[str, Array]:
-    """Gates of one layer at some columns."""
-    found = {}
-    for site, gate in gates.items():
-        axes = SITES[site].inner_axes
-        axis = next(i for i, name in enumerate(axes) if name in ("pos", "query"))
-        found[site] = gate if gate.shape[axis] == 1 else jnp.take(gate, columns, axis=axis)
-    return found
 
 
 def _wanted(config: Config, gates: Gates, path: Path) -> tuple[str, ...]:
@@ -194,16 +169,7 @@ class _Toward:
         return jnp.arange(head_count(SITES[site], self.config), dtype=jnp.int32) if site in self.gates else None
 
     def at(self, frame: Frame) -> "_Toward":
-        columns = frame.columns
-        assert columns is not None
-        # A query's own copy of the stream (q_input) meets this norm once more.
-        again = lambda site, x: jnp.take(x, columns, axis=1) if site.startswith("ln1.") else x
-        acts = {run: {site: again(site, x) for site, x in own.items()} for run, own in self.acts.items()}
-        gates = _narrowed({site: gate for site, gate in self.gates.items() if site != "k"}, columns)
-        gates |= {"k": self.gates["k"]} if "k" in self.gates else {}  # through the pattern, every key's gate acts
-        tap = _Toward(self.config, frame, gates, acts, self.path, self.layer)
-        tap.own = self.own
-        return tap
+        raise AssertionError("every layer is run at all positions here")
 
     def _through_pattern(self, pattern: Scores) -> Scores | float:
         """What gates at q and k add to the pattern, attention recomputed."""

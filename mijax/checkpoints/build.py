@@ -7,7 +7,6 @@ from typing import Any
 import einops
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mijax.checkpoints.families import Family, Weight
@@ -87,8 +86,8 @@ def get(model: Any, path: str) -> Any:
 def _stacked(config: Config, weight: Weight, empty: Transformer, read: Callable, faults: list[str]) -> list[jax.Array]:
     """Read one weight of all layers; returns one array for each of `weight.ours`."""
     slots = [get(empty, path) for path in weight.ours]
+    hosts = [_aligned(slot.shape, slot.dtype) for slot in slots]
     stacked = "{layer}" in weight.theirs
-    hosts = [np.empty(slot.shape if stacked else 0, slot.dtype) for slot in slots]
     sizes = axis_sizes(weight, config)
     for i, name in enumerate(tensor_names(weight, config)):
         tensor = read(name)
@@ -101,16 +100,21 @@ def _stacked(config: Config, weight: Weight, empty: Transformer, read: Callable,
         if arranged.shape != expected:
             faults.append(f"{name} has shape {tensor.shape}, which does not give {weight.ours[0]} its {expected[1:]}")
             continue
-        for which, part in enumerate(arranged):
-            if stacked:
-                hosts[which][i] = part
-            else:  # taken as it is, if it can be
-                hosts[which] = part.astype(slots[which].dtype, copy=False)
-            target = hosts[which][i] if stacked else hosts[which]
+        for host, part in zip(hosts, arranged):
+            target = host[i] if stacked else host
+            target[...] = part
             if not np.isfinite(target.astype(np.float32) if target.dtype.itemsize < 4 else target).all():
                 faults.append(f"{name} has values that are not finite")
-    # Waited for, because the host's copy is held until the device has its own.
-    return jax.block_until_ready([jnp.asarray(host) for host in hosts]) if not faults else []
+    # Waited for, because what is not taken as it is is held until it is copied.
+    return jax.block_until_ready(jax.device_put(hosts)) if not faults else []
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that JAX's CPU backend takes as it is: at a multiple of 64 bytes (it copies any other)."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _fail(source: str, faults: list[str]) -> None:
