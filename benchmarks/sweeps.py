@@ -15,11 +15,13 @@ Rounds go mijax, peer, peer, ..., mijax, ...; numbers are medians over rounds. E
 one that differs by more than 1e-4 of the largest ends the run. Peers, which take as long for every cell, run the
 first `--cells` of a large grid and are extrapolated from there, their clean run counted once; mijax runs everything.
 `mijax` is the steady state, everything compiled; `cold` the first grid of a new process without any compiled program
-(which it writes to disk), `cached` that of one which finds them there; `load s` is what either took before it. CPU
-seconds are those of all threads of a process, MB its peak of resident memory during the grid. GFLOP/s count only what
+(which it writes to disk), `cached` that of one which finds them there; `load s` is what either took before it. Attribution
+with TransformerLens is measured as it comes, when PyTorch also computes every parameter's gradient, and in another process
+with parameters `frozen`. CPU seconds are those of all threads of a process, MB its peak of resident memory during the
+grid, `load MB` that until its model was ready. GFLOP/s count only what
 must be recomputed (`benchmarks/arithmetic.py`), whatever was; `/matmul` compares them, per CPU second on a CPU and by
-the clock elsewhere, with a product of 4096 x 4096 matrices in the same process; `CPU/TL` is the CPU seconds over those
-of the fastest TransformerLens.
+the clock elsewhere, with a product of 4096 x 4096 matrices in the same run; `CPU/TL` is the CPU seconds over those
+of the fastest TransformerLens that is not `frozen`.
 """
 
 import contextlib
@@ -100,7 +102,8 @@ def main(settings: Settings) -> dict[str, Any]:
     """Measure, print a table, and write it all to `settings.out`."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
     record: dict[str, Any] = {"settings": dataclasses.asdict(settings), "machine": machine()}
-    commands = [peer_command(peer) for peer in settings.peers]
+    grids = settings.grids or GRIDS[settings.model]
+    commands = [command for peer in settings.peers for command in peer_commands(peer, "attribution" in grids)]
     example = tiny(settings.model) if settings.tiny else {"gpt2": gpt2, "smollm2": smollm2}[settings.model]()
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         folder = Path(scratch)
@@ -108,11 +111,12 @@ def main(settings: Settings) -> dict[str, Any]:
         config, differs = example.model.config, example.tokens["clean"] != example.tokens["corrupted"]
         del example
         workers = [stack.enter_context(started(command, folder)) for command in [own_command(settings), *commands]]
-        bench = Bench(settings, config, differs, folder, workers)
-        record |= {"tools": {w.name: w.hello for w in workers}, "overhead": workers[0].ask("overhead")}
+        beside = stack.enter_context(started(own_command(settings), folder))
+        bench = Bench(settings, config, differs, folder, workers, beside)
+        record |= {"tools": {w.name: w.hello for w in workers}, "overhead": beside.ask("overhead")}
         record["batch"], record["pos"] = differs.shape
         record["base"], record["grids"] = bench.base(), {}
-        for grid in settings.grids or GRIDS[settings.model]:
+        for grid in grids:
             record["grids"][grid] = bench.grid(grid, np.asarray(record["base"]))
             write(settings, record)
     print(f"\n{table(record)}\n\nwrote {settings.out}")
@@ -177,19 +181,20 @@ def own_command(settings: Settings, *cache: Path) -> list[str]:
     return [sys.executable, str(SCRIPTS / "with_mijax.py"), settings.dtype, *map(str, cache)]
 
 
-def peer_command(peer: str) -> list[str]:
-    """The command of a peer's worker; the process ends where there is none."""
+def peer_commands(peer: str, attribution: bool) -> list[list[str]]:
+    """The command of a peer's worker, and of a second one if attribution is measured; the process ends where there is none."""
     python, _, script = peer.partition(":")
     found = shutil.which(python)
     if found is None:
         raise SystemExit(f"--peers: {python} is no executable")
     if script:
-        return [str(Path(found).absolute()), str(Path(script).absolute())]
+        return [[str(Path(found).absolute()), str(Path(script).absolute())]]
     find = f"from importlib.util import find_spec; print(*[p for p in {PACKAGES} if find_spec(p)])"
     packages = subprocess.run([found, "-c", find], capture_output=True, text=True, check=True).stdout.split()
     if not packages:
         raise SystemExit(f"--peers: {python} can import none of {', '.join(PACKAGES)}")
-    return [str(Path(found).absolute()), str(SCRIPTS / f"with_{packages[0]}.py")]
+    command = [str(Path(found).absolute()), str(SCRIPTS / f"with_{packages[0]}.py")]
+    return [command, *([[*command, "frozen"]] if attribution and packages[0] == "transformer_lens" else [])]
 
 
 class Worker:
@@ -250,13 +255,15 @@ def started(command: Sequence[str], folder: Path) -> Iterator[Worker]:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """The workers, mijax's first, and what they are measured on."""
+    """The workers, mijax's first, and what they are measured on; `beside` is one of mijax for what is no grid, so that it
+    leaves no memory behind in the first."""
 
     settings: Settings
     config: mj.Config
     differs: np.ndarray
     folder: Path
     workers: Sequence[Worker]
+    beside: Worker
 
     def base(self) -> list[float]:
         """The metric of the corrupted run, on which all agree."""
@@ -274,7 +281,7 @@ class Bench:
         values, answers, product = self.steady(grid, cells)
         answers |= self.fresh(grid, values)
         tools = {name: summary(own, floor, product) for name, own in answers.items()}
-        lens = [t["cpu"] for name, t in tools.items() if name.startswith("transformer_lens")]
+        lens = [t["cpu"] for name, t in tools.items() if name.startswith("transformer_lens") and "frozen" not in name]
         for tool in tools.values():
             tool["cpu_of_fastest_transformer_lens"] = tool["cpu"] / min(lens) if lens else None
         return {
@@ -298,9 +305,10 @@ class Bench:
         for _ in range(self.settings.rounds):
             for worker in (own, *peers):
                 answer = self.asked(worker, requests.get(worker, grid), values)
+                answer |= {"load_rss": worker.hello["peak_rss"]}
                 answers[worker.name].append(answer if worker is own else extrapolated(answer, cells))
                 if worker is own:
-                    products.append(own.ask(f"matmul:{size}"))
+                    products.append(self.beside.ask(f"matmul:{size}"))
         return values, answers, rates(products)
 
     def fresh(self, grid: GridName, values: np.ndarray) -> dict[str, list[dict]]:
@@ -311,7 +319,11 @@ class Bench:
             for name in ("cold", "cached"):
                 with started(own_command(self.settings, cache), self.folder) as worker:
                     answer = self.asked(worker, grid, values, f", {name}")
-                    until = {"load_wall": worker.hello["wall"], "load_cpu": worker.hello["cpu"]}
+                    until = {
+                        "load_wall": worker.hello["wall"],
+                        "load_cpu": worker.hello["cpu"],
+                        "load_rss": worker.hello["peak_rss"],
+                    }
                     answers.setdefault(f"{worker.name}, {name}", []).append(answer | until)
         return answers
 
@@ -350,7 +362,7 @@ def rates(products: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def summary(answers: Sequence[Mapping[str, Any]], floor: float, product: Mapping[str, float]) -> dict[str, Any]:
     """Medians over rounds, and what follows from them."""
-    numbers = ("wall", "cpu", "peak_rss", "peak_device", "load_wall", "load_cpu")
+    numbers = ("wall", "cpu", "peak_rss", "peak_device", "load_wall", "load_cpu", "load_rss")
     found = {n: statistics.median(a[n] for a in answers) for n in numbers if n in answers[0]}
     rate, per_cpu = floor / found["wall"] / 1e9, floor / found["cpu"] / 1e9
     return {
@@ -407,12 +419,12 @@ def grid_table(name: str, grid: Mapping[str, Any], on_cpu: bool) -> list[str]:
         f"{name}: {grid['cells']:,} cells; naive {grid['naive_gflop']:,.4g} GFLOP, floor {grid['floor_gflop']:,.4g}"
         f" ({grid['naive_to_floor']:.2f} times less); a {product['size']:.0f}^3 product: {product['gflops']:.1f} GFLOP/s,"
         f" {product['gflops_per_cpu']:.1f} per CPU second; effects up to {grid['largest_effect']:.2g}, values {grid['largest']:.2g}",
-        f"{'':28}{'wall s':>9}{'CPU s':>9}{'MB':>7}{'load s':>8}{'GFLOP/s':>9}{'/CPU s':>8}{'/matmul':>8}{'CPU/TL':>8}  off",
+        f"{'':32}{'wall s':>9}{'CPU s':>9}{'MB':>7}{'load MB':>8}{'load s':>8}{'GFLOP/s':>9}{'/CPU s':>8}{'/matmul':>8}{'CPU/TL':>8}  off",
     ]
     for tool, found in grid["tools"].items():
         share = found["cells_run"] / grid["cells"]
         lines.append(
-            f"{tool:28}{found['wall']:9.2f}{found['cpu']:9.2f}{found['peak_rss'] / 1e6:7.0f}{_or(found.get('load_wall'), 8)}"
+            f"{tool:32}{found['wall']:9.2f}{found['cpu']:9.2f}{found['peak_rss'] / 1e6:7.0f}{found['load_rss'] / 1e6:8.0f}{_or(found.get('load_wall'), 8)}"
             f"{found['floor_gflops']:9.1f}{found['floor_gflops_per_cpu']:8.1f}{found[f'of_matmul{suffix}']:8.3f}"
             f"{_or(found['cpu_of_fastest_transformer_lens'], 8, 3)}  {found['difference']:.0e}"
             + (f"  extrapolated from {found['cells_run']} cells" if not math.isclose(share, 1) else "")

@@ -1,5 +1,7 @@
 """What the benchmark of sweeps counts, and that it runs."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -47,8 +49,9 @@ def test_the_benchmark_runs_and_compares(tmp_path, monkeypatch):
     settings = sweeps.Settings(grids=("resid_pre",), rounds=1, cold_rounds=0, tiny=True, out=tmp_path / "out.json")
     record = sweeps.main(settings)
     assert record["grids"]["resid_pre"]["cells"] == 10 and settings.out.exists()
-    bench = sweeps.Bench(settings, GPT2, np.ones((1, 1)), tmp_path, ())
+    beside: Any = None
+    bench = sweeps.Bench(settings, GPT2, np.ones((1, 1)), tmp_path, (), beside)
     with pytest.raises(RuntimeError, match="differs from mijax"):
         bench.checked("a peer", "resid_pre", np.array([[1.0, 2.0]]), np.array([[1.0, 2.001]]))
     with pytest.raises(SystemExit, match="is no executable"):
-        sweeps.peer_command(str(tmp_path / "python"))
+        sweeps.peer_commands(str(tmp_path / "python"), attribution=True)

@@ -55,7 +55,12 @@ def serve(peer: str, grids: Iterable[str], load: Callable[[Case], Run]) -> None:
 
     def loaded(folder: Path) -> worker.Worker:
         case = Case(folder)
-        about = {"peer": peer, "version": version(peer), "torch": torch.__version__, "numpy": np.__version__}
+        about = {
+            "peer": peer,
+            "version": version(peer.split(",")[0]),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        }
         about |= {
             "device": str(case.device),
             "threads": torch.get_num_threads(),

@@ -1,7 +1,11 @@
-"""Activation patching by the loops of TransformerLens's own `patching` module: 2.x or 4.x, whichever is installed."""
+"""Activation patching by the loops of TransformerLens's own `patching` module: 2.x or 4.x, whichever is installed.
+
+`with_transformer_lens.py FOLDER [frozen]`: without `frozen`, parameters ask for gradients, as they come.
+"""
 
 # pyright: reportMissingImports=false
 
+import sys
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -22,13 +26,14 @@ GRIDS = {
 }
 """The `get_act_patch_*` that make up each grid, stacked where there are several."""
 
+FROZEN = sys.argv[2:] == ["frozen"]
 ATTRIBUTED = ("resid_pre", "z", "mlp_out", "attn_out", "q", "k", "v", "pattern")
 
 
 def load(case: Case) -> Run:
     """The model, and the function that runs a grid on it."""
     model = hooked(case) if version("transformer_lens").startswith("2.") else bridge(case)
-    return partial(run, model, case)
+    return partial(run, model.requires_grad_(not FROZEN), case)
 
 
 def hooked(case: Case) -> Any:
@@ -108,7 +113,7 @@ def attribution(model: Any, case: Case) -> tuple[Any, Told]:
     the gradients at the same hooks, and the sum over units of difference times gradient."""
     import torch
 
-    model.requires_grad_(False)  # nobody asks for the parameters' gradients
+    model.zero_grad()
     names = {model_name(site, layer): site for site in ATTRIBUTED for layer in range(model.cfg.n_layers)}
     kept, slopes = {}, {}
     with torch.inference_mode(False), torch.enable_grad():
@@ -123,9 +128,9 @@ def attribution(model: Any, case: Case) -> tuple[Any, Told]:
             slopes[name] = x.detach()
 
         own = lambda function: [(name, partial(lambda x, hook, name: function(x, name), name=name)) for name in names]
-        begin = lambda x, hook: x.detach().requires_grad_()  # parameters are frozen: the graph begins here
+        begin = lambda x, hook: x.detach().requires_grad_()  # where parameters are frozen, the graph begins here
         first = [(model_name("resid_pre", 0), begin)]
-        with model.hooks(fwd_hooks=[*first, *own(keep)], bwd_hooks=own(slope)):
+        with model.hooks(fwd_hooks=[*(first if FROZEN else []), *own(keep)], bwd_hooks=own(slope)):
             value = case.metric(model(case.corrupted.clone()))
             value.sum().backward()
     found = {}
@@ -154,4 +159,5 @@ def shape(model: Any, case: Case, function: Any) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    serve("transformer_lens", ("forward", "attribution", *GRIDS), load)
+    grids = ("forward", "attribution", *(() if FROZEN else GRIDS))
+    serve("transformer_lens" + ", frozen" * FROZEN, grids, load)

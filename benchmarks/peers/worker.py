@@ -62,7 +62,8 @@ def serve(load: Callable[[Path], Worker]) -> None:
     os.dup2(2, 1)  # what the peer prints goes to stderr
     folder = Path(sys.argv[1])
     run, grids, about = load(folder)
-    print(json.dumps({**about, "grids": list(grids), "cpu": time.process_time()}), file=say, flush=True)
+    ready = {"grids": list(grids), "cpu": time.process_time(), "peak_rss": peak_rss()}
+    print(json.dumps({**about, **ready}), file=say, flush=True)
     for line in sys.stdin:
         request = line.strip()
         if request == "quit":
