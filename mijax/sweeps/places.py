@@ -61,6 +61,8 @@ def places_of(tokens: Tokens, axes: Mapping[str, int], cells: Int[np.ndarray, " 
 def in_positions(values: np.ndarray, tokens: Tokens, axis: int) -> np.ndarray:
     """What is by column along an axis, by position; examples in front; anything at positions that a prompt has not."""
     mask = np.asarray(tokens.mask)
+    if mask.all():
+        return values
     real = np.argsort(~mask, axis=1, kind="stable")[:, : mask.sum(axis=1).max()]
     own = np.moveaxis(values, axis, 1)
     own = np.take_along_axis(own, real.reshape(*real.shape, *(1,) * (own.ndim - 2)), axis=1)
