@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from mijax._types import Array
 from mijax.attribution.method import Measured, Method, Scores, gradients
-from mijax.attribution.side_by_side import Path
+from mijax.attribution.taps import Path
 from mijax.model.sites import SITES
 
 
@@ -32,7 +32,7 @@ class AtPStar(Method):
         """One backward pass with everything, and one for each layer without what it writes."""
         if n_layers < 2:
             raise ValueError("AtPStar drops one layer's gradient at a time: it takes a model of at least two layers")
-        at = lambda dropped: gradients(lambda gates: measured(gates, Path(None, dropped, True)), gates)
+        at = lambda dropped: gradients(lambda gates: measured(gates, Path(dropped=dropped, recompute=True)), gates)
         runs, found = at(None)
 
         def drop(total, layer):

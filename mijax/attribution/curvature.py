@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mijax._types import Array, Int
 from mijax.attribution.method import Measured, Terms, gradients
-from mijax.attribution.side_by_side import Path
+from mijax.attribution.taps import Path
 
 
 class Curvature(NamedTuple):
@@ -26,15 +26,17 @@ def curvature(
     the row's other entries: the fewer sites are asked for together, the smaller. An example's signs follow from the key and
     its number, whatever runs beside it.
     """
-    gradient = lambda gates: {n: own for n, (own,) in gradients(lambda g: measured(g, Path()), gates)[1].items()}
+    # Forwards, then backwards: the other way round JAX drops the derivatives of `taps.known` inside a scan.
+    slope = lambda gates, along: jax.jvp(lambda g: measured(g, Path())[0], (gates,), (along,))[1]
 
     def probe(sums, key):
         signs = {site: _signs(jax.random.fold_in(key, i), g, examples) for i, (site, g) in enumerate(gates.items())}
-        _, product = jax.jvp(gradient, (gates,), (signs,))
-        own = {name: {site: signs[site] * p for site, p in of.items()} for name, of in product.items()}
+        _, product = gradients(lambda gates: (slope(gates, signs), {}), gates)
+        own = {name: {site: signs[site] * p for site, p in of.items()} for name, (of,) in product.items()}
         return jax.tree.map(lambda s, new: (s[0] + new, s[1] + new**2), sums, own, is_leaf=_is_pair), None
 
-    zero = jax.tree.map(lambda x: (jnp.zeros_like(x), jnp.zeros_like(x)), gradient(gates))
+    none = jax.tree.map(lambda g: (jnp.zeros_like(g), jnp.zeros_like(g)), gates)
+    zero = dict.fromkeys(jax.eval_shape(lambda g: measured(g, Path())[0], gates), none)
     sums, _ = jax.lax.scan(probe, zero, jax.random.split(key, probes))
     half = jax.tree.map(lambda s: s[0] / (2 * probes), sums, is_leaf=_is_pair)
     error = lambda s: jnp.sqrt(jnp.maximum(s[1] - s[0] ** 2 / probes, 0.0) / (probes * (probes - 1))) / 2

@@ -2,7 +2,7 @@
 
 from mijax._types import Array
 from mijax.attribution.method import Measured, Method, Scores, gradients
-from mijax.attribution.side_by_side import Path
+from mijax.attribution.taps import Path
 
 
 class AtP(Method):

@@ -9,7 +9,7 @@ import numpy as np
 
 from mijax._types import Array
 from mijax.attribution.method import Measured, Method, Scores, gradients
-from mijax.attribution.side_by_side import Path
+from mijax.attribution.taps import Path
 
 
 class IntegratedGradients(Method):
@@ -36,8 +36,8 @@ class IntegratedGradients(Method):
             )
 
     def path(self, batch: int) -> Path:
-        """Along the inputs, the base run goes beside."""
-        return Path() if self.along == "gate" else Path(inputs=jnp.zeros((batch,)))
+        """Along the gates, they open; along the inputs, the base run goes beside."""
+        return Path(opened=True) if self.along == "gate" else Path(inputs=jnp.zeros((batch,)))
 
     def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Scores:
         """`steps` times one backward pass, in the memory of one."""
@@ -47,7 +47,7 @@ class IntegratedGradients(Method):
         points, weights = np.polynomial.legendre.leggauss(self.steps)
         opened = lambda gates, part: {s: g + part.reshape(-1, *(1,) * (g.ndim - 1)) for s, g in gates.items()}
         if self.along == "gate":
-            at = lambda gates, part: measured(opened(gates, part), Path())
+            at = lambda gates, part: measured(opened(gates, part), Path(opened=True))
         else:
             at = lambda gates, part: measured(gates, Path(inputs=part))
 

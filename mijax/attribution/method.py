@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Float
-from mijax.attribution.side_by_side import Path
+from mijax.attribution.taps import Path
 
 Values: TypeAlias = dict[str, Float[Array, " batch"]]
 """By metric."""

@@ -15,7 +15,8 @@ from mijax._types import Array, Int
 from mijax.attribution.curvature import curvature
 from mijax.attribution.method import Method
 from mijax.attribution.nodes import Nodes, spread
-from mijax.attribution.side_by_side import Path, gated, group_size
+from mijax.attribution.side_by_side import gated, group_size
+from mijax.attribution.taps import Path
 from mijax.metrics import AnyMetric
 from mijax.model.numerics import accumulator
 from mijax.model.tokens import Tokens
