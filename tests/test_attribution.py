@@ -558,6 +558,21 @@ def test_the_estimate_bounds_what_the_program_takes(checkpoint, method, probes):
     assert taken <= estimate <= 4 * taken, taken / estimate
 
 
+@pytest.mark.parametrize(("checkpoint", "passes"), [(0, 3), (1, 5)])
+def test_no_product_is_computed_twice(checkpoint, passes):
+    """Two runs forwards and one backwards, and both forwards again where layers are; what is no product with parameters takes
+    less than one more. (XLA counts the operations of a loop's body once.)"""
+    c = mj.Config(n_layers=3, d_model=64, n_heads=4, d_vocab=101, n_ctx=16)
+    model, rng = mj.init(c, jax.random.key(0)), np.random.default_rng(0)
+    base, source = (mj.Tokens(rng.integers(0, 101, (4, 16))) for _ in range(2))
+    job = Job(model, base, source, {}, nodes_of(model, base, ("resid_pre", "z", "mlp_out", "q", "k", "v")), AtP(), 0, 0)
+    arguments = (AtP(), model, base, jnp.asarray(source.ids), {"m": mj.metrics.logit(3)}, {}, np.arange(4, dtype=np.int32),
+                 jax.random.key(0), job.layout, 0, checkpoint)  # fmt: skip
+    counted = _chunk.lower(*arguments).compile().compiled.cost_analysis()["flops"]
+    products = 2 * 4 * 16 * (4 * c.d_model**2 + 2 * c.d_model * c.d_mlp)
+    assert passes <= counted / products < passes + 1
+
+
 def test_memory_is_flat_in_depth_where_layers_are_computed_again():
     """Beyond what a layer's parameters and gates take: 4 times the layers take less than a third more."""
     taken = {}

@@ -64,7 +64,7 @@ def gated(
         together = Together(config, every, still, path, nothing(others))
         streams = jnp.concatenate([first, *(rest[run] for run in others)])
         after = together.split(block(config, params, streams, every, together))
-        toward = Toward(config, here, own, path, together.values, layer=index)
+        toward = Toward(config, here, own, path, together.values, index)
         return (known(block(config, params, x, here, toward), after[0]), dict(zip(others, after[1:]))), None
 
     x, beside = _scan(layer, (x, beside), (jnp.arange(n, dtype=jnp.int32), in_full), checkpoint)

@@ -72,8 +72,18 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 class _Tap:
     """What both have in common."""
 
-    def __init__(self, config: Config, frame: Frame, gates: Gates, path: Path, values: Values):
-        self.config, self.frame, self.gates, self.path, self.values = config, frame, gates, path, values
+    def __init__(
+        self,
+        config: Config,
+        frame: Frame,
+        gates: Gates,
+        path: Path,
+        values: Values,
+        layer: Int[Array, ""] | None = None,
+    ):
+        self.config, self.frame, self.gates = config, frame, gates
+        self.path, self.values, self.layer = path, values, layer
+        self.own: dict[str, Array] = {}
 
     def heads(self, site: str) -> Int[Array, " k"] | None:
         assert site in PER_HEAD_COPIES
@@ -123,11 +133,6 @@ class Together(_Tap):
 
 class Toward(_Tap):
     """The tap of the base run, moved by gates towards the source run; what `values` holds of it is not computed again."""
-
-    def __init__(self, *of: Any, layer: Int[Array, ""] | None = None):
-        super().__init__(*of)
-        self.layer = layer
-        self.own: dict[str, Array] = {}
 
     def __call__(self, site: str, x: Array, heads: Int[Array, " k"] | None = None) -> Array:
         """Move it, from what is known of it."""
