@@ -447,6 +447,15 @@ def test_bad_input_is_told(name, as_a_user):
         (lambda: sp.anticorrelated(4, 0.6, per="feature"), "density of a set"),
         (lambda: sp.anticorrelated(4, 0.6, per="pair"), "a 'set' or of a 'feature'"),
         (lambda: sp.top_k_output(4, 2, 5), "between 1 and 4"),
+        (lambda: sp.fixed([1.0, 2.0]), "given is shape"),
+        (lambda: sp.theory.antipodal([0.5, 1.5]), "from 0.5 to 1.5"),
+        (lambda: sp.theory.linear_loss(float("nan"), [1.0, 1.0], 1), "a density is a probability"),
+        (
+            lambda: sp.population_loss(
+                sp.Toy(sp.linear(2, 1), sp.sparse(2, 0.5), [1.0, -1.0]), {"W": np.eye(1, 2), "b": np.zeros(2)}
+            ),
+            "importances are not negative",
+        ),
     ],
 )
 def test_bad_data_and_models_are_told(build, message, as_a_user):

@@ -144,14 +144,16 @@ def one_hot(n: int) -> Data:
     return Data(n, sample, patterns, jnp.full(n, 1 / n))
 
 
-def fixed(examples: Float[Array, "feature example"]) -> Data:
-    """The same finite set of examples in every step, whatever the batch.
+def fixed(examples: ArrayLike) -> Data:
+    """The same finite set of examples `[feature, example]` in every step, whatever the batch; `ValueError` for another rank.
 
-    >>> import jax.numpy as jnp
-    >>> fixed(jnp.eye(3)).sample(None, 1000).shape
-    (3, 3)
+    >>> fixed([[1, 0, 0.5], [0, 1, 0.5]]).sample(None, 1000).shape
+    (2, 3)
     """
-    return Data(examples.shape[0], lambda key, batch: examples)
+    array = jnp.asarray(examples, jnp.result_type(float))
+    if array.ndim != 2:
+        raise ValueError(f"examples are [feature, example], given is shape {array.shape}")
+    return Data(array.shape[0], lambda key, batch: array)
 
 
 def unit_norm(x: Float[Array, "feature batch"]) -> Float[Array, "feature batch"]:

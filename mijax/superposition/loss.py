@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,8 +24,11 @@ class Toy(NamedTuple):
 
     @property
     def weights(self) -> Float[Array, " feature"]:
-        """The importance of each feature."""
-        return per_feature(self.importance, self.data.n, "importance")
+        """The importance of each feature; `ValueError` where one is known to be negative, or no number."""
+        weights = per_feature(self.importance, self.data.n, "importance")
+        if not isinstance(weights, jax.core.Tracer) and not (np.asarray(weights) >= 0).all():
+            raise ValueError(f"importances are not negative; given are some from {np.asarray(weights).min():g} on")
+        return weights
 
     def wanted(self, x: Float[Array, "feature *batch"]) -> Float[Array, "feature *batch"]:
         """The target."""

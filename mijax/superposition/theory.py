@@ -1,7 +1,8 @@
 """Closed forms for sparse uniform features: what configurations cost, and where one becomes cheaper than another.
 
 Features are independent, 0 with probability 1 - p, else uniform in [0, 1]; the model is ReLU(W^T W x + b); losses are sums over
-features of importance times squared error, as Elhage et al. 2022 write them. Everything here is NumPy in float64.
+features of importance times squared error, as Elhage et al. 2022 write them. Everything here is NumPy in float64, and raises
+`ValueError` for a density outside [0, 1].
 """
 
 from collections.abc import Callable
@@ -23,13 +24,13 @@ def ignored(p: ArrayLike, importance: ArrayLike = 1.0) -> Numbers:
     >>> float(ignored(1.0))  # the variance of a uniform number
     0.08333333333333331
     """
-    p = np.asarray(p, float)
+    p = _density(p)
     return np.asarray(importance, float) * (p / 3 - p**2 / 4)
 
 
 def dedicated(p: ArrayLike, importance: ArrayLike = 1.0) -> Numbers:
     """The loss of a feature with a dimension of its own: 0, since ReLU(x + 0) = x for x >= 0."""
-    return np.zeros(np.broadcast_shapes(np.shape(p), np.shape(importance)))
+    return np.zeros(np.broadcast_shapes(_density(p).shape, np.shape(importance)))
 
 
 def antipodal(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> Numbers:
@@ -41,7 +42,7 @@ def antipodal(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> Num
     >>> float(antipodal(0.5))
     0.08333333333333333
     """
-    return (np.asarray(one, float) + np.asarray(other, float)) * np.asarray(p, float) ** 2 / 6
+    return (np.asarray(one, float) + np.asarray(other, float)) * _density(p) ** 2 / 6
 
 
 def antipodal_at(b: ArrayLike, p: ArrayLike) -> Numbers:
@@ -51,7 +52,7 @@ def antipodal_at(b: ArrayLike, p: ArrayLike) -> Numbers:
     b^3/3. Both (p^2): b - x2 where x2 < x1 + b, else x1; the mean square over the unit square is (1-b)^3 (1+b) / 6 + b^3 / 3:
     the part with x2 > b, min(x1, x2 - b)^2, integrates to (1-b)^3 (1+b) / 6, that with x2 < b, (b - x2)^2, to b^3 / 3.
     """
-    b, p = np.asarray(b, float), np.asarray(p, float)
+    b, p = np.asarray(b, float), _density(p)
     both = (1 - b) ** 3 * (1 + b) / 6 + b**3 / 3
     return (1 - p) * b**2 + p * (1 - p) * b**3 / 3 + p**2 * both
 
@@ -64,7 +65,7 @@ def antipodal_biased(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0)
     >>> bool(antipodal_biased(0.5) < antipodal(0.5))
     True
     """
-    p = np.asarray(p, float)
+    p = _density(p)
 
     def slope(b: Numbers) -> Numbers:
         both = -((1 - b) ** 2) * (1 + 2 * b) / 3 + b**2
@@ -122,7 +123,7 @@ def triangle(p: ArrayLike) -> Numbers:
     ReLU(x1 - (x2 + x3)/2). With x1 and x2 active it errs by x2/2 where x1 > x2/2, else by x1: int int min(x1, x2/2)^2 = 1/16;
     that is 2 pairs of each of 3 outputs. With x2 and x3 active it is 0. Three active: min(x1, (x2 + x3)/2)^2, whose mean is 1/6.
     """
-    p = np.asarray(p, float)
+    p = _density(p)
     return 3 * (2 * p**2 * (1 - p) / 16 + p**3 * _three_active())
 
 
@@ -158,6 +159,15 @@ def principal_components(covariance: Float[np.ndarray, "feature feature"], m: in
     _check_rank(m, len(covariance))
     values, vectors = np.linalg.eigh(covariance)
     return vectors[:, ::-1][:, :m].T, float(values[: len(values) - m].sum())
+
+
+def _density(p: ArrayLike) -> np.ndarray:
+    p = np.asarray(p, float)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(
+            f"a density is a probability p = 1 - S, in [0, 1]; given are some from {p.min():g} to {p.max():g}"
+        )
+    return p
 
 
 def _check_rank(m: int, n: int) -> None:
