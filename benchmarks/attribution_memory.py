@@ -25,8 +25,8 @@ import mijax as mj
 from benchmarks.sweeps import machine, random_model, random_tokens
 from mijax.attribution.nodes import nodes_of
 from mijax.attribution.scores import Job, _chunk, layers_bytes, prompt_bytes
-from mijax.chunks import PeakMemory
 from mijax.files import atomic
+from mijax.memory import PeakMemory
 
 SITES = ("resid_pre", "z", "mlp_out", "attn_out", "q", "k", "v")
 

@@ -19,29 +19,9 @@ import jax
 import numpy as np
 
 from mijax.files import atomic
+from mijax.memory import compiler_memory_freed
 
 Found = dict[str, np.ndarray]
-
-
-def default_memory() -> int:
-    """The bytes that a chunk of jobs may take: at most half of what the device has left, and 1 GiB on a CPU.
-
-    (A CPU's matrix products are at full speed well below that, and smaller chunks show progress.)
-    """
-    device = jax.local_devices()[0]
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return _rounded((stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2)
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not on every system
-        free = 2**31
-    return min(2**30, _rounded(free // 2))
-
-
-def _rounded(size: int) -> int:
-    """Down to a power of two: what depends on it must not change with every byte in use."""
-    return 1 << max(0, size.bit_length() - 1)
 
 
 def full_rows() -> int:
@@ -127,7 +107,8 @@ def run_chunks(
     from tqdm import tqdm
 
     # The bar appears only where the work takes more than a second.
-    with tqdm(total=jobs, desc=label, unit=unit, delay=1.0, disable=not progress, leave=False) as bar:
+    bar = tqdm(total=jobs, desc=label, unit=unit, delay=1.0, disable=not progress, leave=False)
+    with bar, compiler_memory_freed():
         left = []
         for number in range(chunks):
             held = store.load(number) if store else None
@@ -219,36 +200,3 @@ def _instructions(code: types.CodeType) -> bytes:
 
 def _without_addresses(text: str) -> bytes:
     return re.sub(r" at 0x[0-9a-f]+", "", text).encode()
-
-
-class PeakMemory:
-    """The bytes that a block of code took at its peak, beyond those in use before: `taken`.
-
-    `None` where nobody tells, and where not even 16 MiB are `expected`: asking takes longer than such work.
-    """
-
-    def __init__(self, expected: int):
-        self.taken: int | None = None
-        self._asks = expected >= 2**24
-
-    def __enter__(self) -> "PeakMemory":
-        self._before = self._in_use(reset=True) if self._asks else None
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        after = self._in_use(reset=False) if self._asks else None
-        if self._before is not None and after is not None:
-            self.taken = max(0, after - self._before)
-
-    def _in_use(self, reset: bool) -> int | None:
-        stats = jax.local_devices()[0].memory_stats()
-        if stats:
-            return stats.get("bytes_in_use" if reset else "peak_bytes_in_use")
-        try:  # Linux counts the pages of the process, and forgets the highest count when told to
-            if reset:
-                Path("/proc/self/clear_refs").write_text("5")
-            status = Path("/proc/self/status").read_text()
-        except OSError:
-            return None
-        found = re.search(r"VmRSS:\s+(\d+)" if reset else r"VmHWM:\s+(\d+)", status)
-        return int(found[1]) * 1024 if found else None

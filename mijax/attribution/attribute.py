@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mijax import chunks
 from mijax._types import Array, ArrayLike
 from mijax.attribution.gradient import AtP
 from mijax.attribution.integrated import IntegratedGradients
@@ -17,6 +16,7 @@ from mijax.attribution.method import Method
 from mijax.attribution.nodes import Nodes, Sites, nodes_of, overlap
 from mijax.attribution.scores import Job, plan, scored
 from mijax.attribution.verify import Verify, verified
+from mijax.memory import PeakMemory, default_memory
 from mijax.metrics import AnyMetric
 from mijax.model.numerics import accumulator
 from mijax.model.readout import Readout
@@ -97,8 +97,8 @@ def attribute(
     _check_cells(nodes, verify, sample)
     _check_runs(model, base, source, metrics)
     job = Job(model, base, source, metrics, nodes, method, probes, seed)
-    order = plan(job, chunks.default_memory() if memory is None else memory)
-    with chunks.PeakMemory(order.bytes) as peak:
+    order = plan(job, default_memory() if memory is None else memory)
+    with PeakMemory(order.bytes) as peak:
         found, order = scored(job, order, progress=progress, save=save)
     _check_found(job, found)
     told: dict[str, Any] = {"prompts_together": order.prompts, "checkpoint": order.checkpoint}

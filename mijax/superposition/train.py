@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from mijax import chunks
 from mijax._types import Array, ArrayLike
+from mijax.memory import PeakMemory, default_memory
 from mijax.superposition.job import Job, State, advance, begin, judge, model_bytes
 from mijax.superposition.loss import Toy
 from mijax.superposition.model import Params
@@ -85,7 +86,7 @@ def train(
     store = None if save is None else _store(save, job, grid, steps, log_at, parts, mesh)
     run = _Run(job, grid, parts if store is None else store.plan, steps, log_at, store, mesh, strict=nan == "raise")
     estimate = each * min(grid.cells * len(grid.seeds), run.parts[0][0].size * run.parts[0][1].size)
-    with chunks.PeakMemory(estimate) as peak:
+    with PeakMemory(estimate) as peak:
         chunks.run_chunks(
             run, run.keep, len(run.parts) * len(run.ends), len(run.parts) * run.ends[-1], label="train", unit="step",
             progress=progress, store=store,
@@ -96,7 +97,7 @@ def train(
 
 def _default_memory(least: int) -> int:
     """On a CPU, chunks that stay near its caches run up to twice as fast as those of 1 GiB; one model they must hold."""
-    most = chunks.default_memory()
+    most = default_memory()
     return min(most, max(2**27, least)) if jax.default_backend() == "cpu" else most
 
 

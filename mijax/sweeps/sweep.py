@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mijax import chunks
 from mijax._types import Array, ArrayLike, Int
 from mijax.interventions.edits import Interventions
+from mijax.memory import PeakMemory, default_memory
 from mijax.metrics import AnyMetric
 from mijax.model.numerics import accumulator
 from mijax.model.readout import Readout
@@ -121,7 +122,7 @@ def swept(
     todo = work(model.config, tokens, cells, read)
     if first is not None:
         todo = todo._replace(first=np.maximum(first, todo.first))
-    budget = chunks.default_memory() if memory is None else memory
+    budget = default_memory() if memory is None else memory
     each = row_bytes(model, cells.edits), cell_bytes(model, tokens, metrics)
     shape = Shape.of(model.config, cells)
     long = _operations(model, todo) > chunks.long_work()  # the time saved is then more than another compilation takes
@@ -152,7 +153,7 @@ def swept(
         return len(own)
 
     estimate = order.size.rows * each[0] + order.size.cells * each[1]
-    with chunks.PeakMemory(estimate) as peak:
+    with PeakMemory(estimate) as peak:
         chunks.run_chunks(
             measured, keep, len(order.bounds) - 1, len(order.order), label=f"sweep {', '.join(cells.edits)}",
             progress=progress, width=None if mesh is None else mesh.devices.shape[0], store=store,

@@ -1,0 +1,92 @@
+"""Memory: how much may be taken, how much was, and what the compiler leaves behind."""
+
+import contextlib
+import ctypes
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+SLOW = 0.5
+"""Seconds of compilation from which on freeing (some hundredths of a second) does not matter."""
+
+
+def default_memory() -> int:
+    """The bytes that a chunk of jobs may take: at most half of what the device has left, and 1 GiB on a CPU.
+
+    (A CPU's matrix products are at full speed well below that, and smaller chunks show progress.)
+    """
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return _rounded((stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2)
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        free = 2**31
+    return min(2**30, _rounded(free // 2))
+
+
+def _rounded(size: int) -> int:
+    """Down to a power of two: what depends on it must not change with every byte in use."""
+    return 1 << max(0, size.bit_length() - 1)
+
+
+class PeakMemory:
+    """The bytes that a block of code took at its peak, beyond those in use before: `taken`.
+
+    `None` where nobody tells, and where not even 16 MiB are `expected`: asking takes longer than such work.
+    """
+
+    def __init__(self, expected: int):
+        self.taken: int | None = None
+        self._asks = expected >= 2**24
+
+    def __enter__(self) -> "PeakMemory":
+        self._before = self._in_use(reset=True) if self._asks else None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        after = self._in_use(reset=False) if self._asks else None
+        if self._before is not None and after is not None:
+            self.taken = max(0, after - self._before)
+
+    def _in_use(self, reset: bool) -> int | None:
+        stats = jax.local_devices()[0].memory_stats()
+        if stats:
+            return stats.get("bytes_in_use" if reset else "peak_bytes_in_use")
+        try:  # Linux counts the pages of the process, and forgets the highest count when told to
+            if reset:
+                Path("/proc/self/clear_refs").write_text("5")
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return None
+        found = re.search(r"VmRSS:\s+(\d+)" if reset else r"VmHWM:\s+(\d+)", status)
+        return int(found[1]) * 1024 if found else None
+
+
+@contextlib.contextmanager
+def compiler_memory_freed() -> Iterator[None]:
+    """Between each compilation inside and the program's first run, what the compiler is done with goes back to the system.
+
+    glibc would keep it (about 100 MB, in the heaps of the compiler's threads), beside which the program then takes its own.
+    Where the C library cannot, nothing is done.
+    """
+    trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+    def compiled(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and duration_secs > SLOW:
+            trim(0)
+
+    if trim is None:
+        yield
+        return
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(compiled)
