@@ -23,8 +23,8 @@ import tyro
 
 import mijax as mj
 from benchmarks.sweeps import machine, random_model, random_tokens
+from mijax.attribution.estimates import Job, _chunk, layers_bytes, prompt_bytes
 from mijax.attribution.nodes import nodes_of
-from mijax.attribution.scores import Job, _chunk, layers_bytes, prompt_bytes
 from mijax.files import atomic
 from mijax.memory import PeakMemory
 

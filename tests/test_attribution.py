@@ -8,9 +8,9 @@ import pytest
 
 import mijax as mj
 from mijax.attribution.concepts import logistic_probe
+from mijax.attribution.estimates import Job, Plan, _chunk, estimated, layers_bytes, prompt_bytes
 from mijax.attribution.gradient import AtP
 from mijax.attribution.nodes import nodes_of
-from mijax.attribution.scores import Job, Plan, _chunk, layers_bytes, prompt_bytes, scored
 from mijax.attribution.verify import Verify, most_missed, verified
 from mijax.sweeps.measure import metric_bytes
 from tests.architectures import ARCHITECTURES, IDS, batch, error, example, random_model
@@ -31,7 +31,7 @@ PLAIN = AtP()
 def found_by(model, base, source, sites, method=PLAIN, metric=METRIC, probes=0, checkpoint=0, prompts=3, seed=0):
     """What the method finds in the model's own precision, as it is before it is labelled."""
     job = Job(model, base, source, {"m": metric}, nodes_of(model, base, sites), method, probes, seed)
-    return scored(job, Plan(prompts, checkpoint, 0), progress=False, save=None)[0]
+    return estimated(job, Plan(prompts, checkpoint, 0), progress=False, save=None)[0]
 
 
 SOME = ("embed", "resid_pre", "q_input", "ln1.scale", "k", "pattern", "z", "attn_out", "mlp_out", "ln_final.scale")

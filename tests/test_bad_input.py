@@ -125,7 +125,7 @@ FAULTS = {
     "metric out of range": (lambda: mj.sweep(MODEL, TOKENS, {"z": mj.Scale(0.0, mj.grid(layer=[0]))}, mj.metrics.logit(3, pos=4)), ValueError, "metric 'logit' is nan on the base run of example 1: a position or an answer out of range"),
     "metric of another shape": (lambda: mj.sweep(MODEL, TOKENS, {"z": mj.Scale(0.0, mj.grid(layer=[0]))}, lambda r: r.final.sum()), ValueError, r"one number per example, \[3\], given shape \(\)"),
     "clean and corrupted of different shape": (lambda: patch(corrupted=IDS[:, :5]), ValueError, r"must have one shape, given \(3, 6\) and \(3, 5\)"),
-    "clean and corrupted padded differently": (lambda: patch(corrupted=batch("right")), ValueError, "padded alike: example 1 has 4 and 4 tokens"),
+    "clean and corrupted padded differently": (lambda: patch(corrupted=batch("right")), ValueError, "padded alike: example 1 has tokens 4 from column 2 and 4 from column 0"),
     "patch over an unknown axis": (lambda: patch(over=("layer", "neuron")), ValueError, r"over must name axes of site 'z', some of layer, pos, head, unit; given \('layer', 'neuron'\)"),
     "patch in an unknown direction": (lambda: patch(direction="both"), ValueError, "direction must be 'denoise' or 'noise', given 'both'"),
     "patch at an unknown site": (lambda: patch(site="zz"), ValueError, "unknown site 'zz'"),

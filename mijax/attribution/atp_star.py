@@ -1,11 +1,14 @@
 """AtP* (Kramar et al. 2024): attribution patching without its two known kinds of false negatives."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from mijax._types import Array
-from mijax.attribution.method import Measured, Method, Scores, gradients
-from mijax.attribution.taps import Path
+from mijax.attribution.method import Estimates, Measured, Method, gradients
+from mijax.attribution.nodes import Nodes
+from mijax.attribution.taps import RECOMPUTED, Path
 from mijax.model.sites import SITES
 
 
@@ -17,21 +20,30 @@ class AtPStar(Method):
     one cell of a grid are exchanged one by one and added up; those of cells over all positions together.
 
     Where the direct effect of a node cancels what a later layer makes of it, its gradient says little. `unsigned` in the
-    result is the mean over layers of the estimate's magnitude with no gradient through what that layer writes (GradDrop).
+    result is the mean over layers of the estimate's magnitude with no gradient through what that layer writes (GradDrop):
+    over all but a node's own layer, without which it has none; over all for nodes of the stream.
     It ranks cells; it is no change of the metric, and is not to be compared with one.
 
     Takes one backward pass for each layer. Raises `ValueError` for a model of a single layer.
     """
+
+    def check(self, n_layers: int, nodes: Mapping[str, Nodes], alone: bool) -> None:
+        """Two layers, and whole queries and keys."""
+        if n_layers < 2:
+            raise ValueError("AtPStar drops one layer's gradient at a time: it takes a model of at least two layers")
+        for site, own in nodes.items():
+            if site in RECOMPUTED and own.shape[-1] > 1:
+                raise ValueError(
+                    f"AtPStar recomputes attention with whole queries and keys: it has no cells over units at {site!r}; AtP() has"
+                )
 
     def path(self, batch: int) -> Path:
         """Attention is recomputed."""
         del batch
         return Path(recompute=True)
 
-    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Scores:
+    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Estimates:
         """One backward pass with everything, and one for each layer without what it writes."""
-        if n_layers < 2:
-            raise ValueError("AtPStar drops one layer's gradient at a time: it takes a model of at least two layers")
         at = lambda dropped: gradients(lambda gates: measured(gates, Path(dropped=dropped, recompute=True)), gates)
         runs, found = at(None)
 
@@ -43,4 +55,4 @@ class AtPStar(Method):
         # What is inside a layer has no gradient at all where its own layer is dropped; the stream always has.
         others = {site: n_layers - (SITES[site].has_layer and not site.startswith("resid")) for site in gates}
         unsigned = {name: {site: t / others[site] for site, t in own.items()} for name, (own,) in total.items()}
-        return Scores(runs, {name: own for name, (own,) in found.items()}, unsigned)
+        return Estimates(runs, {name: own for name, (own,) in found.items()}, unsigned)

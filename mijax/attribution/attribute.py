@@ -1,29 +1,24 @@
 """Estimates of every cell of patching grids from gradients, with their own error, and measured where in doubt."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mijax._types import Array, ArrayLike
+from mijax._types import ArrayLike
+from mijax.attribution.checks import check_apart, check_cells, check_count, check_differ, check_gradient
+from mijax.attribution.estimates import Job, estimated, plan
 from mijax.attribution.gradient import AtP
-from mijax.attribution.integrated import IntegratedGradients
 from mijax.attribution.method import Method
-from mijax.attribution.nodes import Nodes, Sites, nodes_of, overlap
-from mijax.attribution.scores import Job, plan, scored
-from mijax.attribution.verify import Verify, verified
+from mijax.attribution.nodes import Sites, nodes_of
+from mijax.attribution.verify import Verify, coincide, verified
 from mijax.memory import PeakMemory, default_memory
-from mijax.metrics import AnyMetric
-from mijax.model.numerics import accumulator
-from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check
-from mijax.sweeps.measure import Metrics, checked, described, named, values_of
+from mijax.sweeps.measure import Metrics, described, named
 from mijax.sweeps.patch import Direction, check_pair
 from mijax.sweeps.places import positions_told
 
@@ -31,7 +26,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 PLAIN = AtP()
-KINDS = {"term": "{}", "unsigned": "{}.unsigned", "error": "{}.error", "error_se": "{}.error_se"}
+VARIABLES = {"term": "{}", "unsigned": "{}.unsigned", "error": "{}.error", "error_se": "{}.error_se"}
 """The variable of a site for each kind of term."""
 
 
@@ -58,7 +53,8 @@ def attribute(
     `sites` names sites, whose cells are then over all of their axes but vectors' units; or maps each to what its cells are
     over, as `patch` takes it: names of axes (summed over the others), or a `mijax.grid`. `method` is one of
     `mijax.AtP()` (two forward passes and one backward for everything), `mijax.IntegratedGradients(...)`, `mijax.AtPStar()`.
-    With `corrupted=None` the source's activations are zeros (gradient x input; the estimate is that of a zero ablation).
+    With `corrupted=None` the source's activations are zeros (gradient x input; the estimate is that of a zero ablation of
+    the clean run, whatever `direction`).
 
     Gives a variable for each site, on the scale of `patch`: the base's metric plus the estimated change, [*cells, batch]; with
     `base` and `source` beside. Several metrics have the dimension `metric` in front. Key/value heads have the dimension `kv_head`.
@@ -76,10 +72,11 @@ def attribute(
     takes it; attributes tell. `progress` and `save` are as in `sweep` (only estimates are saved).
 
     Raises what `patch` raises; `TypeError` for a metric without gradient (ranks and accuracies count); `ValueError` for
-    prompts that are the same in both batches, a gradient that is not finite, different grids along one axis, more cells to
-    verify than there are.
+    prompts that are the same in both batches, a metric, gradient or error that is not finite, a metric of an example that depends on others,
+    different places along one axis, more cells to verify than there are. Warns where a metric's means on base and source
+    coincide (which `verify` refuses: there is no whole to miss a share of).
 
-    >>> import mijax as mj
+    >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
     >>> both = {"clean": [[1, 2, 3]], "corrupted": [[1, 4, 3]], "metric": mj.metrics.logit_diff(7, 8)}
     >>> r = mj.attribute(model, sites={"z": ("layer", "head"), "mlp_out": ("layer", "pos")}, **both)
@@ -89,22 +86,28 @@ def attribute(
     >>> bool(abs(exact - r.z).max() < 0.1 * abs(exact - exact.base).max())
     True
     """
+    for what, value in {"probes": probes, "verify": verify, "sample": sample, "seed": seed, "memory": memory}.items():
+        if value is not None:
+            check_count(value, what)
+    if not 0 < threshold < np.inf:
+        raise ValueError(f"threshold must be a part of source - base, over 0, given {threshold!r}")
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be one such as mijax.AtP(), given {method!r}")
     base, source = _sides(clean, corrupted, direction)
-    metrics = named(metric)
-    nodes = nodes_of(model, base, sites)
+    job = Job(model, base, source, named(metric), nodes_of(model, base, sites), method, probes, seed)
     sample = verify if sample is None else sample
-    _check_method(model, source, nodes, method, probes)
-    _check_cells(nodes, verify, sample)
-    _check_runs(model, base, source, metrics)
-    job = Job(model, base, source, metrics, nodes, method, probes, seed)
+    _check(job, verify, sample)
     order = plan(job, default_memory() if memory is None else memory)
     with PeakMemory(order.bytes) as peak:
-        found, order = scored(job, order, progress=progress, save=save)
-    _check_found(job, found)
+        found, order = estimated(job, order, progress=progress, save=save)
     told: dict[str, Any] = {"prompts_together": order.prompts, "checkpoint": order.checkpoint}
     told |= {"memory_estimate": float(order.bytes)} | ({} if peak.taken is None else {"memory_peak": float(peak.taken)})
     result = _labelled(job, found, single=not isinstance(metric, Mapping))
     result = result.assign_attrs(direction="noise" if source is None else direction, **told)
+    if not verify and source is not None and coincide(result):
+        warnings.warn(
+            "source and base coincide: the metric has one mean on both, of which no effect is a share", stacklevel=2
+        )
     if verify:
         result = verified(job, result, Verify(verify, sample, threshold, seed), memory, progress)
     return result
@@ -123,94 +126,23 @@ def _sides(clean: Any, corrupted: Any, direction: Direction) -> tuple[Tokens, To
     return (corrupted, clean) if direction == "denoise" else (clean, corrupted)
 
 
-def check_differ(clean: Tokens, corrupted: Tokens) -> None:
-    """Raise `ValueError` where an example is the same prompt in both batches."""
-    same = (np.asarray(clean.ids) == np.asarray(corrupted.ids)) | ~np.asarray(clean.mask)
-    if same.all(axis=1).any():
-        raise ValueError(
-            f"both batches have the same prompt in example {int(np.argmax(same.all(axis=1)))}: nothing to attribute"
-        )
-
-
-def _check_method(
-    model: Transformer, source: Tokens | None, nodes: Mapping[str, Nodes], method: Method, probes: int
-) -> None:
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be one such as mijax.AtP(), given {method!r}")
-    if model.config.n_layers == 0:
+def _check(job: Job, verify: int, sample: int) -> None:
+    """Raise what `attribute` raises of what is known before the runs."""
+    if job.model.config.n_layers == 0:
         raise ValueError("a model without layers has nothing to attribute to")
-    if probes < 0 or probes == 1:
-        raise ValueError(f"a standard error takes at least two probes, given probes={probes}")
-    if probes and not isinstance(method, AtP):
-        raise ValueError(f"probes tell the second-order error of AtP(); that of {method!r} is another")
-    along = method.along if isinstance(method, IntegratedGradients) else None
-    if along == "inputs" and source is None:
-        raise ValueError(
-            "integrated gradients along the inputs need corrupted prompts; along the gate, zeros can stand for them"
-        )
-    shared = [site for site, own in nodes.items() if along == "gate" and overlap(own)]
-    if shared:
-        raise ValueError(
-            f"integrated gradients along the gate take cells that share no place; those at {shared[0]!r} do"
-        )
-
-
-def _check_cells(nodes: Mapping[str, Nodes], verify: int, sample: int) -> None:
-    labels: dict[str, list[Any]] = {}
-    for site, own in nodes.items():
-        if not 0 <= verify <= own.size:
-            raise ValueError(f"verify must be from 0 to the {own.size} cells of site {site!r}, given {verify}")
-        for dim, these in own.labels.items():
-            if labels.setdefault(dim, list(these)) != list(these):
-                raise ValueError(
-                    f"sites with different grids along {dim!r} must be asked for apart; at {site!r} these are {list(these)[:9]}, at"
-                    f" another {labels[dim][:9]} (key/value heads may be named 'kv_head')"
-                )
-    if sample < 0 or (sample and not verify):
-        raise ValueError(f"sample counts cells beside those of verify={verify}, given {sample}")
-
-
-def _check_runs(model: Transformer, base: Tokens, source: Tokens | None, metrics: Mapping[str, AnyMetric]) -> None:
-    if not metrics:
+    if job.probes == 1:
+        raise ValueError("a standard error takes at least two probes, given probes=1")
+    if job.probes and not isinstance(job.method, AtP):
+        raise ValueError(f"probes tell the second-order error of AtP(); that of {job.method!r} is another")
+    job.method.check(job.model.config.n_layers, job.nodes, job.source is None)
+    check_cells(job.nodes, verify, sample)
+    for tokens in (job.base,) if job.source is None else (job.base, job.source):
+        check(job.model.config, tokens, {}, {})
+    if not job.metrics:
         raise ValueError("there is no metric")
-    for tokens in (base,) if source is None else (base, source):
-        check(model.config, tokens, {}, {})
-    for name, metric in metrics.items():
-        check_gradient(model, base, name, metric)
-
-
-def _check_found(job: Job, found: Mapping[str, np.ndarray]) -> None:
-    """Raise `ValueError` where a run's metric or its gradient is not finite."""
-    for run in ("base", "source"):
-        checked({name: found[f"{run}:{name}"] for name in job.metrics if f"{run}:{name}" in found}, run)
-    for name in job.metrics:
-        for site in job.nodes:
-            bad = ~np.isfinite(found[f"term:{name}:{site}"])
-            if bad.any():
-                raise ValueError(
-                    f"the gradient of metric {name!r} at site {site!r} is not finite in example {int(np.argwhere(bad)[0][0])}: the"
-                    " metric has no slope where the base run is (a root at zero, say), or the model overflows"
-                )
-
-
-def check_gradient(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric) -> None:
-    """Raise `TypeError` where none of eight random final streams gives any example's metric a gradient."""
-    if getattr(metric, "per_example", False):  # one tells as much as all
-        tokens, metric = jax.tree.map(lambda a: np.asarray(a)[:1], tokens), metric.take(np.zeros(1, np.int32))  # pyright: ignore[reportFunctionMemberAccess]
-    shape, dtype = (*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype)
-    streams = (jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype) for seed in range(8))
-    slope = lambda final: _slope(final, tokens, model.unembedding, model.b_U, metric)
-    if not any(bool(np.asarray(slope(final)).any()) for final in streams):
-        raise TypeError(
-            f"metric {name!r} has no gradient: it does not change with small changes of the final stream (ranks and"
-            " accuracies count); take a logit, a probability or a divergence"
-        )
-
-
-@eqx.filter_jit
-def _slope(final: Array, tokens: Tokens, W_U: Array, b_U: Array | None, metric: AnyMetric) -> Array:
-    total = lambda final: jnp.sum(values_of({"": metric}, Readout(final, tokens, W_U, b_U))[""])
-    return jax.grad(total)(final)
+    for name, metric in job.metrics.items():
+        check_gradient(job.model, job.base, name, metric)
+        check_apart(job.model, job.base, name, metric)
 
 
 def _labelled(job: Job, found: Mapping[str, np.ndarray], single: bool) -> "xr.Dataset":
@@ -228,7 +160,7 @@ def _labelled(job: Job, found: Mapping[str, np.ndarray], single: bool) -> "xr.Da
     for site, nodes in job.nodes.items():
         coords = shared | {dim: np.asarray(labels) for dim, labels in nodes.labels.items()}
         dims = (*runs[:-1], *nodes.labels, "batch")
-        for kind, name in KINDS.items():
+        for kind, name in VARIABLES.items():
             if f"{kind}:{names[0]}:{site}" in found:
                 cells = [nodes.by_cell(found[f"{kind}:{metric}:{site}"], job.base) for metric in names]
                 if kind == "term":

@@ -1,5 +1,6 @@
 """A concept three ways: as a gradient, as a difference between counterfactuals, and as a probe's direction."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import equinox as eqx
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Float
-from mijax.attribution.attribute import check_differ, check_gradient
+from mijax.attribution.checks import check_apart, check_differ, check_gradient
 from mijax.interventions.edits import Add
 from mijax.interventions.where import Where
 from mijax.metrics import AnyMetric
@@ -44,7 +45,8 @@ def gradients(
     """The gradient of each example's metric with respect to every activation of some sites, beside the activations.
 
     A pure function, as `mijax.run` is. With `pos` (one position, or one per example), only there: the position axis then has
-    size 1. Both arrays have the shapes that `run` captures.
+    size 1. Both arrays have the shapes that `run` captures. Raises `TypeError` for a metric without gradient; what it says of an
+    example must depend on that example alone.
 
     >>> import mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -53,6 +55,7 @@ def gradients(
     ((2, 1, 1, 8), (2, 1, 1, 32))
     """
     tokens = as_tokens(tokens)
+    check_gradient(model, tokens, _name(metric), metric)
     where = Where() if pos is None else Where(pos=_column(pos))
     capture = {site: None if pos is None else where for site in sites}
     dtype, zeros = accumulator(model.W_E.dtype), {}
@@ -65,7 +68,7 @@ def gradients(
 
     def measured(added: dict[str, Array]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
         out = run(model, tokens, {site: Add(v, where) for site, v in added.items()}, capture=capture)
-        values = values_of({"": metric}, out.readout)[""]
+        values = values_of({_name(metric): metric}, out.readout)[_name(metric)]
         return jnp.sum(values), (values, out.acts)
 
     grads, (values, acts) = jax.grad(measured, has_aux=True)(zeros)
@@ -111,13 +114,14 @@ def concept(
         raise ValueError(
             f"a concept has a direction at a site of vectors; {site!r} has the axes {', '.join(found.axes)}"
         )
-    for name, own in named(metric).items():
-        check_gradient(model, positive, name, own)
+    name = _name(metric)
+    check_gradient(model, positive, name, metric)
+    check_apart(model, positive, name, metric)
     for tokens in (positive, negative):
         check(model.config, tokens, {}, {site: Where(pos=_column(pos))})
     yes, no = (_found(model, tokens, metric, site, pos) for tokens in (positive, negative))
     for own, what in ((yes, "positive"), (no, "negative")):
-        checked({next(iter(named(metric))): own.values}, what)
+        checked({name: own.values}, what)
     axis = found.axes.index("batch")
     acts, grads = ([np.moveaxis(np.asarray(getattr(own, of)[site]), axis, 0).squeeze(axis + 1) for own in (yes, no)]
                    for of in ("acts", "grads"))  # fmt: skip
@@ -125,23 +129,35 @@ def concept(
     direction = _probes(acts) if probe is None else np.asarray(probe, gradient.dtype)
     if direction.shape != gradient.shape:
         raise ValueError(f"the probe's direction has shape {direction.shape}, expected {gradient.shape}")
-    together = np.stack([gradient, difference, direction]).astype(np.float32)
-    unit = together / np.maximum(np.linalg.norm(together, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    together = np.stack([gradient, difference, direction]).astype(np.float64)
+    for kind, own in zip(KINDS, together):
+        if not np.isfinite(own).all():
+            raise ValueError(f"the direction of the {kind} at {site!r} is not finite")
+    size = np.linalg.norm(together, axis=-1, keepdims=True)
+    unit = together / np.where(size > 0, size, 1.0)
     dims = [("unit" if a in ("d_model", "d_head", "d_mlp") else a) for a in found.axes if a not in ("batch", "pos")]
     coords = {"kind": list(KINDS), **{dim: np.arange(n) for dim, n in zip(dims, gradient.shape)}}
     cosine = np.einsum("i...u,j...u->ij...", unit, unit)
-    told = {"site": site, "metric": next(iter(named(metric))), "prompts": 2 * len(positive.ids), **described(model)}
+    told = {"site": site, "metric": name, "prompts": 2 * len(positive.ids), **described(model)}
     between = xr.DataArray(
-        cosine,
+        cosine.astype(np.float32),
         {**{d: c for d, c in coords.items() if d != "unit"}, "other": list(KINDS)},
         ("kind", "other", *dims[:-1]),
     )
-    return xr.Dataset({"direction": xr.DataArray(together, coords, ("kind", *dims)), "cosine": between}, attrs=told)
+    return xr.Dataset(
+        {"direction": xr.DataArray(together.astype(np.float32), coords, ("kind", *dims)), "cosine": between}, attrs=told
+    )
 
 
 @eqx.filter_jit
 def _found(model: Transformer, tokens: Tokens, metric: AnyMetric, site: str, pos: ArrayLike) -> Gradients:
     return gradients(model, tokens, metric, (site,), pos)
+
+
+def _name(metric: Any) -> str:
+    if isinstance(metric, Mapping):
+        raise TypeError(f"one metric is taken here, given several: {', '.join(map(repr, metric))}")
+    return next(iter(named(metric)))
 
 
 def _column(pos: Any) -> Any:

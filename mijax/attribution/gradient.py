@@ -1,7 +1,7 @@
 """Attribution patching: every cell of a patching grid from one gradient (Nanda 2023; Syed et al. 2023)."""
 
 from mijax._types import Array
-from mijax.attribution.method import Measured, Method, Scores, gradients
+from mijax.attribution.method import Estimates, Measured, Method, gradients
 from mijax.attribution.taps import Path
 
 
@@ -12,7 +12,7 @@ class AtP(Method):
     saturated, and where several ways cancel. Without a source it is gradient x input, with the sign of an ablation.
     """
 
-    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Scores:
+    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Estimates:
         """Two forward passes and one backward."""
         runs, found = gradients(lambda gates: measured(gates, Path()), gates)
-        return Scores(runs, {name: own for name, (own,) in found.items()})
+        return Estimates(runs, {name: own for name, (own,) in found.items()})

@@ -1,5 +1,6 @@
 """Integrated gradients (Sundararajan et al. 2017) between two runs."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import equinox as eqx
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array
-from mijax.attribution.method import Measured, Method, Scores, gradients
+from mijax.attribution.method import Estimates, Measured, Method, gradients
+from mijax.attribution.nodes import Nodes, overlap
 from mijax.attribution.taps import Path
 
 
@@ -29,17 +31,30 @@ class IntegratedGradients(Method):
     along: Literal["gate", "inputs"] = eqx.field(static=True, default="gate")
 
     def __check_init__(self):
-        if self.along not in ("gate", "inputs") or self.steps < 1:
+        whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
+        if self.along not in ("gate", "inputs") or not whole or self.steps < 1:
             raise ValueError(
-                f"integrated gradients go along 'gate' or 'inputs' in at least one step, given along={self.along!r},"
-                f" steps={self.steps}"
+                "integrated gradients go in at least one step, along 'gate' or 'inputs', given"
+                f" steps={self.steps!r}, along={self.along!r}"
+            )
+
+    def check(self, n_layers: int, nodes: Mapping[str, Nodes], alone: bool) -> None:
+        """Along the inputs takes a source; along the gate, cells that share no place."""
+        if self.along == "inputs" and alone:
+            raise ValueError(
+                "integrated gradients along the inputs need corrupted prompts; along the gate, zeros can stand for them"
+            )
+        shared = [site for site, own in nodes.items() if self.along == "gate" and overlap(own)]
+        if shared:
+            raise ValueError(
+                f"integrated gradients along the gate take cells that share no place; those at {shared[0]!r} do"
             )
 
     def path(self, batch: int) -> Path:
         """Along the gates, they open; along the inputs, the base run goes beside."""
         return Path(opened=True) if self.along == "gate" else Path(inputs=jnp.zeros((batch,)))
 
-    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Scores:
+    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Estimates:
         """`steps` times one backward pass, in the memory of one."""
         runs = measured(gates, Path())
         base = runs[0]
@@ -61,4 +76,4 @@ class IntegratedGradients(Method):
         found, _ = jax.lax.scan(step, zeros, along)
         end, _ = at(gates, jnp.ones((batch,), dtype))
         gap = {name: found[name][1] - (end[name] - base[name]) for name in base}
-        return Scores(runs, {name: own for name, (own, _) in found.items()}, gap=gap)
+        return Estimates(runs, {name: own for name, (own, _) in found.items()}, gap=gap)

@@ -1,7 +1,7 @@
 """What every gradient method is: from a metric as a function of gates to one term for each gate."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Float
+from mijax.attribution.nodes import Nodes
 from mijax.attribution.taps import Path
 
 Values: TypeAlias = dict[str, Float[Array, " batch"]]
@@ -22,7 +23,7 @@ Measured: TypeAlias = Callable[[dict[str, Array], Path], tuple[Values, Values]]
 Gates other than zero take `Path(opened=True)`."""
 
 
-class Scores(NamedTuple):
+class Estimates(NamedTuple):
     """What a method finds: the metrics of the base and the source, and by how much it says that each cell changes them.
 
     `unsigned` are magnitudes, which are no changes. `gap` is what the terms
@@ -39,8 +40,12 @@ class Method(eqx.Module):
     """A way of turning gradients with respect to gates into estimates of what patching does."""
 
     @abc.abstractmethod
-    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Scores:
+    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Estimates:
         """The terms at `gates`, which are zeros."""
+
+    def check(self, n_layers: int, nodes: Mapping[str, Nodes], alone: bool) -> None:
+        """Raise `ValueError` for cells, or a model, that it has no estimate for; `alone`, where there is no source."""
+        del n_layers, nodes, alone
 
     def path(self, batch: int) -> Path:
         """What is done to the runs that are differentiated, as far as it decides what these keep."""

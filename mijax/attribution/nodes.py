@@ -49,13 +49,27 @@ class Nodes(NamedTuple):
         return {axis: range(n) for axis, n in self.axes.items()} if self.grid is None else self.grid.labels
 
     @property
+    def places(self) -> Mapping[str, Any]:
+        """What each label stands for: along an axis of the site its indices, those of each example where they differ."""
+        return {dim: self._places(dim) for dim in self.labels}
+
+    def _places(self, dim: str) -> Any:
+        if self.grid is None or dim not in self.grid.where.given:
+            return list(self.labels[dim])
+        index = np.asarray(self.grid.where.given[dim])
+        index = np.moveaxis(index.reshape(*self.grid.shape, *index.shape[1:]), self.grid.dims.index(dim), 0)
+        own = index[
+            (slice(None), *(0,) * (len(self.grid.shape) - 1))
+        ]  # the choices along `dim`, whatever the others are
+        return [
+            [sorted(set(row)) for row in np.atleast_2d(choice).tolist()] if choice.ndim else int(choice)
+            for choice in own
+        ]
+
+    @property
     def size(self) -> int:
         """The number of cells."""
         return int(np.prod([len(own) for own in self.labels.values()], dtype=np.int64))
-
-    def gates(self, batch: int, dtype: Any) -> Array:
-        """Zeros for each of `batch` examples."""
-        return jnp.zeros((batch, *(self.shape if self.grid is None else (self.size,))), dtype)
 
     def by_cell(self, gates: np.ndarray, tokens: Tokens) -> np.ndarray:
         """`[*dims, batch]` of what has the gates' shape; anything at positions that a prompt has not."""
@@ -79,7 +93,7 @@ class Nodes(NamedTuple):
 
 def nodes_of(model: Transformer, tokens: Tokens, sites: Sites) -> dict[str, Nodes]:
     """The cells of every site; raises `ValueError` for what no run would take."""
-    if isinstance(sites, str) or not sites:
+    if isinstance(sites, str) or not isinstance(sites, Sequence | Mapping) or not sites:
         raise ValueError(
             f"sites must be some names of sites, or map these to what their cells are over, given {sites!r}"
         )

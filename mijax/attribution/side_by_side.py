@@ -64,7 +64,7 @@ def gated(
         together = Together(config, every, still, path, nothing(others))
         streams = jnp.concatenate([first, *(rest[run] for run in others)])
         after = together.split(block(config, params, streams, every, together))
-        toward = Toward(config, here, own, path, together.values, index)
+        toward = Toward(config, here, own, path, together.held, index)
         return (known(block(config, params, x, here, toward), after[0]), dict(zip(others, after[1:]))), None
 
     x, beside = _scan(layer, (x, beside), (jnp.arange(n, dtype=jnp.int32), in_full), checkpoint)
@@ -74,8 +74,10 @@ def gated(
         ends[run] = final_norm(model, stream, tap)
         around.others[run].update(tap.acts)
     x = final_norm(model, x, Toward(config, here, outer, path, around))
-    readout = lambda final: Readout(final, tokens, model.unembedding, model.b_U)
-    return readout(x), readout(ends["source"]) if "source" in ends else None
+    readout = lambda final, tokens: Readout(final, tokens, model.unembedding, model.b_U)
+    if source is None:
+        return readout(x, tokens), None
+    return readout(x, tokens), readout(ends["source"], Tokens.tree_unflatten(None, (source, tokens.mask)))
 
 
 def _scan(layer: Callable, carry: Any, scanned: Any, checkpoint: int) -> Any:

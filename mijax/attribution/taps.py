@@ -39,7 +39,7 @@ class Path(NamedTuple):
     recompute: bool = False
 
 
-class Values(NamedTuple):
+class Held(NamedTuple):
     """What stands in a layer: in the other runs by run and site, in the base run at its products, and by how much a gate
     moves each site."""
 
@@ -48,9 +48,9 @@ class Values(NamedTuple):
     changes: dict[str, Array]
 
 
-def nothing(runs: Collection[str]) -> Values:
+def nothing(runs: Collection[str]) -> Held:
     """What is known of `runs` beside the base run before they are run."""
-    return Values({run: {} for run in runs}, {}, {})
+    return Held({run: {} for run in runs}, {}, {})
 
 
 @jax.custom_jvp
@@ -78,11 +78,11 @@ class _Tap:
         frame: Frame,
         gates: Gates,
         path: Path,
-        values: Values,
+        held: Held,
         layer: Int[Array, ""] | None = None,
     ):
         self.config, self.frame, self.gates = config, frame, gates
-        self.path, self.values, self.layer = path, values, layer
+        self.path, self.held, self.layer = path, held, layer
         self.own: dict[str, Array] = {}
 
     def heads(self, site: str) -> Int[Array, " k"] | None:
@@ -98,19 +98,19 @@ class _Tap:
 
     def change(self, site: str, x: Array) -> Array:
         """What stands there in the source run (zeros without one) less what stands in the base run, which is `x`."""
-        others = self.values.others
+        others = self.held.others
         there = others["source"][site] if "source" in others else jnp.zeros_like(x)
         return there - (others["base"][site] if "base" in others else x)
 
 
 class Together(_Tap):
-    """The tap of all runs at once, the base run's examples first: fills `values`, and moves the base run where gates are open."""
+    """The tap of all runs at once, the base run's examples first: fills `held`, and moves the base run where gates are open."""
 
     def __call__(self, site: str, x: Array, heads: Int[Array, " k"] | None = None) -> Array:
-        """Put into `values` what stands here, and move the base run."""
-        gate, products, changes = self.gate(site), self.values.products, self.values.changes
+        """Put into `held` what stands here, and move the base run."""
+        gate, products, changes = self.gate(site), self.held.products, self.held.changes
         first, *rest = self.split(x)
-        for acts, other in zip(self.values.others.values(), rest):
+        for acts, other in zip(self.held.others.values(), rest):
             acts[site] = other
         if site in PRODUCTS:
             products[site] = first
@@ -128,17 +128,17 @@ class Together(_Tap):
 
     def split(self, x: Array) -> list[Array]:
         """Each run's part."""
-        return jnp.split(x, 1 + len(self.values.others))
+        return jnp.split(x, 1 + len(self.held.others))
 
 
 class Toward(_Tap):
-    """The tap of the base run, moved by gates towards the source run; what `values` holds of it is not computed again."""
+    """The tap of the base run, moved by gates towards the source run; what is `held` of it is not computed again."""
 
     def __call__(self, site: str, x: Array, heads: Int[Array, " k"] | None = None) -> Array:
         """Move it, from what is known of it."""
-        if site in self.values.products:
-            x = known(x, checkpoint_name(self.values.products[site], KEPT))
-        x = self._moved(site, x, self.values.changes.get(site))
+        if site in self.held.products:
+            x = known(x, checkpoint_name(self.held.products[site], KEPT))
+        x = self._moved(site, x, self.held.changes.get(site))
         if self.path.recompute and site in ("q", "k", "rot_q", "rot_k", "attn_scores"):
             self.own[site] = x
         return x
@@ -149,7 +149,7 @@ class Toward(_Tap):
 
     def _moved(self, site: str, x: Array, change: Array | None) -> Array:
         if site == "embed" and self.path.inputs is not None:
-            x = x + self.path.inputs[:, None, None] * (self.values.others["source"][site] - x)
+            x = x + self.path.inputs.astype(x.dtype)[:, None, None] * (self.held.others["source"][site] - x)
         gate = self.gate(site)
         if gate is not None:
             computed = self.change(site, x)
@@ -165,7 +165,7 @@ class Toward(_Tap):
         given = {name: rotated(self.config, name) for name in RECOMPUTED if name in self.gates}
         own = {name: jax.lax.stop_gradient(x) for name, x in self.own.items()}
         own["pattern"] = jax.lax.stop_gradient(pattern)
-        others = self.values.others
+        others = self.held.others
         source = others["source"] if "source" in others else {s: jnp.zeros_like(own[s]) for s in given.values()}
         change = 0.0
         if "q" in given:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mijax._types import Float, Int
+from mijax.attribution.estimates import Job
 from mijax.attribution.nodes import Nodes
-from mijax.attribution.scores import Job
 from mijax.interventions.edits import Replace
 from mijax.sweeps.cells import cells_of
 from mijax.sweeps.engine import Base
@@ -72,6 +72,11 @@ def most_missed(rest: int, sample: int, missed: int, confidence: float = CONFIDE
 def verified(job: Job, result: "xr.Dataset", asked: Verify, memory: int | None, progress: bool) -> "xr.Dataset":
     """Add to every site of `result` what exact runs of some of its cells find."""
     rng = np.random.default_rng(asked.seed)
+    if coincide(result):
+        raise ValueError(
+            f"the metric is {result.base.mean('batch').values} on the base, and the source run's is no other: they coincide, so that"
+            " there is nothing of which a cell could miss a share; verify on other prompts, or by another metric"
+        )
     values, kept, _ = kept_base(job.model, job.base, {}, job.metrics)
     whole = _whole(result)
     for site, nodes in job.nodes.items():
@@ -97,16 +102,15 @@ def verified(job: Job, result: "xr.Dataset", asked: Verify, memory: int | None, 
     return result
 
 
+def coincide(result: "xr.Dataset") -> bool:
+    """Whether a metric has one mean on source and base; whether the base's is zero, without a source."""
+    return not (_whole(result) > 1e-6 * np.abs(result.base.mean("batch"))).all()
+
+
 def _whole(result: "xr.Dataset") -> "xr.DataArray":
     """The size of source - base, of the batch means; of the base, without a source."""
     base = result.base.mean("batch")
-    whole = np.abs(result.source.mean("batch") - base if "source" in result.coords else base)
-    if not (whole > 1e-6 * np.abs(base)).all():
-        raise ValueError(
-            f"the metric is {base.values} on the base, and the source run's is no other: they coincide, so that there is nothing of"
-            " which a cell could miss a share; verify on other prompts, or by another metric"
-        )
-    return whole
+    return np.abs(result.source.mean("batch") - base if "source" in result.coords else base)
 
 
 def _score(result: "xr.Dataset", site: str, whole: "xr.DataArray") -> Float[np.ndarray, " cell"]:

@@ -122,7 +122,7 @@ def site_of(name: str, config: Config) -> Site:
         import difflib
 
         close = difflib.get_close_matches(str(name), SITES, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
         raise ValueError(f"unknown site {name!r}{hint} The sites are {', '.join(SITES)}")
     if not SITES[name].exists(config):
         has = ", ".join(n for n, s in SITES.items() if s.exists(config))

@@ -25,6 +25,8 @@ Values: TypeAlias = dict[str, np.ndarray]
 def named(metric: Metrics) -> dict[str, AnyMetric]:
     """Metrics by name: a single one by its own."""
     if isinstance(metric, Mapping):
+        if not all(isinstance(name, str) for name in metric):
+            raise TypeError(f"metrics are named by strings, given {', '.join(map(repr, metric))}")
         return dict(metric)
     return {getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__: metric}
 
@@ -42,14 +44,14 @@ def measure(
     return checked(values, what), acts
 
 
-def checked(values: Mapping[str, Any], what: str) -> Values:
-    """Metrics as NumPy arrays of float32; `ValueError` where one is not finite."""
+def checked(values: Mapping[str, Any], what: str, first: int = 0) -> Values:
+    """Metrics as NumPy arrays of float32; `ValueError` where one is not finite, with its example, counted from `first`."""
     found = {name: np.asarray(value, np.float32) for name, value in values.items()}
     for name, value in found.items():
         if not np.isfinite(value).all():
             example = int(np.argmin(np.isfinite(value)))
             raise ValueError(
-                f"metric {name!r} is {value[example]} on the {what} run of example {example}: a position or an answer out"
+                f"metric {name!r} is {value[example]} on the {what} run of example {first + example}: a position or an answer out"
                 " of range, or a model that overflows"
             )
     return found

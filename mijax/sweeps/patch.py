@@ -122,7 +122,6 @@ def check_pair(clean: Tokens, corrupted: Tokens) -> None:
     differ = np.argwhere(np.asarray(clean.mask) != np.asarray(corrupted.mask))
     if len(differ):
         example = int(differ[0][0])
-        lengths = int(clean.lengths[example]), int(corrupted.lengths[example])
-        raise ValueError(
-            f"clean and corrupted prompts must be padded alike: example {example} has {lengths[0]} and {lengths[1]} tokens"
-        )
+        where = [np.flatnonzero(np.asarray(tokens.mask)[example]) for tokens in (clean, corrupted)]
+        told = " and ".join(f"{len(own)} from column {own[0] if len(own) else 0}" for own in where)
+        raise ValueError(f"clean and corrupted prompts must be padded alike: example {example} has tokens {told}")

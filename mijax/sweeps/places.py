@@ -40,9 +40,11 @@ def axes_of(model: Transformer, tokens: Tokens, site: str, over: Sequence[str]) 
     found = site_of(site, model.config)
     sizes = {axis: n for axis, n in zip(found.axes, found.shape(model.config, tokens)) if axis != "batch"}
     sizes = {name: n for axis, n in sizes.items() for name in (SELECTS[axis], axis) if name in (*FIELDS, "kv_head")}
-    unknown = [axis for axis in over if axis not in sizes]
-    if unknown or isinstance(over, str) or not over:
-        raise ValueError(f"over must name axes of site {site!r}, some of {', '.join(sizes)}; given {over!r}")
+    told = f"over must name axes of site {site!r}, some of {', '.join(sizes)}; given {over!r}"
+    if isinstance(over, str) or not isinstance(over, Sequence) or not over or any(axis not in sizes for axis in over):
+        raise ValueError(told)
+    if len({"head" if axis == "kv_head" else axis for axis in over}) < len(over):
+        raise ValueError(f"{told}, an axis twice")
     most = int(np.asarray(tokens.lengths).max())
     return {axis: most if axis in POSITIONS else sizes[axis] for axis in over}
 

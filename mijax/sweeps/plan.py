@@ -214,7 +214,7 @@ def capacity(
     fits = int((memory - bytes_per_cell) // (bytes_per_row + slack * bytes_per_cell / mean))
     if fits < total:
         raise ValueError(
-            f"one cell takes about {total * bytes_per_row + bytes_per_cell:,} bytes, memory={memory:,} allows none"
+            f"one cell takes about {int(total * (bytes_per_row + slack * bytes_per_cell / mean) + bytes_per_cell):,} bytes, memory={memory:,} allows none"
         )
     most = max(total, min(fits, most_rows))
     group = -(-shape.cells // shape.starts)  # cells of one start

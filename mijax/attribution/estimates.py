@@ -21,13 +21,22 @@ from mijax.metrics import AnyMetric
 from mijax.model.numerics import accumulator
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.measure import metric_bytes, values_of
+from mijax.sweeps.measure import checked, metric_bytes, values_of
 from mijax.sweeps.sweep import row_bytes
 
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
 """Of each site: its name, its collapsed shape without batch, and how many cells where they are a grid's."""
 
 CHECKPOINTS = (0, 1, 2)
+
+MEANING = {
+    "term": "the gradient",
+    "unsigned": "the gradient without a layer's",
+    "gap": "the sum of the gradients along the path, or the end of the path,",
+    "error": "the second derivative",
+    "error_se": "the second derivative",
+}
+"""What is told by each kind of array."""
 
 
 class Job(NamedTuple):
@@ -134,7 +143,7 @@ def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def scored(
+def estimated(
     job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | None
 ) -> tuple[dict[str, np.ndarray], Plan]:
     """Everything found, examples in front, by `kind:metric` or `kind:metric:site`; and the plan by which it was, that of the folder."""
@@ -160,18 +169,36 @@ def scored(
 
     def keep(number: int, own: Mapping[str, np.ndarray]) -> int:
         count = min(order.prompts, batch - number * order.prompts)
+        own = {name: value[:count] for name, value in own.items()}
+        _check_finite(own, number * order.prompts)
         for name, value in own.items():
-            found.setdefault(name, []).append(value[:count])
+            found.setdefault(name, []).append(value)
         return count
 
     chunks.run_chunks(run, keep, count, batch, label="attribute", progress=progress, store=store, unit="prompt")
     return {name: np.concatenate(parts) for name, parts in found.items()}, order
 
 
+def _check_finite(found: Mapping[str, np.ndarray], first: int) -> None:
+    """Raise `ValueError` where a metric, a term, or what is told of their error is not finite; the examples count from `first`."""
+    for run in ("base", "source"):
+        checked({k.partition(":")[2]: v for k, v in found.items() if k.startswith(f"{run}:")}, run, first)
+    for name, value in found.items():
+        bad = np.argwhere(~np.isfinite(value))
+        if len(bad):
+            kind, _, of = name.partition(":")
+            metric, _, site = of.partition(":")
+            raise ValueError(
+                f"{MEANING[kind]} of metric {metric!r}{f' at site {site!r}' if site else ''} is not finite in example {first + int(bad[0][0])}: the"
+                " metric has no slope where the run is (a root at zero, say), or the model overflows"
+            )
+
+
 def _store(save: Any, job: Job, order: Plan) -> chunks.Store:
     grids = {site: (own.axes, own.members) for site, own in job.nodes.items()}
     parts = {"model": (job.model, job.model.config), "prompts": (job.base, job.source), "sites": (job.layout, grids)}
-    parts |= {"metric": dict(job.metrics), "method": (job.method, job.probes, job.seed)}
+    parts |= {"metric": dict(job.metrics), "method": job.method}
+    parts |= {"probes": (job.probes, job.seed)} if job.probes else {}
     identity = {name: chunks.fingerprint(part) for name, part in parts.items()}
     identity |= {"version of jax": jax.__version__, "device": jax.devices()[0].device_kind}
     plan = {name: np.asarray(value) for name, value in order._asdict().items()}

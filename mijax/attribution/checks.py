@@ -1,0 +1,118 @@
+"""What is told before anything runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from mijax._types import Array
+from mijax.attribution.nodes import Nodes
+from mijax.metrics import AnyMetric
+from mijax.model.numerics import accumulator
+from mijax.model.readout import Readout
+from mijax.model.tokens import Tokens
+from mijax.model.transformer import Transformer
+from mijax.sweeps.measure import values_of
+
+
+def check_count(value: Any, what: str) -> None:
+    """Raise `TypeError` or `ValueError` for anything but a whole number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{what} must be a whole number, given {value!r}")
+    if value < 0:
+        raise ValueError(f"{what} must not be negative, given {value}")
+
+
+def check_differ(clean: Tokens, corrupted: Tokens) -> None:
+    """Raise `ValueError` where an example is the same prompt in both batches."""
+    same = (np.asarray(clean.ids) == np.asarray(corrupted.ids)) | ~np.asarray(clean.mask)
+    if same.all(axis=1).any():
+        raise ValueError(
+            f"both batches have the same prompt in example {int(np.argmax(same.all(axis=1)))}: nothing to attribute"
+        )
+
+
+def check_cells(nodes: Mapping[str, Nodes], verify: int, sample: int) -> None:
+    """Raise `ValueError` where cells along one dimension are not the same at all sites, and for more to verify than there are."""
+    places: dict[str, Any] = {}
+    for site, own in nodes.items():
+        if verify > own.size:
+            raise ValueError(f"verify must be from 0 to the {own.size} cells of site {site!r}, given {verify}")
+        for dim, these in own.places.items():
+            if places.setdefault(dim, these) != these:
+                raise ValueError(
+                    f"sites with different grids along {dim!r} must be asked for apart; at {site!r} its places are {str(these)[:99]},"
+                    f" at another {str(places[dim])[:99]} (key/value heads may be named 'kv_head')"
+                )
+    if sample and not verify:
+        raise ValueError(f"sample counts cells beside those of verify={verify}, given {sample}")
+
+
+def check_gradient(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric) -> None:
+    """Raise `TypeError` for a metric that JAX has no derivative of; nothing is computed.
+
+    (One whose derivative happens to be zero has a derivative.)
+    """
+    if not callable(metric):
+        raise TypeError(f"metric {name!r} must be a function of a readout, given {metric!r}")
+    of, final = _value(model, tokens, name, metric), _final(model, tokens)
+    dtype = jax.eval_shape(of, final).dtype
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"metric {name!r} must give real numbers, given {dtype}")
+    if not (jnp.issubdtype(dtype, jnp.floating) and _has_slope(of, final)):
+        raise TypeError(
+            f"metric {name!r} has no gradient: it does not change with small changes of the final stream (ranks and"
+            " accuracies count); take a logit, a probability or a divergence"
+        )
+
+
+def _has_slope(function: Any, x: jax.ShapeDtypeStruct) -> bool:
+    """Whether JAX finds any derivative of `function`: where there is none it says so by a symbol, not by zeros."""
+    found = []
+
+    @jax.custom_jvp
+    def watched(y: Array) -> Array:
+        return y
+
+    def rule(primals: tuple[Array], tangents: tuple[Any]) -> tuple[Array, Any]:
+        found.append(not isinstance(tangents[0], SymbolicZero))
+        return primals[0], tangents[0]
+
+    watched.defjvp(rule, symbolic_zeros=True)
+    jax.eval_shape(lambda x: jax.jvp(lambda x: watched(function(x)), (x,), (x,))[1], x)
+    return any(found)
+
+
+def check_apart(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric) -> None:
+    """Raise `ValueError` where an example's metric depends on other examples: the gradient of their sum is then not its own."""
+    if getattr(metric, "per_example", False) or len(tokens.ids) == 1:
+        return
+    shape = _final(model, tokens)
+    final = jnp.asarray(np.random.default_rng(0).normal(size=shape.shape), shape.dtype)
+    if bool(_mixes(final, tokens, model.unembedding, model.b_U, metric)):
+        raise ValueError(
+            f"metric {name!r} of an example depends on other examples: give each its own, and take means or differences"
+            " between examples of the result"
+        )
+
+
+@eqx.filter_jit
+def _mixes(final: Array, tokens: Tokens, W_U: Array, b_U: Array | None, metric: AnyMetric) -> Array:
+    """Whether the first example's metric, or the last one's, has a gradient with respect to other examples."""
+    values, pull = jax.vjp(lambda final: values_of({"": metric}, Readout(final, tokens, W_U, b_U))[""], final)
+    batch = jnp.arange(len(values), dtype=jnp.int32)
+    of = lambda example: jnp.nan_to_num(pull((batch == example).astype(values.dtype))[0])
+    return jnp.any(of(0)[1:] != 0) | jnp.any(of(len(values) - 1)[:-1] != 0)
+
+
+def _value(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric) -> Any:
+    readout = lambda final: Readout(final, tokens, model.unembedding, model.b_U)
+    return lambda final: values_of({name: metric}, readout(final))[name]
+
+
+def _final(model: Transformer, tokens: Tokens) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype))
