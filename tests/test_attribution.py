@@ -447,6 +447,73 @@ def test_saved_estimates_go_on_where_they_were(tmp_path):
         mj.attribute(model, clean=batch("left", (IDS + 6) % 19), save=tmp_path, **both)
 
 
+def test_the_seed_of_probes_is_no_matter_where_there_are_none(tmp_path):
+    model, base, source = base_and_source("gpt2", "left", jnp.float32)
+    both = {"clean": source, "corrupted": base, "sites": ("z",), "metric": METRIC, "progress": False, "save": tmp_path}
+    first = mj.attribute(model, **both)
+    assert mj.attribute(model, seed=1, **both).z.equals(first.z)
+    with pytest.raises(ValueError, match="another probes"):
+        mj.attribute(model, probes=2, **both)
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_a_metric_of_the_tokens_reads_each_runs_own(direction):
+    model, base, source = base_and_source("llama_gqa", "left", jnp.float32)
+    clean, corrupted = (source, base) if direction == "denoise" else (base, source)
+    surprise = lambda readout: mj.metrics.cross_entropy(readout.tokens)(readout)
+    both = {"clean": clean, "corrupted": corrupted, "metric": surprise, "direction": direction, "progress": False}
+    found = mj.attribute(model, sites={"z": ("layer",)}, **both)
+    assert error(found.base, surprise(mj.run(model, base).readout)) < 1e-6
+    assert error(found.source, surprise(mj.run(model, source).readout)) < 1e-6
+    exact = mj.patch(model, site="z", over=("layer",), **both)
+    assert error(exact.source, found.source) < 1e-6
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.05)]
+)  # activations have 24 bits, and 8
+def test_integrated_gradients_of_small_parameters_where_float64_is_allowed(dtype, tolerance):
+    model, base, source = base_and_source("llama_gqa", "left", dtype)
+    both = {"clean": source, "corrupted": base, "sites": ("embed", "mlp_out"), "metric": METRIC, "progress": False}
+    both["method"] = mj.IntegratedGradients(3, along="inputs")
+    found = mj.attribute(model, **both)
+    wide = mj.attribute(jax.tree.map(lambda x: x.astype(jnp.float64), model), **both)
+    for site in both["sites"]:
+        terms, expected = (own[site] - own.base for own in (found, wide))
+        assert error(terms.fillna(0), expected.fillna(0)) < tolerance
+
+
+def test_a_gradient_that_is_small_or_that_one_example_lacks_is_a_gradient():
+    model, base, source = base_and_source("llama_gqa", "left", jnp.float32)
+    both = {"clean": source, "corrupted": base, "sites": {"z": ("layer",)}, "progress": False}
+    # answers that are the same in one example: its metric is 0 whatever is done
+    found = mj.attribute(model, metric=mj.metrics.logit_diff([3, 5, 7], [3, 6, 8]), **both)
+    alone = mj.attribute(model, metric=mj.metrics.logit_diff([4, 5, 7], [3, 6, 8]), **both)
+    assert (found.z[:, 0] == 0).all() and found.z[:, 1:].equals(alone.z[:, 1:])
+    # logits so large that a random final stream gives every other token a probability of zero
+    sharp = eqx.tree_at(lambda m: m.W_U, model, 1e3 * model.W_U)
+    with jax.numpy_dtype_promotion("standard"):
+        mj.attribute(sharp, metric=mj.metrics.prob([3, 5, 7]), **both)
+
+
+def test_coinciding_baselines_are_told():
+    model, base, _ = base_and_source("gpt2", "none", jnp.float32)
+    later = mj.Tokens(np.where(np.arange(6) == 5, (IDS + 5) % 19, IDS))  # the metric reads before
+    with pytest.warns(UserWarning, match="source and base coincide"):
+        mj.attribute(
+            model, clean=later, corrupted=base, sites=("z",), metric=mj.metrics.logit(3, pos=0), progress=False
+        )
+
+
+def test_a_concepts_cosines_do_not_depend_on_its_size():
+    model, positive, negative = base_and_source("gpt2", "left", jnp.float32)
+    both = {"positive": positive, "negative": negative, "site": "resid_post"}
+    large = mj.concept(model, metric=mj.metrics.logit(3), **both)
+    small = mj.concept(model, metric=lambda r: 1e-25 * mj.metrics.logit(3)(r), **both)
+    assert np.abs(small.cosine - large.cosine).max() < 1e-5
+
+
 def test_9_nothing_is_compiled_twice():
     model, base, _ = base_and_source("llama_gqa", "left", jnp.float32)
     grid = lambda pos: {"z": mj.grid(layer=range(3), pos={"a": pos, "end": -1}), "mlp_out": ("layer",)}

@@ -17,6 +17,7 @@ TOKENS = batch("left")
 METRIC = mj.metrics.logit(3)
 OTHER = batch("left", (IDS + 5) % 19)
 BASE_LOGITS = mj.run(MODEL, TOKENS).readout.logits(pos=-1)
+METRIC_AT_BASE = METRIC(mj.run(MODEL, TOKENS).readout)
 SINGLE = mj.init(mj.Config(n_layers=1, d_model=12, n_heads=4, d_vocab=19, n_ctx=16), jax.random.key(0))
 pytestmark = pytest.mark.usefixtures("as_a_user")
 edit = lambda site, edit, model=MODEL: mj.run(model, TOKENS, {site: edit})
@@ -163,6 +164,34 @@ FAULTS = {
     "a concept that counts": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="z", metric=mj.metrics.rank(3)), TypeError, "no gradient"),
     "a probe of another shape": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="resid_post", metric=METRIC, probe=np.ones(12)), ValueError, r"shape \(12,\), expected \(3, 12\)"),
     "gradients at a position of scores": (lambda: mj.gradients(MODEL, TOKENS, METRIC, ("pattern",), pos=0), ValueError, "'pattern' has no positions of its own"),
+    "recomputed attention by unit": (lambda: attribute(sites={"q": ("layer", "unit")}, method=mj.AtPStar()), ValueError, r"whole queries and keys: it has no cells over units at 'q'; AtP\(\) has"),
+    "recomputed attention at some units": (lambda: attribute(sites={"k": mj.grid(unit=[0, 2])}, method=mj.AtPStar()), ValueError, "no cells over units at 'k'"),
+    "attribution of what is centred over the batch": (lambda: attribute(metric=lambda r: METRIC(r) - METRIC(r).mean()), ValueError, "metric '<lambda>' of an example depends on other examples"),
+    "attribution of sums up to an example": (lambda: attribute(metric=lambda r: jnp.cumsum(METRIC(r))), ValueError, "depends on other examples"),
+    "a concept of neighbours": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="z", metric=lambda r: METRIC(r) * jnp.roll(METRIC(r), 1)), ValueError, "depends on other examples"),
+    "attribution of a constant": (lambda: attribute(metric=lambda r: jax.lax.stop_gradient(METRIC(r))), TypeError, "has no gradient"),
+    "attribution of whole numbers": (lambda: attribute(metric={"n": lambda r: jnp.round(METRIC(r)).astype(int)}), TypeError, "metric 'n' has no gradient"),
+    "attribution of rounded numbers": (lambda: attribute(metric=lambda r: jnp.round(METRIC(r))), TypeError, "has no gradient"),
+    "attribution of complex numbers": (lambda: attribute(metric=lambda r: jax.lax.complex(METRIC(r), METRIC(r))), TypeError, "metric '<lambda>' must give real numbers, given complex64"),
+    "attribution of one number": (lambda: attribute(metric={"a": METRIC, "b": lambda r: r.final.sum()}), ValueError, r"metric 'b' must give one number per example, \[3\], given shape \(\)"),
+    "attribution of nothing": (lambda: attribute(metric=None), TypeError, "must be a function of a readout, given None"),
+    "metrics named by numbers": (lambda: attribute(metric={1: METRIC}), TypeError, "metrics are named by strings, given 1"),
+    "attribution by a part of a probe": (lambda: attribute(probes=2.5), TypeError, "probes must be a whole number, given 2.5"),
+    "attribution within half a byte": (lambda: attribute(memory=1e9), TypeError, "memory must be a whole number, given 1000000000.0"),
+    "a negative seed": (lambda: attribute(verify=1, seed=-1), ValueError, "seed must not be negative, given -1"),
+    "no threshold": (lambda: attribute(verify=1, threshold=float("nan")), ValueError, "threshold must be a part of source - base, over 0, given nan"),
+    "attribution at the number of sites": (lambda: attribute(sites=3), ValueError, "sites must be some names of sites, .* given 3"),
+    "attribution over a number": (lambda: attribute(sites={"z": 3}), ValueError, "over must name axes of site 'z'"),
+    "an axis twice": (lambda: attribute(sites={"z": ("layer", "layer")}), ValueError, "an axis twice"),
+    "an axis by both names": (lambda: attribute(sites={"k": ("head", "kv_head")}), ValueError, "an axis twice"),
+    "attribution of other places with the same labels": (lambda: attribute(sites={"z": ("layer",), "mlp_out": mj.grid(layer=[[0], [0, 1], [0, 1, 2]])}), ValueError, "different grids along 'layer'"),
+    "attribution of other roles of one name": (lambda: attribute(sites={"z": mj.grid(pos={"end": -1}), "mlp_out": mj.grid(pos={"end": [[3], [2], [-1]]})}), ValueError, "different grids along 'pos'"),
+    "a second derivative that is infinite": (lambda: attribute(clean=TOKENS, corrupted=None, probes=2, metric=lambda r: jnp.abs(METRIC(r) - METRIC_AT_BASE) ** 1.5), ValueError, "the second derivative of metric '<lambda>' at site 'z' is not finite"),
+    "gradients of a rank": (lambda: mj.gradients(MODEL, TOKENS, mj.metrics.rank(3), ("z",)), TypeError, "metric 'rank' has no gradient"),
+    "gradients of a rank, compiled": (lambda: jax.jit(lambda m: mj.gradients(m, TOKENS, mj.metrics.rank(3), ("z",)).grads)(MODEL), TypeError, "metric 'rank' has no gradient"),
+    "gradients of several metrics": (lambda: mj.gradients(MODEL, TOKENS, {"a": METRIC, "b": METRIC}, ("z",)), TypeError, "one metric is taken here, given several: 'a', 'b'"),
+    "a probe of no number": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="resid_post", metric=METRIC, probe=np.full((3, 12), np.nan)), ValueError, "direction of the probe at 'resid_post' is not finite"),
+    "steps by name": (lambda: mj.IntegratedGradients("inputs"), ValueError, "given steps='inputs', along='gate'"),
     "config that does not fit": (lambda: mj.Config(n_layers=-1, d_model=8, n_heads=2, n_kv_heads=3, d_vocab=0, n_ctx=4, norm="batch"), ValueError, "d_vocab=0 must be positive; n_layers=-1 must not be negative; n_heads=2 is not a multiple of n_kv_heads=3; norm='batch' is none of 'layer', 'rms', 'none'"),
     "odd rotary dimensions": (lambda: mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=3, n_ctx=4, positions="rotary", rotary_dim=3), ValueError, "rotary_dim=3 must be even and at most d_head=4"),
 }  # fmt: skip

@@ -125,7 +125,7 @@ def _kept(
 
     def residuals(batch: int) -> int:
         ids = jax.ShapeDtypeStruct((batch, pos), jnp.int32)
-        gates = {site: jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for site, shape, _ in layout}
+        gates = {site: jax.ShapeDtypeStruct((batch, *shape), accumulator(model.W_E.dtype)) for site, shape, _ in layout}
 
         def kept(gates, model, ids):
             tokens = Tokens.tree_unflatten(None, (ids, jnp.ones(ids.shape, bool)))
