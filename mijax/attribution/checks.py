@@ -1,5 +1,6 @@
 """What is told before anything runs."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from mijax.model.numerics import accumulator
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.measure import values_of
+from mijax.sweeps.measure import as_shapes, values_of
 
 
 def check_count(value: Any, what: str) -> None:
@@ -59,20 +60,20 @@ def check_gradient(model: Transformer, tokens: Tokens, name: str, metric: AnyMet
     """
     if not callable(metric):
         raise TypeError(f"metric {name!r} must be a function of a readout, given {metric!r}")
-    of, final = _value(model, tokens, name, metric), _final(model, tokens)
-    dtype = jax.eval_shape(of, final).dtype
+    dtype, slope = _slope(*as_shapes(model, tokens, {name: metric}))
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(f"metric {name!r} must give real numbers, given {dtype}")
-    if not (jnp.issubdtype(dtype, jnp.floating) and _has_slope(of, final)):
+    if not (jnp.issubdtype(dtype, jnp.floating) and slope):
         raise TypeError(
             f"metric {name!r} has no gradient: it does not change with small changes of the final stream (ranks and"
             " accuracies count); take a logit, a probability or a divergence"
         )
 
 
-def _has_slope(function: Any, x: jax.ShapeDtypeStruct) -> bool:
-    """Whether JAX finds any derivative of `function`: where there is none it says so by a symbol, not by zeros."""
-    found = []
+@functools.lru_cache
+def _slope(leaves: tuple[Any, ...], treedef: Any) -> tuple[Any, bool]:
+    """The dtype of a metric, and whether JAX finds any derivative: where there is none it says so by a symbol, not by zeros."""
+    ((final, *rest), metrics), found = jax.tree.unflatten(treedef, leaves), []
 
     @jax.custom_jvp
     def watched(y: Array) -> Array:
@@ -83,16 +84,21 @@ def _has_slope(function: Any, x: jax.ShapeDtypeStruct) -> bool:
         return primals[0], tangents[0]
 
     watched.defjvp(rule, symbolic_zeros=True)
-    jax.eval_shape(lambda x: jax.jvp(lambda x: watched(function(x)), (x,), (x,))[1], x)
-    return any(found)
+
+    def value(final: Array, rest: Any, metrics: Any) -> Array:
+        return watched(next(iter(values_of(metrics, Readout(final, *rest)).values())))
+
+    along = lambda final, *others: jax.jvp(lambda final: value(final, *others), (final,), (final,))
+    dtype = eqx.filter_eval_shape(along, final, rest, metrics)[0].dtype
+    return dtype, any(found)
 
 
 def check_apart(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric) -> None:
     """Raise `ValueError` where an example's metric depends on other examples: the gradient of their sum is then not its own."""
     if getattr(metric, "per_example", False) or len(tokens.ids) == 1:
         return
-    shape = _final(model, tokens)
-    final = jnp.asarray(np.random.default_rng(0).normal(size=shape.shape), shape.dtype)
+    shape, dtype = (*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype)
+    final = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
     if bool(_mixes(final, tokens, model.unembedding, model.b_U, metric)):
         raise ValueError(
             f"metric {name!r} of an example depends on other examples: give each its own, and take means or differences"
@@ -107,12 +113,3 @@ def _mixes(final: Array, tokens: Tokens, W_U: Array, b_U: Array | None, metric: 
     batch = jnp.arange(len(values), dtype=jnp.int32)
     of = lambda example: jnp.nan_to_num(pull((batch == example).astype(values.dtype))[0])
     return jnp.any(of(0)[1:] != 0) | jnp.any(of(len(values) - 1)[:-1] != 0)
-
-
-def _value(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric) -> Any:
-    readout = lambda final: Readout(final, tokens, model.unembedding, model.b_U)
-    return lambda final: values_of({name: metric}, readout(final))[name]
-
-
-def _final(model: Transformer, tokens: Tokens) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype))

@@ -76,11 +76,16 @@ def _measured(model, tokens, edits, metrics, capture):
 
 def metric_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> int:
     """The bytes of everything that metrics compute from a readout."""
+    return _metric_bytes(*as_shapes(model, tokens, metrics))
+
+
+def as_shapes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> tuple[tuple[Any, ...], Any]:
+    """The parts of a readout and metrics, flattened, arrays as shapes: what a trace of them depends on."""
     final = jax.ShapeDtypeStruct((*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype))
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) or isinstance(x, np.ndarray) else x
     given = jax.tree.map(shape, ((final, tokens, model.unembedding, model.b_U), dict(metrics)))
     leaves, treedef = jax.tree.flatten(given)
-    return _metric_bytes(tuple(leaves), treedef)
+    return tuple(leaves), treedef
 
 
 @functools.lru_cache
