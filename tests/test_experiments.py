@@ -277,6 +277,7 @@ FLOORS = (
     "_types",
     "cache",
     "files",
+    "memory",
     "chunks",
     "superposition",
     "model",
