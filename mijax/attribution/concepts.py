@@ -55,7 +55,8 @@ def gradients(
     ((2, 1, 1, 8), (2, 1, 1, 32))
     """
     tokens = as_tokens(tokens)
-    check_gradient(model, tokens, _name(metric), metric)
+    name = _name(metric)
+    check_gradient(model, tokens, name, metric)
     where = Where() if pos is None else Where(pos=_column(pos))
     capture = {site: None if pos is None else where for site in sites}
     dtype, zeros = accumulator(model.W_E.dtype), {}
@@ -68,7 +69,7 @@ def gradients(
 
     def measured(added: dict[str, Array]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
         out = run(model, tokens, {site: Add(v, where) for site, v in added.items()}, capture=capture)
-        values = values_of({_name(metric): metric}, out.readout)[_name(metric)]
+        values = values_of({name: metric}, out.readout)[name]
         return jnp.sum(values), (values, out.acts)
 
     grads, (values, acts) = jax.grad(measured, has_aux=True)(zeros)

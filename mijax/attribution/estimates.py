@@ -220,10 +220,10 @@ def _chunk(
         own, other = gated(model, tokens, source, spread(gates, shapes, members), path, checkpoint)
         return values_of(metrics, own), {} if other is None else values_of(metrics, other)
 
-    scores = method(measured, gates, model.config.n_layers)
-    flat = {f"{run}:{name}": v for run, own in zip(("base", "source"), scores.runs) for name, v in own.items()}
-    flat |= {f"gap:{name}": v for name, v in (scores.gap or {}).items()}
-    by_site = {"term": scores.terms, "unsigned": scores.unsigned}
+    found = method(measured, gates, model.config.n_layers)
+    flat = {f"{run}:{name}": v for run, own in zip(("base", "source"), found.runs) for name, v in own.items()}
+    flat |= {f"gap:{name}": v for name, v in (found.gap or {}).items()}
+    by_site = {"term": found.terms, "unsigned": found.unsigned}
     if probes:
         by_site["error"], by_site["error_se"] = curvature(measured, gates, key, examples, probes)
     for kind, terms in by_site.items():

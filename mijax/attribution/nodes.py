@@ -57,14 +57,11 @@ class Nodes(NamedTuple):
         if self.grid is None or dim not in self.grid.where.given:
             return list(self.labels[dim])
         index = np.asarray(self.grid.where.given[dim])
-        index = np.moveaxis(index.reshape(*self.grid.shape, *index.shape[1:]), self.grid.dims.index(dim), 0)
-        own = index[
-            (slice(None), *(0,) * (len(self.grid.shape) - 1))
-        ]  # the choices along `dim`, whatever the others are
-        return [
-            [sorted(set(row)) for row in np.atleast_2d(choice).tolist()] if choice.ndim else int(choice)
-            for choice in own
-        ]
+        by_choice = np.moveaxis(index.reshape(*self.grid.shape, *index.shape[1:]), self.grid.dims.index(dim), 0)
+        one_each = by_choice[(slice(None), *(0,) * (len(self.grid.shape) - 1))]  # whatever is chosen on the other axes
+        if one_each.ndim == 1:
+            return one_each.tolist()
+        return [[sorted(set(row)) for row in np.atleast_2d(choice).tolist()] for choice in one_each]
 
     @property
     def size(self) -> int:

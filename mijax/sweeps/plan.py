@@ -211,10 +211,11 @@ def capacity(
         level = int(np.clip(np.round(-np.log2(share)), 0, np.log2(positions)))
     mean = -(-total * (positions + 2**level - 1) // (positions * 2**level))  # half of 1 .. n is (n + 1) / 2
     slack = 1.25 if level else 1.0
-    fits = int((memory - bytes_per_cell) // (bytes_per_row + slack * bytes_per_cell / mean))
+    each = bytes_per_row + slack * bytes_per_cell / mean
+    fits = int((memory - bytes_per_cell) // each)
     if fits < total:
         raise ValueError(
-            f"one cell takes about {int(total * (bytes_per_row + slack * bytes_per_cell / mean) + bytes_per_cell):,} bytes, memory={memory:,} allows none"
+            f"one cell takes about {int(total * each + bytes_per_cell):,} bytes, memory={memory:,} allows none"
         )
     most = max(total, min(fits, most_rows))
     group = -(-shape.cells // shape.starts)  # cells of one start
