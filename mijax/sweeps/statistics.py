@@ -111,9 +111,11 @@ def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: 
 def _largest_t(grids: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """t over clusters `[cluster, cell]`, and how often the grid's largest |t| under random signs reaches it."""
     there = ~np.isnan(grids)
-    filled, count = jnp.asarray(np.where(there, grids, 0.0), jnp.float32), jnp.asarray(there.sum(0), jnp.float32)
-    keys = jax.random.split(jax.random.key(seed), draws)
-    largest, t = _under_signs(filled, count, keys)
+    with jax.enable_x64(True):  # a draw that repeats the observed signs ties with them: in float32 rounding decides
+        keys = jax.random.split(jax.random.key(seed), draws)
+        largest, t = _under_signs(
+            jnp.asarray(np.where(there, grids, 0.0)), jnp.asarray(there.sum(0, dtype=float)), keys
+        )
     most, t = np.sort(np.asarray(largest)), np.asarray(t)
     reached = draws - np.searchsorted(most, np.abs(t) * (1 - 1e-6), side="left")
     return t, np.where(np.isnan(t), np.nan, (1 + reached) / (1 + draws))
