@@ -3,25 +3,28 @@
 import collections
 import functools
 import hashlib
-import inspect
+import importlib.metadata
 import json
 import os
 import re
-import types
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mijax.files import atomic
 from mijax.memory import compiler_memory_freed
+from mijax.programs.convert import Converted
+from mijax.programs.key import text_of
 
-Found = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
+UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile)
+"""What is raised by reading a file that is damaged."""
 
 
 def full_rows() -> int:
@@ -35,62 +38,108 @@ def long_work() -> float:
 
 
 class Store:
-    """A folder of finished chunks: what the job is, its plan, and one file with a checksum for each chunk.
+    """A folder of finished chunks: what the job is, its plan, and one file for each chunk.
 
-    A folder that was begun before gives back its `plan`, whatever would be planned now, and raises `ValueError` where
-    `identity`, which names the parts of the job by their fingerprints, is not that with which it was begun.
+    Every file has a checksum of what it holds and of its place (job, plan, number of the chunk); what does not fit is made
+    again, with a warning. A folder that was begun before gives back its `plan`, whatever would be planned now, and raises `ValueError`
+    where `identity`, which names the parts of the job by their fingerprints, is not that with which it was begun.
     """
 
-    def __init__(self, folder: str | os.PathLike, identity: Mapping[str, str], plan: Found, labels: Mapping[str, Any]):
+    def __init__(self, folder: str | os.PathLike, identity: Mapping[str, str], plan: Arrays, labels: Mapping[str, Any]):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         about, arrays = self.folder / "job.json", self.folder / "plan.npz"
-        if about.exists():
-            told = json.loads(about.read_text())["identity"]
-            differ = [part for part in sorted({*told, *identity}) if told.get(part) != identity.get(part)]
-            if differ:
-                raise ValueError(
-                    f"{folder} was begun with another {', another '.join(differ)}: give another folder, or delete this one"
-                )
-            with np.load(arrays) as saved:
-                self.plan = dict(saved)
-            return
-        if any(path.name != arrays.name and not path.name.startswith(".") for path in self.folder.iterdir()):
+        if not about.exists() and any(
+            path.name != arrays.name and not path.name.startswith(".") for path in self.folder.iterdir()
+        ):
             raise ValueError(f"{folder} is not empty and holds no job: give another folder")
-        self.plan = plan
-        with atomic(arrays) as scratch, scratch.open("wb") as file:
-            np.savez(file, **plan)  # pyright: ignore[reportArgumentType]
-        with atomic(about) as scratch:  # last: a folder with it is complete
-            scratch.write_text(json.dumps({"identity": dict(identity), **labels}, indent=1, default=str))
+        identity = {**identity, **_environment()}
+        kept = _kept_plan(about, arrays, identity) if about.exists() else None
+        self.plan = plan if kept is None else kept
+        self._place = fingerprint((dict(identity), self.plan))
+        if kept is None:
+            with atomic(arrays) as scratch, scratch.open("wb") as file:
+                np.savez(file, **plan)  # pyright: ignore[reportArgumentType]
+            job = {"identity": identity, "plan": fingerprint(plan), **labels}
+            with atomic(about) as scratch:  # last: a folder with it is complete
+                scratch.write_text(json.dumps(job, indent=1, default=str))
 
-    def load(self, number: int) -> Found | None:
-        """A finished chunk; `None` where there is none, or where it is damaged."""
+    def load(self, number: int) -> Arrays | None:
+        """A finished chunk; `None` where there is none, or where it is damaged or another's."""
         path = self._path(number)
         if not path.exists():
             return None
         try:
             with path.open("rb") as file, np.load(file) as saved:
-                found = dict(saved)
-            if str(found.pop("checksum")) == fingerprint(found):
-                return found
-        except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                arrays = dict(saved)
+            if str(arrays.pop("checksum")) == self._checksum(number, arrays):
+                return arrays
+        except UNREADABLE as error:
             warnings.warn(f"{path} cannot be read ({error}): computed again", stacklevel=2)
             return None
-        warnings.warn(f"{path} is damaged (its checksum differs): computed again", stacklevel=2)
+        warnings.warn(f"{path} is damaged, or no chunk {number} of this job (its checksum differs): computed again", stacklevel=2)
         return None
 
-    def save(self, number: int, found: Found) -> None:
+    def save(self, number: int, arrays: Arrays) -> None:
         """Write a finished chunk, whole or not at all."""
         with atomic(self._path(number)) as scratch, scratch.open("wb") as file:
-            np.savez(file, checksum=np.asarray(fingerprint(found)), **found)  # pyright: ignore[reportArgumentType]
+            np.savez(file, checksum=np.asarray(self._checksum(number, arrays)), **arrays)  # pyright: ignore[reportArgumentType]
+
+    def _checksum(self, number: int, arrays: Arrays) -> str:
+        return fingerprint((self._place, number, arrays))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"chunk_{number:06d}.npz"
 
 
+def _kept_plan(about: Path, arrays: Path, identity: Mapping[str, str]) -> Arrays | None:
+    """The plan of a folder that was begun before; `None` where it cannot be read any more."""
+    try:
+        job = json.loads(about.read_text())
+        begun_with, checksum = dict(job["identity"]), str(job["plan"])
+    except (*UNREADABLE, TypeError) as error:
+        warnings.warn(f"{about} cannot be read ({error}): it is written again, and chunks that do not fit it are computed again", stacklevel=4)
+        return None
+    differ = [part for part in sorted({*begun_with, *identity}) if begun_with.get(part) != identity.get(part)]
+    if differ:
+        raise ValueError(
+            f"{about.parent} was begun with another {', another '.join(differ)}: give another folder, or delete this one"
+        )
+    try:
+        with arrays.open("rb") as file, np.load(file) as saved:
+            plan = dict(saved)
+        if fingerprint(plan) == checksum:
+            return plan
+    except UNREADABLE:
+        pass
+    warnings.warn(f"{arrays} is damaged: chunks are planned again, and those that do not fit are computed again", stacklevel=4)
+    return None
+
+
+def _environment() -> dict[str, str]:
+    """What else decides the numbers of any job."""
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    return {
+        "version of mijax": _source(),
+        "version of jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "precision": f"{jnp.result_type(float)}, {precision or 'default'}",
+    }
+
+
+@functools.cache
+def _source() -> str:
+    """mijax's version; in a checkout, where that says little, a checksum of its code."""
+    package = Path(__file__).parent
+    if not (package.parent / ".git").exists():
+        return importlib.metadata.version("mijax")
+    files = sorted(package.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def run_chunks(
     run: Callable[[Sequence[int]], Mapping[str, Any]],
-    keep: Callable[[int, Found], int],
+    keep: Callable[[int, Arrays], int],
     chunks: int,
     jobs: int,
     *,
@@ -136,67 +185,27 @@ def _in_flight(run: Callable, groups: Sequence[Sequence[int]]) -> Iterator[tuple
     yield from waiting
 
 
-def fingerprint(tree: Any, _seen: frozenset[int] = frozenset()) -> str:
-    """A checksum of all arrays in a pytree, its structure, and the functions in it: their code, and what it reaches.
+def fingerprint(tree: Any) -> str:
+    """A checksum of a pytree that is the same in every process: its structure, arrays by their numbers, converted functions by
+    their programs and the arrays that these reach.
 
-    That is what they close over, defaults, and globals that they name: data by their values, functions of the same package by
-    their own code, others by their names.
+    Raises `TypeError` for a function that is not converted, or whose program no checksum can tell.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    digest = hashlib.sha256(_without_addresses(str(treedef)))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Converted))
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(treedef)).encode())
     for path, leaf in leaves:
         digest.update(jax.tree_util.keystr(path).encode())
-        if eqx.is_array(leaf) or isinstance(leaf, np.ndarray | np.generic):
-            array = np.ascontiguousarray(leaf)
-            digest.update(f"{array.dtype}{array.shape}".encode())
+        if isinstance(leaf, Converted):
+            digest.update(f"{leaf.program.digest()}{fingerprint((leaf.leaves, leaf.constants))}".encode())
+        elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            array = _numbers(leaf)
+            digest.update(f"{leaf.dtype}{array.shape}".encode())
             digest.update(array.data if array.size else b"")
         else:
-            digest.update(_told(leaf, _seen))
+            digest.update(text_of(leaf).encode())
     return digest.hexdigest()
 
 
-def _told(leaf: Any, seen: frozenset[int]) -> bytes:
-    if isinstance(leaf, functools.partial):
-        return fingerprint((leaf.func, leaf.args, leaf.keywords), seen).encode()
-    function = inspect.unwrap(leaf) if callable(leaf) else leaf
-    code = getattr(function, "__code__", None)
-    if code is None or id(code) in seen:
-        return _without_addresses(repr(leaf))
-    seen = seen | {id(code)}
-    reached = [getattr(function, "__self__", None), function.__defaults__, function.__kwdefaults__]
-    reached += [cell.cell_contents for cell in function.__closure__ or ()]
-    inside = [function.__qualname__, *(fingerprint(own, seen) for own in reached)]
-    names = sorted(_names(code) & function.__globals__.keys())
-    inside += [f"{name}={_of_global(function.__globals__[name], function.__module__, seen)}" for name in names]
-    return _instructions(code) + "".join(inside).encode()
-
-
-def _of_global(value: Any, module: str, seen: frozenset[int]) -> str:
-    if isinstance(value, types.ModuleType):
-        return value.__name__
-    if isinstance(value, type) or (callable(value) and not _same_package(value, module)):
-        return (
-            f"{value.__module__}.{value.__qualname__}"
-            if hasattr(value, "__qualname__")
-            else _without_addresses(repr(value)).decode()
-        )
-    return fingerprint(value, seen)
-
-
-def _same_package(function: Any, module: str) -> bool:
-    return str(getattr(function, "__module__", "")).partition(".")[0] == str(module).partition(".")[0]
-
-
-def _names(code: types.CodeType) -> set[str]:
-    return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, types.CodeType)))
-
-
-def _instructions(code: types.CodeType) -> bytes:
-    consts = [
-        _instructions(c) if isinstance(c, types.CodeType) else _without_addresses(repr(c)) for c in code.co_consts
-    ]
-    return b"".join([code.co_code, repr(code.co_names).encode(), *consts])
-
-
-def _without_addresses(text: str) -> bytes:
-    return re.sub(r" at 0x[0-9a-f]+", "", text).encode()
+def _numbers(leaf: Any) -> np.ndarray:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.ascontiguousarray(jax.random.key_data(leaf) if is_key else leaf)

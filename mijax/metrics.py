@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mijax._types import Array, ArrayLike, Float, Int, Logits, Real
+from mijax._types import Array, ArrayLike, Bool, Float, Int, Logits, Real
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens, as_tokens, integers, is_concrete
 
 AnyMetric: TypeAlias = Callable[[Readout], Array]
 """A function from a readout to one number per example. Where it has an attribute `pos` (one position, or one per
-example, as metrics here take them), a sweep computes no other positions' final stream, and it finds NaN there. Where its
+example as `[batch, 1]`, as metrics here take them), a sweep computes no other positions' final stream, and it finds NaN there. Where its
 attribute `per_example` is true, a method `take(examples)` gives the metric of some of the examples, and attribution can split
 a batch."""
 
@@ -40,6 +40,11 @@ class Metric(eqx.Module):
         return self.function(readout, **self.arguments)
 
     @property
+    def is_own(self) -> bool:
+        """Whether the function is one of mijax's, which reads nothing but its arguments."""
+        return self.function.__module__ == __name__
+
+    @property
     def pos(self) -> Int[Array, "..."] | None:
         """The position that is read, or one per example; `None` where all may be."""
         return self.arguments.get("pos")
@@ -56,7 +61,10 @@ class Metric(eqx.Module):
 
 
 def logit(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """The logit of `answer` at `pos`: each one for all examples (0-d), or one per example (`[batch]`).
+    """The logit of `answer` at `pos`.
+
+    `answer` is one token id, or one per example (`[batch]`); `pos` one position, negative from the end, or one per example,
+    as `Where` takes it: `[batch, 1]`. Raises `ValueError` for other ranks.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -65,7 +73,7 @@ def logit(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
     >>> bool(jax.numpy.allclose(given, wanted))
     True
     """
-    return Metric("logit", _logit, {"answer": _ids(answer), "pos": _ids(pos)}, per_example=True)
+    return Metric("logit", _logit, {"answer": _ids(answer), "pos": position(pos)}, per_example=True)
 
 
 def logit_diff(correct: ArrayLike, wrong: ArrayLike, pos: ArrayLike = -1) -> Metric:
@@ -77,7 +85,7 @@ def logit_diff(correct: ArrayLike, wrong: ArrayLike, pos: ArrayLike = -1) -> Met
     (1,)
     """
     return Metric(
-        "logit_diff", _logit_diff, {"correct": _ids(correct), "wrong": _ids(wrong), "pos": _ids(pos)}, per_example=True
+        "logit_diff", _logit_diff, {"correct": _ids(correct), "wrong": _ids(wrong), "pos": position(pos)}, per_example=True
     )
 
 
@@ -89,7 +97,7 @@ def log_prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
     >>> mj.metrics.log_prob(7)(mj.run(model, [[1, 2, 3]]).readout).shape
     (1,)
     """
-    return Metric("log_prob", _log_prob, {"answer": _ids(answer), "pos": _ids(pos)}, per_example=True)
+    return Metric("log_prob", _log_prob, {"answer": _ids(answer), "pos": position(pos)}, per_example=True)
 
 
 def prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
@@ -100,7 +108,7 @@ def prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
     >>> mj.metrics.prob(7, pos=0)(mj.run(model, [[1, 2, 3]]).readout).shape
     (1,)
     """
-    return Metric("prob", _prob, {"answer": _ids(answer), "pos": _ids(pos)}, per_example=True)
+    return Metric("prob", _prob, {"answer": _ids(answer), "pos": position(pos)}, per_example=True)
 
 
 def rank(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
@@ -111,7 +119,7 @@ def rank(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
     >>> mj.metrics.rank(7)(mj.run(model, [[1, 2, 3]]).readout).shape
     (1,)
     """
-    return Metric("rank", _rank, {"answer": _ids(answer), "pos": _ids(pos)}, per_example=True)
+    return Metric("rank", _rank, {"answer": _ids(answer), "pos": position(pos)}, per_example=True)
 
 
 def accuracy(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
@@ -122,7 +130,7 @@ def accuracy(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
     >>> mj.metrics.accuracy(7)(mj.run(model, [[1, 2, 3]]).readout).shape
     (1,)
     """
-    return Metric("accuracy", _accuracy, {"answer": _ids(answer), "pos": _ids(pos)}, per_example=True)
+    return Metric("accuracy", _accuracy, {"answer": _ids(answer), "pos": position(pos)}, per_example=True)
 
 
 def kl(reference: ArrayLike, pos: ArrayLike | None = -1) -> Metric:
@@ -140,11 +148,11 @@ def kl(reference: ArrayLike, pos: ArrayLike | None = -1) -> Metric:
     reference, expected = jnp.asarray(reference), 3 if pos is None else 2
     if reference.ndim != expected:
         raise ValueError(f"with pos={pos}, reference must be logits of rank {expected}, given shape {reference.shape}")
-    return Metric("kl", _kl, {"reference": reference, "pos": None if pos is None else _ids(pos)}, per_example=True)
+    return Metric("kl", _kl, {"reference": reference, "pos": None if pos is None else position(pos)}, per_example=True)
 
 
 def cross_entropy(tokens: Tokens | ArrayLike) -> Metric:
-    """The mean loss in nats over the prompt's own next tokens; padding excluded.
+    """The mean loss in nats over the prompt's own next tokens; padding, at either end or between tokens, excluded.
 
     Raises `ValueError` for a prompt of fewer than two real tokens, which has no next token.
 
@@ -161,12 +169,30 @@ def cross_entropy(tokens: Tokens | ArrayLike) -> Metric:
     return Metric("cross_entropy", _cross_entropy, {"tokens": tokens}, per_example=True)
 
 
-def _ids(value: ArrayLike) -> Int[Array, "..."]:
-    value = jnp.asarray(integers(value, "answers and positions of a metric"))
-    if value.ndim > 1 or value.dtype == bool:
+def position(pos: ArrayLike) -> Int[Array, "..."]:
+    """The position that a metric reads: one, or one per example, `[batch, 1]`.
+
+    Raises `ValueError` for a list `[k]`, which in `Where` means k positions of every example, and for any other rank.
+
+    >>> position([[3], [5]]).shape
+    (2, 1)
+    """
+    index = jnp.asarray(integers(pos, "positions of a metric"))
+    if index.ndim == 1:
+        one_each = f"pos={[[int(p)] for p in index] if is_concrete(index) else 'pos[:, None]'}"
         raise ValueError(
-            f"answers and positions of a metric are one for all, or one per example, given shape {value.shape}"
+            f"pos of shape {index.shape} could be {index.size} positions of every example, as in mijax.Where, or one per example:"
+            f" a metric reads one, pos=-1 say; one per example is [batch, 1], {one_each}"
         )
+    if index.ndim > 2 or index.shape[1:] not in ((), (1,)) or index.dtype == bool:
+        raise ValueError(f"pos must be one position, or one per example as [batch, 1], given shape {index.shape}")
+    return index
+
+
+def _ids(value: ArrayLike) -> Int[Array, "..."]:
+    value = jnp.asarray(integers(value, "answers of a metric"))
+    if value.ndim > 1 or value.dtype == bool:
+        raise ValueError(f"answers of a metric are one for all, or one per example, given shape {value.shape}")
     return value
 
 
@@ -178,7 +204,7 @@ def _at(readout: Readout, pos: Int[Array, "..."], *answers: Int[Array, "..."]) -
             raise ValueError(f"the metric has {index.shape[0]} answers or positions, the batch {batch} examples")
     each = lambda index: jnp.broadcast_to(index, (batch,))[:, None]
     tokens = jnp.concatenate([each(a) for a in answers], axis=1) if answers else None
-    return readout.logits(pos=pos if pos.ndim == 0 else each(pos), tokens=tokens).reshape(batch, -1)
+    return readout.logits(pos=pos, tokens=tokens).reshape(batch, -1)
 
 
 def _logit(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
@@ -232,11 +258,21 @@ def _cross_entropy(readout: Readout, tokens: Tokens) -> Float[Array, " batch"]:
         raise IndexError(
             f"token {np.asarray(ids)[np.asarray(outside)][0]} is outside the vocabulary of {logits.shape[-1]}"
         )
-    ids = jnp.where(outside | ~mask, 0, ids)
-    own = jnp.take_along_axis(logits[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
-    loss = jax.nn.logsumexp(logits[:, :-1], axis=-1) - own
-    loss = jnp.where(outside[:, 1:], jnp.nan, loss)
-    return _mean(loss, mask[:, 1:] & mask[:, :-1])
+    following, has_next = _next_real(mask)
+    take = lambda x: jnp.take_along_axis(x, following, axis=1)
+    targets = take(jnp.where(outside | ~mask, 0, ids))
+    loss = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    loss = jnp.where(take(outside), jnp.nan, loss)
+    return _mean(loss, mask & has_next)
+
+
+def _next_real(mask: Bool[Array, "batch pos"]) -> tuple[Int[Array, "batch pos"], Bool[Array, "batch pos"]]:
+    """The column of the next real token after each column, and whether there is one."""
+    n = mask.shape[1]
+    columns = jnp.where(mask, jnp.arange(n, dtype=jnp.int32)[None], n)
+    after = jnp.pad(columns[:, 1:], ((0, 0), (0, 1)), constant_values=n)
+    following = jax.lax.cummin(after, axis=1, reverse=True)
+    return jnp.minimum(following, n - 1), following < n
 
 
 def _mean(x: Real[Array, "batch pos"], mask: Array) -> Float[Array, " batch"]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike, Bool, Float, Int, Logits, Stream
 from mijax.interventions.edits import Edit, Interventions, as_edits, by_layer, check_shapes
+from mijax.interventions.functions import convert_edits
 from mijax.interventions.tap import Tap
 from mijax.interventions.where import Where, check_range, check_structure, out_of_range
 from mijax.model.attention import Memory
@@ -23,7 +24,7 @@ from mijax.model.tokens import Tokens, as_tokens, is_concrete
 from mijax.model.transformer import Transformer, embed, final_norm
 
 Capture: TypeAlias = Iterable[str] | Mapping[str, Where | None]
-Edits: TypeAlias = dict[str, tuple[Any, ...]]
+Edits: TypeAlias = dict[str, tuple[Edit, ...]]
 Captures: TypeAlias = dict[str, Where | None]
 
 
@@ -35,7 +36,7 @@ class Out(NamedTuple):
 
     @property
     def logits(self) -> Logits:
-        """`[batch, pos, vocab]`, computed when asked for; `readout.logits` computes fewer."""
+        """`[batch, pos, vocab]`, NaN at padding, computed when asked for; `readout.logits` computes fewer."""
         return self.readout.logits()
 
 
@@ -70,8 +71,15 @@ def run(
     """
     tokens, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
     check(model.config, tokens, edits, captures)
+    edits = of_prompts(model, tokens, edits)
     final, acts = _run(model, tokens, edits, captures)
     return Out(Readout(final, tokens, model.unembedding, model.b_U), acts)
+
+
+def of_prompts(model: Transformer, tokens: Tokens, edits: Edits) -> Edits:
+    """The edits with users' functions as they are now, for a run of all of `tokens`."""
+    batch, pos = tokens.ids.shape
+    return convert_edits(model.config, edits, batch, pos, pos, accumulator(model.W_E.dtype), (model, tokens))
 
 
 def check(config: Config, tokens: Tokens, edits: Edits, captures: Captures) -> None:
@@ -82,14 +90,13 @@ def check(config: Config, tokens: Tokens, edits: Edits, captures: Captures) -> N
         shape = site.shape(config, tokens)
         sizes, fields = dict(zip(site.axes, shape)), field_lengths(config, tokens, name)
         for edit in edits.get(name, ()):
-            if isinstance(edit, Edit):
-                if not isinstance(edit.where, Where):
-                    raise TypeError(
-                        f"expected a mijax.Where at site {name!r}, given {type(edit.where).__name__}; a grid goes to mijax.sweep"
-                    )
-                check_structure(edit.where, name, site.axes, sizes)
-                check_range(edit.where, name, fields)
-                check_shapes(edit, name, site.axes, shape)
+            if not isinstance(edit.where, Where):
+                raise TypeError(
+                    f"expected a mijax.Where at site {name!r}, given {type(edit.where).__name__}; a grid goes to mijax.sweep"
+                )
+            check_structure(edit.where, name, site.axes, sizes)
+            check_range(edit.where, name, fields)
+            check_shapes(edit, name, site.axes, shape)
         kept = captures.get(name)
         if kept is not None:
             if any(index.dtype == bool for index in kept.given.values()):
@@ -228,7 +235,7 @@ def faulty(config: Config, tokens: Tokens, edits: Edits, captures: Captures) -> 
     bad = bad | ~jnp.all(jnp.any(jnp.asarray(tokens.mask), axis=1))
     for name in (*edits, *captures):
         fields = field_lengths(config, tokens, name)
-        wheres = [edit.where for edit in edits.get(name, ()) if isinstance(edit, Edit)]
+        wheres = [edit.where for edit in edits.get(name, ())]
         for where in (*wheres, captures.get(name) or Where()):
             for field, index in where.given.items():
                 bad = bad | jnp.any(out_of_range(index, fields[field]))

@@ -18,7 +18,7 @@ from mijax.memory import PeakMemory, default_memory
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check
-from mijax.sweeps.measure import Metrics, described, named
+from mijax.sweeps.measure import Metrics, as_programs, described, named
 from mijax.sweeps.patch import Direction, check_pair
 from mijax.sweeps.places import positions_told
 
@@ -94,7 +94,8 @@ def attribute(
     if not isinstance(method, Method):
         raise TypeError(f"method must be one such as mijax.AtP(), given {method!r}")
     base, source = _sides(clean, corrupted, direction)
-    job = Job(model, base, source, named(metric), nodes_of(model, base, sites), method, probes, seed)
+    metrics, nodes = named(metric), nodes_of(model, base, sites)
+    job = Job(model, base, source, metrics, as_programs(model, base, metrics), nodes, method, probes, seed)
     sample = verify if sample is None else sample
     _check(job, verify, sample)
     order = plan(job, default_memory() if memory is None else memory)
@@ -140,9 +141,10 @@ def _check(job: Job, verify: int, sample: int) -> None:
         check(job.model.config, tokens, {}, {})
     if not job.metrics:
         raise ValueError("there is no metric")
-    for name, metric in job.metrics.items():
+    for name, metric in job.programs.items():
         check_gradient(job.model, job.base, name, metric)
-        check_apart(job.model, job.base, name, metric)
+        if not getattr(job.metrics[name], "per_example", False):
+            check_apart(job.model, job.base, name, metric)
 
 
 def _labelled(job: Job, found: Mapping[str, np.ndarray], single: bool) -> "xr.Dataset":

@@ -12,13 +12,13 @@ from mijax._types import Array, ArrayLike, Float
 from mijax.attribution.checks import check_apart, check_differ, check_gradient
 from mijax.interventions.edits import Add
 from mijax.interventions.where import Where
-from mijax.metrics import AnyMetric
+from mijax.metrics import AnyMetric, position
 from mijax.model.numerics import accumulator
-from mijax.model.sites import site_of
-from mijax.model.tokens import Tokens, as_tokens, integers
+from mijax.model.sites import UNITS, site_of
+from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check, run
-from mijax.sweeps.measure import checked, described, named, values_of
+from mijax.sweeps.measure import as_programs, checked, described, named, values_of
 from mijax.sweeps.patch import check_pair
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def gradients(
 ) -> Gradients:
     """The gradient of each example's metric with respect to every activation of some sites, beside the activations.
 
-    A pure function, as `mijax.run` is. With `pos` (one position, or one per example), only there: the position axis then has
+    A pure function, as `mijax.run` is. With `pos` (one position, or one per example as `[batch, 1]`), only there: the position axis then has
     size 1. Both arrays have the shapes that `run` captures. Raises `TypeError` for a metric without gradient; what it says of an
     example must depend on that example alone.
 
@@ -55,9 +55,9 @@ def gradients(
     ((2, 1, 1, 8), (2, 1, 1, 32))
     """
     tokens = as_tokens(tokens)
-    name = _name(metric)
-    check_gradient(model, tokens, name, metric)
-    where = Where() if pos is None else Where(pos=_column(pos))
+    name, program = _program(model, tokens, metric)
+    check_gradient(model, tokens, name, program)
+    where = Where() if pos is None else Where(pos=position(pos))
     capture = {site: None if pos is None else where for site in sites}
     dtype, zeros = accumulator(model.W_E.dtype), {}
     for site in sites:
@@ -69,7 +69,7 @@ def gradients(
 
     def measured(added: dict[str, Array]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
         out = run(model, tokens, {site: Add(v, where) for site, v in added.items()}, capture=capture)
-        values = values_of({name: metric}, out.readout)[name]
+        values = values_of({name: program}, out.readout)[name]
         return jnp.sum(values), (values, out.acts)
 
     grads, (values, acts) = jax.grad(measured, has_aux=True)(zeros)
@@ -111,16 +111,17 @@ def concept(
     check_pair(positive, negative)
     check_differ(positive, negative)
     found = site_of(site, model.config)
-    if found.inner_axes[-1] not in ("d_model", "d_head", "d_mlp") or "pos" not in found.axes:
+    if found.inner_axes[-1] not in UNITS or "pos" not in found.axes:
         raise ValueError(
             f"a concept has a direction at a site of vectors; {site!r} has the axes {', '.join(found.axes)}"
         )
-    name = _name(metric)
-    check_gradient(model, positive, name, metric)
-    check_apart(model, positive, name, metric)
+    name, program = _program(model, positive, metric)
+    check_gradient(model, positive, name, program)
+    if not getattr(metric, "per_example", False):
+        check_apart(model, positive, name, program)
     for tokens in (positive, negative):
-        check(model.config, tokens, {}, {site: Where(pos=_column(pos))})
-    yes, no = (_found(model, tokens, metric, site, pos) for tokens in (positive, negative))
+        check(model.config, tokens, {}, {site: Where(pos=position(pos))})
+    yes, no = (_found(model, tokens, program, site, pos) for tokens in (positive, negative))
     for own, what in ((yes, "positive"), (no, "negative")):
         checked({name: own.values}, what)
     axis = found.axes.index("batch")
@@ -136,7 +137,7 @@ def concept(
             raise ValueError(f"the direction of the {kind} at {site!r} is not finite")
     size = np.linalg.norm(together, axis=-1, keepdims=True)
     unit = together / np.where(size > 0, size, 1.0)
-    dims = [("unit" if a in ("d_model", "d_head", "d_mlp") else a) for a in found.axes if a not in ("batch", "pos")]
+    dims = [("unit" if a in UNITS else a) for a in found.axes if a not in ("batch", "pos")]
     coords = {"kind": list(KINDS), **{dim: np.arange(n) for dim, n in zip(dims, gradient.shape)}}
     cosine = np.einsum("i...u,j...u->ij...", unit, unit)
     told = {"site": site, "metric": name, "prompts": 2 * len(positive.ids), **described(model)}
@@ -155,16 +156,11 @@ def _found(model: Transformer, tokens: Tokens, metric: AnyMetric, site: str, pos
     return gradients(model, tokens, metric, (site,), pos)
 
 
-def _name(metric: Any) -> str:
+def _program(model: Transformer, tokens: Tokens, metric: Any) -> tuple[str, AnyMetric]:
+    """The one metric by its name, as it is now."""
     if isinstance(metric, Mapping):
         raise TypeError(f"one metric is taken here, given several: {', '.join(map(repr, metric))}")
-    return next(iter(named(metric)))
-
-
-def _column(pos: Any) -> Any:
-    """As `Where` takes it: one position, or one for each example in a list of its own."""
-    pos = integers(pos, "pos")
-    return pos if pos.ndim == 0 else pos[:, None]
+    return next(iter(as_programs(model, tokens, named(metric)).items()))
 
 
 def _probes(acts: list[np.ndarray]) -> np.ndarray:

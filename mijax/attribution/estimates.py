@@ -21,7 +21,7 @@ from mijax.metrics import AnyMetric
 from mijax.model.numerics import accumulator
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.measure import checked, metric_bytes, values_of
+from mijax.sweeps.measure import as_programs, checked, metric_bytes, values_of
 from mijax.sweeps.sweep import row_bytes
 
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
@@ -40,12 +40,13 @@ MEANING = {
 
 
 class Job(NamedTuple):
-    """What is attributed, and how."""
+    """What is attributed, and how; `programs` are the metrics as users' functions are now, for all prompts together."""
 
     model: Transformer
     base: Tokens
     source: Tokens | None
     metrics: Mapping[str, AnyMetric]
+    programs: Mapping[str, AnyMetric]
     nodes: Mapping[str, Nodes]
     method: Method
     probes: int
@@ -73,7 +74,7 @@ def plan(job: Job, memory: int) -> Plan:
     batch, pos = job.base.ids.shape
     splits = all(getattr(metric, "per_example", False) for metric in job.metrics.values())
     full = min(batch, -(-chunks.full_rows() // pos)) if splits else batch
-    read, fixed = 2 * metric_bytes(job.model, job.base, job.metrics), layers_bytes(job.model)
+    read, fixed = 2 * metric_bytes(job.model, job.base, job.programs), layers_bytes(job.model)
     fits, each, checkpoint = 0, 0, 0
     for checkpoint in CHECKPOINTS:
         each = -(-read // batch) + prompt_bytes(job, checkpoint)
@@ -158,7 +159,7 @@ def estimated(
         first = numbers[0] * order.prompts
         examples: Any = np.minimum(np.arange(first, first + order.prompts, dtype=np.int32), batch - 1)
         some = lambda tree: tree if whole else jax.tree.map(lambda a: np.asarray(a)[examples], tree)
-        metrics: Any = {n: metric if whole else metric.take(examples) for n, metric in job.metrics.items()}  # pyright: ignore[reportFunctionMemberAccess]
+        metrics: Any = job.programs if whole else _taken(job, some(job.base), examples)
         members: Any = {site: own.members[examples] for site, own in job.nodes.items() if own.members is not None}
         source: Any = None if job.source is None else jnp.asarray(some(job.source.ids))
         key = jax.random.key(job.seed)
@@ -179,6 +180,12 @@ def estimated(
     return {name: np.concatenate(parts) for name, parts in found.items()}, order
 
 
+def _taken(job: Job, tokens: Tokens, examples: Int[np.ndarray, " k"]) -> dict[str, AnyMetric]:
+    """The metrics of some of the examples, whose prompts are `tokens`."""
+    some: Any = {name: metric.take(examples) for name, metric in job.metrics.items()}  # pyright: ignore[reportFunctionMemberAccess]
+    return as_programs(job.model, tokens, some)
+
+
 def _check_finite(found: Mapping[str, np.ndarray], first: int) -> None:
     """Raise `ValueError` where a metric, a term, or what is told of their error is not finite; the examples count from `first`."""
     for run in ("base", "source"):
@@ -197,10 +204,9 @@ def _check_finite(found: Mapping[str, np.ndarray], first: int) -> None:
 def _store(save: Any, job: Job, order: Plan) -> chunks.Store:
     grids = {site: (own.axes, own.members) for site, own in job.nodes.items()}
     parts = {"model": (job.model, job.model.config), "prompts": (job.base, job.source), "sites": (job.layout, grids)}
-    parts |= {"metric": dict(job.metrics), "method": job.method}
+    parts |= {"metric": dict(job.programs), "method": job.method}
     parts |= {"probes": (job.probes, job.seed)} if job.probes else {}
     identity = {name: chunks.fingerprint(part) for name, part in parts.items()}
-    identity |= {"version of jax": jax.__version__, "device": jax.devices()[0].device_kind}
     plan = {name: np.asarray(value) for name, value in order._asdict().items()}
     return chunks.Store(save, identity, plan, {"sites": list(job.nodes)})
 

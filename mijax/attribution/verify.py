@@ -77,7 +77,7 @@ def verified(job: Job, result: "xr.Dataset", asked: Verify, memory: int | None, 
             f"the metric is {result.base.mean('batch').values} on the base, and the source run's is no other: they coincide, so that"
             " there is nothing of which a cell could miss a share; verify on other prompts, or by another metric"
         )
-    values, kept, _ = kept_base(job.model, job.base, {}, job.metrics)
+    values, kept, _ = kept_base(job.model, job.base, {}, job.programs)
     whole = _whole(result)
     for site, nodes in job.nodes.items():
         score = _score(result, site, whole)
@@ -129,10 +129,10 @@ def _exact(
     """The metrics `[cell, batch]` of some cells with the source's activations put in."""
     value: Any = 0.0
     if job.source is not None:
-        value = measure(job.model, job.source, {}, job.metrics, "source", (nodes.site,))[1][nodes.site]
+        value = measure(job.model, job.source, {}, job.programs, "source", (nodes.site,))[1][nodes.site]
     grid = Grid(nodes.where(cells, job.base), {"cell": range(len(cells))})
     edits = cells_of({nodes.site: Replace(value, grid)})
-    return swept(job.model, job.base, edits, job.metrics, base=base, memory=memory, progress=progress).values
+    return swept(job.model, job.base, edits, job.programs, base=base, memory=memory, progress=progress).values
 
 
 def _placed(result: "xr.Dataset", site: str, job: Job, cells: Int[np.ndarray, " k"], found: Values) -> "xr.DataArray":

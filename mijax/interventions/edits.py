@@ -1,17 +1,20 @@
 """What is done at a site: small pytrees whose arrays can be vmapped and differentiated."""
 
 import abc
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from mijax._types import Array, ArrayLike, Float, Int
+from mijax.interventions.operands import check_operand, in_full, site_axes
 from mijax.interventions.where import Where
 from mijax.model.numerics import accumulator
+from mijax.model.sites import UNITS
 from mijax.model.tokens import is_concrete
 
 
@@ -53,14 +56,17 @@ def _orthonormal(basis: Float[Array, "*layer k unit"]) -> Float[Array, "*layer k
 class Edit(eqx.Module):
     """An edit: `edit(x)` is what the site becomes, and only what `where` selects becomes it.
 
-    The arrays named in `operands` broadcast against the site. One that has the site's full rank,
-    layer axis included, gives each layer its own; one of lower rank is the same for all layers. Those
-    named in `bases` are `[k, unit]`, or `[layer, k, unit]`.
+    The arrays named in `operands` broadcast against the site as in NumPy: one of lower rank stands for the last of the
+    site's axes (a vector `[unit]` for all layers, prompts and positions), one of full rank, layer axis included, gives
+    each layer its own. Where an operand of lower rank would fit other axes as well (`[n_layers, d_model]` where a prompt has
+    `n_layers` tokens), that is an error; `axes` says which ones are meant: `Add(vectors, axes=("layer", "unit"))`. Those named
+    in `bases` are `[k, unit]`, or `[layer, k, unit]`.
     """
 
     operands: ClassVar[tuple[str, ...]] = ()
     bases: ClassVar[tuple[str, ...]] = ()
     where: eqx.AbstractVar[Where]
+    axes: eqx.AbstractVar[tuple[str, ...] | None]
 
     @abc.abstractmethod
     def __call__(self, x: Array) -> Array:
@@ -77,6 +83,7 @@ class Replace(Edit):
     operands = ("value",)
     value: Any = eqx.field(converter=_number)
     where: Any = eqx.field(default_factory=Where)
+    axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __call__(self, x):
         """`value`."""
@@ -93,6 +100,7 @@ class Scale(Edit):
     operands = ("factor",)
     factor: Any = eqx.field(converter=_number)
     where: Any = eqx.field(default_factory=Where)
+    axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __call__(self, x):
         """`x * factor`."""
@@ -109,6 +117,7 @@ class Add(Edit):
     operands = ("vector",)
     vector: Any = eqx.field(converter=_number)
     where: Any = eqx.field(default_factory=Where)
+    axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __call__(self, x):
         """`x + vector`."""
@@ -128,6 +137,7 @@ class Project(Edit):
     bases = ("basis",)
     basis: Any = eqx.field(converter=_basis)
     where: Any = eqx.field(default_factory=Where)
+    axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __call__(self, x):
         """`x` without its part in the subspace."""
@@ -149,6 +159,7 @@ class Interchange(Edit):
     value: Any = eqx.field(converter=_number)
     basis: Any = eqx.field(converter=_basis)
     where: Any = eqx.field(default_factory=Where)
+    axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __call__(self, x):
         """`x` with the subspace's part exchanged."""
@@ -168,21 +179,56 @@ class Mix(Edit):
     gate: Any = eqx.field(converter=_number)
     value: Any = eqx.field(converter=_number)
     where: Any = eqx.field(default_factory=Where)
+    axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __call__(self, x):
-        """`(1 - gate) * x + gate * value`, exact at both ends."""
-        gate = _fit(self.gate, x)
-        return (1 - gate) * x + gate * _fit(self.value, x)
+        """`(1 - gate) * x + gate * value`, exact at both ends, whatever stands at the other."""
+        return _mix(_fit(self.gate, x), x, _fit(self.value, x))
 
 
-@runtime_checkable
-class Callback(Protocol):
-    """Any function may be an edit; to vmap over its numbers, make it an Equinox module.
+@jax.custom_jvp
+def _mix(gate: Array, x: Array, value: Array) -> Array:
+    # 0 * inf is NaN: a gate of 0 would let through an infinite value (a cut score), one of 1 an infinite activation.
+    return jnp.where(gate == 0, x, jnp.where(gate == 1, value, (1 - gate) * x + gate * value))
 
-    A plain function that is built anew for each call compiles anew for each call, and what it closes over may not
-    vary over the devices of a `shard_map` (a module's arrays may). One that mixes positions says so by an attribute
-    `mixes_positions = True`: what computes positions apart, as generation does, then refuses it.
+
+def _mix_tangent(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Any]:
+    gate, x, value = primals
+    slopes = (value - x, 1 - gate, gate)
+    moved = [t * slope for t, slope in zip(tangents, slopes) if not isinstance(t, SymbolicZero)]
+    return _mix(gate, x, value), sum(moved[1:], moved[0])
+
+
+_mix.defjvp(_mix_tangent, symbolic_zeros=True)
+
+
+class Apply(Edit):
+    """Let a function of your own edit what `where` selects: `function(x, site, layer, positions)` gives the edited `x`.
+
+    `x` is the whole activation inside one layer, of the same shape, `layer` its number (traced; `None` at sites without
+    layers), `positions` `[batch, pos]` count real tokens. In place of `Apply(function)` the function itself may stand.
+    It is called afresh at every call of `run` or a driver, so that it may read outer variables; its arrays may be
+    vmapped and differentiated where it is an Equinox module or closes over them. A function that mixes positions says so by an
+    attribute `mixes_positions = True`: generation, which computes positions apart, then refuses it.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> clip = mj.Apply(lambda x, site, layer, positions: jnp.clip(x, -1, 1), mj.Where(layer=1))
+    >>> mj.run(model, [[1, 2, 3]], {"resid_mid": clip}).logits.shape
+    (1, 3, 11)
     """
+
+    function: Any
+    where: Any = eqx.field(default_factory=Where)
+    axes: tuple[str, ...] | None = eqx.field(static=True, default=None, init=False)
+
+    def __call__(self, x, site, layer, positions):
+        """What the function gives."""
+        return self.function(x, site, layer, positions)
+
+
+class Callback(Protocol):
+    """Any function may be an edit: see `Apply`."""
 
     def __call__(self, x: Array, site: str, layer: Int[Array, ""] | None, positions: Int[Array, "batch pos"]) -> Array:
         """Return the edited `x`, of the same shape; `layer` is `None` at sites without layers."""
@@ -191,49 +237,61 @@ class Callback(Protocol):
 
 AnyEdit: TypeAlias = Edit | Callback
 Interventions: TypeAlias = Mapping[str, AnyEdit | Sequence[AnyEdit]]
+EDITS = (Replace, Scale, Add, Project, Interchange, Mix, Apply)
 
 
-def as_edits(interventions: Interventions | None) -> dict[str, tuple[AnyEdit, ...]]:
-    """Edits by site, each site's in the order in which they act."""
+def as_edits(interventions: Interventions | None) -> dict[str, tuple[Edit, ...]]:
+    """Edits by site, each site's in the order in which they act; functions as `Apply`, operands with `axes` in full."""
     if interventions is not None and not isinstance(interventions, Mapping):
         raise TypeError(f"interventions must map sites to edits, given {type(interventions).__name__}")
     edits = {}
     for site, given in (interventions or {}).items():
-        edits[site] = tuple(given) if isinstance(given, list | tuple) else (given,)
-        for edit in edits[site]:
-            if not callable(edit):
-                raise TypeError(f"an edit must be one of mijax's or a callable, given {edit!r} at site {site!r}")
-            if not all(eqx.is_array(leaf) or isinstance(leaf, Hashable) for leaf in jax.tree.leaves(edit)):
-                raise TypeError(f"the callable edit at site {site!r} must be hashable, or better an Equinox module")
+        several = given if isinstance(given, list | tuple) else (given,)
+        edits[site] = tuple(_in_full(_as_edit(edit, site), site) for edit in several)
     return edits
 
 
-def by_layer(edit: AnyEdit, rank: int) -> Any:
+def _as_edit(edit: Any, site: str) -> Edit:
+    if not callable(edit):
+        raise TypeError(f"an edit must be one of mijax's or a callable, given {edit!r} at site {site!r}")
+    if not isinstance(edit, Edit):
+        return Apply(edit)
+    if type(edit) not in EDITS:
+        raise TypeError(
+            f"{type(edit).__name__} at site {site!r} is a subclass of mijax.Edit: give a function, or an Equinox module with"
+            " __call__(x, site, layer, positions), alone or in mijax.Apply(function, Where(...))"
+        )
+    return edit
+
+
+def _in_full(edit: Edit, site: str) -> Edit:
+    """The edit with an axis for each of the site's in the operands whose axes are told."""
+    names = site_axes(site)
+    if edit.axes is None or names is None:
+        return edit
+    values = {name: in_full(getattr(edit, name), name, edit.axes, site, names) for name in edit.operands}
+    rest = {name: getattr(edit, name) for name in (*edit.bases, "where")}
+    return type(edit)(**values, **rest)
+
+
+def by_layer(edit: Edit, rank: int) -> Any:
     """A pytree like `edit`: True at arrays that hold one entry per layer of a site of full rank `rank`."""
     spec = jax.tree.map(lambda leaf: False, edit)
-    if isinstance(edit, Edit):
-        for name in edit.operands:
-            if jnp.ndim(getattr(edit, name)) == rank:
-                spec = eqx.tree_at(lambda e, name=name: getattr(e, name), spec, True)
-        for name in edit.bases:
-            if jnp.ndim(getattr(edit, name)) == 3:
-                spec = eqx.tree_at(lambda e, name=name: getattr(e, name), spec, True)
+    layered = [name for name in edit.operands if jnp.ndim(getattr(edit, name)) == rank]
+    layered += [name for name in edit.bases if jnp.ndim(getattr(edit, name)) == 3]
+    for name in layered:
+        spec = eqx.tree_at(lambda e, name=name: getattr(e, name), spec, True)
     return spec
 
 
 def check_shapes(edit: Edit, site: str, axes: Sequence[str], shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` where an operand does not broadcast to the site's shape."""
+    """Raise `ValueError` where an operand does not broadcast to the site's shape, or does so in two ways."""
     expected = f"the shape of site {site!r}, {' '.join(axes)} = {shape}"
     for name in edit.operands:
-        given = jnp.shape(getattr(edit, name))
-        fits = len(given) <= len(shape) and all(g in (1, n) for g, n in zip(given[::-1], shape[::-1]))
-        if not fits:
-            raise ValueError(
-                f"{type(edit).__name__}'s {name} has shape {given}, which does not broadcast to {expected}"
-            )
+        check_operand(jnp.shape(getattr(edit, name)), f"{type(edit).__name__}'s {name}", site, axes, shape)
     for name in edit.bases:
         given = jnp.shape(getattr(edit, name))
-        if axes[-1] not in ("d_model", "d_head", "d_mlp"):
+        if axes[-1] not in UNITS:
             raise ValueError(f"{type(edit).__name__} needs a site of vectors; the last axis of {expected} is not one")
         layers = (shape[0],) if axes[0] == "layer" else ()
         if given[-1] != shape[-1] or given[:-2] not in ((), layers):

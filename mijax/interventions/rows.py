@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Int
-from mijax.interventions.edits import AnyEdit, Edit, by_layer
+from mijax.interventions.edits import Apply, Edit, by_layer
 from mijax.interventions.where import Axis, selection
 from mijax.model.config import Config
 from mijax.model.position import Frame, Rows
 from mijax.model.sites import Site
 
 
-def needs_whole_cells(edit: AnyEdit, stacked: Any) -> bool:
+def needs_whole_cells(edit: Edit, stacked: Any) -> bool:
     """Whether an edit must be given all tokens of a cell: any function might look at all of them, and subspaces that
     differ between cells would be made orthonormal row by row."""
-    return not isinstance(edit, Edit) or any(getattr(stacked, name) for name in edit.bases)
+    return isinstance(edit, Apply) or any(getattr(stacked, name) for name in edit.bases)
 
 
 def of_layer(edit: Any, stacked: Any, site: Site, layer: Int[Array, ""] | None) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Int
-from mijax.interventions.edits import AnyEdit, Edit
+from mijax.interventions.edits import Apply, Edit
 from mijax.interventions.rows import cells_of, edit_rows, needs_whole_cells, of_layer
 from mijax.interventions.where import Axis, Where, narrow, selection
 from mijax.model.config import Config
@@ -28,7 +28,7 @@ class Tap:
         self,
         config: Config,
         frame: Frame,
-        edits: Mapping[str, Sequence[AnyEdit]],
+        edits: Mapping[str, Sequence[Edit]],
         capture: Mapping[str, Where | None],
         layer: Int[Array, ""] | None = None,
         stacked: Mapping[str, Sequence[Any]] | None = None,
@@ -62,7 +62,7 @@ class Tap:
         if not edits and site not in self.capture:
             return None
         n = head_count(SITES[site], self.config)
-        lists = [getattr(getattr(edit, "where", None), "head", None) for edit in edits]
+        lists = [None if isinstance(edit, Apply) else edit.where.head for edit in edits]
         if site in self.capture or self.stacked or any(i is None or i.dtype == bool for i in lists):
             return jnp.arange(n, dtype=jnp.int32)
         heads = jnp.concatenate([jnp.asarray(i).reshape(-1) for i in lists])
@@ -73,20 +73,19 @@ class Tap:
         if self.frame.rows is not None:
             return self._edit_cells(site, x)
         for edit in self.edits.get(name, ()):
-            if isinstance(edit, Edit):
-                axes = self._axes(site, x.shape, heads)
-                new = _narrowed(edit, site.inner_axes, axes)(x)
-                mask = selection(edit.where, site.inner_axes, axes)
-                x = jnp.where(mask, new, x)
+            axes = self._axes(site, x.shape, heads)
+            if isinstance(edit, Apply):
+                new = edit(x, name, self.layer, self.frame.positions)
             else:
-                x = _checked(edit(x, name, self.layer, self.frame.positions), x, name)
+                new = _narrowed(edit, site.inner_axes, axes)(x)
+            x = jnp.where(selection(edit.where, site.inner_axes, axes), new, x)
         return x
 
     def _edit_cells(self, site: Site, x: Array) -> Array:
         """Edit packed rows one by one, or cell by cell where an edit must see, or a site holds, all of a cell."""
         layer = self.layer if site.has_layer else None
         for edit, stacked in zip(self.edits.get(site.name, ()), self.stacked.get(site.name, ())):
-            if "query" in site.axes or not isinstance(edit, Edit) or needs_whole_cells(edit, stacked):
+            if "query" in site.axes or needs_whole_cells(edit, stacked):
                 own = of_layer(edit, stacked, site, layer)
                 moved, fixed = eqx.partition(own, stacked)
                 alone = lambda moved, x, fixed=fixed: self._alone(eqx.combine(moved, fixed), site, x)
@@ -95,7 +94,7 @@ class Tap:
                 x = edit_rows(self.config, self.frame, site, layer, edit, stacked, x)
         return x
 
-    def _alone(self, edit: AnyEdit, site: Site, x: Array) -> Array:
+    def _alone(self, edit: Edit, site: Site, x: Array) -> Array:
         """One cell's edit of its whole batch."""
         assert self.frame.whole is not None
         return Tap(self.config, self.frame.whole, {site.name: (edit,)}, {}, self.layer).edited(site.name, x)
@@ -144,11 +143,3 @@ def _narrowed(edit: Edit, axes: Sequence[str], known: Mapping[str, Axis]) -> Any
         edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, value)
     return edit
 
-
-def _checked(new: Any, x: Array, site: str) -> Array:
-    given = (jnp.shape(new), jnp.result_type(new))
-    if given != (x.shape, x.dtype):
-        raise ValueError(
-            f"the callable edit at site {site!r} returned {given[1]}{list(given[0])}, expected {x.dtype}{list(x.shape)}"
-        )
-    return new

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Asked, Float, Heads, Int, KVHeads, Scores, Stream
+from mijax._types import Array, Asked, Bool, Float, Heads, Int, KVHeads, Scores, Stream
 from mijax.model.config import Config
 from mijax.model.norm import Norm, normalise
 from mijax.model.numerics import einsum
@@ -85,7 +85,12 @@ def _mix(config: Config, q: Heads, k: KVHeads, v: KVHeads, frame: Frame, tap: Ta
     # An edit may attend to any token, the future included, but padding is none.
     pattern = jnp.where((frame.keys >= 0)[:, None, None, :], pattern, 0.0)
     by_group = pattern.reshape(batch, config.n_kv_heads, -1, n_query, k.shape[1])
-    return einsum("bhgqk,bkhe->bqhge", by_group, v, dtype).reshape(q.shape)
+    # 0 * inf is NaN: a value that is not finite must reach the queries that attend to it, and no others.
+    finite = jnp.isfinite(v)
+    z = einsum("bhgqk,bkhe->bqhge", by_group, jnp.where(finite, v, 0.0), dtype)
+    broken = jnp.moveaxis(~jnp.all(finite, axis=-1), 1, 2)[:, :, None, None]  # [batch, kv_head, 1, 1, key]
+    reached = jnp.any(broken & (by_group != 0), axis=-1)
+    return jnp.where(jnp.moveaxis(reached, 3, 1)[..., None], jnp.nan, z).reshape(q.shape)
 
 
 def scaled_scores(config: Config, q: Heads, k: KVHeads, dtype) -> Scores:
@@ -98,7 +103,7 @@ def scaled_scores(config: Config, q: Heads, k: KVHeads, dtype) -> Scores:
 
 def masked_softmax(scores: Scores, frame: Frame) -> Scores:
     """The pattern of scores over the keys that each query may see."""
-    allowed = frame.allowed[:, None] & (scores > -jnp.inf)  # an edit may cut a key by -inf
+    allowed = frame.allowed[:, None] & (scores != -jnp.inf)  # an edit may cut a key by -inf; NaN stays NaN
     # A row without any key (padding, or all cut) comes out uniform here and zero below, never NaN.
     pattern = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
     return jnp.where(allowed, pattern, 0.0)
@@ -115,7 +120,7 @@ def _project(config: Config, branch: Branch, W: Array, b: Array | None, name: st
         after = tap(f"{name}_input", before, heads)
         norm = jax.vmap(lambda x: normalise(config, branch.params, x, "ln1", tap.edited), in_axes=2, out_axes=2)
         change = einsum("bpjd,dje->bpje", norm(after) - branch.normed[:, :, None], W[:, heads])
-        out = out.at[:, :, heads].add(change * _first_of_each(heads)[None, None, :, None])
+        out = out.at[:, :, heads].add(jnp.where(_first_of_each(heads), change, 0.0))
     return tap(name, out)
 
 
@@ -126,10 +131,10 @@ def _result_change(z: Heads, W_O: Float[Array, "head d_head d_model"], tap: Tap)
         return 0.0
     before = einsum("bpje,jed->bpjd", z[:, :, heads], W_O[heads])
     change = tap("result", before, heads) - before
-    return jnp.sum(change * _first_of_each(heads)[None, None, :, None], axis=2)
+    return jnp.sum(jnp.where(_first_of_each(heads), change, 0.0), axis=2)
 
 
-def _first_of_each(heads: Int[Array, " k"]) -> Float[Array, " k"]:
-    """1 where a head is listed for the first time: one listed twice must count once."""
+def _first_of_each(heads: Int[Array, " k"]) -> Bool[Array, "1 1 k 1"]:
+    """Where a head is listed for the first time: one listed twice must count once."""
     seen = jnp.tril(heads[:, None] == heads[None, :], k=-1)
-    return jnp.where(jnp.any(seen, axis=1), 0.0, 1.0)
+    return ~jnp.any(seen, axis=1)[None, None, :, None]

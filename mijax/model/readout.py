@@ -22,7 +22,8 @@ class Readout(eqx.Module):
 
         Indices are read by their rank, as in `Where`: 0-d is one (and drops the axis), `[k]` are
         several, `[batch, k]` several for each example. `pos` counts real tokens and is negative from
-        the last. Gives `[batch, pos, vocab]`, with `pos` and `vocab` narrowed or dropped accordingly.
+        the last. Gives `[batch, pos, vocab]`, with `pos` and `vocab` narrowed or dropped accordingly; without `pos`
+        the columns are those of the tokens, and NaN (of gradient zero) at padding.
 
         Raises `IndexError` for a position that a prompt has not, or a token outside the vocabulary;
         inside a trace, where values cannot be looked at, these logits are NaN.
@@ -41,6 +42,9 @@ class Readout(eqx.Module):
             tokens = _index(tokens, "tokens")
             self._check_batch(tokens, "tokens")
             logits = self._some(x, tokens)
+        if pos is None:  # what follows padding is no prediction, and must not pass for one
+            real = jnp.asarray(self.tokens.mask)
+            logits = jnp.where(real.reshape(*real.shape, *(1,) * (logits.ndim - 2)), logits, jnp.nan)
         return logits[:, 0] if dropped else logits
 
     def _at(self, pos: ArrayLike | None) -> tuple[Stream, bool]:

@@ -16,6 +16,9 @@ SELECTS = {
 }  # fmt: skip
 """The field of `Where` that selects along an axis: `unit` is the last axis of vectors."""
 
+UNITS = tuple(axis for axis, field in SELECTS.items() if field == "unit")
+"""The last axes of sites of vectors."""
+
 
 class Site(NamedTuple):
     """A named point of the forward pass: its axes, exact meaning, and which configs have it."""

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Int
-from mijax.interventions.edits import Edit, Interventions, as_edits
+from mijax.interventions.edits import Apply, Interventions, as_edits
+from mijax.interventions.functions import has_functions
 from mijax.interventions.where import Where, check_range
 from mijax.model.config import Config
 from mijax.model.tokens import Tokens
-from mijax.run import check, field_lengths
+from mijax.model.transformer import Transformer
+from mijax.programs.convert import Converted
+from mijax.run import check, field_lengths, of_prompts
 from mijax.sweeps.grid import Grid
 
 
@@ -118,7 +121,7 @@ def cells_of(interventions: Interventions | Stack) -> Cells:
         pairs = []
         for edit, own in zip(given, varies[site]):
             own = jax.tree.map(lambda v: 0 if v else -1, own)
-            grid = getattr(edit, "where", None)
+            grid = edit.where
             if isinstance(grid, Grid):
                 same = id(grid.labels)
                 if same not in groups:
@@ -141,11 +144,34 @@ def check_cells(config: Config, tokens: Tokens, cells: Cells) -> None:
     check(config, tokens, cells.take(0), {})
     for site, given in cells.edits.items():
         for edit, group in zip(given, cells.group[site]):
-            if isinstance(edit, Edit):
-                fields = edit.where.given
-                moved = {f: index for f, index in fields.items() if getattr(group.where, f) >= 0}
-                if moved:
-                    check_range(_together(moved), site, field_lengths(config, tokens, site))
+            moved = {f: index for f, index in edit.where.given.items() if getattr(group.where, f) >= 0}
+            if moved:
+                check_range(_together(moved), site, field_lengths(config, tokens, site))
+
+
+def convert_cells(model: Transformer, tokens: Tokens, cells: Cells) -> Cells:
+    """The cells with users' functions as they are now: a program for all cells, whose arrays differ where the function's do."""
+    if not has_functions(cells.edits):
+        return cells
+    first = of_prompts(model, tokens, cells.take(0))
+    edits, group = {}, {}
+    for site, given in cells.edits.items():
+        pairs = [_with_program(*pair) for pair in zip(given, cells.group[site], first[site])]
+        edits[site], group[site] = tuple(edit for edit, _ in pairs), tuple(number for _, number in pairs)
+    return cells._replace(edits=edits, group=group)
+
+
+def _with_program(edit: Any, group: Any, first: Any) -> tuple[Any, Any]:
+    """An edit with the function of the first cell's in place of its own, and the group of each of its arrays."""
+    if not isinstance(edit, Apply) or isinstance(edit.function, Converted):
+        return edit, group
+    pairs = zip(jax.tree.leaves(edit.function), jax.tree.leaves(group.function))
+    arrays = [(leaf, number) for leaf, number in pairs if _is_number(leaf)]
+    function = lambda leaves, constants: Converted(leaves, constants, first.function.program)
+    constants = first.function.constants
+    at = lambda e: e.function
+    moved = eqx.tree_at(at, edit, function([leaf for leaf, _ in arrays], constants))
+    return moved, eqx.tree_at(at, group, function([number for _, number in arrays], [-1] * len(constants)))
 
 
 def _together(fields: Mapping[str, np.ndarray]) -> Where:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, Float
-from mijax.metrics import AnyMetric
+from mijax.metrics import AnyMetric, Metric, position
 from mijax.model.numerics import accumulator
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
+from mijax.programs.convert import Converted, convert, varying_over
 from mijax.run import run
 
 Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
@@ -29,6 +30,53 @@ def named(metric: Metrics) -> dict[str, AnyMetric]:
             raise TypeError(f"metrics are named by strings, given {', '.join(map(repr, metric))}")
         return dict(metric)
     return {getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__: metric}
+
+
+class MetricProgram(eqx.Module):
+    """A user's metric as its program, with the position that it says it reads."""
+
+    function: Converted
+    pos: Any
+
+    def __call__(self, readout: Readout) -> Float[Array, " batch"]:
+        """One number per example."""
+        return self.function(readout.final, readout.tokens, readout.W_U, readout.b_U)
+
+
+class _OfParts(eqx.Module):
+    """A metric as a function of a readout's parts."""
+
+    metric: Any
+
+    def __call__(self, *parts: Any) -> Any:
+        return self.metric(Readout(*parts))
+
+
+def as_programs(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> dict[str, AnyMetric]:
+    """Metrics as users' functions are now, for runs of prompts of the shape of `tokens`; mijax's own as they are.
+
+    Raises `TypeError` for what is no function.
+    """
+    return {name: _as_program(model, tokens, name, metric) for name, metric in metrics.items()}
+
+
+def _as_program(model: Transformer, tokens: Tokens, name: str, metric: Any) -> AnyMetric:
+    if isinstance(metric, MetricProgram) or (isinstance(metric, Metric) and metric.is_own):
+        return metric
+    if not callable(metric):
+        raise TypeError(f"metric {name!r} must be a function of a readout, given {metric!r}")
+    shape, dtype = (*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype)
+
+    def converted(varying: dict[str, Any]) -> Converted:
+        final = jax.ShapeDtypeStruct(shape, dtype, **varying)
+        return convert(_OfParts(metric), final, tokens, model.unembedding, model.b_U, name=f"metric {name!r}")
+
+    varying = varying_over((model, tokens))
+    program = converted(varying)
+    wider = varying_over((model, tokens, program))
+    program = program if wider == varying else converted(wider)
+    pos = getattr(metric, "pos", None)
+    return MetricProgram(program, None if pos is None else position(pos))
 
 
 def measure(

@@ -15,12 +15,12 @@ from mijax.interventions.where import Where, selection
 from mijax.metrics import AnyMetric
 from mijax.model.config import Config
 from mijax.model.position import frame
-from mijax.model.sites import SITES
+from mijax.model.sites import SITES, UNITS
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.cells import cells_of
 from mijax.sweeps.grid import Grid
-from mijax.sweeps.measure import Metrics, described, measure, named
+from mijax.sweeps.measure import Metrics, as_programs, described, measure, named
 from mijax.sweeps.places import full_grid, positions_told
 from mijax.sweeps.sweep import Running, kept_base, labelled, swept
 
@@ -76,7 +76,7 @@ def patch(
         raise ValueError(f"direction must be 'denoise' or 'noise', given {direction!r}")
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     places = over if isinstance(over, Grid) else full_grid(model, base, site, over)
-    metrics = named(metric)
+    metrics = as_programs(model, base, named(metric))
     goal, value = measure(model, source, {}, metrics, "source", (site,))
     at_base, kept, own = kept_base(model, base, {}, metrics, (site,))
     cells = cells_of({site: Replace(value[site], places)})
@@ -95,7 +95,7 @@ def _first_change(
     where it does nowhere. Two runs agree to the bit where they must (before the first token that differs), and such a
     cell's effect is zero, not rounding."""
     found, positions = SITES[site], frame(config, tokens, jnp.float32)
-    if "unit" not in cells.given and found.inner_axes[-1] in ("d_model", "d_head", "d_mlp"):
+    if "unit" not in cells.given and found.inner_axes[-1] in UNITS:
         differs = jnp.any(differs, axis=-1, keepdims=True)
     layers = differs if found.has_layer else differs[None]
     place = next(i for i, axis in enumerate(found.inner_axes) if axis in ("pos", "query"))

@@ -7,9 +7,7 @@ import jax
 import numpy as np
 
 from mijax._types import Bool, Int
-from mijax.interventions.edits import Edit
 from mijax.interventions.rows import needs_whole_cells
-from mijax.interventions.where import Where
 from mijax.metrics import AnyMetric
 from mijax.model.config import Config
 from mijax.model.position import Rows
@@ -66,7 +64,7 @@ class Shape(NamedTuple):
             field
             for site in cells.group.values()
             for group in site
-            for field, number in getattr(getattr(group, "where", None), "given", {}).items()
+            for field, number in group.where.given.items()
             if number >= 0
         }
         starts = len(cells.labels.get("layer", [0])) if "layer" in moved else 1
@@ -100,8 +98,7 @@ def work(config: Config, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "ba
         for edit, group in zip(given, cells.group[site]):
             whole |= needs_whole_cells(edit, jax.tree.map(lambda g: g >= 0, group))
             if any(g >= 0 for g in jax.tree.leaves(group)):
-                where = edit.where if isinstance(edit, Edit) else Where()
-                fields = {f: _Choices(np.asarray(i), getattr(group.where, f), cells) for f, i in where.given.items()}
+                fields = {f: _Choices(np.asarray(i), getattr(group.where, f), cells) for f, i in edit.where.given.items()}
                 start = np.minimum(start, _begins(config, site, fields))
                 first = np.minimum(first, _first_column(config, mask, site, fields))
     if whole:

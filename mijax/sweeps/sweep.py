@@ -19,9 +19,9 @@ from mijax.model.readout import Readout
 from mijax.model.sites import PER_HEAD_COPIES
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.cells import Cells, Stack, cells_of, check_cells
+from mijax.sweeps.cells import Cells, Stack, cells_of, check_cells, convert_cells
 from mijax.sweeps.engine import Base, Chunk, base_of, run_chunk
-from mijax.sweeps.measure import Metrics, Values, checked, described, metric_bytes, named, values_of
+from mijax.sweeps.measure import Metrics, Values, as_programs, checked, described, metric_bytes, named, values_of
 from mijax.sweeps.plan import Plan, Shape, Work, capacity, chunk_of, columns_read, plan, work
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def swept(
     number of columns where it changes none: the metric is then the base's, and is not computed.
     """
     check_cells(model.config, tokens, cells)
+    cells, metrics = convert_cells(model, tokens, cells), as_programs(model, tokens, metrics)
     at_base, kept = base or kept_base(model, tokens, cells.shared(), metrics)[:2]
     read = columns_read(metrics.values(), tokens)
     todo = work(model.config, tokens, cells, read)
@@ -176,7 +177,6 @@ def _store(save: Any, model: Transformer, tokens: Tokens, cells: Cells, metrics:
     grid = (cells.edits, cells.group, cells.picks, dict(cells.labels))
     parts = {"model": (model, model.config), "prompts": tokens, "grid of interventions": grid, "metric": metrics}
     identity = {name: chunks.fingerprint(part) for name, part in parts.items()}
-    identity |= {"version of jax": jax.__version__, "device": jax.devices()[0].device_kind}
     labels = {"labels": {dim: list(own) for dim, own in cells.labels.items()}, "metrics": list(metrics)}
     return chunks.Store(save, identity, order.arrays(), labels)
 

@@ -1,0 +1,96 @@
+"""Users' functions among edits, converted for the shapes that a run calls them with."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from mijax.interventions.edits import Apply, Edit
+from mijax.model.config import Config
+from mijax.model.sites import SITES, Site
+from mijax.programs.convert import Converted, convert, name_of, varying_over
+
+SIGNATURE = "(x, site, layer, positions)"
+
+
+def has_functions(edits: Mapping[str, tuple[Edit, ...]]) -> bool:
+    """Whether some edit is a function that is not converted yet."""
+    return any(_unconverted(edit) for several in edits.values() for edit in several)
+
+
+def convert_edits(
+    config: Config, edits: Mapping[str, tuple[Edit, ...]], batch: int, pos: int, keys: int, dtype: Any, beside: Any
+) -> dict[str, tuple[Edit, ...]]:
+    """The edits with every function converted, for `pos` tokens of each of `batch` prompts, which attend to `keys`.
+
+    Activations vary over the mesh axes that the arrays of `beside` and of the edits do (inside `shard_map`).
+
+    Raises `ValueError` for a function that gives another shape or dtype than it takes, `TypeError` for one that takes other
+    arguments; what a function raises itself is told with its site.
+    """
+    if not has_functions(edits):
+        return dict(edits)
+    varying = varying_over((beside, edits))
+    once = _converted(config, edits, batch, pos, keys, dtype, varying)
+    wider = varying_over((beside, once))  # what functions close over may vary too
+    return once if wider == varying else _converted(config, edits, batch, pos, keys, dtype, wider)
+
+
+def _converted(config: Config, edits: Any, batch: int, pos: int, keys: int, dtype: Any, varying: Any):
+    sizes = {"batch": batch, "pos": pos, "query": pos, "key": keys}
+    sizes |= {"head": config.n_heads, "kv_head": config.n_kv_heads}
+    sizes |= {"d_model": config.d_model, "d_head": config.d_head, "d_mlp": config.d_mlp}
+    shaped = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, **varying)
+    positions = shaped((batch, pos), jnp.int32)
+
+    def of_site(edit: Edit, name: str) -> Edit:
+        if not _unconverted(edit):
+            return edit
+        site = SITES[name]
+        x = shaped(tuple(sizes[axis] for axis in site.inner_axes), dtype)
+        layer = jax.ShapeDtypeStruct((), jnp.int32) if site.has_layer else None
+        return eqx.tree_at(lambda e: e.function, edit, _function(edit.function, site, x, layer, positions))
+
+    return {name: tuple(of_site(edit, name) for edit in several) for name, several in edits.items()}
+
+
+def _function(function: Any, site: Site, x: jax.ShapeDtypeStruct, layer: Any, positions: Any) -> Converted:
+    _check_signature(function, site.name)
+    try:
+        converted = convert(function, x, site.name, layer, positions)
+    except jax.errors.TracerBoolConversionError as error:
+        error.add_note(
+            f"in {name_of(function)}, the edit at site {site.name!r}: x, layer and positions are traced, so that no `if` can look at"
+            " them; to edit one layer, give mijax.Apply(function, Where(layer=...))"
+        )
+        raise
+    except Exception as error:
+        error.add_note(f"in {name_of(function)}, the edit at site {site.name!r}, called with {SIGNATURE}")
+        raise
+    result = converted.out
+    if jax.tree.structure(result) != jax.tree.structure(x) or (result.shape, result.dtype) != (x.shape, x.dtype):
+        given = jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", result)
+        raise ValueError(
+            f"the callable edit at site {site.name!r} returned {given}, expected {x.dtype}{list(x.shape)}"
+        )
+    return converted
+
+
+def _check_signature(function: Any, site: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of what is not written in Python nobody can tell
+        return
+    try:
+        signature.bind(None, site, None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"an edit that is a function is called with {SIGNATURE}; {name_of(function)} at site {site!r} takes {signature}"
+        ) from error
+
+
+def _unconverted(edit: Edit) -> bool:
+    return isinstance(edit, Apply) and not isinstance(edit.function, Converted)

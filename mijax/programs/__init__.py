@@ -1,0 +1,1 @@
+"""Users' functions as programs: what a Python function computes now, as data."""

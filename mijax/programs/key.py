@@ -1,0 +1,229 @@
+"""The structure of a program as a value: equal for programs that compute the same from the same inputs."""
+
+import dataclasses
+import enum
+import hashlib
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+LIBRARIES = ("jax", "jaxlib", "numpy", "mijax", "equinox", "optax")
+"""Packages whose functions are known by their names: their versions are part of a saved folder's identity."""
+
+Key = Any
+"""Nested tuples of hashable values."""
+
+
+class UnknownError(TypeError):
+    """Part of a program is only known by its identity in this process."""
+
+
+class ById:
+    """An object that equals nothing but itself."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self):
+        return id(self.value)
+
+    def __eq__(self, other: object):
+        return isinstance(other, ById) and other.value is self.value
+
+
+def key_of(jaxpr: Any, constants: Sequence[Any] = ()) -> Key:
+    """The structure of a jaxpr: variables are numbered, nested jaxprs are walked.
+
+    (A jaxpr's text is no key: it leaves out the constants of nested jaxprs, and functions print as addresses. A `ClosedJaxpr`
+    hashes by identity.) `constants` are those of a nested jaxpr, by value. What cannot be compared, such as a callback, enters by
+    identity.
+    """
+    numbers: dict[Any, int] = {}
+    number = lambda v: numbers.setdefault(v, len(numbers))
+    atom = lambda a: _literal(a) if isinstance(a, jex.Literal) else numbers[a]
+    inputs = tuple((number(v), v.aval) for v in (*jaxpr.constvars, *jaxpr.invars))
+    equations = tuple(
+        (eqn.primitive, tuple(map(atom, eqn.invars)), _context(eqn), _params(eqn), tuple((number(v), v.aval) for v in eqn.outvars))
+        for eqn in jaxpr.eqns
+    )  # fmt: skip
+    return inputs, equations, tuple(map(atom, jaxpr.outvars)), tuple(map(_value, constants))
+
+
+def digest(key: Key) -> str:
+    """A checksum of a key that is the same in every process; `UnknownError` where the key has a part that is not."""
+    return hashlib.sha256(text_of(key).encode()).hexdigest()
+
+
+def without_numbers(key: Key) -> Key:
+    """The key with every literal number left out: equal for programs that differ in a Python number only."""
+    if isinstance(key, tuple):
+        return ("number",) if key[:1] == ("literal",) else tuple(map(without_numbers, key))
+    return key
+
+
+def apply(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
+    """One equation of a jaxpr on the values of those of its inputs that are variables."""
+    inputs = dict(zip((v for v in eqn.invars if not isinstance(v, jex.Literal)), arguments))
+    alone = jex.Jaxpr([], list(inputs), eqn.outvars, [eqn], eqn.effects)
+    return jax.core.eval_jaxpr(alone, (), *inputs.values())
+
+
+_open_rules: list[Key] = []
+"""The functions with custom derivatives whose rules are being read."""
+
+
+def _literal(literal: Any) -> Key:
+    value = literal.val
+    return "literal", type(value).__name__, literal.aval, np.asarray(value).tobytes()
+
+
+def _context(eqn: Any) -> Key:
+    return getattr(eqn.ctx, "threefry_partitionable", None), getattr(eqn.ctx, "compute_type", None)
+
+
+def _params(eqn: Any) -> Key:
+    hidden, derivative = RULES.get(eqn.primitive.name, ((), None))
+    params = tuple((name, _param(value)) for name, value in sorted(eqn.params.items()) if name not in hidden)
+    if derivative is None:
+        return params
+    if (eqn.primitive, params) in _open_rules:  # a rule that calls its own function
+        return "recursive", params
+    _open_rules.append((eqn.primitive, params))
+    try:
+        return params, derivative(eqn, [eqn.params[name] for name in hidden])
+    finally:
+        _open_rules.pop()
+
+
+def _param(value: Any) -> Key:
+    if isinstance(value, jex.ClosedJaxpr):
+        return "jaxpr", key_of(value.jaxpr, value.consts)
+    if isinstance(value, jex.Jaxpr):
+        return "jaxpr", key_of(value)
+    if type(value) in (tuple, list):
+        return "sequence", tuple(map(_param, value))
+    if isinstance(value, Mapping):
+        return "mapping", tuple(sorted((str(name), _param(item)) for name, item in value.items()))
+    if isinstance(value, jax.core.Tracer):
+        return ById(value)
+    if isinstance(value, jax.Array | np.ndarray) or hasattr(value, "__array__"):
+        return _value(value)
+    if isinstance(value, float):  # NaN equals nothing
+        return "float", repr(value)
+    try:
+        hash(value)
+    except TypeError:
+        return ById(value)
+    return value
+
+
+def _value(array: Any) -> Key:
+    """An array that could not be made an argument, by its numbers."""
+    if isinstance(array, jax.core.Tracer):
+        return ById(array)
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return "key", str(array.dtype), _value(jax.random.key_data(array))
+    host = np.asarray(array)
+    return "array", str(host.dtype), host.shape, hashlib.sha256(host.tobytes()).hexdigest()
+
+
+# ---- custom derivatives: a rule is a Python function made anew by each trace, known by what it computes
+
+
+def _jvp_rule(eqn: Any, rule: list[Any]) -> Key:
+    return _traced_rule(eqn, rule, lambda f, x: jax.jvp(f, tuple(x), tuple(map(jnp.ones_like, x))))
+
+
+def _vjp_rule(eqn: Any, rule: list[Any]) -> Key:
+    def back(f, x):
+        out, pull = jax.vjp(f, *x)
+        return pull([jnp.ones_like(o) for o in out])
+
+    return _traced_rule(eqn, rule, back)
+
+
+RULES = {
+    "custom_jvp_call": (("jvp_jaxpr_fun",), _jvp_rule),
+    "custom_vjp_call": (("fwd_jaxpr_thunk", "bwd", "out_trees"), _vjp_rule),
+}
+
+
+def _traced_rule(eqn: Any, rule: list[Any], derivative: Any) -> Key:
+    """The key of an equation's derivative; by identity where it has none to be traced."""
+    inputs = [v.aval for v in eqn.invars if not isinstance(v, jex.Literal)]
+    moves = [i for i, aval in enumerate(inputs) if i >= _constants(eqn) and jnp.issubdtype(aval.dtype, jnp.inexact)]
+
+    def traced(*values):
+        def function(*moved):
+            each = list(values)
+            for i, value in zip(moves, moved):
+                each[i] = value
+            return [y for y in apply(eqn, each) if jnp.issubdtype(y.dtype, jnp.inexact)]
+
+        return derivative(function, [values[i] for i in moves])
+
+    try:
+        closed = jax.make_jaxpr(traced)(*inputs)
+    except Exception:  # a rule may raise anything; where it matters, it will again
+        return tuple(map(ById, rule))
+    return key_of(closed.jaxpr, closed.consts)
+
+
+def _constants(eqn: Any) -> int:
+    """How many of an equation's inputs are what its function closes over, of which a custom rule has no derivative."""
+    literals = sum(isinstance(v, jex.Literal) for v in eqn.invars[: eqn.params["num_consts"]])
+    return eqn.params["num_consts"] - literals
+
+
+# ---- text that is the same in every process
+
+
+def text_of(value: Any) -> str:
+    """A value in words that are the same in every process; `UnknownError` where there are none."""
+    return "".join(_pieces(value))
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    if isinstance(value, ById):
+        raise UnknownError(_named(value.value))
+    if isinstance(value, jex.Primitive):
+        yield value.name
+    elif isinstance(value, bytes):
+        yield value.hex()
+    elif isinstance(value, enum.Enum):
+        yield str(value)
+    elif isinstance(value, tuple | list):
+        yield f"{type(value).__name__}("
+        for item in value:
+            yield from (*_pieces(item), ",")
+        yield ")"
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _pieces((type(value).__qualname__, *((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))))
+    elif isinstance(value, type) or callable(value) and hasattr(value, "__qualname__"):
+        yield _of_library(value)
+    else:
+        text = repr(value)
+        if " at 0x" in text:
+            raise UnknownError(_named(value))
+        yield text
+
+
+def _of_library(value: Any) -> str:
+    """The name of a function or class that a library's version says all about."""
+    module, name = str(value.__module__), value.__qualname__
+    if module.partition(".")[0] in LIBRARIES and "<" not in name:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is value:
+            return f"{module}.{name}"
+    raise UnknownError(_named(value))
+
+
+def _named(value: Any) -> str:
+    return getattr(value, "__qualname__", None) or type(value).__qualname__
