@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -227,6 +227,7 @@ class Apply(Edit):
         return self.function(x, site, layer, positions)
 
 
+@runtime_checkable
 class Callback(Protocol):
     """Any function may be an edit: see `Apply`."""
 

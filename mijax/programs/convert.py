@@ -76,7 +76,8 @@ class Converted(eqx.Module):
     @property
     def out(self) -> Any:
         """The shapes and dtypes of the result."""
-        return jax.tree.unflatten(self.program.structure, [v.aval for v in self.program.jaxpr.outvars])
+        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.program.jaxpr.outvars]
+        return jax.tree.unflatten(self.program.structure, shapes)
 
 
 def convert(function: Callable, *arguments: Any, name: str | None = None) -> Converted:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from mijax._types import Array
+from mijax.programs.convert import Converted, convert
 from mijax.superposition.loss import Toy, loss, population_loss
 from mijax.superposition.model import Params
 
@@ -30,8 +32,16 @@ class State(NamedTuple):
     failed_at: Array
 
 
+class Programs(NamedTuple):
+    """What a training computes for one cell, as the user's functions are now: factories are called, and what they return traced."""
+
+    begin: Converted
+    step: Converted
+    judged: Converted
+
+
 class Job(NamedTuple):
-    """Everything of a training but its settings; hashable."""
+    """Everything of a training but its settings."""
 
     toy: Callable[..., Toy]
     optimizer: "Callable[..., optax.GradientTransformation]"
@@ -44,6 +54,15 @@ class Job(NamedTuple):
         given = {**settings, "seed": seed}
         own = lambda f: {name: given[name] for name in inspect.signature(f).parameters if name in given}
         return self.toy(**own(self.toy)), self.optimizer(**own(self.optimizer))
+
+    def programs(self, settings: Settings, seed: Any) -> Programs:
+        """Its functions for settings and a seed of these shapes."""
+        shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+        settings, seed = jax.tree.map(shape, (settings, seed))
+        begin = convert(self.begin, settings, seed, name="the toy or the optimizer")
+        state = begin.out
+        step = convert(self.step, jax.ShapeDtypeStruct((), jnp.int32), settings, seed, state, name="the toy or the optimizer")
+        return Programs(begin, step, convert(self.judged, settings, seed, state, name="the toy, or what is logged,"))
 
     def begin(self, settings: Settings, seed: Any) -> State:
         """A model before its first step."""
@@ -121,53 +140,54 @@ def _every(function: Callable) -> Callable:
     return lambda settings, seeds, *own: jax.vmap(lambda seed, *own: of_cells(settings, seed, *own))(seeds, *own)
 
 
-def _begin(job: Job, settings: Settings, seeds: Array) -> State:
-    return _every(job.begin)(settings, seeds)
+def _begin(program: Converted, settings: Settings, seeds: Array) -> State:
+    return _every(program)(settings, seeds)
 
 
-def _advance(job: Job, settings: Settings, seeds: Array, state: State, start: Array, stop: Array) -> State:
-    one = lambda number: _every(lambda *own: job.step(number, *own))
+def _advance(program: Converted, settings: Settings, seeds: Array, state: State, start: Array, stop: Array) -> State:
+    one = lambda number: _every(lambda *own: program(number, *own))
     return jax.lax.fori_loop(start, stop, lambda number, state: one(number)(settings, seeds, state), state)
 
 
-def _judge(job: Job, settings: Settings, seeds: Array, state: State) -> dict[str, Array]:
-    return _every(job.judged)(settings, seeds, state)
+def _judge(program: Converted, settings: Settings, seeds: Array, state: State) -> dict[str, Array]:
+    return _every(program)(settings, seeds, state)
 
 
-def _divided(function: Callable, job: Job, mesh: Mesh | None, settings: Settings, seeds: Array, *rest: Any) -> Any:
+@eqx.filter_jit
+def _run(function: Callable, program: Converted, mesh: Mesh | None, settings: Settings, seeds: Array, *rest: Any) -> Any:
     """The function's result; on a mesh each place along its first axis computes its own cells."""
     if mesh is None:
-        return function(job, settings, seeds, *rest)
+        return function(program, settings, seeds, *rest)
     axis = mesh.axis_names[0]
     cells, everywhere = PartitionSpec(None, axis), PartitionSpec()
     specs = [cells if isinstance(own, State) else everywhere for own in rest]
+    arrays, fixed = eqx.partition(program, eqx.is_array)
     return jax.shard_map(
-        lambda *args: function(job, *args), mesh=mesh, in_specs=(PartitionSpec(axis), everywhere, *specs), out_specs=cells,
+        lambda arrays, *args: function(eqx.combine(arrays, fixed), *args), mesh=mesh,
+        in_specs=(everywhere, PartitionSpec(axis), everywhere, *specs), out_specs=cells,
         check_vma=False,  # cells never meet, and what all share need not be told from what varies
-    )(settings, seeds, *rest)  # fmt: skip
+    )(arrays, settings, seeds, *rest)  # fmt: skip
 
 
-_run = jax.jit(_divided, static_argnums=(0, 1, 2))
-
-
-def begin(job: Job, mesh: Mesh | None, settings: Settings, seeds: Any) -> State:
+def begin(programs: Programs, mesh: Mesh | None, settings: Settings, seeds: Any) -> State:
     """All models before their first step."""
-    return _run(_begin, job, mesh, settings, seeds)
+    return _run(_begin, programs.begin, mesh, settings, seeds)
 
 
-def advance(job: Job, mesh: Mesh | None, settings: Settings, seeds: Any, state: State, start: int, stop: int) -> State:
+def advance(
+    programs: Programs, mesh: Mesh | None, settings: Settings, seeds: Any, state: State, start: int, stop: int
+) -> State:
     """All models after the steps from `start` to `stop`, in one compiled loop whatever these are."""
-    return _run(_advance, job, mesh, settings, seeds, state, np.int32(start), np.int32(stop))
+    return _run(_advance, programs.step, mesh, settings, seeds, state, np.int32(start), np.int32(stop))
 
 
-def judge(job: Job, mesh: Mesh | None, settings: Settings, seeds: Any, state: State) -> dict[str, Array]:
+def judge(programs: Programs, mesh: Mesh | None, settings: Settings, seeds: Any, state: State) -> dict[str, Array]:
     """The loss and what is logged of all models."""
-    return _run(_judge, job, mesh, settings, seeds, state)
+    return _run(_judge, programs.judged, mesh, settings, seeds, state)
 
 
-def model_bytes(job: Job, settings: Settings, seed: Any) -> int:
+def model_bytes(job: Job, settings: Settings, seed: Any, state: State) -> int:
     """The bytes that one model takes at most: its state, and all that its loss computes, kept for the backward pass."""
-    state = jax.eval_shape(job.begin, settings, seed)
     made = jax.make_jaxpr(lambda *own: job.loss(own[2].params, job.made(*own[:2])[0], own[1], 0))(settings, seed, state)
     size = lambda v: (
         math.prod(v.shape) * v.dtype.itemsize

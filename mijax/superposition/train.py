@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mijax import chunks
 from mijax._types import Array, ArrayLike
 from mijax.memory import PeakMemory, default_memory
-from mijax.superposition.job import Job, State, advance, begin, judge, model_bytes
+from mijax.superposition.job import Job, Programs, State, advance, begin, judge, model_bytes
 from mijax.superposition.loss import Toy
 from mijax.superposition.model import Params
 from mijax.superposition.settings import Grid, grid_of
@@ -77,14 +77,14 @@ def train(
     grid = grid_of(over, {"toy": toy, "optimizer": optimizer})
     log_at = sorted({int(step) for step in log_at})
     job = Job(toy, optimizer, batch, judged_on, tuple((log or {}).items()))
-    _check(job, grid, steps, log_at)
-    each = model_bytes(job, *_example(grid))
+    programs = _checked(job, grid, steps, log_at)
+    each = model_bytes(job, *_example(grid), programs.begin.out)
     budget = _default_memory(each) if memory is None else memory
     parts = _parts(grid, budget // each, 1 if mesh is None else mesh.devices.shape[0])
     if parts is None:
         raise ValueError(f"memory={budget} bytes does not hold one model for each device, which takes {each}")
-    store = None if save is None else _store(save, job, grid, steps, log_at, parts, mesh)
-    run = _Run(job, grid, parts if store is None else store.plan, steps, log_at, store, mesh, strict=nan == "raise")
+    store = None if save is None else _store(save, job, programs, grid, steps, log_at, parts, mesh)
+    run = _Run(job, programs, grid, parts if store is None else store.plan, steps, log_at, store, mesh, strict=nan == "raise")
     estimate = each * min(grid.cells * len(grid.seeds), run.parts[0][0].size * run.parts[0][1].size)
     with PeakMemory(estimate) as peak:
         chunks.run_chunks(
@@ -111,19 +111,19 @@ def _example(grid: Grid) -> tuple[dict[str, Any], Any]:
     return {name: own[0] for name, own in grid.at(np.zeros(1, int)).items()}, np.uint32(grid.seeds[0])
 
 
-def _check(job: Job, grid: Grid, steps: int, log_at: list[int]) -> None:
-    """Raise for what cannot be trained, before anything is."""
+def _checked(job: Job, grid: Grid, steps: int, log_at: list[int]) -> Programs:
+    """What is computed for one cell; raises for what cannot be trained, before anything is."""
     if steps < 0 or (job.batch is not None and job.batch < 1) or (job.judge is not None and job.judge < 1):
         raise ValueError(f"steps={steps}, batch={job.batch}, judged_on={job.judge}: positive numbers are expected")
     if log_at and not 0 <= log_at[0] <= log_at[-1] <= steps:
         raise ValueError(f"log_at={log_at}: between 0 and the {steps} steps are expected")
     settings, seed = _example(grid)
-    state = jax.eval_shape(job.begin, settings, seed)
-    jax.eval_shape(job.check, settings, seed, state)
-    jax.eval_shape(job.step, np.int32(0), settings, seed, state)
-    jax.eval_shape(job.judged, settings, seed, state)
+    state = jax.eval_shape(lambda *cell: job.begin(*cell), settings, seed)  # a new function: JAX finds traces by identity
+    jax.eval_shape(lambda *cell: job.check(*cell), settings, seed, state)
+    programs = job.programs(settings, seed)
     _check_names(job, grid, state, log_at)
     _check_values(job, grid)
+    return programs
 
 
 def _check_names(job: Job, grid: Grid, state: State, log_at: list[int]) -> None:
@@ -194,13 +194,11 @@ def _equal(count: int, most: int, multiple: int) -> np.ndarray:
 
 
 def _store(
-    save: Any, job: Job, grid: Grid, steps: int, log_at: list[int], parts: dict[str, np.ndarray], mesh: Mesh | None
+    save: Any, job: Job, programs: Programs, grid: Grid, steps: int, log_at: list[int], parts: dict[str, np.ndarray], mesh: Mesh | None
 ) -> chunks.Store:
-    about = {"toy": job.toy, "optimizer": job.optimizer, "log": (job.log, log_at), "settings": grid.axes}
-    about |= {"number of steps": steps, "batch": (job.batch, job.judge)}
+    about: dict[str, Any] = {"toy or optimizer": (programs.begin, programs.step), "toy or log": (programs.judged, log_at)}
+    about |= {"settings": grid.axes, "number of steps": steps, "batch": (job.batch, job.judge)}
     identity = {name: chunks.fingerprint(part) for name, part in about.items()}
-    identity |= {"version of jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    identity |= {"precision": str(jnp.result_type(float))}
     store = chunks.Store(save, identity, parts, {"axes": {k: v.tolist() for k, v in grid.axes.items()}})
     places = 1 if mesh is None else mesh.devices.shape[0]
     if store.plan["cells"].shape[1] % places:
@@ -214,14 +212,15 @@ class _Run:
     """A grid's chunks, each in turns of some steps: called by `chunks.run_chunks` with a turn's number, in order."""
 
     def __init__(
-        self, job: Job, grid: Grid, parts: Mapping[str, np.ndarray], steps: int, log_at: list[int],
+        self, job: Job, programs: Programs, grid: Grid, parts: Mapping[str, np.ndarray], steps: int, log_at: list[int],
         store: chunks.Store | None, mesh: Mesh | None, strict: bool,
     ):  # fmt: skip
         self.job, self.grid, self.log_at, self.store, self.mesh, self.strict = job, grid, log_at, store, mesh, strict
+        self.programs = programs
         self.parts = list(itertools.product(parts["seeds"], parts["cells"]))
         turns = max(1, min(TURNS, steps // STEPS))
         self.ends = sorted({*log_at, *(np.arange(1, turns + 1) * steps // turns).tolist()})
-        self.state = jax.eval_shape(lambda *inputs: begin(job, None, *inputs), *self._inputs(0))
+        self.state = jax.eval_shape(lambda *inputs: begin(programs, None, *inputs), *self._inputs(0))
         self.names = {f"state.{i}": name for i, name in enumerate(_parameters(self.state))}
         self.live: tuple[int, State] | None = None
         self.whole: dict[str, np.ndarray] = {}
@@ -234,12 +233,12 @@ class _Run:
         part, turn = divmod(numbers[0], len(self.ends))
         inputs = self._inputs(part)
         start = self.ends[turn - 1] if turn else 0
-        state = advance(self.job, self.mesh, *inputs, self._before(numbers[0], turn, inputs), start, self.ends[turn])
+        state = advance(self.programs, self.mesh, *inputs, self._before(numbers[0], turn, inputs), start, self.ends[turn])
         self.live = numbers[0], state
         last = turn == len(self.ends) - 1
         found = {"failed_at": state.failed_at}
         if last or self.ends[turn] in self.log_at:
-            found |= {f"judged.{k}": v for k, v in judge(self.job, self.mesh, *inputs, state).items()}
+            found |= {f"judged.{k}": v for k, v in judge(self.programs, self.mesh, *inputs, state).items()}
         if last or self.store is not None:
             found |= {f"state.{i}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
         return found
@@ -247,7 +246,7 @@ class _Run:
     def _before(self, number: int, turn: int, inputs: Any) -> State:
         """What a turn goes on from: the last turn's state, in memory or saved."""
         if turn == 0:
-            return begin(self.job, self.mesh, *inputs)
+            return begin(self.programs, self.mesh, *inputs)
         if self.live is not None and self.live[0] == number - 1:
             return self.live[1]
         found = self.store.load(number - 1) if self.store else None
