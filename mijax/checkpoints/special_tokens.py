@@ -38,7 +38,7 @@ def read_special_tokens(folder: Path, settings: Mapping[str, Any], backend: toke
     padding = {} if backend.padding is None else {"pad_token": AddedToken(backend.padding["pad_token"], special=True)}
     merged = padding | main.standard | overrides.standard | overrides.specific | main.specific
     named = {name: token for name, token in merged.items() if token is not None}
-    extra = [*(main.extra or main.old_extra or overrides.old_extra), *overrides.extra]
+    extra = [*(main.extra or main.old_extra), *overrides.extra] or overrides.old_extra
     special = [*named.values(), *extra]
     added = _added_tokens(folder, settings, backend, {token.content for token in special})
     _add(backend, added, special, {token.content for token in named.values()})
