@@ -101,7 +101,9 @@ def _mappings(kind: str, values: Any) -> list[Mapping[str, Any]]:
         raise TypeError(f"expected a list of {kind}s, given {type(values).__name__}")
     for i, value in enumerate(values):
         if not isinstance(value, Mapping):
-            raise TypeError(f"a {kind} must be a mapping (a tool: its JSON schema), given {type(value).__name__} at {i}")
+            raise TypeError(
+                f"a {kind} must be a mapping (a tool: its JSON schema), given {type(value).__name__} at {i}"
+            )
     return list(values)
 
 
@@ -176,7 +178,11 @@ def _raise(message: str) -> NoReturn:
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | str | None = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     """JSON as it stands: jinja2's own filter escapes HTML and sorts keys."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -116,7 +116,9 @@ class _Cursor:
         return name, shape, self.code(), self.count()
 
 
-def _placed(entries: Sequence[tuple[str, tuple[int, ...], int, int]], base: int, alignment: int, end: int) -> list[Tensor]:
+def _placed(
+    entries: Sequence[tuple[str, tuple[int, ...], int, int]], base: int, alignment: int, end: int
+) -> list[Tensor]:
     """The tensors of a file that ends at `end`, whose data begin at `base`."""
     expected, tensors = 0, {}
     for name, shape, code, offset in entries:
@@ -147,7 +149,9 @@ def _quantisation(name: str, shape: tuple[int, ...], code: int) -> tuple[Any, in
     try:
         quants.dequantize(np.zeros((1, size), np.uint8), kind)
     except NotImplementedError as error:
-        raise ValueError(f"tensor {name} is of type {kind.name}, which is no floating-point or quantised one") from error
+        raise ValueError(
+            f"tensor {name} is of type {kind.name}, which is no floating-point or quantised one"
+        ) from error
     if shape[-1] % block:
         raise ValueError(f"tensor {name} has rows of {shape[-1]} in blocks of {block}")
     return kind, int(np.prod(shape, dtype=object)) // block * size

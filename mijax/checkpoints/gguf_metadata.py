@@ -176,10 +176,16 @@ def _contradictions(values: Mapping[str, Any], d_head: int) -> list[str]:
     found = [
         (f"rope.dimension_count must be the head's size {d_head}", get("rope.dimension_count", d_head) != d_head),
         (f"attention.value_length must be the key's length {d_head}", get("attention.value_length", d_head) != d_head),
-        (f"embedding_length must be a multiple of {heads} heads", "llama.attention.key_length" not in values and d_model % heads),
+        (
+            f"embedding_length must be a multiple of {heads} heads",
+            "llama.attention.key_length" not in values and d_model % heads,
+        ),
         (f"attention.scale must be 1 / sqrt({d_head})", scale and not math.isclose(scale, d_head**-0.5, rel_tol=1e-6)),
         (f"attention.sliding_window must not be below the context's {n_ctx}", 0 < window < n_ctx),
-        (f"rope.scale_linear must be rope.scaling.factor's {factor}", factor and get("rope.scale_linear", factor) != factor),
+        (
+            f"rope.scale_linear must be rope.scaling.factor's {factor}",
+            factor and get("rope.scale_linear", factor) != factor,
+        ),
     ]
     return [f"llama.{text}, given {values[f'llama.{text.split()[0]}']}" for text, wrong in found if wrong]
 

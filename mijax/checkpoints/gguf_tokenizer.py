@@ -89,8 +89,7 @@ def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Token
             f" is byte-level BPE ('gpt2') split as {', '.join(_SPLITTINGS)}. mijax.load(path, tokenizer=False) loads the"
             " weights alone"
         )
-    templates = _templates(values)
-    rules = KEYS | HARMLESS | {f"{_TEMPLATE}{name}": TEXT for name in templates}
+    rules = KEYS | HARMLESS | {key: TEXT for key in values if key.startswith(_TEMPLATE)}
     refuse(path, [*missing(values, _REQUIRED), *faults(values, rules)])
     refuse(path, _vocabulary_faults(values, n_vocab))
     tokens, kinds = get("tokens"), get("token_type", [1] * n_vocab)
@@ -103,7 +102,7 @@ def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Token
     ids = {name: get(f"{key}_token_id") for key, name in _NAMES.items()}
     named = {n: tokens[i] for n, i in ids.items() if i is not None and kinds[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)}
     ends = [get(f"{name}_token_id") for name in _END]
-    return Tokenizer(backend, templates, named, end_tokens=[i for i in ends if i is not None])
+    return Tokenizer(backend, _templates(values), named, end_tokens=[i for i in ends if i is not None])
 
 
 def _backend(
@@ -111,9 +110,7 @@ def _backend(
 ) -> tokenizers.Tokenizer:
     pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocabulary, pairs, fuse_unk=False, ignore_merges=splitting.ignore_merges)
-    )
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, fuse_unk=False, ignore_merges=splitting.ignore_merges))
     backend.pre_tokenizer = splitting.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     of_kind = lambda *wanted: [token for token, kind in zip(tokens, kinds) if kind in wanted]
@@ -177,5 +174,7 @@ def _special_faults(values: Mapping[str, Any], kinds: Sequence[int], splitting: 
         if key not in ids and values.get(flag, added):
             found.append(f"the key {key} is missing, although it is to be added to every text ({flag})")
         if ids.get(key, len(kinds)) < len(kinds) and kinds[ids[key]] not in (_UNKNOWN, _CONTROL, _USER_DEFINED):
-            found.append(f"{key} is {ids[key]}, a token of ordinary text (tokenizer.ggml.token_type), expected a control token")
+            found.append(
+                f"{key} is {ids[key]}, a token of ordinary text (tokenizer.ggml.token_type), expected a control token"
+            )
     return found

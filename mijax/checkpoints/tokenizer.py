@@ -139,7 +139,9 @@ class Tokenizer:
         Raises what `render` raises.
         """
         if isinstance(conversations, (str, Mapping)) or any(isinstance(c, (str, Mapping)) for c in conversations):
-            raise TypeError("chat takes a list of conversations, each a list of messages; given one of messages or texts")
+            raise TypeError(
+                "chat takes a list of conversations, each a list of messages; given one of messages or texts"
+            )
         shared = {"prompt": prompt, "tools": tools, "documents": documents, "template": template, **variables}
         return self([self.render(c, **shared) for c in conversations], padding=padding, special=False)
 
@@ -167,7 +169,9 @@ class Tokenizer:
 
         reserved = variables.keys() & {"messages", "add_generation_prompt"}
         if reserved:
-            raise TypeError(f"{', '.join(sorted(reserved))} cannot be given: render sets it from conversation and prompt")
+            raise TypeError(
+                f"{', '.join(sorted(reserved))} cannot be given: render sets it from conversation and prompt"
+            )
         text = self._templates[chat.choose(self._templates, template, tools)]
         variables = self.special_tokens | variables | {"add_generation_prompt": prompt}
         return chat.render(text, conversation, tools, documents, variables)

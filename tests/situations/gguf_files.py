@@ -33,7 +33,9 @@ def tensors():
     blocks = {"attn_q": (d, d), "attn_k": (d, d), "attn_v": (d, d), "attn_output": (d, d), "ffn_gate": (2 * d, d),
               "ffn_up": (2 * d, d), "ffn_down": (d, 2 * d), "attn_norm": (d,), "ffn_norm": (d,)}  # fmt: skip
     parts = {f"blk.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in blocks.items()}
-    return {n: normal(*s) for n, s in {"token_embd.weight": (len(TOKENS), d), "output_norm.weight": (d,), **parts}.items()}
+    return {
+        n: normal(*s) for n, s in {"token_embd.weight": (len(TOKENS), d), "output_norm.weight": (d,), **parts}.items()
+    }
 
 
 def write(path, changes=(), more=()):

@@ -11,7 +11,10 @@ from tests.situations.folders import theirs, write
 EACH = "{% for m in messages %}"
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"b": "<int>", "a": "it's"}}}]
 USER = [{"role": "user", "content": "hi"}]
-NAMED = [{"name": "default", "template": "D{{ messages|length }}"}, {"name": "tool_use", "template": "T{{ tools|length }}"}]
+NAMED = [
+    {"name": "default", "template": "D{{ messages|length }}"},
+    {"name": "tool_use", "template": "T{{ tools|length }}"},
+]
 
 # template (or chat_template of tokenizer_config.json), conversation, further arguments, what transformers renders
 CASES = {

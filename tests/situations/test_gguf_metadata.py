@@ -19,7 +19,10 @@ def outcome(path):
     """All that is made of the metadata: the config, and what the tokenizer does."""
     file = GGUF(path)
     tokenizer = file.tokenizer()
-    rendered = {name: tokenizer.render([{"role": "user", "content": "hi"}], template=name) for name in dict(tokenizer.chat_template or {})}
+    rendered = {
+        name: tokenizer.render([{"role": "user", "content": "hi"}], template=name)
+        for name in dict(tokenizer.chat_template or {})
+    }
     return file.config, tokenizer(TEXT).ids.tolist(), tokenizer.special_tokens, tokenizer.end_tokens, rendered
 
 
@@ -112,7 +115,9 @@ def test_a_key_without_effect_changes_nothing(tmp_path, key):
 def scaled(tmp_path, **changes):
     keys = {"kind": "type", "factor": "scaling.factor", "old": "scale_linear"}
     types = {str: T.STRING, float: T.FLOAT32}
-    fields = {f"llama.rope.{keys[k] if k != 'kind' else 'scaling.type'}": (v, types[type(v)]) for k, v in changes.items()}
+    fields = {
+        f"llama.rope.{keys[k] if k != 'kind' else 'scaling.type'}": (v, types[type(v)]) for k, v in changes.items()
+    }
     return frequencies(mj.load(write(tmp_path / "x.gguf", fields), tokenizer=False)[0].config)
 
 
@@ -126,7 +131,9 @@ def test_rotary_frequencies_are_divided_as_llama_cpp_does(tmp_path, changes, fac
     assert np.allclose(scaled(tmp_path, **changes), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("key", ["llama.feed_forward_length", "llama.attention.head_count", "llama.attention.head_count_kv"])
+@pytest.mark.parametrize(
+    "key", ["llama.feed_forward_length", "llama.attention.head_count", "llama.attention.head_count_kv"]
+)
 def test_an_entry_for_each_layer_is_read_where_all_are_equal(tmp_path, key):
     value = {"llama.feed_forward_length": 16}.get(key, 2)
     plain = outcome(write(tmp_path / "plain.gguf", {key: (value, T.UINT32)}))
@@ -180,7 +187,10 @@ def test_a_value_that_cannot_be_is_refused_by_its_key(tmp_path, fault):
         mj.load(write(tmp_path / "x.gguf", changes))
 
 
-@pytest.mark.parametrize("name", ["rope_freqs.weight", "blk.0.attn_q_norm.weight", "blk.0.ffn_gate_exps.weight", "cls.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["rope_freqs.weight", "blk.0.attn_q_norm.weight", "blk.0.ffn_gate_exps.weight", "cls.weight", "model.norm.weight"],
+)
 def test_a_tensor_that_nobody_uses_is_refused_by_name(tmp_path, name):
     with refused(ValueError, name):
         mj.load(write(tmp_path / "x.gguf", more={name: np.ones(4, np.float32)}))
@@ -193,7 +203,11 @@ def test_every_fault_is_told_at_once(tmp_path):
 
 
 def test_the_weights_of_a_file_load_without_its_tokenizer(tmp_path):
-    changes = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": (True, T.BOOL), "tokenizer.ggml.new": (1, T.UINT32)}
+    changes = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.add_space_prefix": (True, T.BOOL),
+        "tokenizer.ggml.new": (1, T.UINT32),
+    }
     path = write(tmp_path / "x.gguf", changes)
     with refused(ValueError, r"unsupported tokenizer 'llama' .* mijax.load\(path, tokenizer=False\)"):
         mj.load(path)

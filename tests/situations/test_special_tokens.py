@@ -10,7 +10,9 @@ from tests.situations.folders import WORDS, theirs, write
 
 CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
 token = lambda text, **flags: {"content": text, "lstrip": False, "rstrip": False, "single_word": False, **flags}
-decoder = lambda i, text, **flags: {"added_tokens_decoder": {str(i): token(text, normalized=False, special=True, **flags)}}
+decoder = lambda i, text, **flags: {
+    "added_tokens_decoder": {str(i): token(text, normalized=False, special=True, **flags)}
+}
 
 # files, how tokenizer.json is made, the names, the tokens of TEXT with special ones
 TEXT = "a<pad> <img>b"
@@ -95,7 +97,10 @@ def test_what_tokenizer_json_pads_with_is_the_padding_token(tmp_path):
     padded.enable_padding(pad_id=2, pad_token="<pad>")
     padded.save(str(folder / "tokenizer.json"))
     tokenizer = mj.Tokenizer.from_folder(folder)
-    assert tokenizer.special_tokens == {"pad_token": "<pad>"} and tokenizer(["a", "bc"]).mask.tolist()[0] == [True, False]
+    assert tokenizer.special_tokens == {"pad_token": "<pad>"} and tokenizer(["a", "bc"]).mask.tolist()[0] == [
+        True,
+        False,
+    ]
 
 
 # files, and the ids at which the model stops: transformers' generate stops at generation_config.json's, else config.json's
