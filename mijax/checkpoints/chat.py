@@ -3,7 +3,7 @@
 import datetime
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +22,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """A folder's templates by name; `settings` is the content of its tokenizer_config.json.
 
-    Files of their own replace all that the settings hold. Processors kept theirs in chat_template.json: it is read last.
+    Files of their own replace all that the settings hold. Processors kept theirs in chat_template.json, which is read
+    last.
 
     Raises `ValueError` where the settings hold something else than templates.
     """
@@ -43,7 +44,7 @@ def _templates(value: Any, path: Path) -> dict[str, str]:
     """One template, a mapping of names, or a list of `{"name": ..., "template": ...}`."""
     if isinstance(value, list) and all(isinstance(v, dict) and v.keys() >= {"name", "template"} for v in value):
         value = {entry["name"]: entry["template"] for entry in value}
-    templates = value if isinstance(value, dict) else {DEFAULT: value}
+    templates: dict[Any, Any] = value if isinstance(value, dict) else {DEFAULT: value}
     if not all(isinstance(part, str) for pair in templates.items() for part in pair):
         raise ValueError(f"{path}: chat_template must be a text or a list of names and texts, given {value!r}")
     return templates
@@ -115,10 +116,11 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, place: str) -> Any:
-    """A copy out of JSON's types: a template comes from strangers, and other objects have methods that it could call."""
+    """A copy out of JSON's types: templates come from strangers, and other objects have methods for them to call."""
     if value is None or isinstance(value, bool):
         return value
-    for kind, base in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
+    bases: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
+    for kind, base in bases.items():
         if isinstance(value, kind):
             return base(value)  # without the methods of a subclass
     if isinstance(value, np.generic):

@@ -35,8 +35,8 @@ class GGUF:
 
     `config` holds the contents of the `config.json` that the model came from, as far as mijax reads it.
 
-    Raises `ValueError` for a file that is not GGUF, is truncated or corrupt, holds another architecture, or has tensors or
-    metadata that cannot be followed.
+    Raises `ValueError` for a file that is not GGUF, is truncated or corrupt, holds another architecture, or has tensors
+    or metadata that cannot be followed.
     """
 
     def __init__(self, path: Path):
@@ -76,8 +76,8 @@ class GGUF:
     def tokenizer(self) -> Tokenizer:
         """Rebuild the tokenizer, a byte-level BPE, from the tokens and merges in the file.
 
-        Raises `ValueError` for another kind of tokenizer, an unknown way of splitting words, or metadata of it that cannot
-        be followed.
+        Raises `ValueError` for another kind of tokenizer, an unknown way of splitting words, or metadata of it that
+        cannot be followed.
         """
         return read_tokenizer(self.fields, self.config["vocab_size"], self.path)
 

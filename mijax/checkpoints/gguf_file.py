@@ -1,4 +1,4 @@
-"""The header of a GGUF file: typed metadata, and where each tensor lies. Every length is held against the file's own."""
+"""The header of a GGUF file: typed metadata, and where each tensor lies, with every length held against the file's."""
 
 import mmap
 import struct
@@ -14,7 +14,7 @@ _MAX_DIMENSIONS = 4
 
 
 class Tensor(NamedTuple):
-    """A tensor's place in the file: `start` and `size` in bytes, `shape` with the rows last, its quantisation `kind`."""
+    """A tensor's place in the file: `start` and `size` in bytes, `shape` as NumPy's, its quantisation `kind`."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,8 +34,8 @@ class Tensor(NamedTuple):
 def read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
     """Read metadata (as Python's int, float, bool, str, and lists of them) and the tensors' places.
 
-    Raises `ValueError`, naming the file, where it is truncated, corrupt, or of a form that nobody writes: tensors follow each
-    other without gaps, as llama.cpp demands, so one that was moved or overlaps another is found.
+    Raises `ValueError`, naming the file, where it is truncated or corrupt. Tensors must follow each other without gaps,
+    as llama.cpp demands, so that one that was moved or overlaps another is found.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -129,7 +129,8 @@ def _placed(
         kind, size = _quantisation(name, shape, code)
         if offset != expected:
             raise ValueError(
-                f"tensor {name} lies at {offset}, expected {expected}: each follows the one before, at a multiple of {alignment}"
+                f"tensor {name} lies at {offset}, expected {expected}: each follows the one before, at a multiple of"
+                f" {alignment}"
             )
         if base + offset + size > end:
             raise ValueError(f"tensor {name} ends at byte {base + offset + size}, the file has {end}")

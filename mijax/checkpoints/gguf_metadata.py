@@ -113,7 +113,7 @@ def missing(values: Mapping[str, Any], required: Sequence[str]) -> list[str]:
 
 
 def faults(values: Mapping[str, Any], rules: Mapping[str, Rule], families: tuple[str, ...] = ()) -> list[str]:
-    """A fault for each key that no rule knows (nor does one of the harmless families), or whose value its rule refuses."""
+    """A fault for each key that is in no rule and in no harmless family, or whose value its rule refuses."""
     unknown = [k for k in values if k not in rules and not k.startswith(families)]
     wrong = [(k, rules[k].expected) for k in values if k in rules and not rules[k].accepts(values[k])]
     return [

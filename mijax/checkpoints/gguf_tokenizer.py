@@ -19,8 +19,8 @@ _byte_level = lambda use_regex: pre_tokenizers.ByteLevel(add_prefix_space=False,
 class _Splitting(NamedTuple):
     """How a text is split into words, and what llama.cpp takes for granted with it.
 
-    `ignore_merges`: a word that is a token is not split further. `add_bos`: a text begins with the beginning token, unless
-    the file says otherwise.
+    `ignore_merges`: a word that is a token is not split further. `add_bos`: a text begins with the beginning token,
+    unless the file says otherwise.
     """
 
     pre_tokenizer: Callable[[], pre_tokenizers.PreTokenizer]
@@ -81,8 +81,11 @@ def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Token
     unknown or contradicts itself.
     """
     values = {key: value for key, value in fields.items() if key.startswith("tokenizer.")}
-    get = lambda key, default=None: values.get(f"tokenizer.ggml.{key}", default)
-    splitting = _SPLITTINGS.get(get("pre")) if isinstance(get("pre"), str) else None
+
+    def get(key: str, default: Any = None) -> Any:
+        return values.get(f"tokenizer.ggml.{key}", default)
+
+    splitting = _SPLITTINGS.get(str(get("pre")))
     if get("model") != "gpt2" or splitting is None:
         raise ValueError(
             f"{path}: unsupported tokenizer {get('model')!r} with splitting {get('pre')!r} (tokenizer.ggml.pre); supported"

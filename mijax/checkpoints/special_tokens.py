@@ -1,4 +1,4 @@
-"""Special tokens (beginning, end, padding, ...) out of the files of a Hugging Face folder, as `transformers` reads them."""
+"""Special tokens (beginning, end, padding, ...) out of a Hugging Face folder's files, as `transformers` reads them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,9 +25,9 @@ class SpecialTokens(NamedTuple):
 def read_special_tokens(folder: Path, settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> SpecialTokens:
     """Read a folder's special tokens, and add to `backend` those that it does not know as such.
 
-    `settings` is the content of tokenizer_config.json. special_tokens_map.json and added_tokens.json count only where the
-    settings have no `added_tokens_decoder`; then the former goes before the settings. What tokenizer.json pads with is the
-    padding token of last resort.
+    `settings` is the content of tokenizer_config.json. special_tokens_map.json and added_tokens.json count only where
+    the settings have no `added_tokens_decoder`; then the former goes before the settings. What tokenizer.json pads with
+    is the padding token of last resort.
 
     Raises `ValueError`, naming the file and the entry, for a token that is neither a text nor an object with one.
     """

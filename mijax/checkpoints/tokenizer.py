@@ -34,9 +34,9 @@ class Tokenizer:
     ):
         """Wrap `backend`, the library's own tokenizer.
 
-        Args: `chat_template` is the model's own, in jinja2, or several by name. `special_tokens` are those that it may use by
-        name (`bos_token`, `eos_token`, ...), `extra_special_tokens` those without one. `end_tokens` are the ids that end the
-        model's answers, beside that of `eos_token`.
+        `chat_template` is the model's own, in jinja2, or several by name. `special_tokens` are those that it may use by
+        name (`bos_token`, `eos_token`, ...), `extra_special_tokens` those without one. `end_tokens` are the ids that
+        end the model's answers, beside that of `eos_token`.
         """
         backend.no_padding()
         backend.no_truncation()
@@ -78,7 +78,7 @@ class Tokenizer:
 
         write = lambda name, content: (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
         self.backend.save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         settings |= settings_of(SpecialTokens(self.special_tokens, self.extra_special_tokens))
         if self.backend.encode_special_tokens:
             settings["split_special_tokens"] = True
@@ -89,7 +89,7 @@ class Tokenizer:
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """The ids of the tokens that end what the model says: the end-of-sequence token, and those of its configuration."""
+        """The ids of the tokens that end what the model says: that of `eos_token`, then those of its configuration."""
         name = self.special_tokens.get("eos_token")
         eos = None if name is None else self.backend.token_to_id(name)
         return tuple(dict.fromkeys((*(() if eos is None else (eos,)), *self._end_tokens)))
@@ -133,10 +133,10 @@ class Tokenizer:
     ) -> Tokens:
         """Render conversations by the model's own template and encode them as one batch.
 
-        Args: each conversation is a list of `{"role": "user", "content": "..."}`; `padding` is as in `tokenizer(...)`, and
-        the others are as in `render`. Special tokens are those that the template writes, and no others.
+        Each conversation is a list of `{"role": "user", "content": "..."}`; `padding` is as in `tokenizer(...)`, and
+        the other arguments are as in `render`. Special tokens are those that the template writes, and no others.
 
-        Raises what `render` raises.
+        Raises what `render` raises, and `TypeError` for one conversation in place of a list of them.
         """
         if isinstance(conversations, (str, Mapping)) or any(isinstance(c, (str, Mapping)) for c in conversations):
             raise TypeError(
@@ -157,13 +157,18 @@ class Tokenizer:
     ) -> str:
         """The text that `chat` encodes, equal to that of `apply_chat_template` in `transformers`.
 
-        Args: `prompt` ends the text with the words that make the model answer. `tools` are JSON schemas of functions,
-        `documents` texts to answer from. `template` names one of several templates: by default it is `tool_use` where tools
-        are given and there is one, else `default`. `variables` are further ones that the template knows
+        `prompt` ends the text with the words that make the model answer. `tools` are JSON schemas of functions,
+        `documents` texts to answer from. `template` names one of several templates: by default it is `tool_use` where
+        tools are given and there is one, else `default`. `variables` are further ones that the template knows
         (`enable_thinking=False`); they go before special tokens.
 
         Raises `ValueError` where there is no such template, or it refuses the conversation or fails on it; `TypeError`
         for messages or tools that are no mappings of plain values.
+
+        >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+        >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        >>> Tokenizer(backend, template, {"eos_token": "</s>"}).render([{"role": "user", "content": "hi"}])
+        'user: hi</s>'
         """
         from mijax.checkpoints import chat
 
