@@ -90,7 +90,7 @@ def render(
         "documents": None if documents is None else _plain(_mappings("document", documents), "documents"),
     } | {name: _plain(value, name) for name, value in variables.items()}
     try:
-        return _environment().from_string(template).render(values)
+        return _compiled(template).render(values)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from error
     except Exception as error:  # a template is a program: it can fail in any way
@@ -188,6 +188,11 @@ def _to_json(
 ) -> str:
     """JSON as it stands: jinja2's own filter escapes HTML and sorts keys."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
 
 
 @functools.cache

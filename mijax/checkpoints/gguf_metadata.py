@@ -138,7 +138,9 @@ def config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], pat
     get = lambda key, default=None: values.get(f"llama.{key}", default)
     heads, d_model = get("attention.head_count"), get("embedding_length")
     d_head = get("attention.key_length", d_model // heads)
-    n_vocab = shapes.get("model.embed_tokens.weight", (0,))[0]
+    if "model.embed_tokens.weight" not in shapes:
+        raise ValueError(f"{path}: the tensor token_embd.weight is missing")
+    n_vocab = shapes["model.embed_tokens.weight"][0]
     refuse(path, [*_contradictions(values, d_head), *_counts(values, len(shapes), n_vocab)])
     return {
         "architectures": ["LlamaForCausalLM"],

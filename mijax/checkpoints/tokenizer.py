@@ -41,6 +41,8 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
+        if isinstance(chat_template, Mapping):  # one template is its text, none is None
+            chat_template = dict(chat_template) if chat_template.keys() - {"default"} else chat_template.get("default")
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
         self.extra_special_tokens = tuple(extra_special_tokens)

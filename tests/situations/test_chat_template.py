@@ -179,3 +179,10 @@ def test_a_template_whose_name_leaves_the_folder_is_not_written(tmp_path):
     tokenizer = mj.Tokenizer.from_folder(folder_of(tmp_path, [{"name": "../../x", "template": "x"}]))
     with refused(ValueError, r"name '\.\./\.\./x' cannot be a file's name"):
         tokenizer.save(tmp_path)
+
+
+def test_a_tokenizers_templates_are_a_text_or_named_texts(tmp_path):
+    read = lambda name, template: mj.Tokenizer.from_folder(folder_of(tmp_path / name, template)).chat_template
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    assert read("a", "x") == "x" and read("b", NAMED[:1]) == NAMED[0]["template"] and read("c", None) is None

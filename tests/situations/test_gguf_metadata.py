@@ -19,10 +19,9 @@ def outcome(path):
     """All that is made of the metadata: the config, and what the tokenizer does."""
     file = GGUF(path)
     tokenizer = file.tokenizer()
-    rendered = {
-        name: tokenizer.render([{"role": "user", "content": "hi"}], template=name)
-        for name in dict(tokenizer.chat_template or {})
-    }
+    template, user = tokenizer.chat_template, [{"role": "user", "content": "hi"}]
+    names = template if isinstance(template, dict) else ["default"] if template else []
+    rendered = {name: tokenizer.render(user, template=name) for name in names}
     return file.config, tokenizer(TEXT).ids.tolist(), tokenizer.special_tokens, tokenizer.end_tokens, rendered
 
 
@@ -194,6 +193,13 @@ def test_a_value_that_cannot_be_is_refused_by_its_key(tmp_path, fault):
 def test_a_tensor_that_nobody_uses_is_refused_by_name(tmp_path, name):
     with refused(ValueError, name):
         mj.load(write(tmp_path / "x.gguf", more={name: np.ones(4, np.float32)}))
+
+
+def test_a_file_without_embeddings_says_so(tmp_path):
+    path = write(tmp_path / "x.gguf")
+    path.write_bytes(path.read_bytes().replace(b"token_embd.weight", b"blk.0.attn_q.bias"))
+    with refused(ValueError, "x.gguf: the tensor token_embd.weight is missing"):
+        mj.load(path)
 
 
 def test_every_fault_is_told_at_once(tmp_path):
