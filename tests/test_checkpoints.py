@@ -99,6 +99,7 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 WORDS = ["<|end|>", "h", "e", "l", "o", "Ġ", "w", "r", "d", "he", "ll", "hell", "hello", "Ġw", "1", "2"]
+WORDS += [f"[PAD{i}]" for i in range(len(WORDS), 61)]  # a token for each row of the embedding, as converters write
 
 
 def write_gguf(path, source="llama_gqa", architecture="llama", change=lambda name, tensor: tensor):

@@ -1,0 +1,183 @@
+"""The tokenizer in a GGUF file: a byte-level BPE, split into words and begun as llama.cpp does (llama-vocab.cpp)."""
+
+import collections
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+
+from mijax.checkpoints.gguf_metadata import FLAG, NATURAL, TEXT, array, faults, missing, only, refuse
+from mijax.checkpoints.tokenizer import Tokenizer
+
+_LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_byte_level = lambda use_regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+
+class _Splitting(NamedTuple):
+    """How a text is split into words, and what llama.cpp takes for granted with it.
+
+    `ignore_merges`: a word that is a token is not split further. `add_bos`: a text begins with the beginning token,
+    unless the file says otherwise.
+    """
+
+    pre_tokenizer: Callable[[], pre_tokenizers.PreTokenizer]
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+_LLAMA3 = _Splitting(
+    lambda: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), _byte_level(False)]),
+    ignore_merges=True,
+    add_bos=True,
+)
+_SPLITTINGS = {
+    "gpt-2": _Splitting(lambda: _byte_level(True)),
+    "smollm": _Splitting(
+        lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level(True)])
+    ),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+}
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # llama.cpp's types of tokens, beside 1 (normal) and 5 (unused)
+_NAMES = {
+    "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token", "padding": "pad_token",
+    "cls": "cls_token", "mask": "mask_token",
+}  # fmt: skip
+_END = ("eot", "eom")  # ends of a turn and of a message
+_INFILL = ("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle")
+
+KEYS = {
+    "tokenizer.ggml.model": TEXT,
+    "tokenizer.ggml.pre": TEXT,
+    "tokenizer.ggml.tokens": array("texts", str),
+    "tokenizer.ggml.token_type": array("1, 2, 3, 4 or 5", int),
+    "tokenizer.ggml.merges": array("texts", str),
+    **{f"tokenizer.ggml.{name}_token_id": NATURAL for name in (*_NAMES, *_END)},
+    "tokenizer.ggml.add_bos_token": FLAG,
+    "tokenizer.ggml.add_eos_token": FLAG,
+    "tokenizer.chat_template": TEXT,
+    "tokenizer.chat_templates": array("texts", str),
+    "tokenizer.ggml.add_sep_token": only(False),
+    "tokenizer.ggml.add_space_prefix": only(False),
+    "tokenizer.ggml.remove_extra_whitespaces": only(False),
+}
+HARMLESS = {  # of the right type, and otherwise without effect on a byte-level BPE
+    "tokenizer.ggml.scores": array("numbers", int, float),
+    "tokenizer.huggingface.json": TEXT,
+    **{f"tokenizer.ggml.{name}_token_id": NATURAL for name in _INFILL},
+}
+_REQUIRED = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+_TEMPLATE = "tokenizer.chat_template."
+
+
+def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Tokenizer:
+    """Rebuild the tokenizer of a file with this metadata, whose model has `n_vocab` tokens.
+
+    Raises `ValueError` for another kind of tokenizer, an unknown way of splitting words, and metadata that is missing,
+    unknown or contradicts itself.
+    """
+    values = {key: value for key, value in fields.items() if key.startswith("tokenizer.")}
+
+    def get(key: str, default: Any = None) -> Any:
+        return values.get(f"tokenizer.ggml.{key}", default)
+
+    splitting = _SPLITTINGS.get(str(get("pre")))
+    if get("model") != "gpt2" or splitting is None:
+        raise ValueError(
+            f"{path}: unsupported tokenizer {get('model')!r} with splitting {get('pre')!r} (tokenizer.ggml.pre); supported"
+            f" is byte-level BPE ('gpt2') split as {', '.join(_SPLITTINGS)}. mijax.load(path, tokenizer=False) loads the"
+            " weights alone"
+        )
+    rules = KEYS | HARMLESS | {key: TEXT for key in values if key.startswith(_TEMPLATE)}
+    refuse(path, [*missing(values, _REQUIRED), *faults(values, rules)])
+    refuse(path, _vocabulary_faults(values, n_vocab))
+    tokens, kinds = get("tokens"), get("token_type", [1] * n_vocab)
+    refuse(path, _special_faults(values, kinds, splitting))
+    backend = _backend(tokens, kinds, get("merges"), splitting)
+    begin = [tokens[get("bos_token_id")]] if get("add_bos_token", splitting.add_bos) else []
+    end = [tokens[get("eos_token_id")]] if get("add_eos_token", False) else []
+    if begin or end:
+        backend.post_processor = _surround(backend, begin, end)
+    ids = {name: get(f"{key}_token_id") for key, name in _NAMES.items()}
+    named = {n: tokens[i] for n, i in ids.items() if i is not None and kinds[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)}
+    ends = [get(f"{name}_token_id") for name in _END]
+    return Tokenizer(backend, _templates(values), named, end_tokens=[i for i in ends if i is not None])
+
+
+def _backend(
+    tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[str], splitting: _Splitting
+) -> tokenizers.Tokenizer:
+    pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, fuse_unk=False, ignore_merges=splitting.ignore_merges))
+    backend.pre_tokenizer = splitting.pre_tokenizer()
+    backend.decoder = decoders.ByteLevel()
+    of_kind = lambda *wanted: [token for token, kind in zip(tokens, kinds) if kind in wanted]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in of_kind(_UNKNOWN, _CONTROL)])
+    backend.add_tokens([AddedToken(t, normalized=False) for t in of_kind(_USER_DEFINED)])
+    return backend
+
+
+def _surround(backend: tokenizers.Tokenizer, begin: Sequence[str], end: Sequence[str]) -> processors.PostProcessor:
+    """What puts these tokens around a text. (Names of their own, since a token may hold the pattern's signs.)"""
+    special = {"begin": begin, "end": end}
+    return processors.TemplateProcessing(
+        single=[*(["begin"] if begin else []), "$A", *(["end"] if end else [])],
+        special_tokens=[
+            {"id": name, "ids": [backend.token_to_id(t) for t in texts], "tokens": list(texts)}
+            for name, texts in special.items()
+            if texts
+        ],
+    )
+
+
+def _templates(values: Mapping[str, Any]) -> dict[str, str]:
+    default = values.get("tokenizer.chat_template")
+    named = {key.removeprefix(_TEMPLATE): text for key, text in values.items() if key.startswith(_TEMPLATE)}
+    return named if default is None else {"default": default} | named
+
+
+def _vocabulary_faults(values: Mapping[str, Any], n_vocab: int) -> list[str]:
+    """What is wrong with the lists of tokens, their types and merges."""
+    tokens = values["tokenizer.ggml.tokens"]
+    found = [
+        f"{key} has {len(values[key])} entries, the model's vocabulary {n_vocab}"
+        for key in (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores"))
+        if key in values and len(values[key]) != n_vocab
+    ]
+    repeated = [token for token, n in collections.Counter(tokens).items() if n > 1]
+    if repeated:
+        found.append(f"tokenizer.ggml.tokens has tokens more than once: {reprlib.repr(repeated)}")
+    kinds = set(values.get("tokenizer.ggml.token_type", [])) - {1, 2, 3, 4, 5}
+    if kinds:
+        found.append(f"tokenizer.ggml.token_type must be an array of 1, 2, 3, 4 or 5, given {reprlib.repr(kinds)}")
+    merges = values["tokenizer.ggml.merges"]
+    known = set(tokens)
+    bad = [m for m in merges if len(m.split(" ")) != 2 or not {*m.split(" "), m.replace(" ", "")} <= known]
+    if bad:
+        found.append(f"tokenizer.ggml.merges must be two tokens each, that give a third; given {reprlib.repr(bad)}")
+    if len(set(merges)) < len(merges):
+        found.append("tokenizer.ggml.merges has the same merge more than once")
+    names = set(values.get("tokenizer.chat_templates", [])) - {k.removeprefix(_TEMPLATE) for k in values}
+    if names:
+        found.append(f"tokenizer.chat_templates names {reprlib.repr(sorted(names))}, which the file lacks")
+    return found
+
+
+def _special_faults(values: Mapping[str, Any], kinds: Sequence[int], splitting: _Splitting) -> list[str]:
+    """What is wrong with the ids of special tokens."""
+    ids = {key: value for key, value in values.items() if key.endswith("_token_id")}
+    found = [f"{k} is {i}, outside the vocabulary of {len(kinds)}" for k, i in ids.items() if i >= len(kinds)]
+    for name, added in (("bos", splitting.add_bos), ("eos", False)):
+        key, flag = f"tokenizer.ggml.{name}_token_id", f"tokenizer.ggml.add_{name}_token"
+        if key not in ids and values.get(flag, added):
+            found.append(f"the key {key} is missing, although it is to be added to every text ({flag})")
+        if ids.get(key, len(kinds)) < len(kinds) and kinds[ids[key]] not in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+            found.append(
+                f"{key} is {ids[key]}, a token of ordinary text (tokenizer.ggml.token_type), expected a control token"
+            )
+    return found

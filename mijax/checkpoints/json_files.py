@@ -1,0 +1,21 @@
+"""Reading the JSON files of a model's folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; empty where there is no such file.
+
+    Raises `ValueError` for what is not JSON, or not an object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, given {type(content).__name__}")
+    return content

@@ -1,0 +1,125 @@
+"""Special tokens (beginning, end, padding, ...) out of a Hugging Face folder's files, as `transformers` reads them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken
+
+from mijax.checkpoints.json_files import read_object
+
+NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
+_MODEL_SPECIFIC = "model_specific_special_tokens"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+class SpecialTokens(NamedTuple):
+    """Tokens by name (`bos_token`, ..., and a model's own such as `image_token`), and those without one."""
+
+    named: dict[str, str]
+    extra: tuple[str, ...]
+
+
+def read_special_tokens(folder: Path, settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> SpecialTokens:
+    """Read a folder's special tokens, and add to `backend` those that it does not know as such.
+
+    `settings` is the content of tokenizer_config.json. special_tokens_map.json and added_tokens.json count only where
+    the settings have no `added_tokens_decoder`; then the former goes before the settings. What tokenizer.json pads with
+    is the padding token of last resort.
+
+    Raises `ValueError`, naming the file and the entry, for a token that is neither a text nor an object with one.
+    """
+    main, overrides = _Entries.read(settings, folder / "tokenizer_config.json"), _Entries({}, {}, [], [])
+    if "added_tokens_decoder" not in settings:
+        path = folder / "special_tokens_map.json"
+        overrides = _Entries.read(read_object(path), path)
+    padding = {} if backend.padding is None else {"pad_token": AddedToken(backend.padding["pad_token"], special=True)}
+    merged = padding | main.standard | overrides.standard | overrides.specific | main.specific
+    named = {name: token for name, token in merged.items() if token is not None}
+    extra = [*(main.extra or main.old_extra), *overrides.extra] or overrides.old_extra
+    special = [*named.values(), *extra]
+    added = _added_tokens(folder, settings, backend, {token.content for token in special})
+    _add(backend, added, special, {token.content for token in named.values()})
+    texts = dict.fromkeys(token.content for token in extra)
+    return SpecialTokens({name: token.content for name, token in named.items()}, tuple(texts))
+
+
+def settings_of(tokens: SpecialTokens) -> dict[str, Any]:
+    """The entries of tokenizer_config.json that read back as these tokens."""
+    standard = {name: text for name, text in tokens.named.items() if name in NAMES}
+    specific = {name: text for name, text in tokens.named.items() if name not in NAMES}
+    return standard | {k: v for k, v in {_EXTRA: specific, _OLD_EXTRA: list(tokens.extra)}.items() if v}
+
+
+class _Entries(NamedTuple):
+    """The special tokens of one file: those of `NAMES` (null takes one away), a model's own named ones, and lists."""
+
+    standard: dict[str, AddedToken | None]
+    specific: dict[str, AddedToken]
+    extra: list[AddedToken]
+    old_extra: list[AddedToken]
+
+    @classmethod
+    def read(cls, entries: Mapping[str, Any], path: Path) -> "_Entries":
+        names = [key for key in entries if key.endswith("_token") and isinstance(entries[key], (str, dict))]
+        specific: Mapping[str, Any] = {key: entries[key] for key in names if key not in NAMES}
+        if isinstance(entries.get(_EXTRA), dict):
+            specific |= entries[_EXTRA]
+        if not specific and isinstance(entries.get(_MODEL_SPECIFIC), dict):
+            specific = entries[_MODEL_SPECIFIC]
+        lists = [[] if isinstance(entries.get(key), dict) else entries.get(key) or [] for key in (_EXTRA, _OLD_EXTRA)]
+        if not all(isinstance(tokens, list) for tokens in lists):
+            raise ValueError(f"{path}: {_EXTRA} must be a list of tokens or a mapping of names to them")
+        token = lambda key, value: None if value is None else _token(value, key, path)
+        return cls(
+            {key: token(key, entries[key]) for key in NAMES if key in entries},
+            {key: _token(value, key, path) for key, value in specific.items()},
+            *([_token(value, _EXTRA, path) for value in tokens] for tokens in lists),
+        )
+
+
+def _token(value: Any, key: str, path: Path) -> AddedToken:
+    if isinstance(value, Mapping) and isinstance(value.get("content"), str):
+        return AddedToken(value["content"], special=True, **{k: value[k] for k in _FLAGS if k in value})
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    raise ValueError(f"{path}: {key} must be a text or an object with its content, given {value!r}")
+
+
+def _added_tokens(
+    folder: Path, settings: Mapping[str, Any], backend: tokenizers.Tokenizer, special: set[str]
+) -> list[AddedToken]:
+    """The added tokens that stand outside tokenizer.json, by their ids."""
+    path = folder / "tokenizer_config.json"
+    if "added_tokens_decoder" in settings:
+        try:
+            tokens = {
+                int(i): AddedToken(**{k: v for k, v in token.items() if k != "__type"})
+                for i, token in settings["added_tokens_decoder"].items()
+            }
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: added_tokens_decoder must map ids to tokens: {error}") from error
+    else:
+        present = backend.get_added_tokens_decoder()
+        old = {i: text for text, i in read_object(folder / "added_tokens.json").items() if i not in present}
+        tokens = {i: AddedToken(t, normalized=t not in special, special=t in special) for i, t in old.items()}
+    return [tokens[i] for i in sorted(tokens)]
+
+
+def _add(
+    backend: tokenizers.Tokenizer, added: Sequence[AddedToken], special: Sequence[AddedToken], named: set[str]
+) -> None:
+    """Make the backend cut these tokens out of a text before anything else."""
+    present = list(backend.get_added_tokens_decoder().values())
+    known = set(map(repr, present))
+    new = [token for token in added if repr(token) not in known]
+    texts = {token.content for token in (*present, *new)}
+    for token in special:
+        if token.content not in texts:
+            new.append(token)
+            texts.add(token.content)
+    for token in new:
+        token.special = token.special or token.content in named
+    backend.add_tokens(new)
