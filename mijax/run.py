@@ -13,6 +13,7 @@ from mijax.interventions.edits import Edit, Interventions, as_edits, by_layer, c
 from mijax.interventions.functions import convert_edits
 from mijax.interventions.tap import Tap
 from mijax.interventions.where import Where, check_range, check_structure, out_of_range
+from mijax.meshes import batch_spec, with_automatic_axes
 from mijax.model.attention import Memory
 from mijax.model.block import block
 from mijax.model.config import Config
@@ -72,8 +73,16 @@ def run(
     tokens, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
     check(model.config, tokens, edits, captures)
     edits = of_prompts(model, tokens, edits)
-    final, acts = _run(model, tokens, edits, captures)
+    final, acts = with_automatic_axes(_run, model, tokens, edits, captures, like=tokens.ids, out_axes=_out_axes(captures))
     return Out(Readout(final, tokens, model.unembedding, model.b_U), acts)
+
+
+def _out_axes(captures: Captures) -> Any:
+    """How a run's results are sharded where the examples are explicitly so."""
+    kept = {name: SITES[name].axes for name in captures}
+    whole = lambda name: captures[name] is None or captures[name].batch is None  # pyright: ignore[reportOptionalMemberAccess]
+    acts = lambda batch: {name: batch_spec(axes, batch if whole(name) else None) for name, axes in kept.items()}
+    return lambda batch: (batch_spec(("batch",), batch), acts(batch))
 
 
 def of_prompts(model: Transformer, tokens: Tokens, edits: Edits) -> Edits:
