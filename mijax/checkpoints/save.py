@@ -78,7 +78,7 @@ def _tensors(model: Transformer, family: Family) -> Iterator[tuple[str, int, Any
         if arrays[0] is None:
             continue
         ours, theirs = (side.strip() for side in reversed(weight.axes.split("->")))
-        names = tensor_names(weight, model.config)
+        names = tensor_names(weight.theirs, model.config)
         for i, name in enumerate(names):
 
             def make(i=i, arrays=arrays, ours=ours, theirs=theirs, weight=weight):
