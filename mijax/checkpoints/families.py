@@ -84,7 +84,8 @@ _GPT2_KEYS = {
     "activation_function": Key(("activation",), "gelu_new", ACTIVATIONS),
     "tie_word_embeddings": Key(("tied_unembed",), True),
 }
-_GPT2_HARMLESS = HARMLESS | {
+_GPT2_HARMLESS = {
+    **HARMLESS,
     "architectures": architectures("GPT2LMHeadModel", "GPT2Model"),
     "scale_attn_weights": only(True),
     "scale_attn_by_inverse_layer_idx": only(False),
@@ -146,7 +147,8 @@ _LLAMA_KEYS = _MISTRAL_KEYS | {
     "attention_bias": Key(("qkv_bias", "attn_out_bias"), False),
     "mlp_bias": Key(("mlp_bias",), False),
 }
-_LLAMA_HARMLESS = HARMLESS | {
+_LLAMA_HARMLESS = {
+    **HARMLESS,
     "architectures": architectures(
         "LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM", "MistralForCausalLM", "MistralModel"
     ),
@@ -213,8 +215,9 @@ def _llama_weights(config: Config) -> list[Weight]:
 def _own_config(c: Mapping[str, Any]) -> Config:
     check_keys(c, "mijax", _OWN_KEYS, _OWN_HARMLESS)
     scaling = c.get("rotary_scaling")
-    fields = {key: value for key, value in c.items() if key in _OWN_KEYS}
-    return Config(**fields | {"rotary_scaling": RotaryScaling(**scaling) if isinstance(scaling, Mapping) else scaling})
+    fields: dict[str, Any] = {key: value for key, value in c.items() if key in _OWN_KEYS}
+    fields["rotary_scaling"] = RotaryScaling(**scaling) if isinstance(scaling, Mapping) else scaling
+    return Config(**fields)
 
 
 _OWN_KEYS = frozenset(field.name for field in dataclasses.fields(Config))

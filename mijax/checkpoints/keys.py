@@ -115,7 +115,8 @@ _ANY_VALUE = """
     suppress_tokens temperature top_k top_p typical_p
 """.split()  # noqa: SIM905  (the second half: settings of text generation)
 
-HARMLESS: dict[str, Harmless] = dict.fromkeys(_ANY_VALUE, lambda value, c: True) | {
+HARMLESS: Mapping[str, Harmless] = {
+    **dict.fromkeys(_ANY_VALUE, lambda value, c: True),
     "add_cross_attention": only(False),
     "auto_map": _own_code,
     "cross_attention_hidden_size": only(None),

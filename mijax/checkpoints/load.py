@@ -106,7 +106,7 @@ def _safetensors(folder: Path) -> Tensors:
                     dtypes[name] = file.get_slice(name).get_dtype()
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{folder / shard} is not a readable safetensors file (truncated?): {error}") from error
-    off = [name for name in sorted(where | placed) if placed and where.get(name) != placed.get(name)]
+    off = [name for name in sorted({**where, **placed}) if placed and where.get(name) != placed.get(name)]
     if off:
         shown = ", ".join(
             f"{n} (in {where.get(n, 'no file')}, by the index in {placed.get(n, 'none')})" for n in off[:8]
