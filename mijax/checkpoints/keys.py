@@ -181,8 +181,11 @@ def _merged_rotary(c: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{place}={values!r} must be an object or null")
         for key, value in (values or {}).items():
             key = "rope_type" if key == "type" else key
-            if value is not None and rope.setdefault(key, value) != value:
+            if value is None:
+                continue
+            if key in rope and rope[key] != value:
                 raise ValueError(f"{key} is {value!r} in {place}, and {rope[key]!r} elsewhere in the file")
+            rope[key] = value
     return rope
 
 
