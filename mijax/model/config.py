@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
@@ -32,7 +33,7 @@ class RotaryScaling:
 
     def __post_init__(self):
         """Check all fields."""
-        faults = _check_fields(self)
+        faults = list(_check_fields(self).values())
         if not faults and self.high_freq <= self.low_freq:
             faults.append(f"high_freq={self.high_freq} must be above low_freq={self.low_freq}")
         if faults:
@@ -94,28 +95,32 @@ class Config:
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
-        """Fill the derived fields and check all of them."""
-        faults = _check_fields(self)
+        """Check all fields, and fill those that are derived."""
+        off = _check_fields(self)
+        faults = [*off.values(), *self._misfits(off)]
         if faults:
             raise ValueError("invalid Config: " + "; ".join(faults))
-        if not self.d_head:
-            if self.d_model % self.n_heads == 0:
-                self._set("d_head", self.d_model // self.n_heads)
-            else:
-                faults.append(
-                    f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; give d_head explicitly"
-                )
+        self._set("d_head", self.d_head or self.d_model // self.n_heads)
         self._set("n_kv_heads", self.n_kv_heads or self.n_heads)
         self._set("rotary_dim", self.rotary_dim or self.d_head)
-        self._set("attn_scale", self.attn_scale or self.d_head**-0.5 if self.d_head > 0 else 0.0)
+        self._set("attn_scale", self.attn_scale or self.d_head**-0.5)
         self._set("d_mlp", 0 if self.mlp == "none" else self.d_mlp or 4 * self.d_model)
         self._set("norm_bias", self.norm_bias and self.norm == "layer")
-        if self.n_heads % self.n_kv_heads:
-            faults.append(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
-        if self.positions == "rotary" and (self.rotary_dim % 2 or self.rotary_dim > self.d_head):
-            faults.append(f"rotary_dim={self.rotary_dim} must be even and at most d_head={self.d_head}")
-        if faults:
-            raise ValueError("invalid Config: " + "; ".join(faults))
+
+    def _misfits(self, off: Collection[str]) -> Iterator[str]:
+        """What does not fit together, of the fields that are not off by themselves."""
+        sound = lambda *fields: not set(fields) & set(off)
+        if sound("n_heads", "n_kv_heads") and self.n_kv_heads and self.n_heads % self.n_kv_heads:
+            yield f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"
+        if not sound("d_model", "n_heads", "d_head"):
+            return
+        if not self.d_head and self.d_model % self.n_heads:
+            yield f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; give d_head explicitly"
+            return
+        d_head = self.d_head or self.d_model // self.n_heads
+        rotary_dim = self.rotary_dim or d_head if sound("rotary_dim") else 0
+        if self.positions == "rotary" and (rotary_dim % 2 or rotary_dim > d_head):
+            yield f"rotary_dim={rotary_dim} must be even and at most d_head={d_head}"
 
     def _set(self, field: str, value):
         object.__setattr__(self, field, value)
@@ -173,12 +178,12 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def _check_fields(owner: Any) -> list[str]:
+def _check_fields(owner: Any) -> dict[str, str]:
     """Give every field its own Python type; returns what is wrong with those that cannot have it."""
-    faults = []
+    off = {}
     for field in dataclasses.fields(owner):
         try:
             object.__setattr__(owner, field.name, check_field(type(owner), field.name, getattr(owner, field.name)))
         except ValueError as error:
-            faults.append(str(error))
-    return faults
+            off[field.name] = str(error)
+    return off
