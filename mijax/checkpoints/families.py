@@ -236,8 +236,8 @@ def _is_causal_mask(config: Config, x: np.ndarray) -> bool:
 
 
 def _is_masking_score(_: Config, x: np.ndarray) -> bool:
-    """The score of a key that the causal mask hides: far below any other."""
-    return x.shape == () and float(x) <= -1e4
+    """The score of a key that the causal mask hides, far below any other: -10000, which bfloat16 rounds up."""
+    return x.shape == () and float(x) <= -9_000
 
 
 def _is_of_config(config: Config, x: np.ndarray) -> bool:
@@ -252,7 +252,7 @@ def _is_of_config(config: Config, x: np.ndarray) -> bool:
 
 _GPT2_BUFFERS = (
     Buffer("transformer.h.{layer}.attn.bias", _is_causal_mask, "the causal mask of the whole context"),
-    Buffer("transformer.h.{layer}.attn.masked_bias", _is_masking_score, "one number of at most -10000"),
+    Buffer("transformer.h.{layer}.attn.masked_bias", _is_masking_score, "one number of at most -9000"),
 )
 _ROTARY_BUFFERS = tuple(
     Buffer(name, _is_of_config, "the rotary frequencies that the config gives")

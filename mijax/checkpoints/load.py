@@ -33,7 +33,10 @@ def load(
     `$MIJAX_CACHE` (default `~/.cache/mijax`).
 
     Raises `FileNotFoundError` for a missing file, `ConnectionError` where nothing is cached and nothing
-    can be fetched, `ValueError` for files that are corrupt or of an unsupported architecture.
+    can be fetched, `ValueError` for files that are corrupt, quantised (but for GGUF) or of an unsupported architecture. That
+    includes a tensor that would not be used, and a key of config.json that is not read and may change what the model
+    computes: both are named. A `UserWarning` says where a head differs from the embedding to which the config ties it (the
+    head is used), and where the kept conversion of the bundled model had changed (it is made again).
     """
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):

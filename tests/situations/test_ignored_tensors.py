@@ -60,7 +60,7 @@ ROTARY = "model.layers.1.self_attn.rotary_emb.inv_freq"
     [
         ("gpt2", {"transformer.h.0.attn.bias": CAUSAL, "h.1.attn.masked_bias": np.float32(-1e4)}),
         ("gpt2", {"h.2.attn.bias": CAUSAL.astype(bool), "transformer.h.2.attn.masked_bias": np.float16(-1e4)}),
-        ("gpt2", {"h.0.attn.bias": CAUSAL.astype(np.uint8)}),
+        ("gpt2", {"h.0.attn.bias": CAUSAL.astype(np.uint8), "h.0.attn.masked_bias": ml_dtypes.bfloat16(-1e4)}),
         ("llama_gqa", {ROTARY: INV_FREQ}),
         ("llama_gqa", {ROTARY: INV_FREQ.astype(np.float16)}),
         ("llama_gqa", {ROTARY: INV_FREQ.astype(ml_dtypes.bfloat16)}),
