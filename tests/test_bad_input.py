@@ -189,7 +189,7 @@ FAULTS = {
     "gradients of several metrics": (lambda: mj.gradients(MODEL, TOKENS, {"a": METRIC, "b": METRIC}, ("z",)), TypeError, "one metric is taken here, given several: 'a', 'b'"),
     "a probe of no number": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="resid_post", metric=METRIC, probe=np.full((3, 12), np.nan)), ValueError, "direction of the probe at 'resid_post' is not finite"),
     "steps by name": (lambda: mj.IntegratedGradients("inputs"), ValueError, "given steps='inputs', along='gate'"),
-    "config that does not fit": (lambda: mj.Config(n_layers=-1, d_model=8, n_heads=2, n_kv_heads=3, d_vocab=0, n_ctx=4, norm="batch"), ValueError, "d_vocab=0 must be positive; n_layers=-1 must not be negative; n_heads=2 is not a multiple of n_kv_heads=3; norm='batch' is none of 'layer', 'rms', 'none'"),
+    "config that does not fit": (lambda: mj.Config(n_layers=-1, d_model=8, n_heads=2, n_kv_heads=3, d_vocab=0, n_ctx=4, norm="batch"), ValueError, "n_layers=-1 must not be negative; d_vocab=0 must be positive; norm='batch' is none of 'layer', 'rms', 'none'; n_heads=2 is not a multiple of n_kv_heads=3"),
     "odd rotary dimensions": (lambda: mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=3, n_ctx=4, positions="rotary", rotary_dim=3), ValueError, "rotary_dim=3 must be even and at most d_head=4"),
 }  # fmt: skip
 
