@@ -22,12 +22,14 @@ def with_automatic_axes(function: Callable, *arguments: Any, like: Any, out_axes
 
     `out_axes(b)` gives the result's partition specs, with `b` for the axis of examples: that of the first axis of `like`.
     """
-    if not any(map(_is_explicit, jax.tree.leaves(arguments))):
+    mesh = next((jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arguments) if _is_explicit(x)), None)
+    if mesh is None:
         return function(*arguments)
     arrays, rest = eqx.partition(arguments, eqx.is_array)
     spec = jax.typeof(like).sharding.spec if isinstance(like, jax.Array) else ()
     inside = lambda arrays: function(*eqx.combine(arrays, rest))
-    return jax.sharding.auto_axes(inside, out_sharding=out_axes(spec[0] if spec else None))(arrays)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(inside, out_sharding=out_axes(spec[0] if spec else None))(arrays)
 
 
 def _is_explicit(x: Any) -> bool:

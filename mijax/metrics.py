@@ -37,6 +37,8 @@ class Metric(eqx.Module):
 
     def __call__(self, readout: Readout) -> Float[Array, " batch"]:
         """One number per example."""
+        if not isinstance(readout, Readout):
+            raise TypeError(f"metric {self.name!r} reads a run's readout, mijax.run(...).readout, given {type(readout).__name__}")
         return self.function(readout, **self.arguments)
 
     @property

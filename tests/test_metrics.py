@@ -17,7 +17,7 @@ ANSWERS, WRONG = np.array([3, 5, 7]), np.array([4, 6, 8])
 
 def at(logits, tokens, pos):
     """`[batch, vocab]` at one real position of each example."""
-    pos = np.broadcast_to(pos, 3)
+    pos = np.broadcast_to(np.ravel(pos), 3)
     return np.stack([np.asarray(logits)[i, real(tokens, i)[pos[i]]] for i in range(3)])
 
 
