@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import equinox as eqx
 import jax
@@ -56,12 +56,12 @@ def generate(
     tokens: Tokens | ArrayLike,
     interventions: Interventions | None = None,
     *,
-    max_new_tokens: int,
+    max_new_tokens: SupportsIndex,
     temperature: ArrayLike = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    stop: int | Sequence[int] | None = None,
+    stop: SupportsIndex | Sequence[int] | None = None,
     key: Array | None = None,
     capture: Capture = (),
 ) -> Generated:
@@ -92,8 +92,8 @@ def generate(
     check_parameters(model)
     tokens, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
     count = _whole_number(max_new_tokens)
-    stop = tokens.end_tokens if stop is None else (stop,) if isinstance(stop, int | np.integer) else tuple(stop)
-    _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop, key)
+    stop_ids: Any = tokens.end_tokens if stop is None else np.atleast_1d(stop).tolist()
+    _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key)
     whole = _extended(tokens, count)
     check(model.config, whole, edits, captures)
     check_selects(edits)
@@ -108,16 +108,17 @@ def generate(
     shapes = ((width, width), (1, width + count))  # of the prompt, and of each new token: computed tokens, and keys
     ways = tuple(convert_edits(model.config, edits, batch, *shape, dtype, beside) for shape in shapes)
     whole, ways, captures = on_device((whole, ways, captures))
-    stop_ids = jnp.asarray(stop, jnp.int32)
-    run = lambda *arrays: _generate(*arrays, filtered, stop_ids, key, count)
+    fixed = filtered, jnp.asarray(stop_ids, jnp.int32), key, count
     return with_automatic_axes(
-        run, model, whole, ways, captures, sampling, like=tokens.ids, out_axes=lambda b: _out_axes(captures, b)
+        _generate, model, whole, ways, captures, sampling, *fixed, like=tokens.ids, out_axes=lambda b: _out_axes(captures, b)
     )
 
 
-def _out_axes(captures: dict[str, Where | None], batch: Any) -> Generated:
-    acts = {name: batch_spec(SITES[name].axes, None if where is None or where.batch is not None else batch) for name, where in captures.items()}
-    return Generated(batch_spec(("batch",), batch), batch_spec(("batch",), batch), acts)
+def _out_axes(captures: dict[str, Where | None], batch: Any) -> Any:
+    """How what is generated is sharded where the examples are explicitly so."""
+    tokens, narrowed = batch_spec(("batch",), batch), lambda where: where is not None and where.batch is not None
+    acts = {site: batch_spec(SITES[site].axes, None if narrowed(where) else batch) for site, where in captures.items()}
+    return Generated(tokens, tokens, acts)  # pyright: ignore[reportArgumentType]
 
 
 def new_tokens(tokens: Tokens | ArrayLike, max_new_tokens: int) -> Bool[np.ndarray, "batch pos"]:
@@ -153,7 +154,9 @@ def _whole_number(count: Any) -> int:
     try:
         return operator.index(count)
     except TypeError as error:
-        raise TypeError(f"max_new_tokens must be a whole number that is known before anything is compiled, given {count!r}") from error
+        raise TypeError(
+            f"max_new_tokens must be a whole number that is known before anything is compiled, given {count!r}"
+        ) from error
 
 
 def _extended(tokens: Tokens, count: int) -> Tokens:
@@ -164,9 +167,7 @@ def _extended(tokens: Tokens, count: int) -> Tokens:
 
 
 @eqx.filter_jit
-def _generate(
-    model, whole, ways, captures: dict[str, Where | None], sampling, filtered, stop, key, count
-) -> Generated:
+def _generate(model, whole, ways, captures: dict[str, Where | None], sampling, filtered, stop, key, count) -> Generated:
     """`ways` are the edits for the prompt and for one new token: they differ in what users' functions are given."""
     config, dtype = model.config, accumulator(model.W_E.dtype)
     width = whole.ids.shape[1] - count
@@ -277,7 +278,9 @@ def _sample(logits: Logits, sampling: _Sampling, filtered: bool, key: Array) -> 
 
 def _negative(edits: Edits) -> Bool[Array, ""]:
     """Whether a position counts from the end, once values are known."""
-    indices = [jnp.asarray(edit.where.given[f]) for several in edits.values() for edit in several for f in _ordered(edit)]
+    indices = [
+        jnp.asarray(edit.where.given[f]) for several in edits.values() for edit in several for f in _ordered(edit)
+    ]
     return jnp.any(jnp.asarray([jnp.any(index < 0) for index in indices] or [False]))
 
 
@@ -308,7 +311,7 @@ def _check_acts(whole: Tokens, edits: Edits, captures: dict[str, Where | None]) 
                     )
 
 
-def _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop, key) -> None:
+def _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key) -> None:
     config, faults = model.config, []
     if not config.causal:
         faults.append("a bidirectional model cannot generate")

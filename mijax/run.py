@@ -76,7 +76,9 @@ def run(
     check(model.config, tokens, edits, captures)
     check_selects(edits)
     tokens, edits, captures = on_device((tokens, of_prompts(model, tokens, edits), captures))
-    final, acts = with_automatic_axes(_run, model, tokens, edits, captures, like=tokens.ids, out_axes=_out_axes(captures))
+    final, acts = with_automatic_axes(
+        _run, model, tokens, edits, captures, like=tokens.ids, out_axes=_out_axes(captures)
+    )
     return Out(Readout(final, tokens, model.unembedding, model.b_U), acts)
 
 
@@ -86,7 +88,9 @@ def check_selects(edits: Edits) -> None:
         for edit in several:
             for field, index in edit.where.given.items():
                 if index.dtype == bool and is_concrete(index) and not np.asarray(index).any():
-                    raise ValueError(f"{type(edit).__name__} at site {name!r} selects nothing: its mask over {field!r} is all False")
+                    raise ValueError(
+                        f"{type(edit).__name__} at site {name!r} selects nothing: its mask over {field!r} is all False"
+                    )
 
 
 def on_device(tree: Any) -> Any:

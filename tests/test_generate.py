@@ -28,7 +28,9 @@ def edits_for(model, tokens):
             mj.Add(rng.normal(size=config.d_model), mj.Where(layer=1, pos=new)),
             mj.Scale(0.9, mj.Where(pos=ends - 2)),
         ],
-        "z": mj.Replace(by_position, mj.Where(layer=2, head=[0, 1], pos=np.concatenate([0 * ends + 1, ends - 1], axis=1))),
+        "z": mj.Replace(
+            by_position, mj.Where(layer=2, head=[0, 1], pos=np.concatenate([0 * ends + 1, ends - 1], axis=1))
+        ),
         "result": mj.Mix(0.5, rng.normal(size=config.d_model), mj.Where(head=-1, pos=new)),
         "q_input": mj.Scale(1.2, mj.Where(head=1)),
         "k": mj.Add(by_position[:, :, :, : config.n_kv_heads], mj.Where(layer=0)),

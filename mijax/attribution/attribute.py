@@ -19,7 +19,7 @@ from mijax.model.parameters import check_parameters
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check
-from mijax.sweeps.measure import Metrics, as_programs, described, named
+from mijax.sweeps.measure import Metrics, described, named
 from mijax.sweeps.patch import Direction, check_pair
 from mijax.sweeps.places import positions_told
 
@@ -96,8 +96,7 @@ def attribute(
         raise TypeError(f"method must be one such as mijax.AtP(), given {method!r}")
     check_parameters(model)
     base, source = _sides(clean, corrupted, direction)
-    metrics, nodes = named(metric), nodes_of(model, base, sites)
-    job = Job(model, base, source, metrics, as_programs(model, base, metrics), nodes, method, probes, seed)
+    job = Job(model, base, source, named(metric), nodes_of(model, base, sites), method, probes, seed)
     sample = verify if sample is None else sample
     _check(job, verify, sample)
     order = plan(job, default_memory() if memory is None else memory)

@@ -107,7 +107,9 @@ def integers(x: Any, what: str) -> Any:
     if x.size == 0:  # an empty list has no dtype of its own
         return x.astype(np.int32)
     if x.dtype.kind in "US":
-        raise TypeError(f"{what} must be integers, given text: a tokenizer makes them, tokenizer({np.asarray(x).ravel()[0]!r})")
+        raise TypeError(
+            f"{what} must be integers, given text: a tokenizer makes them, tokenizer({np.asarray(x).ravel()[0]!r})"
+        )
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{what} must be integers, given dtype {x.dtype}")
     if x.dtype.itemsize >= 4 and x.dtype != np.int32:
