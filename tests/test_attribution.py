@@ -559,7 +559,7 @@ def test_a_concepts_directions_are_what_they_say():
             expected = (u * v).sum(-1) / np.linalg.norm(u, axis=-1) / np.linalg.norm(v, axis=-1)
             assert np.abs(found.cosine.values[i, j] - expected).max() < 1e-5
     same = mj.concept(model, positive=positive, negative=negative, site="pos_embed" if "pos_embed" in mj.sites(model, positive) else "embed",
-                      metric=read, pos=np.array([0, 0, 0]))  # fmt: skip
+                      metric=read, pos=0)  # fmt: skip
     assert np.isfinite(same.cosine).all()
     mine = np.ones((3, 12))
     told = mj.concept(model, positive=positive, negative=negative, site="resid_post", metric=read, pos=pos, probe=mine)

@@ -98,7 +98,7 @@ def convert(function: Callable, *arguments: Any, name: str | None = None) -> Con
     ([2.0, 2.0, 2.0], [3.0, 3.0, 3.0], False)
     """
     name = name_of(function) if name is None else name
-    dynamic, static = eqx.partition(function, _is_array)
+    dynamic, static = eqx.partition(function, is_array)
     leaves, treedef = jax.tree.flatten(dynamic)
     shapes, form = jax.tree.flatten(arguments)
     fixed = [None if _is_input(leaf) else leaf for leaf in shapes]
@@ -175,16 +175,17 @@ def _tell_repeats(name: str, key: Key) -> None:
         )
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
+def is_array(x: Any) -> bool:
+    """Whether a leaf of a function is one of its inputs: arrays are, Python numbers are part of the program."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
 def _is_input(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    return is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _arrays(tree: Any) -> list[Array]:
-    return [leaf for leaf in jax.tree.leaves(tree) if _is_array(leaf)]
+    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
 
 
 def _on_device(constant: Any) -> Array:
