@@ -77,7 +77,9 @@ class Store:
         except UNREADABLE as error:
             warnings.warn(f"{path} cannot be read ({error}): computed again", stacklevel=2)
             return None
-        warnings.warn(f"{path} is damaged, or no chunk {number} of this job (its checksum differs): computed again", stacklevel=2)
+        warnings.warn(
+            f"{path} is damaged, or no chunk {number} of this job (its checksum differs): computed again", stacklevel=2
+        )
         return None
 
     def save(self, number: int, arrays: Arrays) -> None:
@@ -98,7 +100,10 @@ def _kept_plan(about: Path, arrays: Path, identity: Mapping[str, str]) -> Arrays
         job = json.loads(about.read_text())
         begun_with, checksum = dict(job["identity"]), str(job["plan"])
     except (*UNREADABLE, TypeError) as error:
-        warnings.warn(f"{about} cannot be read ({error}): it is written again, and chunks that do not fit it are computed again", stacklevel=4)
+        warnings.warn(
+            f"{about} cannot be read ({error}): it is written again, and chunks that do not fit it are computed again",
+            stacklevel=4,
+        )
         return None
     differ = [part for part in sorted({*begun_with, *identity}) if begun_with.get(part) != identity.get(part)]
     if differ:
@@ -112,7 +117,9 @@ def _kept_plan(about: Path, arrays: Path, identity: Mapping[str, str]) -> Arrays
             return plan
     except UNREADABLE:
         pass
-    warnings.warn(f"{arrays} is damaged: chunks are planned again, and those that do not fit are computed again", stacklevel=4)
+    warnings.warn(
+        f"{arrays} is damaged: chunks are planned again, and those that do not fit are computed again", stacklevel=4
+    )
     return None
 
 

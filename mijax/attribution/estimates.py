@@ -40,17 +40,21 @@ MEANING = {
 
 
 class Job(NamedTuple):
-    """What is attributed, and how; `programs` are the metrics as users' functions are now, for all prompts together."""
+    """What is attributed, and how."""
 
     model: Transformer
     base: Tokens
     source: Tokens | None
     metrics: Mapping[str, AnyMetric]
-    programs: Mapping[str, AnyMetric]
     nodes: Mapping[str, Nodes]
     method: Method
     probes: int
     seed: int
+
+    @property
+    def programs(self) -> dict[str, AnyMetric]:
+        """The metrics as users' functions are now, for all prompts together."""
+        return as_programs(self.model, self.base, self.metrics)
 
     @property
     def layout(self) -> Layout:
@@ -152,14 +156,14 @@ def estimated(
     store = None if save is None else _store(save, job, order)
     if store is not None:
         order = Plan(*(int(store.plan[name]) for name in Plan._fields))
-    whole, count = order.prompts == batch, -(-batch // order.prompts)
+    whole, count, programs = order.prompts == batch, -(-batch // order.prompts), job.programs
     found: dict[str, list[np.ndarray]] = {}
 
     def run(numbers: Sequence[int]) -> Mapping[str, Array]:
         first = numbers[0] * order.prompts
         examples: Any = np.minimum(np.arange(first, first + order.prompts, dtype=np.int32), batch - 1)
         some = lambda tree: tree if whole else jax.tree.map(lambda a: np.asarray(a)[examples], tree)
-        metrics: Any = job.programs if whole else _taken(job, some(job.base), examples)
+        metrics: Any = programs if whole else _taken(job, some(job.base), examples)
         members: Any = {site: own.members[examples] for site, own in job.nodes.items() if own.members is not None}
         source: Any = None if job.source is None else jnp.asarray(some(job.source.ids))
         key = jax.random.key(job.seed)

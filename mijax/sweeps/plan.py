@@ -98,7 +98,9 @@ def work(config: Config, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "ba
         for edit, group in zip(given, cells.group[site]):
             whole |= needs_whole_cells(edit, jax.tree.map(lambda g: g >= 0, group))
             if any(g >= 0 for g in jax.tree.leaves(group)):
-                fields = {f: _Choices(np.asarray(i), getattr(group.where, f), cells) for f, i in edit.where.given.items()}
+                fields = {
+                    f: _Choices(np.asarray(i), getattr(group.where, f), cells) for f, i in edit.where.given.items()
+                }
                 start = np.minimum(start, _begins(config, site, fields))
                 first = np.minimum(first, _first_column(config, mask, site, fields))
     if whole:
