@@ -110,7 +110,15 @@ def generate(
     whole, ways, captures = on_device((whole, ways, captures))
     fixed = filtered, jnp.asarray(stop_ids, jnp.int32), key, count
     return with_automatic_axes(
-        _generate, model, whole, ways, captures, sampling, *fixed, like=tokens.ids, out_axes=lambda b: _out_axes(captures, b)
+        _generate,
+        model,
+        whole,
+        ways,
+        captures,
+        sampling,
+        *fixed,
+        like=tokens.ids,
+        out_axes=lambda b: _out_axes(captures, b),
     )
 
 
