@@ -110,7 +110,15 @@ def generate(
     whole, ways, captures = on_device((whole, ways, captures))
     fixed = filtered, jnp.asarray(stop_ids, jnp.int32), key, count
     return with_automatic_axes(
-        _generate, model, whole, ways, captures, sampling, *fixed, like=tokens.ids, out_axes=lambda b: _out_axes(captures, b)
+        _generate,
+        model,
+        whole,
+        ways,
+        captures,
+        sampling,
+        *fixed,
+        like=tokens.ids,
+        out_axes=lambda b: _out_axes(captures, b),
     )
 
 
@@ -335,7 +343,7 @@ def _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_
         ("top_p", top_p, lambda p: 0 < p <= 1, "(0, 1]"), ("min_p", min_p, lambda p: 0 <= p <= 1, "[0, 1]"),
     ) if v is not None and not ok(v)]  # fmt: skip
     faults += [
-        f"stop token {t} is outside the vocabulary of {config.d_vocab}" for t in stop if not 0 <= t < config.d_vocab
+        f"stop token {t} is outside the vocabulary of {config.d_vocab}" for t in stop_ids if not 0 <= t < config.d_vocab
     ]
     for site, given in edits.items():
         if any(isinstance(e, Apply) and getattr(e.function, "mixes_positions", False) for e in given):

@@ -15,6 +15,7 @@ from mijax.attribution.method import Method
 from mijax.attribution.nodes import Sites, nodes_of
 from mijax.attribution.verify import Verify, coincide, verified
 from mijax.memory import PeakMemory, default_memory
+from mijax.meshes import automatic
 from mijax.model.parameters import check_parameters
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
@@ -95,6 +96,7 @@ def attribute(
     if not isinstance(method, Method):
         raise TypeError(f"method must be one such as mijax.AtP(), given {method!r}")
     check_parameters(model)
+    model, clean, corrupted, metric = automatic((model, clean, corrupted, metric))
     base, source = _sides(clean, corrupted, direction)
     job = Job(model, base, source, named(metric), nodes_of(model, base, sites), method, probes, seed)
     sample = verify if sample is None else sample

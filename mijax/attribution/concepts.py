@@ -12,6 +12,7 @@ from mijax._types import Array, ArrayLike, Float
 from mijax.attribution.checks import check_apart, check_differ, check_gradient
 from mijax.interventions.edits import Add
 from mijax.interventions.where import Where
+from mijax.meshes import automatic
 from mijax.metrics import AnyMetric, position
 from mijax.model.numerics import accumulator
 from mijax.model.parameters import check_parameters
@@ -109,6 +110,7 @@ def concept(
     """
     import xarray as xr
 
+    model, positive, negative, metric = automatic((model, positive, negative, metric))
     positive, negative = as_tokens(positive), as_tokens(negative)
     check_pair(positive, negative)
     check_differ(positive, negative)

@@ -270,7 +270,9 @@ def _in_full(edit: Edit, site: str) -> Edit:
     names = site_axes(site)
     if edit.axes is None or names is None:
         return edit
-    values: dict[str, Any] = {name: in_full(getattr(edit, name), name, edit.axes, site, names) for name in edit.operands}
+    values: dict[str, Any] = {
+        name: in_full(getattr(edit, name), name, edit.axes, site, names) for name in edit.operands
+    }
     rest = {name: getattr(edit, name) for name in (*edit.bases, "where")}
     return type(edit)(**values, **rest)
 
