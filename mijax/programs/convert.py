@@ -31,8 +31,9 @@ REPEATS = 8
 """From so many programs of one function on that differ in a Python number only, a warning says that each is compiled."""
 
 _interned: "weakref.WeakValueDictionary[Key, Program]" = weakref.WeakValueDictionary()
-_variants: dict[Key, set[int]] = {}
-_without_kept: set[Key] = set()
+_variants: dict[int, set[int]] = {}
+_without_kept: set[int] = set()
+"""Hashes of keys: a key itself may hold what a user's function does."""
 
 
 class Program:
@@ -129,8 +130,9 @@ def convert(function: Callable, *arguments: Any, name: str | None = None) -> Con
     closed = jax.make_jaxpr(fresh)(leaves, inputs)
     if any(_is_kept(trace, closed) for trace in traces):
         raise TypeError(
-            f"{name} keeps an activation beyond its call (in a list or an attribute), where it is no array but a tracer of JAX:"
-            " activations are kept by capture=, in mijax.run and mijax.generate"
+            f"{name} keeps an array beyond its call (in a list, an attribute, a cache, the rule of a custom derivative), where it is"
+            " no array but a tracer of JAX: activations are kept by capture=, in mijax.run and mijax.generate; other arrays for"
+            " later calls are made before the first"
         )
     if has_inner_constants(closed.jaxpr):
         inner = closed
@@ -145,13 +147,13 @@ def name_of(function: Any) -> str:
 
 def _is_kept(trace: weakref.ref, closed: Any) -> bool:
     """Whether somebody holds a value of a trace that is over."""
-    if trace() is None or (_has_rules(closed.jaxpr) and (key_of(closed.jaxpr) in _without_kept)):
+    if trace() is None or (_has_rules(closed.jaxpr) and hash(key_of(closed.jaxpr)) in _without_kept):
         return False
     gc.collect()
     alive = trace()
     if alive is None or any(isinstance(holder, jax.core.Tracer) for holder in gc.get_referrers(alive)):
         return alive is not None
-    _without_kept.add(key_of(closed.jaxpr))
+    _without_kept.add(hash(key_of(closed.jaxpr)))
     return False
 
 
@@ -172,7 +174,7 @@ def _intern(name: str, closed: Any, structure: Any) -> Program:
 
 
 def _tell_repeats(name: str, key: Key) -> None:
-    variants = _variants.setdefault((name, without_numbers(key)), set())
+    variants = _variants.setdefault(hash((name, without_numbers(key))), set())
     variants.add(hash(key))
     if len(variants) == REPEATS:
         warnings.warn(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mijax import chunks
 from mijax._types import Array, ArrayLike, Bool, Int
 from mijax.interventions.edits import Replace
 from mijax.interventions.tap import known_axes
@@ -76,7 +77,7 @@ def patch(
         raise ValueError(f"direction must be 'denoise' or 'noise', given {direction!r}")
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     places = over if isinstance(over, Grid) else full_grid(model, base, site, over)
-    metrics = as_programs(model, base, named(metric))
+    metrics = chunks.repeatable(lambda: as_programs(model, base, named(metric)), running.get("save"))
     goal, value = measure(model, source, {}, metrics, "source", (site,))
     at_base, kept, own = kept_base(model, base, {}, metrics, (site,))
     cells = cells_of({site: Replace(value[site], places)})

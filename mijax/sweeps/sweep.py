@@ -117,7 +117,8 @@ def swept(
     number of columns where it changes none: the metric is then the base's, and is not computed.
     """
     check_cells(model.config, tokens, cells)
-    cells, metrics = convert_cells(model, tokens, cells), as_programs(model, tokens, metrics)
+    programs = lambda: (convert_cells(model, tokens, cells), as_programs(model, tokens, metrics))
+    cells, metrics = chunks.repeatable(programs, save)
     at_base, kept = base or kept_base(model, tokens, cells.shared(), metrics)[:2]
     read = columns_read(metrics.values(), tokens)
     todo = work(model.config, tokens, cells, read)
