@@ -55,7 +55,7 @@ class _OfParts(eqx.Module):
 def as_programs(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> dict[str, AnyMetric]:
     """Metrics as users' functions are now, for runs of prompts of the shape of `tokens`; mijax's own as they are.
 
-    Raises `TypeError` for what is no function.
+    Raises `TypeError` for what is no function, `ValueError` for one that gives anything but one number per example.
     """
     return {name: _as_program(model, tokens, name, metric) for name, metric in metrics.items()}
 
@@ -72,6 +72,9 @@ def _as_program(model: Transformer, tokens: Tokens, name: str, metric: Any) -> A
         return convert(_OfParts(metric), final, tokens, model.unembedding, model.b_U, name=f"metric {name!r}")
 
     program = for_mesh_axes(converted, (model, tokens))
+    shapes = jax.tree.map(lambda out: out.shape, program.out)
+    if shapes != shape[:1]:
+        raise ValueError(f"metric {name!r} must give one number per example, [{shape[0]}], given shape {shapes}")
     pos = getattr(metric, "pos", None)
     return MetricProgram(program, None if pos is None else position(pos))
 
@@ -103,14 +106,8 @@ def checked(values: Mapping[str, Any], what: str, first: int = 0) -> Values:
 
 
 def values_of(metrics: Mapping[str, AnyMetric], readout: Readout) -> dict[str, Float[Array, " batch"]]:
-    """Each metric of each example; `ValueError` for one that gives anything else."""
-    batch, found = readout.final.shape[0], {name: metric(readout) for name, metric in metrics.items()}
-    for name, value in found.items():
-        if jnp.shape(value) != (batch,):
-            raise ValueError(
-                f"metric {name!r} must give one number per example, [{batch}], given shape {jnp.shape(value)}"
-            )
-    return found
+    """Each metric of each example."""
+    return {name: metric(readout) for name, metric in metrics.items()}
 
 
 @eqx.filter_jit
