@@ -219,7 +219,9 @@ def shape_of(x: Any) -> Any:
     """The shape and dtype of an array, and over which mesh axes it varies; anything else is what it is."""
     if not isinstance(x, jax.Array | np.ndarray):
         return x
-    varies = {"sharding": jax.typeof(x).sharding, "manual_axis_type": jax.typeof(x).manual_axis_type} if _axes_of(x) else {}
+    varies = (
+        {"sharding": jax.typeof(x).sharding, "manual_axis_type": jax.typeof(x).manual_axis_type} if _axes_of(x) else {}
+    )
     return jax.ShapeDtypeStruct(x.shape, x.dtype, **varies)
 
 

@@ -50,7 +50,8 @@ def key_of(jaxpr: Any, constants: Sequence[Any] = ()) -> Key:
     variables = lambda of: tuple((number(v), v.aval) for v in of)
     inputs = variables(jaxpr.constvars), variables(jaxpr.invars)  # apart: a closed-over array is no argument
     equations = tuple(
-        (eqn.primitive, tuple(map(atom, eqn.invars)), _context(eqn), _params(eqn), variables(eqn.outvars)) for eqn in jaxpr.eqns
+        (eqn.primitive, tuple(map(atom, eqn.invars)), _context(eqn), _params(eqn), variables(eqn.outvars))
+        for eqn in jaxpr.eqns
     )
     return inputs, equations, tuple(map(atom, jaxpr.outvars)), tuple(map(_value, constants))
 
