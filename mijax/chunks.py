@@ -208,7 +208,7 @@ def fingerprint(tree: Any) -> str:
         elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
             array = _numbers(leaf)
             digest.update(f"{leaf.dtype}{array.shape}".encode())
-            digest.update(array.data if array.size else b"")
+            digest.update(array.reshape(-1).view(np.uint8).data)  # (a buffer of bfloat16 is none to Python)
         else:
             digest.update(text_of(leaf).encode())
     return digest.hexdigest()

@@ -124,7 +124,7 @@ def _param(value: Any) -> Key:
         return "float", repr(value)
     if isinstance(value, types.FunctionType):
         return _function(value)
-    if dataclasses.is_dataclass(value) and getattr(type(value), "__dataclass_params__").frozen:
+    if dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen:  # pyright: ignore[reportAttributeAccessIssue]
         return type(value), tuple(_param(getattr(value, field.name)) for field in dataclasses.fields(value))
     try:
         hash(value)

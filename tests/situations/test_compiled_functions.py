@@ -43,24 +43,26 @@ def vector(i):
     return np.full((1, 1, 8), i, np.float32)
 
 
+def over(function, *arrays):
+    return lambda x, *_: function(x, *arrays)
+
+
 EDITS = {
     "a lambda": lambda i: lambda x, *_: 2.0 * x,
-    "over an array": lambda i: lambda x, *_: x + jnp.asarray(vector(i)),
-    "over a NumPy array": lambda i: lambda x, *_, v=vector(i): x + v,
+    "over an array": lambda i: over(lambda x, v: x + v, jnp.asarray(vector(i))),
+    "over a NumPy array": lambda i: over(lambda x, v: x + v, vector(i)),
     "a module": lambda i: Plus(jnp.asarray(vector(i))),
     "a module of NumPy arrays": lambda i: Plus(vector(i)),
     "a module of NumPy scalars": lambda i: Plus(np.float32(i)),
-    "a random key": lambda i: lambda x, *_, key=jax.random.key(i): x + jax.random.normal(key, x.shape, x.dtype),
+    "a random key": lambda i: over(lambda x, key: x + jax.random.normal(key, x.shape, x.dtype), jax.random.key(i)),
     "relu": lambda i: lambda x, *_: jax.nn.relu(x),
-    "a network": lambda i: functools.partial(
-        lambda net, x, *_: jax.vmap(jax.vmap(net))(x), eqx.nn.MLP(8, 8, 4, 1, jax.nn.gelu, key=jax.random.key(i))
+    "a network": lambda i: over(
+        lambda x, net: jax.vmap(jax.vmap(net))(x), eqx.nn.MLP(8, 8, 4, 1, jax.nn.gelu, key=jax.random.key(i))
     ),
-    "a loop of jit": lambda i: (
-        lambda x, *_, v=jnp.asarray(vector(i)): jax.lax.scan(
-            lambda x, _: (jax.jit(lambda x: x + v)(x), None), x, None, length=2
-        )[0]
+    "a loop of jit": lambda i: over(
+        lambda x, v: jax.lax.scan(lambda x, _: (jax.jit(lambda x: x + v)(x), None), x, None, length=2)[0], vector(i)
     ),
-    "a linear solver": lambda i: lambda x, *_, a=jnp.eye(8) * (i + 2.0): jnp.linalg.solve(a, x[0].T).T[None],
+    "a linear solver": lambda i: over(lambda x, a: jnp.linalg.solve(a, x[0].T).T[None], jnp.eye(8) * (i + 2.0)),
     "a printed value": lambda i: lambda x, *_: (jax.debug.print("", ordered=False), x)[1],
     "a callback": lambda i: lambda x, *_: (jax.debug.callback(seen, x), x)[1],
     "a callback made in the call": lambda i: lambda x, *_: (jax.debug.callback(lambda y: seen(y), x), x)[1],
@@ -78,7 +80,7 @@ def test_a_fresh_but_equal_function_compiles_nothing(kind):
 
 
 def test_a_fresh_but_equal_metric_compiles_nothing():
-    metric = lambda i: lambda readout, v=jnp.asarray(vector(i)): jnp.sum(readout.final * v, axis=(1, 2))
+    metric = lambda i: over(lambda readout, v: jnp.sum(readout.final * v, axis=(1, 2)), jnp.asarray(vector(i)))
     swept = [mj.sweep(SMALL, PROMPT, GRID, metric(0), progress=False)]
     with compilations() as compiled:
         swept += [mj.sweep(SMALL, PROMPT, GRID, metric(i), progress=False) for i in (1, 2)]
@@ -223,7 +225,7 @@ def test_an_array_is_let_go_with_its_function(make):
 
 def test_tables_do_not_grow_with_calls():
     sizes = lambda: [len(table) for table in (conversion._interned, conversion._variants, conversion._without_kept)]
-    edit = lambda i: lambda x, *_: jax.nn.relu(x + jnp.asarray(vector(i))) * 7.0
+    edit = lambda i: over(lambda x, v: jax.nn.relu(x + v) * 7.0, jnp.asarray(vector(i)))
     run(edit(0))
     before = sizes()
     for i in range(5):

@@ -106,7 +106,8 @@ LOOPS = {
 @pytest.mark.parametrize("loop", LOOPS)
 def test_an_array_deep_in_a_loop(loop):
     for i in (0, 3):
-        edit = lambda x, site, layer, positions, v=jnp.asarray(E[i]): LOOPS[loop](lambda x: x + v, x)
+        v = jnp.asarray(E[i])
+        edit = lambda x, site, layer, positions, v=v: LOOPS[loop](lambda x: x + v, x)
         assert close(logits(model(), PROMPT, {"resid_post": edit}), added(3 * E[i, 0, 0]))
 
 
@@ -166,7 +167,7 @@ def test_x64_switched_on_between_calls():
     edit = lambda x, site, layer, positions: x / 3
     for enabled in (False, True, False):
         with jax.enable_x64(enabled):
-            wide = jax.tree.map(lambda a: a.astype(jnp.float64 if enabled else jnp.float32), model())
+            wide = jax.tree.map(lambda a, to=np.float64 if enabled else np.float32: a.astype(to), model())
             given, expected = (logits(wide, PROMPT, {"resid_post": e}) for e in (edit, mj.Scale(1 / 3)))
         assert given.dtype == (np.float64 if enabled else np.float32)
         assert np.allclose(given, expected, rtol=1e-12 if enabled else 1e-5)
