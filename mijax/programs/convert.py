@@ -40,12 +40,16 @@ class Program:
     """What a function computes, without its numbers: one object for each structure, so that it is compared by identity."""
 
     def __init__(self, name: str, closed: Any, structure: Any, key: Key):
-        self.name, self.jaxpr, self.structure, self.key = name, closed.jaxpr, structure, key
+        own = closed.jaxpr
+        about = jex.DebugInfo("program", name, None, None)
+        # What it closes over is passed like any input: from jax 0.12 on a jaxpr holds the values of its constants.
+        self.jaxpr = jex.Jaxpr([], [*own.constvars, *own.invars], own.outvars, own.eqns, own.effects, about)
+        self.name, self.structure, self.key = name, structure, key
 
-    def __call__(self, constants: Sequence[Array], inputs: Sequence[Array]) -> Any:
-        """The function's result for the arrays that it reaches and those that it is given."""
-        inputs = [self._as_traced(variable.aval, x) for variable, x in zip(self.jaxpr.invars, inputs, strict=True)]
-        return jax.tree.unflatten(self.structure, jax.core.eval_jaxpr(self.jaxpr, constants, *inputs))
+    def __call__(self, arrays: Sequence[Array]) -> Any:
+        """The function's result for the arrays that it closes over and those that it is given."""
+        inputs = [self._as_traced(variable.aval, x) for variable, x in zip(self.jaxpr.invars, arrays, strict=True)]
+        return jax.tree.unflatten(self.structure, jax.core.eval_jaxpr(self.jaxpr, (), *inputs))
 
     def _as_traced(self, aval: Any, x: Any) -> Any:
         if (aval.shape, aval.dtype) != (jnp.shape(x), jnp.result_type(x)):
@@ -79,7 +83,7 @@ class Converted(eqx.Module):
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function gives for `arguments` of the shapes that it was converted for."""
-        return self.program(self.constants, [*self.leaves, *_arrays(arguments)])
+        return self.program([*self.constants, *self.leaves, *_arrays(arguments)])
 
     @property
     def out(self) -> Any:

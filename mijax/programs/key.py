@@ -48,7 +48,7 @@ def key_of(jaxpr: Any, constants: Sequence[Any] = ()) -> Key:
     number = lambda v: numbers.setdefault(v, len(numbers))
     atom = lambda a: _literal(a) if isinstance(a, jex.Literal) else numbers[a]
     variables = lambda of: tuple((number(v), v.aval) for v in of)
-    inputs = variables(jaxpr.constvars), variables(jaxpr.invars)  # apart: a closed-over array is no argument
+    inputs = variables((*jaxpr.constvars, *jaxpr.invars))
     equations = tuple(
         (eqn.primitive, tuple(map(atom, eqn.invars)), _context(eqn), _params(eqn), variables(eqn.outvars))
         for eqn in jaxpr.eqns
