@@ -164,7 +164,9 @@ def forward(
     x = jnp.where(bad, jnp.nan, x) + _zero_varying_like((model, edits, captures, memory), x.dtype)
     x, acts = _layers(model, x, positions, edits, captures, memory)
     x = jnp.where(bad, jnp.nan, final_norm(model, x, outer))
-    return x, {name: jnp.where(bad, jnp.nan, act) for name, act in outer.acts.items()} | acts
+    # NaN goes through the layers, but for what is zero at padding whatever its queries are.
+    kept = outer.acts | {name: acts[name] for name in ("pattern", "z", "result") if name in acts}
+    return x, acts | {name: jnp.where(bad, jnp.nan, act) for name, act in kept.items()}
 
 
 def _layers(model: Transformer, x: Stream, positions: Frame, edits: Edits, captures: Captures, memory: Memory | None):
