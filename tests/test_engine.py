@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import mijax as mj
 from mijax.model.sites import SELECTS
 from mijax.sweeps.cells import cells_of
+from mijax.sweeps.layout import cell_bytes, row_bytes
 from mijax.sweeps.plan import Shape, Work, capacity, chunk_of, columns_read, plan, work
-from mijax.sweeps.sweep import cell_bytes, row_bytes
 from tests.architectures import ARCHITECTURES, IDS, LENGTHS, batch, error, random_model
 from tests.compilations import compilations
 

@@ -84,13 +84,12 @@ def train(
     if parts is None:
         raise ValueError(f"memory={budget} bytes does not hold one model for each device, which takes {each}")
     store = None if save is None else _store(save, job, programs, grid, steps, log_at, parts, mesh)
-    run = _Run(job, programs, grid, parts if store is None else store.plan, steps, log_at, store, mesh, strict=nan == "raise")
+    parts = parts if store is None else store.plan or parts
+    run = _Run(job, programs, grid, parts, steps, log_at, store, mesh, strict=nan == "raise")
     estimate = each * min(grid.cells * len(grid.seeds), run.parts[0][0].size * run.parts[0][1].size)
-    with PeakMemory(estimate) as peak:
-        chunks.run_chunks(
-            run, run.keep, len(run.parts) * len(run.ends), len(run.parts) * run.ends[-1], label="train", unit="step",
-            progress=progress, store=store,
-        )  # fmt: skip
+    bar = chunks.progress_bar(len(run.parts) * run.ends[-1], "train", "step", progress)
+    with PeakMemory() as peak, bar:
+        chunks.run_chunks(run, run.keep, len(run.parts) * len(run.ends), bar, store=store)
     told = {"memory_estimate": float(estimate)}
     return _labelled(run, told if peak.taken is None else {**told, "memory_peak": float(peak.taken)})
 
@@ -118,7 +117,9 @@ def _checked(job: Job, grid: Grid, steps: int, log_at: list[int]) -> Programs:
     if log_at and not 0 <= log_at[0] <= log_at[-1] <= steps:
         raise ValueError(f"log_at={log_at}: between 0 and the {steps} steps are expected")
     settings, seed = _example(grid)
-    state = jax.eval_shape(lambda *cell: job.begin(*cell), settings, seed)  # a new function: JAX finds traces by identity
+    state = jax.eval_shape(
+        lambda *cell: job.begin(*cell), settings, seed
+    )  # a new function: JAX finds traces by identity
     jax.eval_shape(lambda *cell: job.check(*cell), settings, seed, state)
     programs = job.programs(settings, seed)
     _check_names(job, grid, state, log_at)
@@ -194,16 +195,27 @@ def _equal(count: int, most: int, multiple: int) -> np.ndarray:
 
 
 def _store(
-    save: Any, job: Job, programs: Programs, grid: Grid, steps: int, log_at: list[int], parts: dict[str, np.ndarray], mesh: Mesh | None
+    save: Any,
+    job: Job,
+    programs: Programs,
+    grid: Grid,
+    steps: int,
+    log_at: list[int],
+    parts: dict[str, np.ndarray],
+    mesh: Mesh | None,
 ) -> chunks.Store:
-    about: dict[str, Any] = {"toy or optimizer": (programs.begin, programs.step), "toy or log": (programs.judged, log_at)}
+    about: dict[str, Any] = {
+        "toy or optimizer": (programs.begin, programs.step),
+        "toy or log": (programs.judged, log_at),
+    }
     about |= {"settings": grid.axes, "number of steps": steps, "batch": (job.batch, job.judge)}
     identity = {name: chunks.fingerprint(part) for name, part in about.items()}
-    store = chunks.Store(save, identity, parts, {"axes": {k: v.tolist() for k, v in grid.axes.items()}})
+    store = chunks.Store(save, identity)
+    plan = store.begin(parts, {"axes": {k: v.tolist() for k, v in grid.axes.items()}})
     places = 1 if mesh is None else mesh.devices.shape[0]
-    if store.plan["cells"].shape[1] % places:
+    if plan["cells"].shape[1] % places:
         raise ValueError(
-            f"{save} was begun with chunks of {store.plan['cells'].shape[1]} cells, which {places} devices cannot share"
+            f"{save} was begun with chunks of {plan['cells'].shape[1]} cells, which {places} devices cannot share"
         )
     return store
 
@@ -233,7 +245,9 @@ class _Run:
         part, turn = divmod(numbers[0], len(self.ends))
         inputs = self._inputs(part)
         start = self.ends[turn - 1] if turn else 0
-        state = advance(self.programs, self.mesh, *inputs, self._before(numbers[0], turn, inputs), start, self.ends[turn])
+        state = advance(
+            self.programs, self.mesh, *inputs, self._before(numbers[0], turn, inputs), start, self.ends[turn]
+        )
         self.live = numbers[0], state
         last = turn == len(self.ends) - 1
         found = {"failed_at": state.failed_at}
