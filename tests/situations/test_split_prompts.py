@@ -183,20 +183,23 @@ def test_an_error_names_the_prompt_among_all(model):
             run(memory=memory, progress=False)
 
 
-def test_groups_share_one_program(model):
-    """New prompts, answers and places in groups of one shape compile nothing; and no group does, after the first."""
+def test_groups_share_one_program(model, monkeypatch):
+    """Four groups, the last of one prompt: one trace. New prompts, answers and values of the same shape compile nothing."""
+    from mijax.sweeps import sweep as module
 
-    def run(ids, answers, memory, batch=7):
-        rows = np.arange(batch) % 7
-        tokens = mj.Tokens(ids[rows], MASK[rows]), mj.Tokens(OTHERS[rows], MASK[rows])
-        return mj.patch(model, clean=tokens[0], corrupted=tokens[1], site="z", over=("layer", "head"), memory=memory,
-                        metric=mj.metrics.logit(answers[rows]), progress=False)  # fmt: skip
+    traces, original = [], module.run_chunk
+    monkeypatch.setattr(module, "run_chunk", lambda *arguments: traces.append(1) or original(*arguments))
 
-    memory = 2 * bytes_of_one(lambda memory: run(IDS, ANSWERS[0], memory))
-    run(IDS, ANSWERS[0], memory, batch=2)  # one group of two: the same programs
+    def run(ids, answers, **kw):
+        return mj.patch(model, clean=prompts(ids), corrupted=prompts(OTHERS), site="z", over=("layer", "head"),
+                        metric=mj.metrics.log_prob(answers), progress=False, **kw)  # fmt: skip
+
+    memory = 2 * bytes_of_one(lambda memory: run(IDS, ANSWERS[0], memory=memory))
+    found = run(IDS, ANSWERS[0], memory=memory)
+    assert found.attrs["prompts_together"] == 2 and traces == [1]
     with compilations() as seen:
-        found = run(IDS[::-1], ANSWERS[1], memory)
-    assert found.attrs["prompts_together"] == 2 and not [seconds for seconds in seen if seconds > 0.02], seen
+        run(IDS[::-1] * MASK, ANSWERS[1], memory=memory)
+    assert seen == [] and traces == [1]
 
 
 def test_devices_share_the_cells_of_each_group(model):
