@@ -72,7 +72,7 @@ def measured(settings: Settings, n_layers: int, tokens: int, checkpoint: int, ru
     given = random_tokens(config, 1, tokens)
     metric = mj.metrics.logit_diff(given["correct"], given["wrong"])
     base = mj.Tokens(given["corrupted"])
-    job = Job(model, base, base, {"m": metric}, {"m": metric}, nodes_of(model, base, SITES), mj.AtP(), 0, 0)
+    job = Job(model, base, base, {"m": metric}, nodes_of(model, base, SITES), mj.AtP(), 0, 0)
     arguments: Any = (job.method, model, base, jnp.asarray(given["clean"]), {"m": metric}, {}, np.zeros(1, np.int32),
                       jax.random.key(0), job.layout, 0, checkpoint)  # fmt: skip
     program: Any = _chunk

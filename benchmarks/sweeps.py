@@ -22,6 +22,12 @@ grid, `load MB` that until its model was ready. GFLOP/s count only what
 must be recomputed (`benchmarks/arithmetic.py`), whatever was; `/matmul` compares them, per CPU second on a CPU and by
 the clock elsewhere, with a product of 4096 x 4096 matrices in the same run; `CPU/TL` is the CPU seconds over those
 of the fastest TransformerLens that is not `frozen`.
+
+    python -m benchmarks.sweeps --against OTHER/bin/python --rounds 5
+
+compares two commits of mijax, the other one installed in an environment of its own (`git worktree add ../other COMMIT`, a
+virtual environment there, `pip install -e ../other`): rounds alternate, and the ratio of CPU seconds is told for each grid with
+its median's 90 % interval. `slower` means that the interval lies wholly above 1.03.
 """
 
 import contextlib
@@ -37,7 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -49,10 +55,11 @@ import tyro
 import mijax as mj
 from benchmarks import arithmetic
 from benchmarks.arithmetic import GridName
+from benchmarks.commits import Compared, compare, compared_table
+from benchmarks.workers import SCRIPTS, Worker, started
 from experiments import ioi_prompts
 from mijax.files import atomic
 
-SCRIPTS = Path(__file__).parent / "peers"
 PACKAGES = ("transformer_lens", "nnsight")
 GRIDS: dict[str, tuple[GridName, ...]] = {
     "gpt2": ("resid_pre", "z_head", "z_head_pos", "qkvzp", "attribution"),
@@ -86,6 +93,8 @@ class Settings:
     """Of mijax's parameters; differences are not judged in bfloat16, and the peers have float32."""
     tiny: bool = False
     """A toy model, which checks this script and measures nothing."""
+    against: str = ""
+    """The Python executable of an environment with another commit of mijax, to be compared with in alternating rounds."""
     out: Path = Path("results/benchmarks/sweeps.json")
     """One record for each model, dtype and device; a further run replaces its own."""
 
@@ -103,6 +112,8 @@ def main(settings: Settings) -> dict[str, Any]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU
     record: dict[str, Any] = {"settings": dataclasses.asdict(settings), "machine": machine()}
     grids = settings.grids or GRIDS[settings.model]
+    if settings.against:
+        return {"against": settings.against, "grids": against(settings, grids)}
     commands = [command for peer in settings.peers for command in peer_commands(peer, "attribution" in grids)]
     example = tiny(settings.model) if settings.tiny else {"gpt2": gpt2, "smollm2": smollm2}[settings.model]()
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
@@ -121,6 +132,23 @@ def main(settings: Settings) -> dict[str, Any]:
             write(settings, record)
     print(f"\n{table(record)}\n\nwrote {settings.out}")
     return record
+
+
+def against(settings: Settings, grids: Sequence[GridName]) -> dict[str, Compared]:
+    """This commit beside another one, on every grid and a plain forward pass; prints a table."""
+    make = {"gpt2": gpt2, "smollm2": smollm2}[settings.model]
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        workers = []
+        for python in (sys.executable, settings.against):
+            folder = Path(scratch) / str(len(workers))
+            folder.mkdir()
+            write_case(folder, tiny(settings.model) if settings.tiny else make())
+            command = [python, *own_command(settings)[1:]]
+            workers.append(stack.enter_context(started(command, folder)))
+        own, other = workers
+        found = {grid: compare(own, other, grid, settings.rounds) for grid in ("forward", *grids)}
+    print(f"\n{compared_table(found)}")
+    return found
 
 
 def gpt2() -> Example:
@@ -195,62 +223,6 @@ def peer_commands(peer: str, attribution: bool) -> list[list[str]]:
         raise SystemExit(f"--peers: {python} can import none of {', '.join(PACKAGES)}")
     command = [str(Path(found).absolute()), str(SCRIPTS / f"with_{packages[0]}.py")]
     return [command, *([[*command, "frozen"]] if attribution and packages[0] == "transformer_lens" else [])]
-
-
-class Worker:
-    """A worker process, ready: `hello` is what it said of itself, with the wall seconds until then."""
-
-    def __init__(self, command: Sequence[str], folder: Path):
-        python, script, *options = command
-        self.log = folder / f"{Path(script).stem}-{time.monotonic_ns()}.log"
-        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-        begin = time.perf_counter()
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [python, script, str(folder), *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True, cwd=folder, env=environment,
-            )  # fmt: skip
-        self.hello = self._answer()
-        self.hello["wall"] = time.perf_counter() - begin
-        self.name = f"{self.hello['peer']} {self.hello['version']}"
-
-    def ask(self, request: str) -> dict[str, Any]:
-        """Its answer to a request; `RuntimeError` where that is none."""
-        assert self.process.stdin is not None
-        print(request, file=self.process.stdin, flush=True)
-        answer = self._answer()
-        if "error" in answer:
-            raise RuntimeError(f"{self.name} on {request}:\n{answer['error']}")
-        return answer
-
-    def close(self) -> None:
-        """End it: at the end of its input or, where it is still at work, by force."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker ended ({self.process.wait()}):\n{self.log.read_text()[-3000:]}")
-        return json.loads(line)
-
-
-@contextlib.contextmanager
-def started(command: Sequence[str], folder: Path) -> Iterator[Worker]:
-    """A worker, ended at the end."""
-    worker = Worker(command, folder)
-    try:
-        yield worker
-    finally:
-        worker.close()
 
 
 @dataclasses.dataclass(frozen=True)

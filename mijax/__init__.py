@@ -1,5 +1,7 @@
 """mijax: mechanistic interpretability in JAX, the forward pass as a pure function of data."""
 
+import importlib.metadata
+
 from mijax import metrics, superposition
 from mijax.attribution.atp_star import AtPStar
 from mijax.attribution.attribute import attribute
@@ -10,8 +12,8 @@ from mijax.cache import compilation_cache
 from mijax.checkpoints.load import load
 from mijax.checkpoints.save import save
 from mijax.checkpoints.tokenizer import Tokenizer
-from mijax.generate import Generated, generate, new_tokens
-from mijax.interventions.edits import Add, Edit, Interchange, Mix, Project, Replace, Scale
+from mijax.generate import Generated, current_tokens, generate, new_tokens, prompt_tokens
+from mijax.interventions.edits import Add, Apply, Edit, Interchange, Mix, Project, Replace, Scale
 from mijax.interventions.where import Where
 from mijax.model import processing
 from mijax.model.config import Config, RotaryScaling
@@ -31,9 +33,12 @@ from mijax.sweeps.strongest import strongest
 from mijax.sweeps.sweep import sweep
 from mijax.sweeps.trace import trace
 
+__version__ = importlib.metadata.version("mijax")
+
 __all__ = [
     "SITES",
     "Add",
+    "Apply",
     "AtP",
     "AtPStar",
     "Config",
@@ -60,6 +65,7 @@ __all__ = [
     "bootstrap",
     "compilation_cache",
     "concept",
+    "current_tokens",
     "dose_response",
     "generate",
     "gradients",
@@ -73,6 +79,7 @@ __all__ = [
     "normalise",
     "patch",
     "processing",
+    "prompt_tokens",
     "run",
     "save",
     "sign_flips",

@@ -1,7 +1,8 @@
 """Generation under interventions, with cached keys and values, as one scan over new tokens."""
 
+import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import equinox as eqx
 import jax
@@ -9,18 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Bool, Int, Logits
-from mijax.interventions.edits import Edit, Interventions, as_edits
+from mijax.interventions.edits import Apply, Edit, Interventions, as_edits
+from mijax.interventions.functions import convert_edits
 from mijax.interventions.tap import known_axes
 from mijax.interventions.where import Where, narrow
+from mijax.meshes import batch_spec, with_automatic_axes
 from mijax.model.attention import Memory
 from mijax.model.config import Config
 from mijax.model.numerics import accumulator
+from mijax.model.parameters import check_parameters
 from mijax.model.position import Frame, frame
 from mijax.model.readout import Readout
 from mijax.model.sites import SITES, Site
 from mijax.model.tokens import Tokens, as_tokens, is_concrete
 from mijax.model.transformer import Transformer
-from mijax.run import Capture, as_captures, check, faulty, forward
+from mijax.run import Capture, Edits, as_captures, check, check_selects, faulty, forward, on_device
 
 
 class Generated(NamedTuple):
@@ -52,47 +56,69 @@ def generate(
     tokens: Tokens | ArrayLike,
     interventions: Interventions | None = None,
     *,
-    max_new_tokens: int,
+    max_new_tokens: SupportsIndex,
     temperature: ArrayLike = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    stop: Sequence[int] = (),
+    stop: SupportsIndex | Sequence[int] | None = None,
     key: Array | None = None,
     capture: Capture = (),
 ) -> Generated:
     """Continue prompts by `max_new_tokens` tokens each, under interventions on prompt and new tokens alike.
 
     Every token sees what it would see in `run` on the finished text under the same interventions, if those do not
-    look ahead: `pos` counts over prompt and new tokens together (negative from the end of the longest possible
-    text), values with a position axis have one entry for each, and `new_tokens` gives the mask of the new ones for
-    `Where(pos=...)`. `capture` works as in `run`, over prompt and new tokens.
+    look ahead: `pos` counts over prompt and new tokens together, from 0, and values with a position axis have one entry for
+    each. The end of a text that is being written is nowhere yet, so that edits take no negative positions: `prompt_tokens`,
+    `new_tokens` and `current_tokens` (those that the next token is read from, as `pos=-1` is in a hook) give masks for
+    `Where(pos=...)`. `capture` works as in `run`, over prompt and new tokens, negative positions counting from the end of the
+    longest possible text; `attn_scores` are NaN at keys that were not there yet.
 
     `temperature` 0 takes the likeliest token; above, `key` draws from the distribution, cut to the `top_k`
     likeliest tokens, to the fewest that have probability `top_p` together, and to those of at least `min_p` times
-    the largest. After a token of `stop`, a prompt's continuation is padding. For several samples of each prompt, `vmap`
-    over keys. One compilation serves a shape, whatever the numbers.
+    the largest. After a token of `stop` (by default the end tokens of the tokenizer that made `tokens`; `()` is none), a
+    prompt's continuation is padding. For several samples of each prompt, `vmap` over keys. One compilation serves a shape,
+    whatever the numbers.
 
     Raises what `run` raises, for the finished text; `ValueError` for settings out of their range, for a text that
-    would outgrow the context (by how much), and for a callable edit that says it mixes positions.
+    would outgrow the context (by how much), for an edit that cannot act on a new token or what is captured, and for a callable edit
+    that says it mixes positions.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
     >>> mj.generate(model, [[1, 2, 3]], {"resid_mid": mj.Add(1.0)}, max_new_tokens=4).ids.shape
     (1, 7)
     """
+    check_parameters(model)
     tokens, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
-    _check_settings(model, tokens, edits, max_new_tokens, temperature, top_k, top_p, min_p, stop, key)
-    whole = _extended(tokens, max_new_tokens)
+    count = _whole_number(max_new_tokens)
+    stop_ids: Any = tokens.end_tokens if stop is None else np.atleast_1d(stop).tolist()
+    _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key)
+    whole = _extended(tokens, count)
     check(model.config, whole, edits, captures)
+    check_selects(edits)
+    _check_acts(whole, edits, captures)
     greedy = is_concrete(temperature) and bool(np.all(np.asarray(temperature) == 0))
     off = (model.config.d_vocab, 1.0, 0.0)
     filters = [o if given is None else given for o, given in zip(off, (top_k, top_p, min_p))]
     filtered = any(given is not None for given in (top_k, top_p, min_p))
     sampling = None if greedy else _Sampling(jnp.asarray(temperature, jnp.float32), *(jnp.asarray(f) for f in filters))
-    return _generate(
-        model, whole, edits, captures, sampling, filtered, jnp.asarray(stop, jnp.int32), key, max_new_tokens
+    batch, width = tokens.ids.shape
+    dtype, beside = accumulator(model.W_E.dtype), (model, whole)
+    shapes = ((width, width), (1, width + count))  # of the prompt, and of each new token: computed tokens, and keys
+    ways = tuple(convert_edits(model.config, edits, batch, *shape, dtype, beside) for shape in shapes)
+    whole, ways, captures = on_device((whole, ways, captures))
+    fixed = filtered, jnp.asarray(stop_ids, jnp.int32), key, count
+    return with_automatic_axes(
+        _generate, model, whole, ways, captures, sampling, *fixed, like=tokens.ids, out_axes=lambda b: _out_axes(captures, b)
     )
+
+
+def _out_axes(captures: dict[str, Where | None], batch: Any) -> Any:
+    """How what is generated is sharded where the examples are explicitly so."""
+    tokens, narrowed = batch_spec(("batch",), batch), lambda where: where is not None and where.batch is not None
+    acts = {site: batch_spec(SITES[site].axes, None if narrowed(where) else batch) for site, where in captures.items()}
+    return Generated(tokens, tokens, acts)  # pyright: ignore[reportArgumentType]
 
 
 def new_tokens(tokens: Tokens | ArrayLike, max_new_tokens: int) -> Bool[np.ndarray, "batch pos"]:
@@ -101,8 +127,36 @@ def new_tokens(tokens: Tokens | ArrayLike, max_new_tokens: int) -> Bool[np.ndarr
     >>> new_tokens([[1, 2]], 3).tolist()
     [[False, False, True, True, True]]
     """
-    batch, width = as_tokens(tokens).ids.shape
-    return np.broadcast_to(np.arange(width + max_new_tokens) >= width, (batch, width + max_new_tokens))
+    return np.pad(np.zeros(as_tokens(tokens).ids.shape, bool), ((0, 0), (0, max_new_tokens)), constant_values=True)
+
+
+def prompt_tokens(tokens: Tokens | ArrayLike, max_new_tokens: int) -> Bool[np.ndarray, "batch pos"]:
+    """The mask of the prompts' own tokens among prompt and new ones, for `Where(pos=...)` in `generate`.
+
+    >>> prompt_tokens([[1, 2]], 3).tolist()
+    [[True, True, False, False, False]]
+    """
+    return np.pad(np.asarray(as_tokens(tokens).mask), ((0, 0), (0, max_new_tokens)))
+
+
+def current_tokens(tokens: Tokens | ArrayLike, max_new_tokens: int) -> Bool[np.ndarray, "batch pos"]:
+    """The mask of each prompt's last token and every new one: those that a next token is read from, in `generate`.
+
+    >>> current_tokens([[1, 2]], 3).tolist()
+    [[False, True, True, True, True]]
+    """
+    mask = np.asarray(as_tokens(tokens).mask)
+    last = np.cumsum(mask, axis=1) == mask.sum(axis=1, keepdims=True)
+    return np.pad(mask & last, ((0, 0), (0, max_new_tokens)), constant_values=True)
+
+
+def _whole_number(count: Any) -> int:
+    try:
+        return operator.index(count)
+    except TypeError as error:
+        raise TypeError(
+            f"max_new_tokens must be a whole number that is known before anything is compiled, given {count!r}"
+        ) from error
 
 
 def _extended(tokens: Tokens, count: int) -> Tokens:
@@ -113,18 +167,18 @@ def _extended(tokens: Tokens, count: int) -> Tokens:
 
 
 @eqx.filter_jit
-def _generate(
-    model, whole, edits, captures: dict[str, Where | None], sampling, filtered, stop, key, count
-) -> Generated:
+def _generate(model, whole, ways, captures: dict[str, Where | None], sampling, filtered, stop, key, count) -> Generated:
+    """`ways` are the edits for the prompt and for one new token: they differ in what users' functions are given."""
     config, dtype = model.config, accumulator(model.W_E.dtype)
     width = whole.ids.shape[1] - count
-    bad = faulty(config, whole, edits, captures)
+    bad = faulty(config, whole, ways[0], captures) | _negative(ways[0])
     held = ("rot_k" if config.positions == "rotary" else "k", "v")  # what later tokens attend to
     per_token = {name: _without_positions(where) for name, where in captures.items()} | dict.fromkeys(held)
 
     def at(columns, ids, memory=None):
         """Run some columns; gives their final stream, what is captured there, and their keys and values."""
         positions = frame(config, whole, dtype, columns)
+        edits = ways[0 if memory is None else 1]
         if memory is None:  # the prompt sees itself alone
             keys = positions.keys[:, columns]
             positions = positions._replace(keys=keys, allowed=positions.allowed[:, :, columns])
@@ -156,14 +210,22 @@ def _generate(
     ids = jnp.concatenate([whole.ids[:, :width], jnp.where(bad, -1, added.T)], axis=1)
     positions = frame(config, whole, dtype)
     for name, where in captures.items():
-        acts[name] = _joined(acts[name], later[name], SITES[name], whole.ids.shape[1])
+        acts[name] = _joined(acts[name], later[name], SITES[name])
+        if name == "attn_scores":
+            acts[name] = jnp.where(_was_there(width, whole.ids.shape[1]), acts[name], jnp.nan)
         if where is not None:
             left = where if name in held else _only_positions(where)  # the rest was narrowed token by token
             acts[name] = _narrowed(acts[name], left, SITES[name], config, positions)
     return Generated(*_stopped(ids, jnp.asarray(whole.mask), stop, width), acts)
 
 
-def _joined(prompt: Array, later: Array, site: Site, width: int) -> Array:
+def _was_there(width: int, total: int) -> Bool[np.ndarray, "query key"]:
+    """Which keys were there when a query was computed: the prompt's together, the others one by one."""
+    column = np.arange(total)
+    return column[None, :] <= np.maximum(column[:, None], width - 1)
+
+
+def _joined(prompt: Array, later: Array, site: Site) -> Array:
     """One array of all tokens, from the prompt's and those of each new token (which come stacked in front)."""
     axis = next(i for i, name in enumerate(site.axes) if name in ("pos", "query"))
     if "key" in site.axes:  # the prompt's tokens attend to none of the later ones
@@ -214,7 +276,42 @@ def _sample(logits: Logits, sampling: _Sampling, filtered: bool, key: Array) -> 
     return jax.random.categorical(key, logits, axis=-1)
 
 
-def _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop, key) -> None:
+def _negative(edits: Edits) -> Bool[Array, ""]:
+    """Whether a position counts from the end, once values are known."""
+    indices = [
+        jnp.asarray(edit.where.given[f]) for several in edits.values() for edit in several for f in _ordered(edit)
+    ]
+    return jnp.any(jnp.asarray([jnp.any(index < 0) for index in indices] or [False]))
+
+
+def _ordered(edit: Edit) -> list[str]:
+    """The fields of an edit's place that count positions."""
+    return [f for f in ("pos", "query", "key") if f in edit.where.given and edit.where.given[f].dtype != bool]
+
+
+def _check_acts(whole: Tokens, edits: Edits, captures: dict[str, Where | None]) -> None:
+    """Raise `ValueError` for positions from the end, and for an edit that acts on nothing that is sampled or kept."""
+    for site, several in edits.items():
+        for edit in several:
+            for field in _ordered(edit):
+                index = edit.where.given[field]
+                if not is_concrete(index):
+                    continue
+                if (np.asarray(index) < 0).any():
+                    raise ValueError(
+                        f"{field}={np.asarray(index).tolist()} at site {site!r} counts from the end of a text that is not there yet:"
+                        " name tokens from 0, or by a mask: mijax.prompt_tokens(tokens, n) the prompt's, mijax.new_tokens(tokens, n) the"
+                        " generated ones, mijax.current_tokens(tokens, n) those that the next token is read from"
+                    )
+                rows = np.asarray(index).reshape(1, -1) if np.ndim(index) < 2 else np.asarray(index)
+                late = is_concrete(whole.mask) and (rows >= np.asarray(whole.lengths)[:, None] - 1).all()
+                if field != "key" and late and not captures:
+                    raise ValueError(
+                        f"{type(edit).__name__} at site {site!r} acts on the last new token alone, from which nothing is read or kept"
+                    )
+
+
+def _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key) -> None:
     config, faults = model.config, []
     if not config.causal:
         faults.append("a bidirectional model cannot generate")
@@ -241,7 +338,7 @@ def _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_
         f"stop token {t} is outside the vocabulary of {config.d_vocab}" for t in stop if not 0 <= t < config.d_vocab
     ]
     for site, given in edits.items():
-        if any(not isinstance(e, Edit) and getattr(e, "mixes_positions", False) for e in given):
+        if any(isinstance(e, Apply) and getattr(e.function, "mixes_positions", False) for e in given):
             faults.append(
                 f"the callable edit at site {site!r} mixes positions, which generation computes one at a time"
             )

@@ -37,6 +37,10 @@ class Metric(eqx.Module):
 
     def __call__(self, readout: Readout) -> Float[Array, " batch"]:
         """One number per example."""
+        if not isinstance(readout, Readout):
+            raise TypeError(
+                f"metric {self.name!r} reads a run's readout, mijax.run(...).readout, given {type(readout).__name__}"
+            )
         return self.function(readout, **self.arguments)
 
     @property
@@ -85,7 +89,10 @@ def logit_diff(correct: ArrayLike, wrong: ArrayLike, pos: ArrayLike = -1) -> Met
     (1,)
     """
     return Metric(
-        "logit_diff", _logit_diff, {"correct": _ids(correct), "wrong": _ids(wrong), "pos": position(pos)}, per_example=True
+        "logit_diff",
+        _logit_diff,
+        {"correct": _ids(correct), "wrong": _ids(wrong), "pos": position(pos)},
+        per_example=True,
     )
 
 

@@ -13,10 +13,12 @@ from mijax.interventions.edits import Edit, Interventions, as_edits, by_layer, c
 from mijax.interventions.functions import convert_edits
 from mijax.interventions.tap import Tap
 from mijax.interventions.where import Where, check_range, check_structure, out_of_range
+from mijax.meshes import batch_spec, with_automatic_axes
 from mijax.model.attention import Memory
 from mijax.model.block import block
 from mijax.model.config import Config
 from mijax.model.numerics import accumulator
+from mijax.model.parameters import check_parameters
 from mijax.model.position import Frame, frame
 from mijax.model.readout import Readout
 from mijax.model.sites import SELECTS, SITES, site_of
@@ -58,7 +60,7 @@ def run(
     of two layers); no axis is ever dropped, so that what was kept of one place broadcasts to it again.
 
     Raises `ValueError` for a site that does not exist, an axis that a site lacks, shapes that do not
-    fit, an index out of range, a token outside the vocabulary, a prompt longer than the context.
+    fit, an index out of range, a mask that selects nothing, a token outside the vocabulary, a prompt longer than the context.
     Where an index is out of range that is known only inside a trace, the result is NaN.
 
     >>> import jax, mijax as mj
@@ -69,11 +71,39 @@ def run(
     >>> out.logits.shape
     (1, 3, 11)
     """
+    check_parameters(model)
     tokens, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
     check(model.config, tokens, edits, captures)
-    edits = of_prompts(model, tokens, edits)
-    final, acts = _run(model, tokens, edits, captures)
+    check_selects(edits)
+    tokens, edits, captures = on_device((tokens, of_prompts(model, tokens, edits), captures))
+    final, acts = with_automatic_axes(
+        _run, model, tokens, edits, captures, like=tokens.ids, out_axes=_out_axes(captures)
+    )
     return Out(Readout(final, tokens, model.unembedding, model.b_U), acts)
+
+
+def check_selects(edits: Edits) -> None:
+    """Raise `ValueError` for an edit that is known to select nothing: it would never act, without a word."""
+    for name, several in edits.items():
+        for edit in several:
+            for field, index in edit.where.given.items():
+                if index.dtype == bool and is_concrete(index) and not np.asarray(index).any():
+                    raise ValueError(
+                        f"{type(edit).__name__} at site {name!r} selects nothing: its mask over {field!r} is all False"
+                    )
+
+
+def on_device(tree: Any) -> Any:
+    """The tree with host arrays moved to the device here, where `jax.transfer_guard` can see that it is meant."""
+    return jax.tree.map(lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x, tree)
+
+
+def _out_axes(captures: Captures) -> Any:
+    """How a run's results are sharded where the examples are explicitly so."""
+    kept = {name: SITES[name].axes for name in captures}
+    whole = lambda name: captures[name] is None or captures[name].batch is None  # pyright: ignore[reportOptionalMemberAccess]
+    acts = lambda batch: {name: batch_spec(axes, batch if whole(name) else None) for name, axes in kept.items()}
+    return lambda batch: (batch_spec(("batch",), batch), acts(batch))
 
 
 def of_prompts(model: Transformer, tokens: Tokens, edits: Edits) -> Edits:

@@ -52,6 +52,11 @@ def real(tokens: mj.Tokens, i: int) -> np.ndarray:
     return np.flatnonzero(np.asarray(tokens.mask)[i])
 
 
+def on_real(logits, tokens: mj.Tokens) -> np.ndarray:
+    """`[token, ...]`: at the columns of real tokens (logits at padding are NaN)."""
+    return np.asarray(logits)[np.asarray(tokens.mask)]
+
+
 def example(acts, site: str, tokens: mj.Tokens, i: int) -> np.ndarray:
     """One example of a captured site, without its padding: `[layer?, *axes]`."""
     axes, x, columns = mj.SITES[site].axes, np.asarray(acts), real(tokens, i)

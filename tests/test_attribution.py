@@ -544,13 +544,13 @@ def test_bfloat16_parameters():
 @pytest.mark.usefixtures("x64")
 def test_a_concepts_directions_are_what_they_say():
     model, positive, negative = base_and_source("normless", "left")
-    metric, pos = mj.metrics.logit_diff(3, 4), np.array([-1, 0, -2])
+    metric, pos = mj.metrics.logit_diff(3, 4), np.array([[-1], [0], [-2]])
     read = mj.metrics.Metric("logit_diff", metric.function, {**metric.arguments, "pos": jnp.asarray(pos)})
     found = mj.concept(model, positive=positive, negative=negative, site="resid_post", metric=read, pos=pos)
     # no norm: after the last layer the gradient is the difference of two columns of the unembedding
     assert error(found.direction.sel(kind="gradient")[-1], model.W_E[3] - model.W_E[4]) < 1e-6
     acts = [mj.run(model, t, capture=("resid_post",)).acts["resid_post"] for t in (positive, negative)]
-    columns = [np.flatnonzero(row)[p] for row, p in zip(np.asarray(positive.mask), pos)]
+    columns = [np.flatnonzero(row)[p] for row, p in zip(np.asarray(positive.mask), pos[:, 0])]
     at = [np.asarray(a)[:, np.arange(3), columns] for a in acts]
     assert error(found.direction.sel(kind="difference"), (at[0] - at[1]).mean(axis=1)) < 1e-6
     for i, a in enumerate(found.kind.values):
@@ -559,7 +559,7 @@ def test_a_concepts_directions_are_what_they_say():
             expected = (u * v).sum(-1) / np.linalg.norm(u, axis=-1) / np.linalg.norm(v, axis=-1)
             assert np.abs(found.cosine.values[i, j] - expected).max() < 1e-5
     same = mj.concept(model, positive=positive, negative=negative, site="pos_embed" if "pos_embed" in mj.sites(model, positive) else "embed",
-                      metric=read, pos=np.array([0, 0, 0]))  # fmt: skip
+                      metric=read, pos=0)  # fmt: skip
     assert np.isfinite(same.cosine).all()
     mine = np.ones((3, 12))
     told = mj.concept(model, positive=positive, negative=negative, site="resid_post", metric=read, pos=pos, probe=mine)

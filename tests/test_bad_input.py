@@ -16,7 +16,6 @@ PLAIN = mj.init(ARCHITECTURES["attention_only"], jax.random.key(0))
 TOKENS = batch("left")
 METRIC = mj.metrics.logit(3)
 OTHER = batch("left", (IDS + 5) % 19)
-BASE_LOGITS = mj.run(MODEL, TOKENS).readout.logits(pos=-1)
 METRIC_AT_BASE = METRIC(mj.run(MODEL, TOKENS).readout)
 SINGLE = mj.init(mj.Config(n_layers=1, d_model=12, n_heads=4, d_vocab=19, n_ctx=16), jax.random.key(0))
 pytestmark = pytest.mark.usefixtures("as_a_user")
@@ -54,11 +53,9 @@ FAULTS = {
         "keeps the same layers of every example",
     ),
     "no mapping": (lambda: mj.run(MODEL, TOKENS, mj.Scale(0.0)), TypeError, "must map sites to edits, given Scale"),
-    "unhashable callable": (
-        lambda: edit("z", type("Steer", (), {"__hash__": None, "__call__": lambda self, x, *_: x})()),
-        TypeError,
-        "must be hashable, or better an Equinox module",
-    ),
+    "subclass of an edit": (lambda: edit("z", type("Twice", (mj.Scale,), {})(2.0)), TypeError, r"Twice at site 'z' is a subclass of mijax.Edit: give a function, or an Equinox module with __call__\(x, site, layer, positions\)"),
+    "function of two arguments": (lambda: edit("z", lambda x, layer: x), TypeError, r"is called with \(x, site, layer, positions\); <lambda> at site 'z' takes \(x, layer\)"),
+    "function of another shape": (lambda: edit("z", lambda x, site, layer, positions: x[:, :1]), ValueError, r"the callable edit at site 'z' returned float32\[3, 1, 4, 6\], expected float32\[3, 6, 4, 6\]"),
     "ragged prompts": (lambda: mj.run(MODEL, [[1, 2], [3]]), ValueError, "token ids must be .* a rectangular list"),
     "no prompts": (lambda: mj.run(MODEL, []), ValueError, "non-empty"),
     "mask of twos": (lambda: mj.Tokens(IDS, np.full((3, 6), 2)), ValueError, "a mask must be boolean, or 0 and 1"),
@@ -149,11 +146,11 @@ FAULTS = {
     "attribution by a name": (lambda: attribute(method="atp"), TypeError, r"must be one such as mijax.AtP\(\), given 'atp'"),
     "attribution without a metric": (lambda: attribute(metric={}), ValueError, "there is no metric"),
     "attribution without layers": (lambda: attribute(model=mj.init(mj.Config(n_layers=0, d_model=12, n_heads=4, d_vocab=19, n_ctx=16), jax.random.key(0)), sites=("embed",)), ValueError, "without layers"),
-    "attribution of a metric with a kink": (lambda: attribute(corrupted=None, clean=TOKENS, metric=lambda r: jnp.sqrt(mj.metrics.kl(BASE_LOGITS)(r).clip(0))), ValueError, "the gradient of metric '<lambda>' at site 'z' is not finite in example 0"),
+    "attribution of a metric with a kink": (lambda: attribute(corrupted=None, clean=TOKENS, metric=lambda r: jnp.sqrt(METRIC(r) - jax.lax.stop_gradient(METRIC(r)))), ValueError, "the gradient of metric '<lambda>' at site 'z' is not finite in example 0"),
     "a sample of nothing": (lambda: attribute(sample=5), ValueError, "sample counts cells beside those of verify=0, given 5"),
     "a negative sample": (lambda: attribute(verify=2, sample=-3), ValueError, "given -3"),
     "probes of another method": (lambda: attribute(probes=4, method=mj.AtPStar()), ValueError, r"second-order error of AtP\(\); that of AtPStar\(\) is another"),
-    "a concept out of range": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="z", metric=METRIC, pos=[-1, 5, 0]), ValueError, "pos=5 is out of range .* example 1"),
+    "a concept out of range": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="z", metric=METRIC, pos=[[-1], [5], [0]]), ValueError, "pos=5 is out of range .* example 1"),
     "a concept in the same prompts": (lambda: mj.concept(MODEL, positive=OTHER, negative=OTHER, site="z", metric=METRIC), ValueError, "the same prompt in example 0"),
     "one probe": (lambda: attribute(probes=1), ValueError, "at least two probes, given probes=1"),
     "no memory for a prompt": (lambda: attribute(memory=1000), ValueError, "one prompt take.* about .* bytes, memory=1,000 allows none"),
@@ -192,7 +189,7 @@ FAULTS = {
     "gradients of several metrics": (lambda: mj.gradients(MODEL, TOKENS, {"a": METRIC, "b": METRIC}, ("z",)), TypeError, "one metric is taken here, given several: 'a', 'b'"),
     "a probe of no number": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="resid_post", metric=METRIC, probe=np.full((3, 12), np.nan)), ValueError, "direction of the probe at 'resid_post' is not finite"),
     "steps by name": (lambda: mj.IntegratedGradients("inputs"), ValueError, "given steps='inputs', along='gate'"),
-    "config that does not fit": (lambda: mj.Config(n_layers=-1, d_model=8, n_heads=2, n_kv_heads=3, d_vocab=0, n_ctx=4, norm="batch"), ValueError, "d_vocab=0 must be positive; n_layers=-1 must not be negative; n_heads=2 is not a multiple of n_kv_heads=3; norm='batch' is none of 'layer', 'rms', 'none'"),
+    "config that does not fit": (lambda: mj.Config(n_layers=-1, d_model=8, n_heads=2, n_kv_heads=3, d_vocab=0, n_ctx=4, norm="batch"), ValueError, "n_layers=-1 must not be negative; d_vocab=0 must be positive; norm='batch' is none of 'layer', 'rms', 'none'; n_heads=2 is not a multiple of n_kv_heads=3"),
     "odd rotary dimensions": (lambda: mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=3, n_ctx=4, positions="rotary", rotary_dim=3), ValueError, "rotary_dim=3 must be even and at most d_head=4"),
 }  # fmt: skip
 

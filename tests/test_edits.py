@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mijax as mj
-from tests.architectures import ARCHITECTURES, LENGTHS, batch, error, example, random_model, real
+from tests.architectures import ARCHITECTURES, LENGTHS, batch, error, example, on_real, random_model, real
 from tests.reference.forward import forward
 from tests.reference.selecting import selected
 
@@ -116,7 +116,8 @@ def test_boolean_masks(site, mask):
     listed = {f: np.flatnonzero(m) for f, m in mask.items()}
     grid = np.meshgrid(*listed.values(), indexing="ij")
     indices = {f: g.ravel() for f, g in zip(listed, grid)}
-    assert error(logits, mj.run(model, tokens, {site: mj.Replace(0.7, mj.Where(**indices))}).logits) < 1e-10
+    expected = mj.run(model, tokens, {site: mj.Replace(0.7, mj.Where(**indices))}).logits
+    assert error(on_real(logits, tokens), on_real(expected, tokens)) < 1e-10
 
 
 def test_a_mask_over_positions_is_over_columns():
@@ -125,7 +126,7 @@ def test_a_mask_over_positions_is_over_columns():
     columns[[0, 1, 2], [5, 4, 2]] = True
     by_mask = mj.run(model, tokens, {"mlp_out": mj.Scale(0.0, mj.Where(pos=columns))}).logits
     by_index = mj.run(model, tokens, {"mlp_out": mj.Scale(0.0, mj.Where(pos=[[5], [2], [1]]))}).logits
-    assert error(by_mask, by_index) < 1e-10
+    assert error(on_real(by_mask, tokens), on_real(by_index, tokens)) < 1e-10
 
 
 def test_several_edits_act_in_order():
@@ -189,7 +190,8 @@ def test_a_callable_sees_site_layer_and_positions():
         columns = real(tokens, i)
         assert error(logits[i, columns], forward(model, np.asarray(tokens.ids)[i, columns], hook)) < 1e-10
     outside = mj.run(model, tokens, {"embed": lambda x, site, layer, positions: 2 * x if layer is None else x}).logits
-    assert error(outside, mj.run(model, tokens, {"embed": mj.Scale(2.0)}).logits) < 1e-10
+    scaled = mj.run(model, tokens, {"embed": mj.Scale(2.0)}).logits
+    assert error(on_real(outside, tokens), on_real(scaled, tokens)) < 1e-10
 
 
 def test_values_of_lower_rank_broadcast_and_a_layer_axis_of_one_serves_all_layers():

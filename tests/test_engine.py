@@ -176,7 +176,7 @@ def test_metrics_that_read_any_position_or_some(model):
             return readout.logits(pos=0)[:, 3]
 
     plain = lambda readout: readout.logits()[:, -2, 5]
-    metrics = [mj.metrics.cross_entropy(tokens), plain, mj.metrics.logit([1, 2, 3], pos=[3, 1, -2]), METRIC]
+    metrics = [mj.metrics.cross_entropy(tokens), plain, mj.metrics.logit([1, 2, 3], pos=[[3], [1], [-2]]), METRIC]
     names = {"a": metrics[2], "b": METRIC}
     together = swept(model, tokens, edits, names)
     for metric in (*metrics, names):

@@ -277,6 +277,8 @@ FLOORS = (
     "_types",
     "cache",
     "files",
+    "programs",
+    "meshes",
     "memory",
     "chunks",
     "superposition",

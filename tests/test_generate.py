@@ -17,7 +17,7 @@ def edits_for(model, tokens):
     """Edits of every kind, on prompt and new tokens, none of which looks ahead."""
     config, width = model.config, tokens.ids.shape[1] + NEW
     rng = np.random.default_rng(0)
-    new = mj.new_tokens(tokens, NEW)
+    new, ends = mj.new_tokens(tokens, NEW), np.asarray(tokens.lengths)[:, None] + NEW
     by_position = rng.normal(size=(config.n_layers, 3, width, config.n_heads, config.d_head))
 
     def ramp(x, site, layer, positions):
@@ -26,14 +26,16 @@ def edits_for(model, tokens):
     edits = {
         "resid_pre": [
             mj.Add(rng.normal(size=config.d_model), mj.Where(layer=1, pos=new)),
-            mj.Scale(0.9, mj.Where(pos=-2)),
+            mj.Scale(0.9, mj.Where(pos=ends - 2)),
         ],
-        "z": mj.Replace(by_position, mj.Where(layer=2, head=[0, 1], pos=[1, -1])),
+        "z": mj.Replace(
+            by_position, mj.Where(layer=2, head=[0, 1], pos=np.concatenate([0 * ends + 1, ends - 1], axis=1))
+        ),
         "result": mj.Mix(0.5, rng.normal(size=config.d_model), mj.Where(head=-1, pos=new)),
         "q_input": mj.Scale(1.2, mj.Where(head=1)),
         "k": mj.Add(by_position[:, :, :, : config.n_kv_heads], mj.Where(layer=0)),
         "v_input": mj.Project(rng.normal(size=(2, config.d_model)), mj.Where(layer=1, head=0, pos=new)),
-        "attn_scores": mj.Add(1.0, mj.Where(key=0, query=[[2, -1]] * 3)),
+        "attn_scores": mj.Add(1.0, mj.Where(key=0, query=np.concatenate([0 * ends + 2, ends - 1], axis=1))),
         "pattern": mj.Scale(0.5, mj.Where(head=0, key=1)),
         "attn_out": ramp,
     }

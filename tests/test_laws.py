@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mijax as mj
-from tests.architectures import ARCHITECTURES, IDS, PADDINGS, batch, error, example, random_model, real
+from tests.architectures import ARCHITECTURES, IDS, PADDINGS, batch, error, example, on_real, random_model, real
 
 pytestmark = pytest.mark.usefixtures("x64")
 each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -18,10 +18,6 @@ METRIC = mj.metrics.logit_diff([3, 5, 7], [4, 6, 8])
 def base_and_source(name, padding):
     model = random_model(ARCHITECTURES[name])
     return model, batch(padding), batch(padding, (IDS + 5) % 19)
-
-
-def on_real(logits, tokens):
-    return np.asarray(logits)[np.asarray(tokens.mask)]
 
 
 @each_architecture
@@ -133,6 +129,7 @@ def test_8_a_padded_batch_is_its_rows_run_alone(name, padding):
             "result": mj.Add(1.0, mj.Where(head=-1, pos=1)),
         })  # fmt: skip
         assert error(together.logits[i, columns], alone.logits[0]) < 1e-10
+    assert np.isnan(np.asarray(together.logits)[~np.asarray(tokens.mask)]).all()
 
 
 @each_architecture

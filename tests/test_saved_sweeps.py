@@ -1,6 +1,5 @@
 """Sweeps that are saved as they go: continued bit by bit after any end, refused where the job is another."""
 
-import functools
 import json
 import random
 import signal
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 import mijax as mj
-from mijax import chunks
 
 SCRIPT = """
 import sys, jax, numpy as np, mijax as mj
@@ -101,37 +99,3 @@ def test_a_damaged_chunk_is_computed_again(job, tmp_path):
     np.savez(chunk, **{**arrays, "logit": arrays["logit"] + 1})
     with pytest.warns(UserWarning, match="its checksum differs"):
         assert (run(save=tmp_path).values == first.values).all()
-
-
-FACTOR = 2.0
-
-
-def scaled(x):
-    return FACTOR * x
-
-
-def keyword(*, factor=1.0):
-    return factor
-
-
-def test_fingerprints_tell_functions_by_all_that_they_reach(monkeypatch):
-    """Names that they look up, defaults, globals (and theirs), what is nested in them; and only that: not where they stand."""
-    told = chunks.fingerprint
-    assert told(lambda x: np.sin(x)) == told(lambda x: np.sin(x)) != told(lambda x: np.cos(x))
-    assert (
-        told(lambda x: [y + 1 for y in x]) == told(lambda x: [y + 1 for y in x]) != told(lambda x: [y + 2 for y in x])
-    )
-    assert told(lambda: lambda x: x.sum()) != told(lambda: lambda x: x.max())
-    part = lambda f, **given: told(functools.partial(f, **given))
-    assert (
-        part(keyword, factor=1.0) == part(keyword, factor=1.0) != part(keyword, factor=2.0) != part(scaled, factor=2.0)
-    )
-    before = told(scaled), told(lambda x: scaled(x)), told(keyword)
-    monkeypatch.setitem(globals(), "FACTOR", 3.0)
-    keyword.__kwdefaults__["factor"] = 2.0
-    assert all(one != other for one, other in zip(before, (told(scaled), told(lambda x: scaled(x)), told(keyword))))
-
-    def recursive(n):
-        return n and recursive(n - 1)
-
-    assert told(recursive) == told(recursive)

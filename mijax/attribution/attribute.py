@@ -15,10 +15,11 @@ from mijax.attribution.method import Method
 from mijax.attribution.nodes import Sites, nodes_of
 from mijax.attribution.verify import Verify, check_exact, coincide, verified
 from mijax.memory import PeakMemory, default_memory
+from mijax.model.parameters import check_parameters
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check
-from mijax.sweeps.measure import Metrics, as_floats, as_programs, described, is_split, named
+from mijax.sweeps.measure import Metrics, as_floats, described, is_split, named
 from mijax.sweeps.patch import Direction, check_pair
 from mijax.sweeps.places import positions_told
 
@@ -93,9 +94,9 @@ def attribute(
         raise ValueError(f"threshold must be a part of source - base, over 0, given {threshold!r}")
     if not isinstance(method, Method):
         raise TypeError(f"method must be one such as mijax.AtP(), given {method!r}")
+    check_parameters(model)
     base, source = _sides(clean, corrupted, direction)
-    metrics, nodes = named(metric), nodes_of(model, base, sites)
-    job = Job(model, base, source, metrics, as_programs(model, base, metrics), nodes, method, probes, seed)
+    job = Job(model, base, source, named(metric), nodes_of(model, base, sites), method, probes, seed)
     sample = verify if sample is None else sample
     _check(job, verify, sample)
     order = plan(job, default_memory() if memory is None else memory)

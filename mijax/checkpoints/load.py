@@ -1,8 +1,9 @@
 """`mijax.load`: a name, a hub id, a folder or a GGUF file, to a model and its tokenizer."""
 
+import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax.checkpoints import bundled
-from mijax.checkpoints.build import build
-from mijax.checkpoints.families import family_of
+from mijax.checkpoints.build import Tensors, build
+from mijax.checkpoints.families import Family, family_of
 from mijax.checkpoints.gguf import GGUF
 from mijax.checkpoints.tokenizer import Tokenizer
+from mijax.model.config import Config
 from mijax.model.transformer import Transformer
 
 
@@ -31,7 +33,10 @@ def load(
     `$MIJAX_CACHE` (default `~/.cache/mijax`).
 
     Raises `FileNotFoundError` for a missing file, `ConnectionError` where nothing is cached and nothing
-    can be fetched, `ValueError` for files that are corrupt or of an unsupported architecture.
+    can be fetched, `ValueError` for files that are corrupt, quantised (but for GGUF) or of an unsupported architecture. That
+    includes a tensor that would not be used, and a key of config.json that is not read and may change what the model
+    computes: both are named. A `UserWarning` says where a head differs from the embedding to which the config ties it (the
+    head is used), and where the kept conversion of the bundled model had changed (it is made again).
     """
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -55,83 +60,144 @@ def load(
         path = _from_hub(name, revision)
     if path.is_file():
         gguf = GGUF(path)
-        model = _build(gguf.config, gguf.names, gguf.read, dtype, name, str(path))
+        tensors = Tensors(dict.fromkeys(gguf.names, "F32"), gguf.read)
+        model = _build(gguf.config, tensors, dtype, name, str(path))
         return model, gguf.tokenizer() if tokenizer else None
-    names, read = _safetensors(path)
-    model = _build(_read_json(path / "config.json"), names, read, dtype, name, str(path))
+    config = _read_json(path / "config.json")
+    _check_adapter(path)
+    model = _build(config, _safetensors(path), dtype, name, str(path))
     return model, Tokenizer.from_folder(path) if tokenizer else None
 
 
-def _build(config: dict, names: list[str], read: Callable, dtype: Any, name: str, source: str) -> Transformer:
-    import dataclasses
+def _build(config: dict, tensors: Tensors, dtype: Any, name: str, source: str) -> Transformer:
+    family, ours = _described(config, source)
+    return build(dataclasses.replace(ours, name=name), family, tensors, dtype, source)
 
+
+def _described(config: dict, source: str) -> tuple[Family, Config]:
+    """What a config.json describes; `ValueError` where that is nothing that mijax runs."""
     family = family_of(config, source)
     try:
-        ours = family.config(config)
+        return family, family.config(config)
     except KeyError as error:
         raise ValueError(f"{source}: config.json lacks the entry {error}") from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{source}: config.json does not describe a model: {error}") from error
-    return build(dataclasses.replace(ours, name=name), family, names, read, dtype, source)
+        raise ValueError(f"{source}: config.json does not describe a model that is supported: {error}") from error
 
 
-def _safetensors(folder: Path) -> tuple[list[str], Callable[[str], np.ndarray]]:
-    """The names of a folder's tensors, and a function that reads one. (Each time the file is mapped anew: what
-    was read of a map counts as this process's memory until it is closed.)"""
+def _check_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), which mijax does not apply: merge it into the weights,"
+            " or remove it to load the model without"
+        )
+
+
+def _safetensors(folder: Path) -> Tensors:
+    """A folder's tensors. (For each that is read the file is mapped anew: what was read of a map counts as this
+    process's memory until it is closed.)"""
     import safetensors
 
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.exists():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    elif single.exists():
-        shards = [single.name]
-    else:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{folder} holds no model.safetensors, nor an index of shards; it holds {found}")
-    missing = [shard for shard in shards if not (folder / shard).exists()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks the shards {', '.join(missing)} that its index names")
-    where = {}
+    where, dtypes = {}, {}
+    shards, placed = _shards(folder)
     for shard in shards:
         try:
             with safetensors.safe_open(folder / shard, framework="numpy") as file:
-                where |= dict.fromkeys(file.keys(), folder / shard)
+                for name in file.keys():  # noqa: SIM118
+                    if where.setdefault(name, shard) != shard:
+                        raise ValueError(f"{folder} holds {name} twice: in {where[name]} and in {shard}")
+                    dtypes[name] = file.get_slice(name).get_dtype()
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{folder / shard} is not a readable safetensors file (truncated?): {error}") from error
+    off = [name for name in sorted({**where, **placed}) if placed and where.get(name) != placed.get(name)]
+    if off:
+        shown = ", ".join(
+            f"{n} (in {where.get(n, 'no file')}, by the index in {placed.get(n, 'none')})" for n in off[:8]
+        )
+        raise ValueError(f"{folder}: the index of shards does not fit them: {shown}")
 
     def read(name: str) -> np.ndarray:
-        with safetensors.safe_open(where[name], framework="numpy") as file:
+        with safetensors.safe_open(folder / where[name], framework="numpy") as file:
             return file.get_tensor(name)
 
-    return list(where), read
+    return Tensors(dtypes, read)
+
+
+def _shards(folder: Path) -> tuple[Sequence[str], Mapping[str, str]]:
+    """The names of the files of weights, and in which of them the index, if there is one, places each tensor."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if not index.exists():
+        if single.exists():
+            return [single.name], {}
+        present = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise FileNotFoundError(f"{folder} holds no model.safetensors, nor an index of shards; it holds {present}")
+    placed = _read_json(index).get("weight_map")
+    if not isinstance(placed, Mapping) or not all(isinstance(shard, str) for shard in placed.values()):
+        raise ValueError(f"{index} must hold a weight_map from names of tensors to names of files")
+    shards = sorted(set(placed.values()))
+    if single.exists() and single.name not in shards:
+        raise ValueError(f"{folder} holds both {single.name} and an index of other files; remove one of the two")
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks the shards {', '.join(missing)} that its index names")
+    return shards, placed
 
 
 def _read_json(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}")
     try:
-        read = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        read = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(read, dict):
         raise ValueError(f"{path} must hold an object, given {type(read).__name__}")
     return read
 
 
+_HUB_FILES = (  # patterns of what is fetched, and of what is not, in this order: the config is checked before the rest
+    (["config.json", "adapter_config.json"], "*/*"),
+    (
+        [
+            "model*.safetensors",
+            "model.safetensors.index.json",
+            "tokenizer*.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "chat_template.json",
+            "*.jinja",
+        ],
+        "*/*",
+    ),
+    (["additional_chat_templates/*"], None),
+)
+
+
 def _from_hub(name: str, revision: str | None) -> Path:
+    """The folder where `huggingface_hub` keeps a model, of which what is not there yet is fetched."""
+    config_only, *rest = _HUB_FILES
+    folder = _fetch(name, revision, *config_only)
+    _check_adapter(folder)
+    _described(_read_json(folder / "config.json"), name)
+    for patterns in rest:
+        folder = _fetch(name, revision, *patterns)
+    return folder
+
+
+def _fetch(name: str, revision: str | None, allowed: list[str], ignored: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*.json", "*.jinja"]
     try:
         return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored)
         )
     except HFValidationError as error:
         raise ValueError(
@@ -139,6 +205,8 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"the Hugging Face hub has no model {name!r} that you may read") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"the Hugging Face hub has no revision {revision!r} of {name!r}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ConnectionError(
             f"{name!r} is not cached and the Hugging Face hub cannot be reached. Connect once, or copy the model's"

@@ -15,6 +15,8 @@ from mijax.checkpoints.build import axis_sizes, get, tensor_names
 from mijax.checkpoints.families import FAMILIES, Family
 from mijax.checkpoints.tokenizer import Tokenizer
 from mijax.model.config import Config
+from mijax.model.parameters import check_parameters
+from mijax.model.tokens import is_concrete
 from mijax.model.transformer import Transformer
 
 
@@ -27,8 +29,9 @@ def save(
     (`"gpt2"`, `"llama"`), which transformers reads too; else `"mijax"`, of which a warning tells, since only
     `mijax.load` reads that. The folder appears whole or not at all.
 
-    Raises `FileExistsError` where `path` exists, `ValueError` for parameters that are not finite or not in
-    memory, and what the file system raises where it cannot be written.
+    Raises `FileExistsError` where `path` exists, `ValueError` for parameters that are not those that the config
+    announces (`mijax.model.parameters.check_parameters`), not finite or not in memory, and what the file system raises
+    where it cannot be written.
 
     >>> import tempfile, jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -41,7 +44,8 @@ def save(
     path = Path(path).expanduser()
     if path.exists():
         raise FileExistsError(f"{path} exists; give the path of a new folder")
-    _check_finite(model)
+    check_parameters(model)
+    _check_values(model)
     kind, family, config = _expressed(model.config)
     if kind == "mijax":
         warnings.warn(
@@ -78,7 +82,7 @@ def _tensors(model: Transformer, family: Family) -> Iterator[tuple[str, int, Any
         if arrays[0] is None:
             continue
         ours, theirs = (side.strip() for side in reversed(weight.axes.split("->")))
-        names = tensor_names(weight, model.config)
+        names = tensor_names(weight.theirs, model.config)
         for i, name in enumerate(names):
 
             def make(i=i, arrays=arrays, ours=ours, theirs=theirs, weight=weight):
@@ -112,7 +116,10 @@ def _write_shards(model: Transformer, family: Family, folder: Path, shard_bytes:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _check_finite(model: Transformer) -> None:
+def _check_values(model: Transformer) -> None:
     for place, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = jax.tree_util.keystr(place)
+        if not is_concrete(leaf) or not isinstance(leaf, (jax.Array, np.ndarray)):
+            raise ValueError(f"the model's {name} is not in memory: it is a {type(leaf).__name__}")
         if not np.isfinite(np.asarray(leaf, np.float64 if leaf.dtype.itemsize > 4 else np.float32)).all():
-            raise ValueError(f"the model's {jax.tree_util.keystr(place)} has values that are not finite")
+            raise ValueError(f"the model's {name} has values that are not finite")

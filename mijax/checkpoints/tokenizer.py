@@ -120,7 +120,7 @@ class Tokenizer:
             place = slice(width - len(tokens), None) if padding == "left" else slice(len(tokens))
             ids[row, place], mask[row, place] = tokens, True
         strings = [[s if real else "" for s, real in zip(self.strings(i), m)] for i, m in zip(ids, mask)]
-        return Tokens(ids, mask, strings)
+        return Tokens(ids, mask, strings, self.end_tokens)
 
     def chat(
         self,

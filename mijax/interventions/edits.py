@@ -69,8 +69,8 @@ class Edit(eqx.Module):
     axes: eqx.AbstractVar[tuple[str, ...] | None]
 
     @abc.abstractmethod
-    def __call__(self, x: Array) -> Array:
-        """The edited activation, everywhere."""
+    def __call__(self, x: Array, *point: Any) -> Array:
+        """The edited activation, everywhere; `point` (site, layer, positions) is given to functions alone."""
 
 
 class Replace(Edit):
@@ -222,9 +222,9 @@ class Apply(Edit):
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, init=False)
 
-    def __call__(self, x, site, layer, positions):
+    def __call__(self, x, *point):
         """What the function gives."""
-        return self.function(x, site, layer, positions)
+        return self.function(x, *point)
 
 
 @runtime_checkable
@@ -270,7 +270,7 @@ def _in_full(edit: Edit, site: str) -> Edit:
     names = site_axes(site)
     if edit.axes is None or names is None:
         return edit
-    values = {name: in_full(getattr(edit, name), name, edit.axes, site, names) for name in edit.operands}
+    values: dict[str, Any] = {name: in_full(getattr(edit, name), name, edit.axes, site, names) for name in edit.operands}
     rest = {name: getattr(edit, name) for name in (*edit.bases, "where")}
     return type(edit)(**values, **rest)
 

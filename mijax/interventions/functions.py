@@ -47,7 +47,7 @@ def _converted(config: Config, edits: Any, batch: int, pos: int, keys: int, dtyp
     positions = shaped((batch, pos), jnp.int32)
 
     def of_site(edit: Edit, name: str) -> Edit:
-        if not _unconverted(edit):
+        if not isinstance(edit, Apply) or isinstance(edit.function, Converted):
             return edit
         site = SITES[name]
         x = shaped(tuple(sizes[axis] for axis in site.inner_axes), dtype)
@@ -73,9 +73,7 @@ def _function(function: Any, site: Site, x: jax.ShapeDtypeStruct, layer: Any, po
     result = converted.out
     if jax.tree.structure(result) != jax.tree.structure(x) or (result.shape, result.dtype) != (x.shape, x.dtype):
         given = jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", result)
-        raise ValueError(
-            f"the callable edit at site {site.name!r} returned {given}, expected {x.dtype}{list(x.shape)}"
-        )
+        raise ValueError(f"the callable edit at site {site.name!r} returned {given}, expected {x.dtype}{list(x.shape)}")
     return converted
 
 

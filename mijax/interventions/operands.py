@@ -26,7 +26,9 @@ def in_full(value: Any, operand: str, told: Sequence[str], site: str, axes: Sequ
     if jnp.ndim(value) == 0:
         return value
     if jnp.ndim(value) != len(known):
-        raise ValueError(f"axes={tuple(told)} are {len(known)}, the {operand} at site {site!r} has shape {jnp.shape(value)}")
+        raise ValueError(
+            f"axes={tuple(told)} are {len(known)}, the {operand} at site {site!r} has shape {jnp.shape(value)}"
+        )
     order = sorted(range(len(known)), key=lambda i: axes.index(known[i]))
     sizes = {known[i]: jnp.shape(value)[i] for i in order}
     return value.transpose(order).reshape([sizes.get(axis, 1) for axis in axes])

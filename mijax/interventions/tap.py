@@ -142,4 +142,3 @@ def _narrowed(edit: Edit, axes: Sequence[str], known: Mapping[str, Axis]) -> Any
                 value = jnp.take(value, entries, axis=-back)
         edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, value)
     return edit
-

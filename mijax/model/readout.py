@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Float, Int, Logits, Stream
+from mijax.meshes import batch_spec, with_automatic_axes
 from mijax.model.numerics import einsum
 from mijax.model.tokens import Tokens, columns, integers, is_concrete
 
@@ -34,6 +35,11 @@ class Readout(eqx.Module):
         >>> readout.logits().shape, readout.logits(pos=-1).shape, readout.logits(pos=[0, 2], tokens=[4]).shape
         ((1, 3, 11), (1, 11), (1, 2, 1))
         """
+        logits = lambda readout, pos, tokens: readout._logits(pos, tokens)
+        out = lambda batch: batch_spec(("batch",), batch)
+        return with_automatic_axes(logits, self, pos, tokens, like=self.final, out_axes=out)
+
+    def _logits(self, pos: ArrayLike | None, tokens: ArrayLike | None) -> Logits:
         x, dropped = self._at(pos)
         if tokens is None:
             logits = einsum("bpd,vd->bpv", x, self.W_U)

@@ -124,7 +124,8 @@ def site_of(name: str, config: Config) -> Site:
     if name not in SITES:
         import difflib
 
-        close = difflib.get_close_matches(str(name), SITES, n=3, cutoff=0.4)
+        short = str(name).rpartition("hook_")[2]  # TransformerLens's blocks.0.attn.hook_z
+        close = [short] if short in SITES else difflib.get_close_matches(str(name), SITES, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
         raise ValueError(f"unknown site {name!r}{hint} The sites are {', '.join(SITES)}")
     if not SITES[name].exists(config):

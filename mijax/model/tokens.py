@@ -19,7 +19,8 @@ class Tokens:
     """Token ids `[batch pos]` with the mask of those that are real (not padding).
 
     `strings` are the tokens as text, for labels: they are no part of the pytree, so that prompts of
-    equal shape share compiled code, and they are `None` on the other side of a JAX transformation.
+    equal shape share compiled code, and they are `None` on the other side of a JAX transformation. So are `end_tokens`,
+    the ids at which the model that the tokens are for ends a text, where a tokenizer told them.
 
     >>> Tokens([[5, 6, 7]]).positions
     Array([[0, 1, 2]], dtype=int32)
@@ -28,8 +29,15 @@ class Tokens:
     ids: Ids | np.ndarray
     mask: Mask | np.ndarray
     strings: Sequence[Sequence[str]] | None
+    end_tokens: tuple[int, ...]
 
-    def __init__(self, ids: ArrayLike, mask: ArrayLike | None = None, strings: Sequence[Sequence[str]] | None = None):
+    def __init__(
+        self,
+        ids: ArrayLike,
+        mask: ArrayLike | None = None,
+        strings: Sequence[Sequence[str]] | None = None,
+        end_tokens: Sequence[int] = (),
+    ):
         """`ids` and `mask` are `[batch pos]`; without a mask every token is real.
 
         Raises `TypeError` for ids or a mask of another dtype, `ValueError` for a mask of other numbers, for another rank, an empty batch, or a mask of another shape.
@@ -46,7 +54,7 @@ class Tokens:
         self.mask = real.astype(bool)
         if self.mask.shape != self.ids.shape:
             raise ValueError(f"the mask has shape {tuple(self.mask.shape)}, the token ids {tuple(self.ids.shape)}")
-        self.strings = strings
+        self.strings, self.end_tokens = strings, tuple(end_tokens)
 
     def tree_flatten(self):
         """`ids` and `mask` are the leaves."""
@@ -58,7 +66,7 @@ class Tokens:
         del aux
         tokens = object.__new__(cls)
         tokens.ids, tokens.mask = children
-        tokens.strings = None
+        tokens.strings, tokens.end_tokens = None, ()
         return tokens
 
     def __repr__(self):
@@ -98,6 +106,10 @@ def integers(x: Any, what: str) -> Any:
         return x
     if x.size == 0:  # an empty list has no dtype of its own
         return x.astype(np.int32)
+    if x.dtype.kind in "US":
+        raise TypeError(
+            f"{what} must be integers, given text: a tokenizer makes them, tokenizer({np.asarray(x).ravel()[0]!r})"
+        )
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"{what} must be integers, given dtype {x.dtype}")
     if x.dtype.itemsize >= 4 and x.dtype != np.int32:

@@ -65,8 +65,8 @@ class Program:
 class Converted(eqx.Module):
     """A function as its program and the arrays that it reaches: `leaves`, those of its own pytree, and `constants`, all others."""
 
-    leaves: list[Array]
-    constants: list[Array]
+    leaves: list[Any]
+    constants: list[Any]
     program: Program = eqx.field(static=True)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -98,16 +98,20 @@ def convert(function: Callable, *arguments: Any, name: str | None = None) -> Con
     ([2.0, 2.0, 2.0], [3.0, 3.0, 3.0], False)
     """
     name = name_of(function) if name is None else name
-    dynamic, static = eqx.partition(function, _is_array)
+    dynamic, static = eqx.partition(function, is_array)
     leaves, treedef = jax.tree.flatten(dynamic)
     shapes, form = jax.tree.flatten(arguments)
     fixed = [None if _is_input(leaf) else leaf for leaf in shapes]
     structure: Any = None
     traces: list[weakref.ref] = []
 
-    def fresh(leaves: list[Array], inputs: list[Array]) -> list[Any]:  # JAX finds a trace again by the function's identity
+    def fresh(
+        leaves: list[Array], inputs: list[Array]
+    ) -> list[Any]:  # JAX finds a trace again by the function's identity
         nonlocal structure
-        traces.extend(weakref.ref(x._trace) for x in jax.tree.leaves((leaves, inputs))[:1] if isinstance(x, jax.core.Tracer))
+        traces.extend(
+            weakref.ref(x._trace) for x in jax.tree.leaves((leaves, inputs))[:1] if isinstance(x, jax.core.Tracer)
+        )
         values = iter(inputs)
         filled = jax.tree.unflatten(form, [next(values) if leaf is None else leaf for leaf in fixed])
         result = eqx.combine(jax.tree.unflatten(treedef, leaves), static)(*filled)
@@ -146,7 +150,9 @@ def _is_kept(trace: weakref.ref, closed: Any) -> bool:
 
 def _has_rules(jaxpr: Any) -> bool:
     """Whether custom derivatives are among its equations: their rules hold the trace that they were made in."""
-    return any(eqn.primitive.name in RULES or any(map(_has_rules, jex.jaxprs_in_params(eqn.params))) for eqn in jaxpr.eqns)
+    return any(
+        eqn.primitive.name in RULES or any(map(_has_rules, jex.jaxprs_in_params(eqn.params))) for eqn in jaxpr.eqns
+    )
 
 
 def _intern(name: str, closed: Any, structure: Any) -> Program:
@@ -169,16 +175,17 @@ def _tell_repeats(name: str, key: Key) -> None:
         )
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray)
+def is_array(x: Any) -> bool:
+    """Whether a leaf of a function is one of its inputs: arrays are, Python numbers are part of the program."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
 def _is_input(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    return is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
 
 
 def _arrays(tree: Any) -> list[Array]:
-    return [leaf for leaf in jax.tree.leaves(tree) if _is_array(leaf)]
+    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
 
 
 def _on_device(constant: Any) -> Array:

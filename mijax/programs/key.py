@@ -69,7 +69,9 @@ def without_numbers(key: Key) -> Key:
 def apply(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
     """One equation of a jaxpr on the values of those of its inputs that are variables."""
     inputs = dict(zip((v for v in eqn.invars if not isinstance(v, jex.Literal)), arguments))
-    alone = jex.Jaxpr([], list(inputs), eqn.outvars, [eqn], eqn.effects, jex.DebugInfo("apply", eqn.primitive.name, None, None))
+    alone = jex.Jaxpr(
+        [], list(inputs), eqn.outvars, [eqn], eqn.effects, jex.DebugInfo("apply", eqn.primitive.name, None, None)
+    )
     return jax.core.eval_jaxpr(alone, (), *inputs.values())
 
 
@@ -168,7 +170,10 @@ def _traced_rule(eqn: Any, rule: list[Any], derivative: Any) -> Key:
         return derivative(function, [values[i] for i in moves])
 
     try:
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as its author was free to have it
+        with (
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+        ):  # as its author was free to have it
             closed = jax.make_jaxpr(traced)(*inputs)
     except Exception:  # a rule may raise anything; where it matters, it will again
         return tuple(map(ById, rule))
@@ -204,8 +209,10 @@ def _pieces(value: Any) -> Iterator[str]:
             yield from (*_pieces(item), ",")
         yield ")"
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _pieces((type(value).__qualname__, *((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))))
-    elif isinstance(value, type) or callable(value) and hasattr(value, "__qualname__"):
+        yield from _pieces(
+            (type(value).__qualname__, *((f.name, getattr(value, f.name)) for f in dataclasses.fields(value)))
+        )
+    elif isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         yield _of_library(value)
     else:
         text = repr(value)

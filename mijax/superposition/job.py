@@ -61,7 +61,9 @@ class Job(NamedTuple):
         settings, seed = jax.tree.map(shape, (settings, seed))
         begin = convert(self.begin, settings, seed, name="the toy or the optimizer")
         state = begin.out
-        step = convert(self.step, jax.ShapeDtypeStruct((), jnp.int32), settings, seed, state, name="the toy or the optimizer")
+        step = convert(
+            self.step, jax.ShapeDtypeStruct((), jnp.int32), settings, seed, state, name="the toy or the optimizer"
+        )
         return Programs(begin, step, convert(self.judged, settings, seed, state, name="the toy, or what is logged,"))
 
     def begin(self, settings: Settings, seed: Any) -> State:
@@ -154,7 +156,9 @@ def _judge(program: Converted, settings: Settings, seeds: Array, state: State) -
 
 
 @eqx.filter_jit
-def _run(function: Callable, program: Converted, mesh: Mesh | None, settings: Settings, seeds: Array, *rest: Any) -> Any:
+def _run(
+    function: Callable, program: Converted, mesh: Mesh | None, settings: Settings, seeds: Array, *rest: Any
+) -> Any:
     """The function's result; on a mesh each place along its first axis computes its own cells."""
     if mesh is None:
         return function(program, settings, seeds, *rest)

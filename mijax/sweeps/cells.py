@@ -15,7 +15,7 @@ from mijax.interventions.where import Where, check_range
 from mijax.model.config import Config
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.programs.convert import Converted
+from mijax.programs.convert import Converted, is_array
 from mijax.run import check, field_lengths, of_prompts
 from mijax.sweeps.grid import Grid
 
@@ -45,7 +45,7 @@ def stack(dim: str, interventions: Mapping[Any, Interventions]) -> Stack:
     if not interventions:
         raise ValueError(f"the stack {dim!r} is empty")
     labels, edits = tuple(interventions), [as_edits(given) for given in interventions.values()]
-    arrays, rest = zip(*(eqx.partition(own, _is_number) for own in edits))
+    arrays, rest = zip(*(eqx.partition(own, is_array) for own in edits))
     shape = lambda tree: [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
     for label, own, other in zip(labels, arrays, rest):
         same = jax.tree.structure(own) == jax.tree.structure(arrays[0]) and shape(own) == shape(arrays[0])
@@ -54,7 +54,7 @@ def stack(dim: str, interventions: Mapping[Any, Interventions]) -> Stack:
                 f"the interventions at {dim}={label!r} differ in structure or shapes from those at {dim}={labels[0]!r}"
             )
     stacked = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *arrays)
-    varies = jax.tree.map(_is_number, edits[0])
+    varies = jax.tree.map(is_array, edits[0])
     return Stack(dim, labels, eqx.combine(stacked, rest[0]), varies)
 
 
@@ -166,7 +166,7 @@ def _with_program(edit: Any, group: Any, first: Any) -> tuple[Any, Any]:
     if not isinstance(edit, Apply) or isinstance(edit.function, Converted):
         return edit, group
     pairs = zip(jax.tree.leaves(edit.function), jax.tree.leaves(group.function))
-    arrays = [(leaf, number) for leaf, number in pairs if _is_number(leaf)]
+    arrays = [(leaf, number) for leaf, number in pairs if is_array(leaf)]
     function = lambda leaves, constants: Converted(leaves, constants, first.function.program)
     constants = first.function.constants
     at = lambda e: e.function
@@ -183,10 +183,6 @@ def _together(fields: Mapping[str, np.ndarray]) -> Where:
             last = np.moveaxis(index, 0, -1)
             together[field] = last.reshape(len(last), -1) if index.ndim == 3 else index.reshape(-1)
     return Where(**together)
-
-
-def _is_number(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, np.ndarray)
 
 
 def _join(labels: dict[str, Sequence[Any]], new: Mapping[str, Sequence[Any]]) -> None:

@@ -11,6 +11,7 @@ from mijax import chunks
 from mijax._types import Int
 from mijax.metrics import AnyMetric
 from mijax.model.numerics import accumulator
+from mijax.model.parameters import check_parameters
 from mijax.model.sites import PER_HEAD_COPIES
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
@@ -57,6 +58,7 @@ def job_of(
     first: Int[np.ndarray, " batch"] | None,
 ) -> Job:
     """A sweep that is checked: raises what can be known of model, prompts, edits and metrics before anything runs."""
+    check_parameters(model)
     check_cells(model.config, tokens, cells)
     cells, programs = convert_cells(model, tokens, cells), as_programs(model, tokens, metrics)
     first = np.zeros(len(tokens.ids), np.int32) if first is None else first

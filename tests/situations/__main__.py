@@ -25,7 +25,9 @@ class _Table:
 if __name__ == "__main__":
     table = _Table()
     here = str(pathlib.Path(__file__).parent)
-    code = pytest.main([here, "-n", "0", "-q", "--no-header", "--tb=no", "--show-capture=no", *sys.argv[1:]], plugins=[table])
+    code = pytest.main(
+        [here, "-n", "0", "-q", "--no-header", "--tb=no", "--show-capture=no", *sys.argv[1:]], plugins=[table]
+    )
     widths = [max((len(row[i]) for row in table.rows), default=0) for i in range(2)]
     for kind, situation, outcome in table.rows:
         print(f"{kind:{widths[0]}}  {situation:{widths[1]}}  {outcome}")

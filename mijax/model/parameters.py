@@ -1,0 +1,113 @@
+"""A model's parameters held against its config."""
+
+import collections
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mijax.model.config import Config
+from mijax.model.transformer import Transformer, init
+
+_ANNOUNCED_BY = {  # the field of `Config` that says whether a model has a parameter; it has all others in any case
+    ".W_pos": "positions",
+    ".W_U": "tied_unembed",
+    ".b_U": "unembed_bias",
+    ".b_Q": "qkv_bias",
+    ".b_K": "qkv_bias",
+    ".b_V": "qkv_bias",
+    ".b_O": "attn_out_bias",
+    ".W_in": "mlp",
+    ".W_out": "mlp",
+    ".W_gate": "mlp",
+    ".b_in": "mlp_bias",
+    ".b_out": "mlp_bias",
+    ".b_gate": "mlp_bias",
+    ".weight": "norm",
+    ".bias": "norm_bias",
+}
+_TOGETHER = {
+    "qkv_bias": "; b_Q, b_K and b_V come together: give zeros for those that it lacks",
+    "mlp_bias": "; the biases of an MLP come together: give zeros for those that it lacks",
+}
+
+
+def check_parameters(model: Transformer) -> None:
+    """Hold a model's parameters against its config: which there are, their shapes, and one floating dtype for all.
+
+    What stands in the arrays is not looked at: a trace, arrays that are not in memory yet (`jax.ShapeDtypeStruct`)
+    and sharded ones are checked alike, at a cost of some microseconds for a model of a kind that was seen before.
+
+    Raises `ValueError` that lists every mismatch, and one that says so where all parameters have a further axis in
+    front, as models have that are made by `vmap` over `init`.
+
+    >>> import dataclasses, jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> check_parameters(model)
+    >>> check_parameters(dataclasses.replace(model, W_pos=model.W_pos[:2]))
+    Traceback (most recent call last):
+    ValueError: the model's parameters do not fit its config: W_pos has shape (2, 8), expected (16, 8)
+    """
+    leaves, structure = jax.tree.flatten(model)
+    _check(structure, tuple((getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves))
+
+
+@functools.lru_cache(maxsize=256)
+def _check(structure: Any, avals: tuple[tuple[tuple[int, ...] | None, Any], ...]) -> None:
+    """Raises for parameters of these shapes and dtypes in this pytree, whose static part holds the config."""
+    indexed = jax.tree.unflatten(structure, range(len(avals)))
+    present = {_path(place): avals[i] for place, i in jax.tree_util.tree_leaves_with_path(indexed)}
+    expected = _shapes(indexed.config)
+    faults = [_unannounced(path, indexed.config) for path in present if path not in expected]
+    faults += [_missing(path, indexed.config) for path in expected if path not in present]
+    shapes = {path: shape for path, (shape, _) in present.items() if path in expected}
+    stacks = {shape[0] if shape and shape[1:] == expected[path] else None for path, shape in shapes.items()}
+    if len(stacks) == 1 and None not in stacks:
+        (n,) = stacks
+        raise ValueError(f"all parameters have a leading axis of {n}: vmap over the model, which is {n} models stacked")
+    faults += [f"{p} has shape {s}, expected {expected[p]}" for p, s in shapes.items() if s != expected[p]]
+    faults += _dtype_faults({path: dtype for path, (_, dtype) in present.items()})
+    if faults:
+        raise ValueError(f"the model's parameters do not fit its config: {'; '.join(faults)}")
+
+
+def _dtype_faults(dtypes: dict[str, Any]) -> list[str]:
+    faults = [
+        f"{path} has dtype {dtype}, expected floating point"
+        for path, dtype in dtypes.items()
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating)
+    ]
+    if faults or len(set(dtypes.values())) < 2:
+        return faults
+    ((common, _),) = collections.Counter(dtypes.values()).most_common(1)
+    others = [f"{path} has dtype {dtype}" for path, dtype in dtypes.items() if dtype != common]
+    return [f"parameters must be of one dtype: most have {common}, {', '.join(others)}"]
+
+
+@functools.lru_cache(maxsize=256)
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    empty = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return {_path(place): leaf.shape for place, leaf in jax.tree_util.tree_leaves_with_path(empty)}
+
+
+def _path(place: Any) -> str:
+    return jax.tree_util.keystr(place).lstrip(".")
+
+
+def _field(path: str) -> str | None:
+    return _ANNOUNCED_BY.get(f".{path.rpartition('.')[2]}")
+
+
+def _unannounced(path: str, config: Config) -> str:
+    field = _field(path)
+    if field is None:
+        return f"{path} is there, which no config announces"
+    value = getattr(config, field)
+    remedy = f" (set {field}={not value}{_TOGETHER.get(field, '')})" if isinstance(value, bool) else ""
+    return f"{path} is there, which {field}={value!r} does not announce{remedy}"
+
+
+def _missing(path: str, config: Config) -> str:
+    field = _field(path)
+    return f"{path} is missing" + (f", which {field}={getattr(config, field)!r} announces" if field else "")

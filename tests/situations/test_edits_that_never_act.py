@@ -1,0 +1,112 @@
+"""While generating, an edit acts on what its user means, or says that it cannot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mijax as mj
+from tests.situations import refused
+from tests.situations.models import GQA, model, padded
+
+STEER = 50 * np.eye(8, dtype=np.float32)[0]
+NEW = 4
+
+
+def by_hand(transformer, ids, columns):
+    """A plain loop: the whole text again for each token, with the edit at those of its columns that are named."""
+    ids = list(ids)
+    for _ in range(NEW):
+        named = [c for c in columns if c < len(ids)]
+        edits = {"resid_post": mj.Add(STEER, mj.Where(layer=1, pos=named))} if named else None
+        ids.append(int(np.argmax(mj.run(transformer, [ids], edits).logits[0, -1])))
+    return ids
+
+
+@pytest.mark.parametrize("config", [None, GQA])
+@pytest.mark.parametrize("tokens, columns", [
+    (mj.prompt_tokens, [0, 1, 2]), (mj.new_tokens, [3, 4, 5, 6]), (mj.current_tokens, [2, 3, 4, 5, 6]),
+])  # fmt: skip
+def test_steering_the_prompt_the_new_or_the_current_tokens(config, tokens, columns):
+    transformer = model() if config is None else model(config)
+    edits = {"resid_post": mj.Add(STEER, mj.Where(layer=1, pos=tokens([[1, 2, 3]], NEW)))}
+    assert np.asarray(mj.generate(transformer, [[1, 2, 3]], edits, max_new_tokens=NEW).ids)[0].tolist() == by_hand(
+        transformer, [1, 2, 3], columns
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_current_tokens_of_padded_prompts(side):
+    tokens = padded(side)
+    edits = {"resid_post": mj.Add(STEER, mj.Where(layer=1, pos=mj.current_tokens(tokens, NEW)))}
+    done = mj.generate(model(), tokens, edits, max_new_tokens=NEW)
+    for i, (prompt, last) in enumerate((([1, 2, 3, 4], 3), ([5, 6], 1))):
+        row = np.asarray(done.ids)[i][np.asarray(done.mask)[i]].tolist()
+        assert row == by_hand(model(), prompt, range(last, 10))
+
+
+@pytest.mark.parametrize("where", [{"pos": -1}, {"pos": [0, -2]}, {"pos": [[-1]]}, {"layer": 1, "pos": np.int32(-1)}])
+def test_steering_at_minus_one(where):
+    with refused(
+        ValueError, "counts from the end of a text that is not there yet: .*prompt_tokens.*new_tokens.*current_tokens"
+    ):
+        mj.generate(model(), [[1, 2, 3]], {"resid_post": mj.Add(STEER, mj.Where(**where))}, max_new_tokens=NEW)
+
+
+def test_steering_at_a_traced_minus_one_gives_no_tokens():
+    go = lambda pos: (
+        mj.generate(model(), [[1, 2, 3]], {"resid_post": mj.Add(STEER, mj.Where(pos=pos))}, max_new_tokens=2).ids
+    )
+    assert (np.asarray(jax.jit(go)(jnp.int32(-1)))[0, 3:] == -1).all() and (
+        np.asarray(jax.jit(go)(jnp.int32(1))) >= 0
+    ).all()
+
+
+def test_a_score_edit_at_the_last_key():
+    with refused(ValueError, "key=-1 at site 'attn_scores' counts from the end"):
+        mj.generate(model(), [[1, 2, 3]], {"attn_scores": mj.Replace(-np.inf, mj.Where(key=-1))}, max_new_tokens=NEW)
+
+
+def test_an_edit_of_the_last_new_token_alone():
+    edits = {"resid_post": mj.Add(STEER, mj.Where(layer=2, pos=3 + NEW - 1))}
+    with refused(ValueError, "acts on the last new token alone, from which nothing is read or kept"):
+        mj.generate(model(), [[1, 2, 3]], edits, max_new_tokens=NEW)
+    kept = mj.generate(model(), [[1, 2, 3]], edits, max_new_tokens=NEW, capture=("resid_post",)).acts["resid_post"]
+    plain = mj.generate(model(), [[1, 2, 3]], max_new_tokens=NEW, capture=("resid_post",)).acts["resid_post"]
+    assert np.allclose(kept[2, 0, -1] - plain[2, 0, -1], STEER, atol=1e-3) and np.allclose(
+        kept[:, :, :-1], plain[:, :, :-1]
+    )
+
+
+@pytest.mark.parametrize("where", [{"pos": np.zeros((1, 3), bool)}, {"head": [False, False]}, {"batch": [False]}])
+def test_a_mask_that_selects_nothing(where):
+    with refused(ValueError, "selects nothing: its mask over"):
+        mj.run(model(), [[1, 2, 3]], {"z": mj.Replace(0.0, mj.Where(**where))})
+
+
+def test_generation_ends_at_the_tokenizers_end_token():
+    plain = mj.generate(model(), [[1, 2, 3]], max_new_tokens=NEW)
+    end = int(plain.ids[0, 3])
+    ended = mj.generate(model(), mj.Tokens([[1, 2, 3]], end_tokens=(end,)), max_new_tokens=NEW)
+    assert np.asarray(ended.mask)[0].tolist() == [True] * 4 + [False] * (NEW - 1)
+    assert (
+        mj.generate(model(), mj.Tokens([[1, 2, 3]], end_tokens=(end,)), max_new_tokens=NEW, stop=()).ids == plain.ids
+    ).all()
+
+
+@pytest.mark.parametrize("count", [np.int64(2), np.int32(2), jnp.int32(2)])
+def test_a_count_that_is_no_python_number(count):
+    assert (
+        mj.generate(model(), [[1, 2]], max_new_tokens=count, stop=np.int64(99 % 11)).ids
+        == mj.generate(model(), [[1, 2]], max_new_tokens=2, stop=[0]).ids
+    ).all()
+
+
+def test_scores_of_keys_that_were_not_there_yet_are_nan():
+    done = mj.generate(model(), [[1, 2, 3]], max_new_tokens=2, capture=("attn_scores",))
+    given, whole = (
+        np.asarray(done.acts["attn_scores"]),
+        mj.run(model(), done.ids, capture=("attn_scores",)).acts["attn_scores"],
+    )
+    seen = np.arange(5)[None] <= np.maximum(np.arange(5)[:, None], 2)
+    assert np.allclose(given[..., seen], np.asarray(whole)[..., seen], atol=1e-5) and np.isnan(given[..., ~seen]).all()

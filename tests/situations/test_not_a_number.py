@@ -1,0 +1,102 @@
+"""NaN stays NaN, infinity reaches what attends to it and nothing else, and a gate of 0 changes nothing."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mijax as mj
+from tests.situations.models import CONFIG, GQA, logits, model, padded
+
+PROMPT = [[1, 2, 3, 4]]
+CONFIGS = {"gpt2": CONFIG, "gqa": GQA}
+EARLY, LATE = slice(0, 3), slice(3, 4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("site", ["attn_scores", "q", "k", "z", "resid_pre"])
+@pytest.mark.parametrize("how", ["plain", "jit", "vmap"])
+def test_nan_added_at_a_site_makes_the_logits_nan(name, site, how):
+    given = lambda value: mj.run(model(CONFIGS[name]), PROMPT, {site: mj.Add(value, mj.Where(layer=1))}).logits
+    run = {"plain": given, "jit": jax.jit(given), "vmap": lambda v: jax.vmap(given)(v[None])[0]}[how]
+    assert np.isnan(run(jnp.float32(jnp.nan))).all() and np.isfinite(run(jnp.float32(0.0))).all()
+
+
+@pytest.mark.parametrize("parameter", ["b_K", "b_Q", "W_Q"])
+def test_training_with_a_nan_parameter_shows_a_nan_loss(parameter):
+    healthy = model()
+    broken = eqx.tree_at(
+        lambda m: getattr(m.blocks.attn, parameter), healthy, replace_fn=lambda a: a.at[0, 0].set(jnp.nan)
+    )
+    loss = lambda m: mj.metrics.cross_entropy(PROMPT)(mj.run(m, PROMPT).readout)[0]
+    assert np.isfinite(loss(healthy)) and np.isnan(loss(broken)) and np.isnan(jax.grad(loss)(broken).W_E).any()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_nan_score_of_one_prompt_leaves_the_other_alone(side):
+    tokens = padded(side)
+    edits = {"attn_scores": mj.Add(np.nan, mj.Where(layer=0, batch=1))}
+    plain, broken = logits(model(), tokens), logits(model(), tokens, edits)
+    assert np.allclose(broken[0], plain[0]) and np.isnan(broken[1]).all()
+
+
+def test_a_score_of_minus_infinity_is_a_cut_edge():
+    """Against a NumPy softmax over the keys that are left."""
+    edge = mj.Where(layer=0, head=1, query=-1, key=1)
+    out = mj.run(model(), PROMPT, {"attn_scores": mj.Replace(-np.inf, edge)}, capture=("attn_scores", "pattern"))
+    scores = np.asarray(out.acts["attn_scores"], np.float64)[0, 0, 1, -1]
+    weights = np.where(np.isneginf(scores), 0.0, np.exp(scores - scores[np.isfinite(scores)].max()))
+    assert np.allclose(out.acts["pattern"][0, 0, 1, -1], weights / weights.sum(), atol=1e-6) and weights[1] == 0
+
+
+@pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan])
+@pytest.mark.parametrize("site", ["attn_scores", "resid_mid", "z"])
+def test_a_gate_of_zero_changes_nothing_whatever_the_value(site, value):
+    gated = lambda gate: mj.run(model(), PROMPT, {site: mj.Mix(gate, value)}).logits
+    plain = logits(model(), PROMPT)
+    close = lambda given: np.allclose(given, plain, atol=1e-5)  # other programs round otherwise
+    assert close(gated(0.0)) and close(jax.vmap(gated)(jnp.zeros(2))[1])
+    loss = lambda m, edits: jnp.sum(mj.run(m, PROMPT, edits).readout.final[:, -1, :2])
+    with_gate, without = (jax.grad(loss)(model(), edits) for edits in ({site: mj.Mix(0.0, value)}, None))
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(jax.tree.leaves(with_gate), jax.tree.leaves(without)))
+
+
+def test_a_gate_of_one_is_the_value_whatever_stood_there():
+    broken = {"resid_pre": [mj.Replace(np.nan, mj.Where(layer=1)), mj.Mix(1.0, 0.5, mj.Where(layer=1))]}
+    assert np.allclose(
+        logits(model(), PROMPT, broken), logits(model(), PROMPT, {"resid_pre": mj.Replace(0.5, mj.Where(layer=1))})
+    )
+
+
+def test_the_derivative_along_a_gate_is_the_difference_times_the_slope():
+    """Central differences of a Mix written out as Add, at gates 0, 0.3 and 1."""
+    value = np.random.default_rng(0).normal(size=8).astype(np.float32)
+    at = mj.run(model(), PROMPT, capture=("resid_mid",)).acts["resid_mid"]
+    at = np.asarray(at)[1]
+    read = lambda edits: jnp.sum(mj.run(model(), PROMPT, edits).readout.logits(pos=-1, tokens=3))
+    mixed = lambda gate: read({"resid_mid": mj.Mix(gate, value, mj.Where(layer=1))})
+    added = lambda gate: float(read({"resid_mid": mj.Add(gate * (value - at), mj.Where(layer=1))}))
+    for gate in (0.0, 0.3, 1.0):
+        expected = (added(gate + 1e-2) - added(gate - 1e-2)) / 2e-2
+        assert abs(float(jax.grad(mixed)(gate)) - expected) < 1e-2 * max(1, abs(expected))  # h^2 and float32 over h
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("how", ["plain", "vmap"])
+def test_a_broken_value_at_a_late_token_leaves_earlier_ones_alone(name, value, how):
+    edit = lambda v: {"v": mj.Replace(v, mj.Where(layer=0, pos=3, head=0))}
+    run = lambda v: mj.run(model(CONFIGS[name]), PROMPT, edit(v)).logits
+    given = np.asarray(run(value) if how == "plain" else jax.vmap(run)(jnp.full(2, value))[1])
+    plain = logits(model(CONFIGS[name]), PROMPT)
+    assert np.allclose(given[:, EARLY], plain[:, EARLY], atol=1e-5) and np.isnan(given[:, LATE]).all()
+
+
+def test_a_broken_stream_at_padding_is_nobodys_business():
+    for side, column in (("left", 0), ("right", 3)):
+        mask = np.zeros((2, 4), bool)
+        mask[1, column] = True
+        edits = {"resid_pre": mj.Replace(np.inf, mj.Where(layer=0, pos=mask))}
+        real = np.asarray(padded(side).mask)
+        assert np.allclose(logits(model(), padded(side), edits)[real], logits(model(), padded(side))[real])

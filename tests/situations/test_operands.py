@@ -1,0 +1,83 @@
+"""An operand with fewer axes than its site is read in one way, or the user says in which."""
+
+import jax
+import numpy as np
+import pytest
+
+import mijax as mj
+from tests.situations import refused
+from tests.situations.models import logits, model
+
+VECTORS = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)  # as many as there are layers
+THREE, FOUR = [[1, 2, 3]], [[1, 2, 3, 4]]
+BATCH = [[1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6]]
+by_layer = lambda ids: logits(model(), ids, {"resid_post": mj.Add(VECTORS[:, None, None])})
+
+
+@pytest.mark.parametrize("edit", [mj.Add, mj.Replace, mj.Scale, lambda v, **a: mj.Mix(0.5, v, **a)])
+@pytest.mark.parametrize("ids", [THREE, BATCH, BATCH[:1]])
+def test_a_vector_for_each_layer(edit, ids):
+    said = logits(model(), ids, {"resid_post": edit(VECTORS, axes=("layer", "unit"))})
+    assert np.allclose(said, logits(model(), ids, {"resid_post": edit(VECTORS[:, None, None])}))
+    with refused(ValueError, r"shape \(3, 8\).*axes=\('layer', 'unit'\)"):
+        mj.run(model(), ids, {"resid_post": edit(VECTORS)})
+
+
+def test_a_vector_for_each_token():
+    said = logits(model(), THREE, {"resid_post": mj.Add(VECTORS, axes=("pos", "unit"))})
+    assert np.allclose(said, logits(model(), THREE, {"resid_post": mj.Add(VECTORS[None, None])}))
+    assert np.allclose(logits(model(), FOUR, {"resid_post": mj.Add(np.eye(4, 8, dtype=np.float32))}),
+                       logits(model(), FOUR, {"resid_post": mj.Add(np.eye(4, 8, dtype=np.float32)[None, None])}))  # fmt: skip
+
+
+def test_axes_in_any_order_and_by_either_name():
+    expected = by_layer(THREE)
+    for value, axes in ((VECTORS.T, ("unit", "layer")), (VECTORS, ("layer", "d_model"))):
+        assert np.allclose(logits(model(), THREE, {"resid_post": mj.Add(value, axes=axes)}), expected)
+
+
+@pytest.mark.parametrize("how", [jax.jit, lambda f: lambda v: jax.vmap(f)(v[None])[0]])
+def test_a_vector_for_each_layer_inside_a_transformation(how):
+    run = lambda v, **axes: mj.run(model(), THREE, {"resid_post": mj.Add(v, **axes)}).logits
+    assert np.allclose(how(lambda v: run(v, axes=("layer", "unit")))(VECTORS), by_layer(THREE))
+    with refused(ValueError, "in 2 ways"):
+        how(run)(VECTORS)
+
+
+def test_a_number_for_each_head_where_there_are_as_many_tokens():
+    ids, factors = [[1, 2]], np.array([0.0, 1.0], np.float32)
+    with refused(ValueError, r"axes=\('head',\) or axes=\('query',\) or axes=\('key',\)"):
+        mj.run(model(), ids, {"pattern": mj.Scale(factors)})
+    said = logits(model(), ids, {"pattern": mj.Scale(factors, axes=("head",))})
+    assert np.allclose(said, logits(model(), ids, {"pattern": mj.Scale(0.0, mj.Where(head=0))}))
+
+
+def test_captured_activations_of_one_layer_fit_as_they_are():
+    ids = BATCH[:2]
+    acts = mj.run(model(), [row[::-1] for row in ids], capture=("resid_mid",)).acts["resid_mid"]
+    given = logits(model(), ids, {"resid_mid": mj.Replace(acts[1], mj.Where(layer=1))})
+    assert np.allclose(given, logits(model(), ids, {"resid_mid": mj.Replace(acts, mj.Where(layer=1))}))
+
+
+def test_a_vector_for_each_layer_in_a_sweep_and_a_stack():
+    grid, metric = mj.grid(layer=range(3)), mj.metrics.logit(3)
+    said = mj.sweep(
+        model(), THREE, {"resid_post": mj.Add(VECTORS, grid, axes=("layer", "unit"))}, metric, progress=False
+    )
+    full = mj.sweep(model(), THREE, {"resid_post": mj.Add(VECTORS[:, None, None], grid)}, metric, progress=False)
+    doses = lambda **axes: mj.stack(
+        "dose", {d: {"resid_post": mj.Add(np.float32(d) * VECTORS, **axes)} for d in (1.0, 2.0)}
+    )
+    stacked = mj.sweep(model(), THREE, doses(axes=("layer", "unit")), metric, progress=False)
+    assert np.allclose(said, full) and np.allclose(stacked[0], by_layer(THREE)[0, -1, 3], atol=1e-5)
+    with refused(ValueError, "in 2 ways"):
+        mj.sweep(model(), THREE, doses(), metric, progress=False)
+
+
+@pytest.mark.parametrize("axes, message", [
+    (("layer", "head"), "must be different axes of site 'resid_post'"), (("unit", "unit"), "must be different axes"),
+    (("layer", "pos", "unit"), r"are 3, the vector at site 'resid_post' has shape \(3, 8\)"),
+])  # fmt: skip
+def test_axes_that_do_not_fit(axes, message):
+    with refused(ValueError, message):
+        mj.run(model(), THREE, {"resid_post": mj.Add(VECTORS, axes=axes)})
