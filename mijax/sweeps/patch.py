@@ -12,6 +12,7 @@ from mijax._types import Array, ArrayLike, Bool, Int
 from mijax.interventions.edits import Replace
 from mijax.interventions.tap import known_axes
 from mijax.interventions.where import Where, selection
+from mijax.meshes import automatic
 from mijax.metrics import AnyMetric
 from mijax.model.config import Config
 from mijax.model.position import frame
@@ -94,6 +95,7 @@ def patched(
     options: Options,
 ) -> Swept:
     """`patch`, unlabelled."""
+    source = automatic(source)
     check(model.config, source, {}, {})
 
     def begin(model: Transformer, some: Prompts) -> Start:

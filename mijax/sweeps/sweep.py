@@ -16,6 +16,7 @@ from mijax import chunks
 from mijax._types import Array, ArrayLike, Int
 from mijax.interventions.edits import Interventions
 from mijax.memory import PeakMemory, default_memory
+from mijax.meshes import automatic
 from mijax.metrics import AnyMetric
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens, as_tokens
@@ -178,6 +179,7 @@ def swept(
     `begin` runs what a group of prompts needs beforehand. `first` is a column of each example before which no cell changes
     anything; `source` are prompts from which `begin` takes values. Whatever can be wrong is raised before `begin` is called.
     """
+    model, tokens, source, cells, metrics, options = automatic((model, tokens, source, cells, dict(metrics), options))
     job, batch = job_of(model, tokens, cells, metrics, first), len(tokens.ids)
     store = None if options.save is None else _store(options.save, job, source)
     kept = None if store is None else store.plan
