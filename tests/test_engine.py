@@ -253,8 +253,20 @@ sizes = st.integers(1, 10**7)
 
 
 @settings(max_examples=300)
-@given(st.integers(1, 500), st.integers(1, 6), st.booleans(), sizes, sizes, st.integers(1, 2000), st.integers(0, 10**9), st.booleans(), st.data())
-def test_what_memory_holds_one_cell_is_enough_and_never_exceeded(count, starts, by_position, row, cell, most, more, specialise, data):
+@given(
+    st.integers(1, 500),
+    st.integers(1, 6),
+    st.booleans(),
+    sizes,
+    sizes,
+    st.integers(1, 2000),
+    st.integers(0, 10**9),
+    st.booleans(),
+    st.data(),
+)
+def test_what_memory_holds_one_cell_is_enough_and_never_exceeded(
+    count, starts, by_position, row, cell, most, more, specialise, data
+):
     """The smallest plan is one cell and its rows: any memory from there on gives a plan that stays within."""
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
     computed = np.arange(9) < np.array(lengths)[:, None]
@@ -265,15 +277,25 @@ def test_what_memory_holds_one_cell_is_enough_and_never_exceeded(count, starts, 
     longest = sum(sorted(lengths)[-prompts:]) if specialise and not todo.whole else 9 * prompts
     assert tokens == longest
     for memory in (tokens * row + cell, tokens * row + cell + more):
-        size = capacity(todo, Shape(count, min(starts, count), by_position), row, cell, memory, most, specialise, prompts)
+        size = capacity(
+            todo, Shape(count, min(starts, count), by_position), row, cell, memory, most, specialise, prompts
+        )
         assert size.cells >= 1 and size.rows >= tokens
         assert size.rows * row + size.cells * cell <= memory
         assert size.rows <= max(most, tokens)
 
 
 @settings(max_examples=25)
-@given(st.integers(1, 6), st.integers(2, 8), st.integers(0, 12), st.booleans(), st.sampled_from(["z", "resid_pre", "pattern"]))
-def test_a_sweep_is_refused_where_its_smallest_plan_exceeds_the_memory_and_nowhere_else(batch_size, length, eighths, together, site):
+@given(
+    st.integers(1, 6),
+    st.integers(2, 8),
+    st.integers(0, 12),
+    st.booleans(),
+    st.sampled_from(["z", "resid_pre", "pattern"]),
+)
+def test_a_sweep_is_refused_where_its_smallest_plan_exceeds_the_memory_and_nowhere_else(
+    batch_size, length, eighths, together, site
+):
     model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
     tokens = mj.Tokens(np.random.default_rng(length).integers(0, 11, (batch_size, length)))
     metric = (lambda readout: readout.logits(pos=-1)[:, 3]) if together else mj.metrics.log_prob(np.arange(batch_size))

@@ -163,7 +163,9 @@ def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
     with np.errstate(invalid="ignore", divide="ignore"):
         means = total(values) / total(weights)
     bounds = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
-    bounds = np.where(np.isinf(values).any(axis=0), np.nan, bounds)  # what is infinite is not left out, and has no interval
+    bounds = np.where(
+        np.isinf(values).any(axis=0), np.nan, bounds
+    )  # what is infinite is not left out, and has no interval
     dims = effects.dims[1:]
     coords: dict[Any, Any] = {"bound": ["low", "high"], **{d: result[d] for d in dims if d in result.coords}}
     shape = (2, *(result.sizes[d] for d in dims))

@@ -71,7 +71,11 @@ def trace(
         raise ValueError(f"causal tracing restores a site of layers and positions, given {site!r}")
     mask = _subject_mask(tokens, subject)
     ids, real, noisy = (np.tile(np.asarray(x), (draws, 1)) for x in (tokens.ids, tokens.mask, mask))
-    many, metric, places = Tokens(ids, real), metrics.prob(np.tile(answer, draws)), _places(model, tokens, pos, window, draws)
+    many, metric, places = (
+        Tokens(ids, real),
+        metrics.prob(np.tile(answer, draws)),
+        _places(model, tokens, pos, window, draws),
+    )
 
     def edits(corruption: Any, source: Any, corrupted: Any) -> dict[str, Any]:
         restored = {"embed": Add(corruption, Where(pos=noisy)), site: Replace(source, places)}

@@ -17,10 +17,14 @@ from tests.situations.prompts import ANSWERS, IDS, METRIC, OTHERS, bytes_of_one,
 BOTH = {"clean": IDS, "corrupted": OTHERS}
 HEADS = {"site": "z", "over": ("layer", "head")}
 DRIVERS = {
-    "sweep": lambda model, metric, **kw: mj.sweep(model, IDS, {"z": mj.Scale(0.0, mj.grid(layer=[0, 1]))}, metric, **kw),
+    "sweep": lambda model, metric, **kw: mj.sweep(
+        model, IDS, {"z": mj.Scale(0.0, mj.grid(layer=[0, 1]))}, metric, **kw
+    ),
     "patch": lambda model, metric, **kw: mj.patch(model, **BOTH, **HEADS, metric=metric, **kw),
     "ablate": lambda model, metric, **kw: mj.ablate(model, IDS, **HEADS, metric=metric, kind="mean", **kw),
-    "dose_response": lambda model, metric, **kw: mj.dose_response(model, IDS, **HEADS, factors=[0.5], metric=metric, **kw),
+    "dose_response": lambda model, metric, **kw: mj.dose_response(
+        model, IDS, **HEADS, factors=[0.5], metric=metric, **kw
+    ),
     "knock_out": lambda model, metric, **kw: mj.knock_out(model, IDS, {"back": (-1, 0)}, metric, **kw),
     "mediate": lambda model, metric, **kw: mj.mediate(model, base=IDS, source=OTHERS, **HEADS, metric=metric, **kw),
     "strongest": lambda model, metric, **kw: mj.strongest(model, **BOTH, **HEADS, metric=metric, k=2, **kw),
@@ -49,7 +53,8 @@ def nothing_runs(monkeypatch):
 
 def test_the_same_call_twice_tells_the_same_memory(model):
     told = [
-        {k: v for k, v in DRIVERS["patch"](model, METRIC, progress=False).attrs.items() if k.startswith("memory")} for _ in range(2)
+        {k: v for k, v in DRIVERS["patch"](model, METRIC, progress=False).attrs.items() if k.startswith("memory")}
+        for _ in range(2)
     ]
     assert told[0] == told[1] and set(told[0]) == {"memory_estimate"}  # no CPU counts what a program took
 
@@ -57,7 +62,9 @@ def test_the_same_call_twice_tells_the_same_memory(model):
 def test_attribution_and_training_tell_no_peak_that_nobody_measured():
     model = mj.init(mj.Config(n_layers=1, d_model=256, n_heads=2, d_vocab=11, n_ctx=64), jax.random.key(0))
     ids = np.arange(16 * 64).reshape(16, 64) % 11
-    found = mj.attribute(model, clean=ids, corrupted=(ids + 1) % 11, sites=("pattern",), metric=mj.metrics.logit(3), progress=False)
+    found = mj.attribute(
+        model, clean=ids, corrupted=(ids + 1) % 11, sites=("pattern",), metric=mj.metrics.logit(3), progress=False
+    )
     toy = lambda: superposition.Toy(superposition.relu_output(600, 2), superposition.sparse(600, 0.1))
     trained = superposition.train(toy, {"seed": range(2)}, steps=1, batch=16_384, judged_on=1, progress=False)
     for result in (found, trained):
@@ -114,7 +121,9 @@ def test_an_attribution_that_could_not_be_verified_is_told_before_anything_runs(
     run = lambda **kw: mj.attribute(model, **BOTH, sites=("z",), metric=METRIC, progress=False, **kw)
     enough = int(run().attrs["memory_estimate"])
     monkeypatch.setattr(sys.modules["mijax.attribution.verify"], "check_sweep", Mock(side_effect=ValueError("no cell")))
-    monkeypatch.setattr(sys.modules["mijax.attribution.attribute"], "estimated", Mock(side_effect=AssertionError("ran")))
+    monkeypatch.setattr(
+        sys.modules["mijax.attribution.attribute"], "estimated", Mock(side_effect=AssertionError("ran"))
+    )
     with refused(ValueError, "no cell"):
         run(memory=enough, verify=2)
 
@@ -141,7 +150,9 @@ def test_a_folder_of_another_sweep_is_told_before_anything_runs(model, monkeypat
         ({"mesh": jax.sharding.Mesh(np.zeros((0,), object), ("cells",))}, ValueError, "has no devices"),
     ],
 )
-def test_what_no_sweep_can_be_run_by_is_told_before_anything_runs(model, monkeypatch, as_a_user, keywords, kind, message):
+def test_what_no_sweep_can_be_run_by_is_told_before_anything_runs(
+    model, monkeypatch, as_a_user, keywords, kind, message
+):
     for driver in ("sweep", "patch", "ablate"):
         with nothing_runs(monkeypatch), refused(kind, message):
             DRIVERS[driver](model, METRIC, **keywords)
@@ -157,7 +168,9 @@ def test_what_no_sweep_can_be_run_by_is_told_before_anything_runs(model, monkeyp
         ({"kind": "resample", "key": jax.random.key(0), "reference": IDS[:, :2]}, "has 2 columns, the prompts 5"),
     ],
 )
-def test_an_ablation_that_cannot_be_had_is_told_before_its_reference_runs(model, monkeypatch, as_a_user, given, message):
+def test_an_ablation_that_cannot_be_had_is_told_before_its_reference_runs(
+    model, monkeypatch, as_a_user, given, message
+):
     with nothing_runs(monkeypatch), refused(ValueError, message):
         mj.ablate(model, IDS, **{**HEADS, **given}, metric=METRIC)
 

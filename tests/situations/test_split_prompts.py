@@ -128,7 +128,12 @@ def test_stacks_are_split_along_their_examples(model):
         "bases": {i: {"resid_mid": mj.Interchange(values[i], values[i, :2, 0], mj.Where(layer=2))} for i in range(3)},
     }
     for edits in choices.values():
-        same(*split_and_whole(model, lambda model, edits=edits, **kw: mj.sweep(model, prompts(), mj.stack("choice", edits), METRIC, **kw)))
+        same(
+            *split_and_whole(
+                model,
+                lambda model, edits=edits, **kw: mj.sweep(model, prompts(), mj.stack("choice", edits), METRIC, **kw),
+            )
+        )
 
 
 class Share(eqx.Module):
@@ -148,10 +153,17 @@ class Share(eqx.Module):
 def test_metrics_are_those_of_their_own_examples(model):
     out = mj.run(model, prompts(OTHERS))
     for metric in (
-        {"kl": mj.metrics.kl(out.readout.logits(pos=-1)), "prob": mj.metrics.prob(ANSWERS[0], pos=[[i % 3] for i in range(7)])},
+        {
+            "kl": mj.metrics.kl(out.readout.logits(pos=-1)),
+            "prob": mj.metrics.prob(ANSWERS[0], pos=[[i % 3] for i in range(7)]),
+        },
         Share(jnp.asarray(ANSWERS[0])),
     ):
-        same(*split_and_whole(model, lambda model, m=metric, **kw: mj.sweep(model, prompts(), {"z": mj.Scale(0.0, HEADS)}, m, **kw)))
+        same(
+            *split_and_whole(
+                model, lambda model, m=metric, **kw: mj.sweep(model, prompts(), {"z": mj.Scale(0.0, HEADS)}, m, **kw)
+            )
+        )
 
 
 def test_what_cannot_be_split_says_why(model):
@@ -161,8 +173,16 @@ def test_what_cannot_be_split_says_why(model):
     zipped = mj.Scale(0.5, mj.Where(batch=[0, 2], pos=[1, 2]))
     for interventions, metric, reason in (
         (edits, of_all, "metric 'of_all' does not say that it is per example"),
-        (edits, {"a": METRIC, "b": lambda readout: readout.logits(pos=-1)[:, 3]}, "metric 'b' does not say that it is per example"),
-        ({**edits, "mlp_out": function}, METRIC, "the edit at site 'mlp_out' is a function, which sees the whole batch"),
+        (
+            edits,
+            {"a": METRIC, "b": lambda readout: readout.logits(pos=-1)[:, 3]},
+            "metric 'b' does not say that it is per example",
+        ),
+        (
+            {**edits, "mlp_out": function},
+            METRIC,
+            "the edit at site 'mlp_out' is a function, which sees the whole batch",
+        ),
         ({**edits, "mlp_out": zipped}, METRIC, "the edit at site 'mlp_out' zips its batch indices with other lists"),
     ):
         run = lambda i=interventions, m=metric, **kw: mj.sweep(model, prompts(), i, m, progress=False, **kw)
@@ -175,7 +195,13 @@ def test_an_error_names_the_prompt_among_all(model):
     answers = ANSWERS[0].copy()
     answers[5] = 99
     run = lambda **kw: mj.patch(
-        model, clean=prompts(), corrupted=prompts(OTHERS), site="z", over=("head",), metric=mj.metrics.logit(answers), **kw
+        model,
+        clean=prompts(),
+        corrupted=prompts(OTHERS),
+        site="z",
+        over=("head",),
+        metric=mj.metrics.logit(answers),
+        **kw,
     )
     one = bytes_of_one(run)
     for memory in (3 * one, 100 * one):
@@ -251,5 +277,3 @@ def test_groups_killed_half_way_end_in_the_same_bits(tmp_path):
     done, whole = chunks("killed"), run("whole", 60_000)
     assert 0 < done < chunks("whole") and len(list((tmp_path / "whole").glob("prompts_*"))) > 1
     assert run("killed", 10**8) == whole and int(whole.split()[0]) < 10
-
-
