@@ -1,5 +1,6 @@
 """Effects and their intervals: what they are of, and what becomes of results that are not finite or not whole."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
@@ -31,8 +32,12 @@ def test_intervals_of_an_ablation_are_of_result_minus_base(x64):
     assert bounds.attrs["interval_of"] == "result - base" and bounds.attrs["level"] == 0.9
     for layer in range(3):
         assert np.allclose(bounds.values[:, layer], percentiles(r.values[layer] - r.base.values, 0.9), rtol=1e-12)
-    several = mj.sweep(small_model(), IDS, {"z": mj.Scale(0.0, mj.grid(layer=[1]))}, {"a": METRIC, "b": METRIC}, progress=False)
-    assert np.allclose(mj.bootstrap(several).b.values[:, 0], percentiles(several.b.values[0] - several["base.b"].values, 0.95))
+    several = mj.sweep(
+        small_model(), IDS, {"z": mj.Scale(0.0, mj.grid(layer=[1]))}, {"a": METRIC, "b": METRIC}, progress=False
+    )
+    assert np.allclose(
+        mj.bootstrap(several).b.values[:, 0], percentiles(several.b.values[0] - several["base.b"].values, 0.95)
+    )
 
 
 def test_a_prompt_without_the_position_is_left_out_of_an_ablations_interval():
@@ -42,7 +47,10 @@ def test_a_prompt_without_the_position_is_left_out_of_an_ablations_interval():
 
 def test_intervals_of_a_patch_say_that_they_are_normalised():
     bounds = mj.bootstrap(result_of([BASE + 2.0], source=BASE + 4.0))
-    assert bounds.attrs["interval_of"] == "(result - base) / (source - base)" and bounds.values.tolist() == [[0.5], [0.5]]
+    assert bounds.attrs["interval_of"] == "(result - base) / (source - base)" and bounds.values.tolist() == [
+        [0.5],
+        [0.5],
+    ]
 
 
 def test_normalising_an_ablation_says_what_to_do():
@@ -109,8 +117,13 @@ def test_a_float64_model_gives_float64_results(x64):
     patched = mj.patch(model, clean=OTHERS, corrupted=IDS, site="z", over=("layer",), metric=METRIC, progress=False)
     expected = [loop(model, {"z": mj.Replace(source, mj.Where(layer=layer))}) for layer in range(3)]
     assert patched.dtype == patched.base.dtype == patched.source.dtype == np.float64
-    assert np.abs(patched.values / expected - 1).max() < 1e-12 and np.abs(patched.base.values / loop(model, {}) - 1).max() < 1e-12
-    found = mj.attribute(model, clean=OTHERS, corrupted=IDS, sites={"z": ("layer",)}, metric=METRIC, verify=3, progress=False)
+    assert (
+        np.abs(patched.values / expected - 1).max() < 1e-12
+        and np.abs(patched.base.values / loop(model, {}) - 1).max() < 1e-12
+    )
+    found = mj.attribute(
+        model, clean=OTHERS, corrupted=IDS, sites={"z": ("layer",)}, metric=METRIC, verify=3, progress=False
+    )
     assert {found[name].dtype for name in ("z", "z.exact", "base", "source")} == {np.dtype(np.float64)}
     assert np.abs(found["z.exact"].values / expected - 1).max() < 1e-12
     traced = mj.mediate(model, base=IDS, source=OTHERS, site="z", over=("layer",), metric=METRIC, progress=False)
@@ -119,10 +132,14 @@ def test_a_float64_model_gives_float64_results(x64):
 
 def test_counts_and_halves_become_float32():
     """A metric of less precision, or of whole numbers, is told in float32."""
-    import jax.numpy as jnp
-
     from mijax.sweeps.measure import as_floats
 
-    for given in (jnp.ones(2, jnp.bfloat16), np.ones(2, np.float16), np.ones(2, np.int32), np.ones(2, bool), np.ones(2, np.float32)):
+    for given in (
+        jnp.ones(2, jnp.bfloat16),
+        np.ones(2, np.float16),
+        np.ones(2, np.int32),
+        np.ones(2, bool),
+        np.ones(2, np.float32),
+    ):
         assert as_floats(given).dtype == np.float32
     assert as_floats(np.ones(2, np.float64)).dtype == np.float64
