@@ -179,7 +179,9 @@ def swept(
     `begin` runs what a group of prompts needs beforehand. `first` is a column of each example before which no cell changes
     anything; `source` are prompts from which `begin` takes values. Whatever can be wrong is raised before `begin` is called.
     """
-    model, tokens, source, cells, metrics, options = automatic((model, tokens, source, cells, dict(metrics), options))
+    model, tokens, source, options = automatic((model, tokens, source, options))
+    cells = cells._replace(edits={site: automatic(several) for site, several in cells.edits.items()})
+    metrics = {name: automatic(metric) for name, metric in metrics.items()}  # not the dictionaries: JAX would sort them
     job, batch = job_of(model, tokens, cells, metrics, first), len(tokens.ids)
     store = None if options.save is None else _store(options.save, job, source)
     kept = None if store is None else store.plan
