@@ -256,7 +256,7 @@ def _as_edit(edit: Any, site: str) -> Edit:
     if not callable(edit):
         raise TypeError(f"an edit must be one of mijax's or a callable, given {edit!r} at site {site!r}")
     if not isinstance(edit, Edit):
-        return Apply(edit)
+        return Apply(edit)  # pyright: ignore[reportCallIssue]
     if type(edit) not in EDITS:
         raise TypeError(
             f"{type(edit).__name__} at site {site!r} is a subclass of mijax.Edit: give a function, or an Equinox module with"
