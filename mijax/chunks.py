@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from mijax.memory import compiler_memory_freed
 from mijax.programs.convert import Converted
 from mijax.programs.key import text_of
 
+T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile)
 """What is raised by reading a file that is damaged."""
@@ -219,11 +220,11 @@ def fingerprint(tree: Any) -> str:
 
     Raises `TypeError` for a function that is not converted, or whose program no checksum can tell.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Converted))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_converted)
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(treedef)).encode())
     for path, leaf in leaves:
         digest.update(jax.tree_util.keystr(path).encode())
-        if isinstance(leaf, Converted):
+        if _is_converted(leaf):
             digest.update(f"{leaf.program.digest()}{fingerprint((leaf.leaves, leaf.constants))}".encode())
         elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
             array = _numbers(leaf)
@@ -232,6 +233,25 @@ def fingerprint(tree: Any) -> str:
         else:
             digest.update(text_of(leaf).encode())
     return digest.hexdigest()
+
+
+def repeatable(convert: Callable[[], T], save: Any) -> T:
+    """What `convert()` makes of users' functions; where it is for a folder `save`, the same a second time.
+
+    Raises `ValueError` where it is not: a function that draws numbers, or reads a clock, has no result to go on from.
+    """
+    result = convert()
+    if save is not None and fingerprint(result) != fingerprint(convert()):
+        names = {leaf.program.name for leaf in jax.tree.leaves(result, is_leaf=_is_converted) if _is_converted(leaf)}
+        raise ValueError(
+            f"{', '.join(sorted(names))}: what is computed differs from call to call (numbers are drawn, or a clock is read), so"
+            f" that {save} could not be gone on with: draw before, or from a key of jax.random; or leave `save=` out"
+        )
+    return result
+
+
+def _is_converted(leaf: Any) -> bool:
+    return isinstance(leaf, Converted)
 
 
 def _numbers(leaf: Any) -> np.ndarray:

@@ -206,7 +206,7 @@ def _check_finite(found: Mapping[str, np.ndarray], first: int) -> None:
 def _store(save: Any, job: Job) -> chunks.Store:
     grids = {site: (own.axes, own.members) for site, own in job.nodes.items()}
     parts = {"model": (job.model, job.model.config), "prompts": (job.base, job.source), "sites": (job.layout, grids)}
-    parts |= {"metric": dict(job.programs), "method": job.method}
+    parts |= {"metric": chunks.repeatable(lambda: job.programs, save), "method": job.method}
     parts |= {"probes": (job.probes, job.seed)} if job.probes else {}
     return chunks.Store(save, {name: chunks.fingerprint(part) for name, part in parts.items()})
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mijax.interventions.edits import Apply, Edit
 from mijax.model.config import Config
 from mijax.model.sites import SITES, Site
-from mijax.programs.convert import Converted, convert, name_of, varying_over
+from mijax.programs.convert import Converted, convert, for_mesh_axes, name_of
 
 SIGNATURE = "(x, site, layer, positions)"
 
@@ -33,17 +33,15 @@ def convert_edits(
     """
     if not has_functions(edits):
         return dict(edits)
-    varying = varying_over((beside, edits))
-    once = _converted(config, edits, batch, pos, keys, dtype, varying)
-    wider = varying_over((beside, once))  # what functions close over may vary too
-    return once if wider == varying else _converted(config, edits, batch, pos, keys, dtype, wider)
+    converted = lambda keywords: _converted(config, edits, batch, pos, keys, dtype, keywords)
+    return for_mesh_axes(converted, beside)
 
 
-def _converted(config: Config, edits: Any, batch: int, pos: int, keys: int, dtype: Any, varying: Any):
+def _converted(config: Config, edits: Any, batch: int, pos: int, keys: int, dtype: Any, keywords: dict[str, Any]):
     sizes = {"batch": batch, "pos": pos, "query": pos, "key": keys}
     sizes |= {"head": config.n_heads, "kv_head": config.n_kv_heads}
     sizes |= {"d_model": config.d_model, "d_head": config.d_head, "d_mlp": config.d_mlp}
-    shaped = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, **varying)
+    shaped = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, **keywords)
     positions = shaped((batch, pos), jnp.int32)
 
     def of_site(edit: Edit, name: str) -> Edit:
@@ -51,7 +49,7 @@ def _converted(config: Config, edits: Any, batch: int, pos: int, keys: int, dtyp
             return edit
         site = SITES[name]
         x = shaped(tuple(sizes[axis] for axis in site.inner_axes), dtype)
-        layer = jax.ShapeDtypeStruct((), jnp.int32) if site.has_layer else None
+        layer = shaped((), jnp.int32) if site.has_layer else None
         return eqx.tree_at(lambda e: e.function, edit, _function(edit.function, site, x, layer, positions))
 
     return {name: tuple(of_site(edit, name) for edit in several) for name, several in edits.items()}

@@ -12,24 +12,29 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mijax._types import Array
 from mijax.programs.hoist import evaluate, has_inner_constants
 from mijax.programs.key import RULES, Key, digest, key_of, without_numbers
 
+T = TypeVar("T")
+
 REPEATS = 8
 """From so many programs of one function on that differ in a Python number only, a warning says that each is compiled."""
 
 _interned: "weakref.WeakValueDictionary[Key, Program]" = weakref.WeakValueDictionary()
-_variants: dict[Key, set[int]] = {}
-_without_kept: set[Key] = set()
+_variants: dict[int, set[int]] = {}
+_without_kept: set[int] = set()
+"""Hashes of keys: a key itself may hold what a user's function does."""
 
 
 class Program:
@@ -40,10 +45,14 @@ class Program:
 
     def __call__(self, constants: Sequence[Array], inputs: Sequence[Array]) -> Any:
         """The function's result for the arrays that it reaches and those that it is given."""
-        for variable, value in zip(self.jaxpr.invars, inputs, strict=True):
-            if (variable.aval.shape, variable.aval.dtype) != (jnp.shape(value), jnp.result_type(value)):
-                raise AssertionError(f"{self.name} was traced for {variable.aval}, called with {jax.typeof(value)}")
+        inputs = [self._as_traced(variable.aval, x) for variable, x in zip(self.jaxpr.invars, inputs, strict=True)]
         return jax.tree.unflatten(self.structure, jax.core.eval_jaxpr(self.jaxpr, constants, *inputs))
+
+    def _as_traced(self, aval: Any, x: Any) -> Any:
+        if (aval.shape, aval.dtype) != (jnp.shape(x), jnp.result_type(x)):
+            raise AssertionError(f"{self.name} was traced for {aval}, called with {jax.typeof(x)}")
+        wanting = tuple(aval.manual_axis_type.varying - _axes_of(x))
+        return jax.lax.pcast(x, wanting, to="varying") if wanting else x
 
     def digest(self) -> str:
         """A checksum that is the same in every process.
@@ -122,8 +131,9 @@ def convert(function: Callable, *arguments: Any, name: str | None = None) -> Con
     closed = jax.make_jaxpr(fresh)(leaves, inputs)
     if any(_is_kept(trace, closed) for trace in traces):
         raise TypeError(
-            f"{name} keeps an activation beyond its call (in a list or an attribute), where it is no array but a tracer of JAX:"
-            " activations are kept by capture=, in mijax.run and mijax.generate"
+            f"{name} keeps an array beyond its call (in a list, an attribute, a cache, the rule of a custom derivative), where it is"
+            " no array but a tracer of JAX: activations are kept by capture=, in mijax.run and mijax.generate; other arrays for"
+            " later calls are made before the first"
         )
     if has_inner_constants(closed.jaxpr):
         inner = closed
@@ -138,13 +148,13 @@ def name_of(function: Any) -> str:
 
 def _is_kept(trace: weakref.ref, closed: Any) -> bool:
     """Whether somebody holds a value of a trace that is over."""
-    if trace() is None or (_has_rules(closed.jaxpr) and (key_of(closed.jaxpr) in _without_kept)):
+    if trace() is None or (_has_rules(closed.jaxpr) and hash(key_of(closed.jaxpr)) in _without_kept):
         return False
     gc.collect()
     alive = trace()
     if alive is None or any(isinstance(holder, jax.core.Tracer) for holder in gc.get_referrers(alive)):
         return alive is not None
-    _without_kept.add(key_of(closed.jaxpr))
+    _without_kept.add(hash(key_of(closed.jaxpr)))
     return False
 
 
@@ -165,7 +175,7 @@ def _intern(name: str, closed: Any, structure: Any) -> Program:
 
 
 def _tell_repeats(name: str, key: Key) -> None:
-    variants = _variants.setdefault((name, without_numbers(key)), set())
+    variants = _variants.setdefault(hash((name, without_numbers(key))), set())
     variants.add(hash(key))
     if len(variants) == REPEATS:
         warnings.warn(
@@ -192,8 +202,34 @@ def _on_device(constant: Any) -> Array:
     return constant if isinstance(constant, jax.Array) else jnp.asarray(constant)
 
 
-def varying_over(tree: Any) -> dict[str, Any]:
-    """The keyword of `jax.ShapeDtypeStruct` for what varies, inside `shard_map`, over all mesh axes that arrays of `tree` do."""
-    kinds = [jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-    varying = frozenset().union(*(kind.varying for kind in kinds))
-    return {"manual_axis_type": type(kinds[0])(varying=varying)} if varying else {}
+def for_mesh_axes(convert: Callable[[dict[str, Any]], T], beside: Any) -> T:
+    """`convert(keywords)` with the keywords of `jax.ShapeDtypeStruct` that say over which mesh axes an input varies.
+
+    Outside of `shard_map` there are none. Inside, inputs vary over the axes that the arrays of `beside` do, or those that
+    the functions close over: these are known once they are traced, for inputs that vary over all axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes:
+        return convert({})
+    keywords = lambda axes: {"sharding": NamedSharding(mesh, PartitionSpec()), "manual_axis_type": _varying(axes)}
+    widest = convert(keywords(frozenset(mesh.manual_axes)))
+    return convert(keywords(frozenset().union(*map(_axes_of, jax.tree.leaves((beside, widest))))))
+
+
+def shape_of(x: Any) -> Any:
+    """The shape and dtype of an array, and over which mesh axes it varies; anything else is what it is."""
+    if not isinstance(x, jax.Array | np.ndarray):
+        return x
+    varies = (
+        {"sharding": jax.typeof(x).sharding, "manual_axis_type": jax.typeof(x).manual_axis_type} if _axes_of(x) else {}
+    )
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, **varies)
+
+
+def _axes_of(x: Any) -> frozenset[str]:
+    """The mesh axes that an array varies over, inside `shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying if isinstance(x, jax.Array) else frozenset()
+
+
+def _varying(axes: frozenset[str]) -> Any:
+    return type(jax.typeof(np.float32(0)).manual_axis_type)(varying=axes)

@@ -28,8 +28,8 @@ def evaluate(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> 
 
 
 def _opens(eqn: Any) -> bool:
-    if eqn.primitive.name not in _OPENED or (eqn.primitive.name == "scan" and "num_carry" not in eqn.params):
-        return False  # (from jax 0.12 on a scan has parameters that say more; its constants are then compared by value)
+    if eqn.primitive.name not in _OPENED:
+        return False
     inner = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple) else (value,))]
     jaxprs = [part for part in inner if isinstance(part, jex.Jaxpr | jex.ClosedJaxpr)]
     return any(getattr(j, "consts", ()) or has_inner_constants(getattr(j, "jaxpr", j)) for j in jaxprs)
@@ -41,7 +41,12 @@ def _run(inner: Any) -> Callable[..., list[Any]]:
 
 
 def _scan(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
-    n, m, run = params["num_consts"], params["num_consts"] + params["num_carry"], _run(params["jaxpr"])
+    if "num_carry" in params:
+        n, m = params["num_consts"], params["num_consts"] + params["num_carry"]
+    else:  # from jax 0.12 on
+        constants, carry, _ = params["ft_in"].unpack()
+        n, m = len(constants), len(constants) + len(carry)
+    run = _run(params["jaxpr"])
 
     def body(carry, x):
         results = run(*inputs[:n], *carry, *x)

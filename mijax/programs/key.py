@@ -4,10 +4,12 @@ import dataclasses
 import enum
 import hashlib
 import importlib
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
@@ -46,11 +48,12 @@ def key_of(jaxpr: Any, constants: Sequence[Any] = ()) -> Key:
     numbers: dict[Any, int] = {}
     number = lambda v: numbers.setdefault(v, len(numbers))
     atom = lambda a: _literal(a) if isinstance(a, jex.Literal) else numbers[a]
-    inputs = tuple((number(v), v.aval) for v in (*jaxpr.constvars, *jaxpr.invars))
+    variables = lambda of: tuple((number(v), v.aval) for v in of)
+    inputs = variables(jaxpr.constvars), variables(jaxpr.invars)  # apart: a closed-over array is no argument
     equations = tuple(
-        (eqn.primitive, tuple(map(atom, eqn.invars)), _context(eqn), _params(eqn), tuple((number(v), v.aval) for v in eqn.outvars))
+        (eqn.primitive, tuple(map(atom, eqn.invars)), _context(eqn), _params(eqn), variables(eqn.outvars))
         for eqn in jaxpr.eqns
-    )  # fmt: skip
+    )
     return inputs, equations, tuple(map(atom, jaxpr.outvars)), tuple(map(_value, constants))
 
 
@@ -75,6 +78,9 @@ def apply(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
     return jax.core.eval_jaxpr(alone, (), *inputs.values())
 
 
+_CONTEXT = ("threefry_partitionable", "compute_type", "cur_abstract_mesh", "xla_metadata")
+"""What an equation keeps of the settings under which it was traced."""
+
 _open_rules: list[Key] = []
 """The functions with custom derivatives whose rules are being read."""
 
@@ -85,7 +91,7 @@ def _literal(literal: Any) -> Key:
 
 
 def _context(eqn: Any) -> Key:
-    return getattr(eqn.ctx, "threefry_partitionable", None), getattr(eqn.ctx, "compute_type", None)
+    return tuple(_param(getattr(eqn.ctx, name, None)) for name in _CONTEXT)
 
 
 def _params(eqn: Any) -> Key:
@@ -107,7 +113,7 @@ def _param(value: Any) -> Key:
         return "jaxpr", key_of(value.jaxpr, value.consts)
     if isinstance(value, jex.Jaxpr):
         return "jaxpr", key_of(value)
-    if type(value) in (tuple, list):
+    if isinstance(value, tuple | list):
         return "sequence", tuple(map(_param, value))
     if isinstance(value, Mapping):
         return "mapping", tuple(sorted((str(name), _param(item)) for name, item in value.items()))
@@ -117,11 +123,32 @@ def _param(value: Any) -> Key:
         return _value(value)
     if isinstance(value, float):  # NaN equals nothing
         return "float", repr(value)
+    if isinstance(value, types.FunctionType):
+        return _function(value)  # pyright: ignore[reportAttributeAccessIssue]
+    if dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen:
+        return type(value), tuple(_param(getattr(value, field.name)) for field in dataclasses.fields(value))
     try:
         hash(value)
     except TypeError:
         return ById(value)
     return value
+
+
+def _function(function: types.FunctionType) -> Key:
+    """A callback, which is made anew by each trace: its code with what that reads.
+
+    Variables around a user's function may be assigned to, and enter by identity; what JAX wraps around it holds settings.
+    """
+    cells = function.__closure__ or ()
+    if not _is_of_library(function):
+        read = (function.__globals__, function.__defaults__, function.__kwdefaults__, *cells)
+        return "function", function.__code__, tuple(map(ById, read))
+    if not cells and "<" not in function.__qualname__:
+        return function
+    try:
+        return "function", function.__code__, tuple(_param(cell.cell_contents) for cell in cells)
+    except (ValueError, RecursionError):  # a variable that is not assigned yet, or a function that reads itself
+        return ById(function)
 
 
 def _value(array: Any) -> Key:
@@ -224,13 +251,17 @@ def _pieces(value: Any) -> Iterator[str]:
 def _of_library(value: Any) -> str:
     """The name of a function or class that a library's version says all about."""
     module, name = str(value.__module__), value.__qualname__
-    if module.partition(".")[0] in LIBRARIES and "<" not in name:
+    if _is_of_library(value) and "<" not in name:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part, None)
         if found is value:
             return f"{module}.{name}"
     raise UnknownError(_named(value))
+
+
+def _is_of_library(value: Any) -> bool:
+    return str(value.__module__).partition(".")[0] in LIBRARIES
 
 
 def _named(value: Any) -> str:

@@ -77,7 +77,7 @@ def train(
     grid = grid_of(over, {"toy": toy, "optimizer": optimizer})
     log_at = sorted({int(step) for step in log_at})
     job = Job(toy, optimizer, batch, judged_on, tuple((log or {}).items()))
-    programs = _checked(job, grid, steps, log_at)
+    programs = chunks.repeatable(lambda: _checked(job, grid, steps, log_at), save)
     each = model_bytes(job, *_example(grid), programs.begin.out)
     budget = _default_memory(each) if memory is None else memory
     parts = _parts(grid, budget // each, 1 if mesh is None else mesh.devices.shape[0])

@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -56,11 +56,16 @@ def job_of(
     cells: Cells,
     metrics: Mapping[str, AnyMetric],
     first: Int[np.ndarray, " batch"] | None,
+    save: Any = None,
 ) -> Job:
-    """A sweep that is checked: raises what can be known of model, prompts, edits and metrics before anything runs."""
+    """A sweep that is checked: raises what can be known of model, prompts, edits and metrics before anything runs.
+
+    Users' functions are converted; with a folder `save`, they must come out the same twice.
+    """
     check_parameters(model)
     check_cells(model.config, tokens, cells)
-    cells, programs = convert_cells(model, tokens, cells), as_programs(model, tokens, metrics)
+    convert = lambda: (convert_cells(model, tokens, cells), as_programs(model, tokens, metrics))
+    cells, programs = chunks.repeatable(convert, save)
     first = np.zeros(len(tokens.ids), np.int32) if first is None else first
     todo = work(model.config, tokens, cells, columns_read(programs.values(), tokens))
     return Job(model, tokens, cells, metrics, programs, first, todo._replace(first=np.maximum(todo.first, first)))

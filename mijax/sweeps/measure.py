@@ -16,7 +16,7 @@ from mijax.model.numerics import accumulator
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.programs.convert import Converted, convert, varying_over
+from mijax.programs.convert import Converted, convert, for_mesh_axes, shape_of
 from mijax.run import run
 
 Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
@@ -55,7 +55,7 @@ class _OfParts(eqx.Module):
 def as_programs(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> dict[str, AnyMetric]:
     """Metrics as users' functions are now, for runs of prompts of the shape of `tokens`; mijax's own as they are.
 
-    Raises `TypeError` for what is no function.
+    Raises `TypeError` for what is no function, `ValueError` for one that gives anything but one number per example.
     """
     return {name: _as_program(model, tokens, name, metric) for name, metric in metrics.items()}
 
@@ -67,14 +67,14 @@ def _as_program(model: Transformer, tokens: Tokens, name: str, metric: Any) -> A
         raise TypeError(f"metric {name!r} must be a function of a readout, given {metric!r}")
     shape, dtype = (*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype)
 
-    def converted(varying: dict[str, Any]) -> Converted:
-        final = jax.ShapeDtypeStruct(shape, dtype, **varying)
+    def converted(keywords: dict[str, Any]) -> Converted:
+        final = jax.ShapeDtypeStruct(shape, dtype, **keywords)
         return convert(_OfParts(metric), final, tokens, model.unembedding, model.b_U, name=f"metric {name!r}")
 
-    varying = varying_over((model, tokens))
-    program = converted(varying)
-    wider = varying_over((model, tokens, program))
-    program = program if wider == varying else converted(wider)
+    program = for_mesh_axes(converted, (model, tokens))
+    shapes = jax.tree.map(lambda out: out.shape, program.out)
+    if shapes != shape[:1]:
+        raise ValueError(f"metric {name!r} must give one number per example, [{shape[0]}], given shape {shapes}")
     pos = getattr(metric, "pos", None)
     return MetricProgram(program, None if pos is None else position(pos))
 
@@ -127,14 +127,8 @@ def checked(values: Mapping[str, Any], what: str, first: int = 0) -> Values:
 
 
 def values_of(metrics: Mapping[str, AnyMetric], readout: Readout) -> dict[str, Float[Array, " batch"]]:
-    """Each metric of each example; `ValueError` for one that gives anything else."""
-    batch, found = readout.final.shape[0], {name: metric(readout) for name, metric in metrics.items()}
-    for name, value in found.items():
-        if jnp.shape(value) != (batch,):
-            raise ValueError(
-                f"metric {name!r} must give one number per example, [{batch}], given shape {jnp.shape(value)}"
-            )
-    return found
+    """Each metric of each example."""
+    return {name: metric(readout) for name, metric in metrics.items()}
 
 
 @eqx.filter_jit
@@ -151,8 +145,7 @@ def metric_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMe
 def as_shapes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> tuple[tuple[Any, ...], Any]:
     """The parts of a readout and metrics, flattened, arrays as shapes: what a trace of them depends on."""
     final = jax.ShapeDtypeStruct((*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype))
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) or isinstance(x, np.ndarray) else x
-    given = jax.tree.map(shape, ((final, tokens, model.unembedding, model.b_U), dict(metrics)))
+    given = jax.tree.map(shape_of, ((final, tokens, model.unembedding, model.b_U), dict(metrics)))
     leaves, treedef = jax.tree.flatten(given)
     return tuple(leaves), treedef
 

@@ -182,7 +182,7 @@ def swept(
     model, tokens, source, options = automatic((model, tokens, source, options))
     cells = cells._replace(edits={site: automatic(several) for site, several in cells.edits.items()})
     metrics = {name: automatic(metric) for name, metric in metrics.items()}  # not the dictionaries: JAX would sort them
-    job, batch = job_of(model, tokens, cells, metrics, first), len(tokens.ids)
+    job, batch = job_of(model, tokens, cells, metrics, first, options.save), len(tokens.ids)
     store = None if options.save is None else _store(options.save, job, source)
     kept = None if store is None else store.plan
     layout = layout_of(job, options.budget) if kept is None else Layout.from_arrays(kept, batch)
@@ -358,7 +358,10 @@ def _chunks(mesh: Mesh, model, tokens, base, metrics, read, stacked, chunk: Chun
         return jax.tree.map(lambda a: a[None], found)
 
     everywhere, own = PartitionSpec(), PartitionSpec(axis)
-    mapped = jax.shard_map(one, mesh=mesh, in_specs=(everywhere, own), out_specs=own, axis_names={axis})
+    mapped = jax.shard_map(
+        one, mesh=mesh, in_specs=(everywhere, own), out_specs=own, axis_names={axis},
+        check_vma=False,  # cells never meet, and programs were made outside, where nothing varies
+    )  # fmt: skip
     return mapped(shared, (chunk, varying))
 
 
