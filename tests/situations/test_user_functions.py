@@ -186,6 +186,9 @@ def test_a_random_key_that_changes():
 SMALL = mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16)
 
 
+DRIVERS = ("sweep", "patch", "ablate", "knock_out", "attribute", "gradients", "concept")
+
+
 def drivers():
     small = model(SMALL)
     both = {"clean": PROMPT, "corrupted": OTHER, "progress": False}
@@ -203,7 +206,7 @@ def drivers():
     }
 
 
-@pytest.mark.parametrize("driver", drivers())
+@pytest.mark.parametrize("driver", DRIVERS)
 def test_a_metric_reads_a_global(driver, monkeypatch):
     measured = drivers()[driver]
     for token in (3, 5):
