@@ -124,8 +124,8 @@ def _param(value: Any) -> Key:
     if isinstance(value, float):  # NaN equals nothing
         return "float", repr(value)
     if isinstance(value, types.FunctionType):
-        return _function(value)  # pyright: ignore[reportAttributeAccessIssue]
-    if dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen:
+        return _function(value)
+    if dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen:  # pyright: ignore[reportAttributeAccessIssue]
         return type(value), tuple(_param(getattr(value, field.name)) for field in dataclasses.fields(value))
     try:
         hash(value)
