@@ -22,11 +22,11 @@ import numpy as np
 import tyro
 
 import mijax as mj
+from benchmarks.peers.worker import peak_rss, reset_peak
 from benchmarks.sweeps import machine, random_model, random_tokens
 from mijax.attribution.estimates import Job, _chunk, layers_bytes, prompt_bytes
 from mijax.attribution.nodes import nodes_of
 from mijax.files import atomic
-from mijax.memory import PeakMemory
 
 SITES = ("resid_pre", "z", "mlp_out", "attn_out", "q", "k", "v")
 
@@ -87,10 +87,9 @@ def measured(settings: Settings, n_layers: int, tokens: int, checkpoint: int, ru
         jax.block_until_ready(compiled(*arguments))
         with contextlib.suppress(OSError):  # else the next run lives on what the last one gave back
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        start = time.process_time()
-        with PeakMemory(2**30) as peak:
-            jax.block_until_ready(compiled(*arguments))
-        found |= {"peak": peak.taken, "cpu": time.process_time() - start}
+        reset, before, start = reset_peak(), peak_rss(), time.process_time()
+        jax.block_until_ready(compiled(*arguments))
+        found |= {"peak": peak_rss() - before if reset else None, "cpu": time.process_time() - start}
     return found
 
 

@@ -124,7 +124,7 @@ def study(model: mj.Transformer, ioi: IOI, settings: Settings) -> xr.Dataset:
         found[name] = xr.concat(
             patched, xr.Variable("direction", list(DIRECTIONS)), combine_attrs="drop_conflicts", join="exact"
         )
-    told = ("sites", "memory_estimate", "memory_peak")
+    told = ("sites", "memory_estimate", "memory_peak", "prompts_together")
     results = xr.Dataset(found, attrs={k: v for k, v in found["z"].attrs.items() if k not in told})
     return results.assign_coords(prompt=("batch", ioi.texts))
 

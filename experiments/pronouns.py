@@ -71,7 +71,11 @@ def study(model: mj.Transformer, pronouns: Pronouns, memory: int | None = None) 
         "stereotype": ("batch", kind),
         "prompt": ("batch", pronouns.texts),
     }
-    kept = {name: value for name, value in attrs.items() if name not in ("sites", "memory_peak", "memory_estimate")}
+    kept = {
+        name: value
+        for name, value in attrs.items()
+        if name not in ("sites", "memory_peak", "memory_estimate", "prompts_together")
+    }
     return xr.Dataset(found, attrs=kept).assign_coords(coords)
 
 

@@ -42,28 +42,44 @@ class Store:
     """A folder of finished chunks: what the job is, its plan, and one file for each chunk.
 
     Every file has a checksum of what it holds and of its place (job, plan, number of the chunk); what does not fit is made
-    again, with a warning. A folder that was begun before gives back its `plan`, whatever would be planned now, and raises `ValueError`
-    where `identity`, which names the parts of the job by their fingerprints, is not that with which it was begun.
+    again, with a warning. Opening a folder writes nothing; it raises `ValueError` where `identity`, which names the parts of the job by
+    their fingerprints, is not that with which the folder was begun. `plan` is the one that it was begun with, `None` where it is new.
     """
 
-    def __init__(self, folder: str | os.PathLike, identity: Mapping[str, str], plan: Arrays, labels: Mapping[str, Any]):
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        about, arrays = self.folder / "job.json", self.folder / "plan.npz"
-        if not about.exists() and any(
-            path.name != arrays.name and not path.name.startswith(".") for path in self.folder.iterdir()
-        ):
+    def __init__(self, folder: str | os.PathLike, identity: Mapping[str, str]):
+        self.folder, self.identity = Path(folder), {**identity, **_environment()}
+        self._about, self._arrays = self.folder / "job.json", self.folder / "plan.npz"
+        self.plan: Arrays | None = None
+        if self._about.exists():
+            self.plan = _kept_plan(self._about, self._arrays, self.identity)
+        elif self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{folder} is a file: give a folder")
+        elif self.folder.exists() and any(map(self._is_foreign, self.folder.iterdir())):
             raise ValueError(f"{folder} is not empty and holds no job: give another folder")
-        identity = {**identity, **_environment()}
-        kept = _kept_plan(about, arrays, identity) if about.exists() else None
-        self.plan = plan if kept is None else kept
-        self._place = fingerprint((dict(identity), self.plan))
-        if kept is None:
-            with atomic(arrays) as scratch, scratch.open("wb") as file:
+        self._place = self._placed()
+
+    def begin(self, plan: Arrays, labels: Mapping[str, Any]) -> Arrays:
+        """The plan that the folder was begun with, whatever would be planned now; in a new one, `plan`, which is written."""
+        if self.plan is None:
+            self.plan = plan
+            self._place = self._placed()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic(self._arrays) as scratch, scratch.open("wb") as file:
                 np.savez(file, **plan)  # pyright: ignore[reportArgumentType]
-            job = {"identity": identity, "plan": fingerprint(plan), **labels}
-            with atomic(about) as scratch:  # last: a folder with it is complete
+            job = {"identity": self.identity, "plan": fingerprint(plan), **labels}
+            with atomic(self._about) as scratch:  # last: a folder with it is complete
                 scratch.write_text(json.dumps(job, indent=1, default=str))
+        return self.plan
+
+    def inside(self, name: str) -> "Store":
+        """A folder within this one, for a part of the same job."""
+        return Store(self.folder / name, {**self.identity, "part": name})
+
+    def _placed(self) -> str:
+        return fingerprint((self.identity, self.plan))
+
+    def _is_foreign(self, path: Path) -> bool:
+        return path.name != self._arrays.name and not path.name.startswith(".")
 
     def load(self, number: int) -> Arrays | None:
         """A finished chunk; `None` where there is none, or where it is damaged or another's."""
@@ -93,6 +109,11 @@ class Store:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"chunk_{number:06d}.npz"
+
+
+def is_begun(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a job."""
+    return Path(folder, "job.json").exists()
 
 
 def _kept_plan(about: Path, arrays: Path, identity: Mapping[str, str]) -> Arrays | None:
@@ -145,27 +166,27 @@ def _source() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
+def progress_bar(jobs: int, label: str, unit: str, progress: bool) -> Any:
+    """A bar, to be used by `with`, that appears where the work takes more than a second."""
+    from tqdm import tqdm
+
+    return tqdm(total=jobs, desc=label, unit=unit, delay=1.0, disable=not progress, leave=False)
+
+
 def run_chunks(
     run: Callable[[Sequence[int]], Mapping[str, Any]],
     keep: Callable[[int, Arrays], int],
     chunks: int,
-    jobs: int,
+    bar: Any,
     *,
-    label: str,
-    progress: bool,
-    unit: str = "cell",
     width: int | None = None,
     store: Store | None = None,
 ) -> None:
-    """Run all chunks and hand the results of each to `keep`, which says how many jobs they were.
+    """Run all chunks and hand the results of each to `keep`, which says how many jobs they were: by so many `bar` moves on.
 
     `run` is given one chunk's number; or, with `width`, up to that many, and its results have an axis of them in front. Chunks that `store` holds are not run again.
     """
-    from tqdm import tqdm
-
-    # The bar appears only where the work takes more than a second.
-    bar = tqdm(total=jobs, desc=label, unit=unit, delay=1.0, disable=not progress, leave=False)
-    with bar, compiler_memory_freed():
+    with compiler_memory_freed():
         left = []
         for number in range(chunks):
             held = store.load(number) if store else None

@@ -92,7 +92,7 @@ def generate(
     check_parameters(model)
     tokens, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
     count = _whole_number(max_new_tokens)
-    stop_ids: Any = tokens.end_tokens if stop is None else np.atleast_1d(stop).tolist()
+    stop_ids: Any = tokens.end_tokens if stop is None else np.atleast_1d(np.asarray(stop)).tolist()
     _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key)
     whole = _extended(tokens, count)
     check(model.config, whole, edits, captures)

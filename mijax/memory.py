@@ -1,12 +1,10 @@
-"""Memory: how much may be taken, how much was, and what the compiler leaves behind."""
+"""Memory: how much may be taken, how much a device says was taken, and what the compiler leaves behind."""
 
 import contextlib
 import ctypes
 import os
-import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,9 +18,8 @@ def default_memory() -> int:
 
     (A CPU's matrix products are at full speed well below that, and smaller chunks show progress.)
     """
-    device = jax.local_devices()[0]
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
+    stats = _device_memory()
+    if "bytes_limit" in stats:
         return _rounded((stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2)
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -39,34 +36,25 @@ def _rounded(size: int) -> int:
 class PeakMemory:
     """The bytes that a block of code took at its peak, beyond those in use before: `taken`.
 
-    `None` where nobody tells, and where not even 16 MiB are `expected`: asking takes longer than such work.
+    `None` where the device keeps no count (a CPU does not), and where the count, which only ever grows, was higher before.
     """
 
-    def __init__(self, expected: int):
+    def __init__(self) -> None:
         self.taken: int | None = None
-        self._asks = expected >= 2**24
 
     def __enter__(self) -> "PeakMemory":
-        self._before = self._in_use(reset=True) if self._asks else None
+        self._before = _device_memory()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        after = self._in_use(reset=False) if self._asks else None
-        if self._before is not None and after is not None:
-            self.taken = max(0, after - self._before)
+        peak = _device_memory().get("peak_bytes_in_use", 0)
+        if {"bytes_in_use", "peak_bytes_in_use"} <= set(self._before) and peak > self._before["peak_bytes_in_use"]:
+            self.taken = peak - self._before["bytes_in_use"]
 
-    def _in_use(self, reset: bool) -> int | None:
-        stats = jax.local_devices()[0].memory_stats()
-        if stats:
-            return stats.get("bytes_in_use" if reset else "peak_bytes_in_use")
-        try:  # Linux counts the pages of the process, and forgets the highest count when told to
-            if reset:
-                Path("/proc/self/clear_refs").write_text("5")
-            status = Path("/proc/self/status").read_text()
-        except OSError:
-            return None
-        found = re.search(r"VmRSS:\s+(\d+)" if reset else r"VmHWM:\s+(\d+)", status)
-        return int(found[1]) * 1024 if found else None
+
+def _device_memory() -> dict[str, int]:
+    """What the first device counts of its memory; nothing on a CPU."""
+    return jax.local_devices()[0].memory_stats() or {}
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ from mijax.model.tokens import Tokens, as_tokens, integers, is_concrete
 AnyMetric: TypeAlias = Callable[[Readout], Array]
 """A function from a readout to one number per example. Where it has an attribute `pos` (one position, or one per
 example as `[batch, 1]`, as metrics here take them), a sweep computes no other positions' final stream, and it finds NaN there. Where its
-attribute `per_example` is true, a method `take(examples)` gives the metric of some of the examples, and attribution can split
-a batch."""
+attribute `per_example` is true, a method `take(examples)` gives the metric of some of the examples, and sweeps and attribution can
+split a batch."""
 
 
 class Metric(eqx.Module):

@@ -72,14 +72,14 @@ def run(
     (1, 3, 11)
     """
     check_parameters(model)
-    tokens, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
-    check(model.config, tokens, edits, captures)
+    prompts, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
+    check(model.config, prompts, edits, captures)
     check_selects(edits)
-    tokens, edits, captures = on_device((tokens, of_prompts(model, tokens, edits), captures))
+    prompts, edits, captures = on_device((prompts, of_prompts(model, prompts, edits), captures))
     final, acts = with_automatic_axes(
-        _run, model, tokens, edits, captures, like=tokens.ids, out_axes=_out_axes(captures)
+        _run, model, prompts, edits, captures, like=prompts.ids, out_axes=_out_axes(captures)
     )
-    return Out(Readout(final, tokens, model.unembedding, model.b_U), acts)
+    return Out(Readout(final, prompts, model.unembedding, model.b_U), acts)
 
 
 def check_selects(edits: Edits) -> None:
@@ -164,7 +164,9 @@ def forward(
     x = jnp.where(bad, jnp.nan, x) + _zero_varying_like((model, edits, captures, memory), x.dtype)
     x, acts = _layers(model, x, positions, edits, captures, memory)
     x = jnp.where(bad, jnp.nan, final_norm(model, x, outer))
-    return x, {name: jnp.where(bad, jnp.nan, act) for name, act in outer.acts.items()} | acts
+    # NaN goes through the layers, but for what is zero at padding whatever its queries are.
+    kept = outer.acts | {name: acts[name] for name in ("pattern", "z", "result") if name in acts}
+    return x, acts | {name: jnp.where(bad, jnp.nan, act) for name, act in kept.items()}
 
 
 def _layers(model: Transformer, x: Stream, positions: Frame, edits: Edits, captures: Captures, memory: Memory | None):

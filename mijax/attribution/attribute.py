@@ -13,14 +13,14 @@ from mijax.attribution.estimates import Job, estimated, plan
 from mijax.attribution.gradient import AtP
 from mijax.attribution.method import Method
 from mijax.attribution.nodes import Sites, nodes_of
-from mijax.attribution.verify import Verify, coincide, verified
+from mijax.attribution.verify import Verify, check_exact, coincide, verified
 from mijax.memory import PeakMemory, default_memory
 from mijax.meshes import automatic
 from mijax.model.parameters import check_parameters
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check
-from mijax.sweeps.measure import Metrics, described, named
+from mijax.sweeps.measure import Metrics, as_floats, described, is_split, named
 from mijax.sweeps.patch import Direction, check_pair
 from mijax.sweeps.places import positions_told
 
@@ -102,7 +102,9 @@ def attribute(
     sample = verify if sample is None else sample
     _check(job, verify, sample)
     order = plan(job, default_memory() if memory is None else memory)
-    with PeakMemory(order.bytes) as peak:
+    if verify:
+        check_exact(job, verify + sample, memory)
+    with PeakMemory() as peak:
         found, order = estimated(job, order, progress=progress, save=save)
     told: dict[str, Any] = {"prompts_together": order.prompts, "checkpoint": order.checkpoint}
     told |= {"memory_estimate": float(order.bytes)} | ({} if peak.taken is None else {"memory_peak": float(peak.taken)})
@@ -146,7 +148,7 @@ def _check(job: Job, verify: int, sample: int) -> None:
         raise ValueError("there is no metric")
     for name, metric in job.programs.items():
         check_gradient(job.model, job.base, name, metric)
-        if not getattr(job.metrics[name], "per_example", False):
+        if not is_split(job.metrics[name]):
             check_apart(job.model, job.base, name, metric)
 
 
@@ -160,7 +162,7 @@ def _labelled(job: Job, found: Mapping[str, np.ndarray], single: bool) -> "xr.Da
     shared: dict[str, Any] = {"batch": np.arange(len(job.base.ids))} | ({} if single else {"metric": names})
     for run in ("base", "source", "gap"):
         if f"{run}:{names[0]}" in found:
-            shared[run] = (runs, together([found[f"{run}:{name}"] for name in names]).astype(np.float32))
+            shared[run] = (runs, as_floats(together([found[f"{run}:{name}"] for name in names])))
     arrays = {}
     for site, nodes in job.nodes.items():
         coords = shared | {dim: np.asarray(labels) for dim, labels in nodes.labels.items()}
@@ -170,7 +172,7 @@ def _labelled(job: Job, found: Mapping[str, np.ndarray], single: bool) -> "xr.Da
                 cells = [nodes.by_cell(found[f"{kind}:{metric}:{site}"], job.base) for metric in names]
                 if kind == "term":
                     cells = [c + found[f"base:{metric}"] for c, metric in zip(cells, names)]
-                array = xr.DataArray(together(cells).astype(np.float32), coords, dims)
+                array = xr.DataArray(as_floats(together(cells)), coords, dims)
                 arrays[name.format(site)] = array if nodes.grid else positions_told(array, job.base)
     result = xr.merge([array.rename(name) for name, array in arrays.items()], join="exact", compat="equals")
     attrs: dict[str, Any] = {"method": repr(job.method), "metric": " ".join(names), "sites": " ".join(job.nodes)}

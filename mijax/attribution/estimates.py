@@ -21,8 +21,8 @@ from mijax.metrics import AnyMetric
 from mijax.model.numerics import accumulator
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.measure import as_programs, checked, metric_bytes, values_of
-from mijax.sweeps.sweep import row_bytes
+from mijax.sweeps.layout import row_bytes
+from mijax.sweeps.measure import as_programs, checked, is_split, metric_bytes, taken, values_of
 
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
 """Of each site: its name, its collapsed shape without batch, and how many cells where they are a grid's."""
@@ -76,7 +76,7 @@ def plan(job: Job, memory: int) -> Plan:
     Prompts are split only where every metric can be (`AnyMetric`). Raises `ValueError` where not one prompt fits.
     """
     batch, pos = job.base.ids.shape
-    splits = all(getattr(metric, "per_example", False) for metric in job.metrics.values())
+    splits = all(map(is_split, job.metrics.values()))
     full = min(batch, -(-chunks.full_rows() // pos)) if splits else batch
     read, fixed = 2 * metric_bytes(job.model, job.base, job.programs), layers_bytes(job.model)
     fits, each, checkpoint = 0, 0, 0
@@ -153,9 +153,12 @@ def estimated(
 ) -> tuple[dict[str, np.ndarray], Plan]:
     """Everything found, examples in front, by `kind:metric` or `kind:metric:site`; and the plan by which it was, that of the folder."""
     batch = len(job.base.ids)
-    store = None if save is None else _store(save, job, order)
+    store = None if save is None else _store(save, job)
     if store is not None:
-        order = Plan(*(int(store.plan[name]) for name in Plan._fields))
+        kept = store.begin(
+            {name: np.asarray(value) for name, value in order._asdict().items()}, {"sites": list(job.nodes)}
+        )
+        order = Plan(*(int(kept[name]) for name in Plan._fields))
     whole, count, programs = order.prompts == batch, -(-batch // order.prompts), job.programs
     found: dict[str, list[np.ndarray]] = {}
 
@@ -163,7 +166,7 @@ def estimated(
         first = numbers[0] * order.prompts
         examples: Any = np.minimum(np.arange(first, first + order.prompts, dtype=np.int32), batch - 1)
         some = lambda tree: tree if whole else jax.tree.map(lambda a: np.asarray(a)[examples], tree)
-        metrics: Any = programs if whole else _taken(job, some(job.base), examples)
+        metrics: Any = programs if whole else taken(job.model, some(job.base), job.metrics, examples)
         members: Any = {site: own.members[examples] for site, own in job.nodes.items() if own.members is not None}
         source: Any = None if job.source is None else jnp.asarray(some(job.source.ids))
         key = jax.random.key(job.seed)
@@ -180,14 +183,9 @@ def estimated(
             found.setdefault(name, []).append(value)
         return count
 
-    chunks.run_chunks(run, keep, count, batch, label="attribute", progress=progress, store=store, unit="prompt")
+    with chunks.progress_bar(batch, "attribute", "prompt", progress) as bar:
+        chunks.run_chunks(run, keep, count, bar, store=store)
     return {name: np.concatenate(parts) for name, parts in found.items()}, order
-
-
-def _taken(job: Job, tokens: Tokens, examples: Int[np.ndarray, " k"]) -> dict[str, AnyMetric]:
-    """The metrics of some of the examples, whose prompts are `tokens`."""
-    some: Any = {name: metric.take(examples) for name, metric in job.metrics.items()}  # pyright: ignore[reportFunctionMemberAccess]
-    return as_programs(job.model, tokens, some)
 
 
 def _check_finite(found: Mapping[str, np.ndarray], first: int) -> None:
@@ -205,14 +203,12 @@ def _check_finite(found: Mapping[str, np.ndarray], first: int) -> None:
             )
 
 
-def _store(save: Any, job: Job, order: Plan) -> chunks.Store:
+def _store(save: Any, job: Job) -> chunks.Store:
     grids = {site: (own.axes, own.members) for site, own in job.nodes.items()}
     parts = {"model": (job.model, job.model.config), "prompts": (job.base, job.source), "sites": (job.layout, grids)}
     parts |= {"metric": chunks.repeatable(lambda: job.programs, save), "method": job.method}
     parts |= {"probes": (job.probes, job.seed)} if job.probes else {}
-    identity = {name: chunks.fingerprint(part) for name, part in parts.items()}
-    plan = {name: np.asarray(value) for name, value in order._asdict().items()}
-    return chunks.Store(save, identity, plan, {"sites": list(job.nodes)})
+    return chunks.Store(save, {name: chunks.fingerprint(part) for name, part in parts.items()})
 
 
 @eqx.filter_jit

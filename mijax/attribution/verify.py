@@ -9,10 +9,10 @@ from mijax.attribution.estimates import Job
 from mijax.attribution.nodes import Nodes
 from mijax.interventions.edits import Replace
 from mijax.sweeps.cells import cells_of
-from mijax.sweeps.engine import Base
 from mijax.sweeps.grid import Grid
-from mijax.sweeps.measure import Values, measure
-from mijax.sweeps.sweep import kept_base, swept
+from mijax.sweeps.measure import Values
+from mijax.sweeps.patch import patched
+from mijax.sweeps.sweep import Options, check_sweep, swept
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -77,13 +77,12 @@ def verified(job: Job, result: "xr.Dataset", asked: Verify, memory: int | None, 
             f"the metric is {result.base.mean('batch').values} on the base, and the source run's is no other: they coincide, so that"
             " there is nothing of which a cell could miss a share; verify on other prompts, or by another metric"
         )
-    values, kept, _ = kept_base(job.model, job.base, {}, job.programs)
     whole = _whole(result)
     for site, nodes in job.nodes.items():
         score = _score(result, site, whole)
         chosen = choose(score, asked.k, asked.sample, rng)
         cells = np.concatenate(chosen)
-        found = _exact(job, nodes, cells, (values, kept), memory, progress)
+        found = _exact(job, nodes, cells, Options(memory, progress))
         exact = _placed(result, site, job, cells, found)
         effect = np.abs((exact - result.base).mean("batch") / whole)
         if "metric" in effect.dims:
@@ -123,16 +122,23 @@ def _score(result: "xr.Dataset", site: str, whole: "xr.DataArray") -> Float[np.n
     return (size.max("metric") if "metric" in size.dims else size).values.reshape(-1)
 
 
-def _exact(
-    job: Job, nodes: Nodes, cells: Int[np.ndarray, " k"], base: tuple[Values, Base], memory: Any, progress: bool
-):
+def check_exact(job: Job, count: int, memory: int | None) -> None:
+    """Raise where `count` cells of some site could not be measured, before anything runs."""
+    for nodes in job.nodes.values():
+        edits = {nodes.site: Replace(0.0, _grid(job, nodes, np.arange(min(count, nodes.size))))}
+        check_sweep(job.model, job.base, edits, job.metrics, {"memory": memory})
+
+
+def _exact(job: Job, nodes: Nodes, cells: Int[np.ndarray, " k"], options: Options) -> Values:
     """The metrics `[cell, batch]` of some cells with the source's activations put in."""
-    value: Any = 0.0
-    if job.source is not None:
-        value = measure(job.model, job.source, {}, job.programs, "source", (nodes.site,))[1][nodes.site]
-    grid = Grid(nodes.where(cells, job.base), {"cell": range(len(cells))})
-    edits = cells_of({nodes.site: Replace(value, grid)})
-    return swept(job.model, job.base, edits, job.programs, base=base, memory=memory, progress=progress).values
+    grid = _grid(job, nodes, cells)
+    if job.source is None:
+        return swept(job.model, job.base, cells_of({nodes.site: Replace(0.0, grid)}), job.metrics, options).values
+    return patched(job.model, job.base, job.source, nodes.site, grid, job.metrics, options).values
+
+
+def _grid(job: Job, nodes: Nodes, cells: Int[np.ndarray, " k"]) -> Grid:
+    return Grid(nodes.where(cells, job.base), {"cell": range(len(cells))})
 
 
 def _placed(result: "xr.Dataset", site: str, job: Job, cells: Int[np.ndarray, " k"], found: Values) -> "xr.DataArray":
@@ -142,7 +148,7 @@ def _placed(result: "xr.Dataset", site: str, job: Job, cells: Int[np.ndarray, " 
     shape = [estimate.sizes[dim] for dim in estimate.dims if dim != "metric"]
     arrays = []
     for name in job.metrics:
-        own = np.full((int(np.prod(shape[:-1])), shape[-1]), np.nan, np.float32)
+        own = np.full((int(np.prod(shape[:-1])), shape[-1]), np.nan, found[name].dtype)
         own[cells] = found[name]
         arrays.append(own.reshape(shape))
     return estimate.copy(data=np.stack(arrays) if several else arrays[0]).where(estimate.notnull())

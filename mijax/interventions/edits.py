@@ -85,7 +85,7 @@ class Replace(Edit):
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x):
+    def __call__(self, x, *point):
         """`value`."""
         return _fit(self.value, x)
 
@@ -102,7 +102,7 @@ class Scale(Edit):
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x):
+    def __call__(self, x, *point):
         """`x * factor`."""
         return x * _fit(self.factor, x)
 
@@ -119,7 +119,7 @@ class Add(Edit):
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x):
+    def __call__(self, x, *point):
         """`x + vector`."""
         return x + _fit(self.vector, x)
 
@@ -139,7 +139,7 @@ class Project(Edit):
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x):
+    def __call__(self, x, *point):
         """`x` without its part in the subspace."""
         return x - _onto(self.basis, x)
 
@@ -161,7 +161,7 @@ class Interchange(Edit):
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x):
+    def __call__(self, x, *point):
         """`x` with the subspace's part exchanged."""
         return x + _onto(self.basis, _fit(self.value, x) - x)
 
@@ -181,7 +181,7 @@ class Mix(Edit):
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x):
+    def __call__(self, x, *point):
         """`(1 - gate) * x + gate * value`, exact at both ends, whatever stands at the other."""
         return _mix(_fit(self.gate, x), x, _fit(self.value, x))
 
@@ -256,7 +256,7 @@ def _as_edit(edit: Any, site: str) -> Edit:
     if not callable(edit):
         raise TypeError(f"an edit must be one of mijax's or a callable, given {edit!r} at site {site!r}")
     if not isinstance(edit, Edit):
-        return Apply(edit)
+        return Apply(edit)  # pyright: ignore[reportCallIssue]
     if type(edit) not in EDITS:
         raise TypeError(
             f"{type(edit).__name__} at site {site!r} is a subclass of mijax.Edit: give a function, or an Equinox module with"
@@ -273,8 +273,8 @@ def _in_full(edit: Edit, site: str) -> Edit:
     values: dict[str, Any] = {
         name: in_full(getattr(edit, name), name, edit.axes, site, names) for name in edit.operands
     }
-    rest = {name: getattr(edit, name) for name in (*edit.bases, "where")}
-    return type(edit)(**values, **rest)
+    rest: dict[str, Any] = {name: getattr(edit, name) for name in (*edit.bases, "where")}
+    return type(edit)(**values, **rest)  # pyright: ignore[reportCallIssue]
 
 
 def by_layer(edit: Edit, rank: int) -> Any:

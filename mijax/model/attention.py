@@ -90,8 +90,7 @@ def _mix(config: Config, q: Heads, k: KVHeads, v: KVHeads, frame: Frame, tap: Ta
     z = einsum("bhgqk,bkhe->bqhge", by_group, jnp.where(finite, v, 0.0), dtype)
     broken = jnp.moveaxis(~jnp.all(finite, axis=-1), 1, 2)[:, :, None, None]  # [batch, kv_head, 1, 1, key]
     reached = jnp.moveaxis(jnp.any(broken & (by_group != 0), axis=-1), 3, 1).reshape(q.shape[:3])
-    # (A query without any key gathers zero, one that is NaN must not.)
-    return jnp.where((reached | jnp.any(jnp.isnan(q), axis=-1))[..., None], jnp.nan, z.reshape(q.shape))
+    return jnp.where(reached[..., None], jnp.nan, z.reshape(q.shape))
 
 
 def scaled_scores(config: Config, q: Heads, k: KVHeads, dtype) -> Scores:

@@ -84,15 +84,12 @@ def train(
     if parts is None:
         raise ValueError(f"memory={budget} bytes does not hold one model for each device, which takes {each}")
     store = None if save is None else _store(save, job, programs, grid, steps, log_at, parts, mesh)
-    run = _Run(
-        job, programs, grid, parts if store is None else store.plan, steps, log_at, store, mesh, strict=nan == "raise"
-    )
+    parts = parts if store is None else store.plan or parts
+    run = _Run(job, programs, grid, parts, steps, log_at, store, mesh, strict=nan == "raise")
     estimate = each * min(grid.cells * len(grid.seeds), run.parts[0][0].size * run.parts[0][1].size)
-    with PeakMemory(estimate) as peak:
-        chunks.run_chunks(
-            run, run.keep, len(run.parts) * len(run.ends), len(run.parts) * run.ends[-1], label="train", unit="step",
-            progress=progress, store=store,
-        )  # fmt: skip
+    bar = chunks.progress_bar(len(run.parts) * run.ends[-1], "train", "step", progress)
+    with PeakMemory() as peak, bar:
+        chunks.run_chunks(run, run.keep, len(run.parts) * len(run.ends), bar, store=store)
     told = {"memory_estimate": float(estimate)}
     return _labelled(run, told if peak.taken is None else {**told, "memory_peak": float(peak.taken)})
 
@@ -213,11 +210,12 @@ def _store(
     }
     about |= {"settings": grid.axes, "number of steps": steps, "batch": (job.batch, job.judge)}
     identity = {name: chunks.fingerprint(part) for name, part in about.items()}
-    store = chunks.Store(save, identity, parts, {"axes": {k: v.tolist() for k, v in grid.axes.items()}})
+    store = chunks.Store(save, identity)
+    plan = store.begin(parts, {"axes": {k: v.tolist() for k, v in grid.axes.items()}})
     places = 1 if mesh is None else mesh.devices.shape[0]
-    if store.plan["cells"].shape[1] % places:
+    if plan["cells"].shape[1] % places:
         raise ValueError(
-            f"{save} was begun with chunks of {store.plan['cells'].shape[1]} cells, which {places} devices cannot share"
+            f"{save} was begun with chunks of {plan['cells'].shape[1]} cells, which {places} devices cannot share"
         )
     return store
 

@@ -17,7 +17,7 @@ from mijax.sweeps.cells import stack
 from mijax.sweeps.grid import Grid
 from mijax.sweeps.measure import Metrics
 from mijax.sweeps.places import full_grid, positions_told
-from mijax.sweeps.sweep import Running, sweep
+from mijax.sweeps.sweep import Running, check_sweep, sweep
 
 Kind = Literal["zero", "mean", "pooled mean", "resample", "noise"]
 
@@ -56,9 +56,10 @@ def ablate(
     """
     tokens = as_tokens(tokens)
     places = over if isinstance(over, Grid) else full_grid(model, tokens, site, over)
-    if kind == "zero":
-        edits: Any = {site: Replace(0.0, places)}
-    else:
+    edits: Any = {site: Replace(0.0, places)}
+    if kind != "zero":
+        check_sweep(model, tokens, edits, metric, running)
+        _check_kind(kind, site, tokens, reference, draws, key)
         edits = _from_reference(model, tokens, site, places, kind, reference, draws, scale, key)
     result = sweep(model, tokens, edits, metric, **running)
     result = result.assign_attrs(ablation=kind)
@@ -92,6 +93,24 @@ def dose_response(
     return result if isinstance(over, Grid) else positions_told(result, tokens)
 
 
+def _check_kind(kind: str, site: str, tokens: Tokens, reference: Any, draws: int, key: Array | None) -> None:
+    """Raise `ValueError` for what cannot be had of a reference, before it is run."""
+    if kind not in Kind.__args__:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, Kind.__args__))}, given {kind!r}")
+    if kind in ("resample", "noise") and (key is None or draws < 1):
+        raise ValueError(f"ablation by {kind!r} draws: it needs a key and at least one draw, given {draws}")
+    if kind in ("pooled mean", "noise") and len(_places(site)) != 1:
+        raise ValueError(f"site {site!r} has no one position: it cannot be pooled over tokens")
+    same, reference = reference is None, tokens if reference is None else as_tokens(reference)
+    longest, wanted = (int(np.max(np.asarray(t.lengths))) for t in (reference, tokens))
+    if kind == "mean" and longest < wanted:
+        raise ValueError(f"the reference's prompts have at most {longest} tokens, the longest prompt {wanted}")
+    if kind == "resample" and reference.ids.shape[1] != tokens.ids.shape[1]:
+        raise ValueError(f"the reference has {reference.ids.shape[1]} columns, the prompts {tokens.ids.shape[1]}")
+    if kind == "resample" and same and len(tokens.ids) < 2:
+        raise ValueError("resampling from the prompts themselves needs at least two")
+
+
 def _from_reference(
     model, tokens: Tokens, site: str, places: Grid, kind: str, reference, draws: int, scale: float, key
 ) -> Any:
@@ -103,10 +122,6 @@ def _from_reference(
         return {site: Replace(jnp.asarray(_mean_by_position(acts, site, reference, tokens)), places)}
     if kind == "pooled mean":
         return {site: Replace(jnp.asarray(_over_tokens(acts, site, reference, np.mean)), places)}
-    if kind not in ("resample", "noise"):
-        raise ValueError(f"kind must be one of {', '.join(map(repr, Kind.__args__))}, given {kind!r}")
-    if key is None or draws < 1:
-        raise ValueError(f"ablation by {kind!r} draws: it needs a key and at least one draw, given {draws}")
     rngs = [np.random.default_rng(np.asarray(jax.random.key_data(k))) for k in jax.random.split(key, draws)]
     if kind == "noise":
         spread = np.asarray(scale * _over_tokens(acts, site, reference, np.std), acts.dtype)
@@ -118,8 +133,6 @@ def _from_reference(
                 for i, rng in enumerate(rngs)
             },
         )
-    if reference.ids.shape[1] != tokens.ids.shape[1]:
-        raise ValueError(f"the reference has {reference.ids.shape[1]} columns, the prompts {tokens.ids.shape[1]}")
     axis, batch = SITES[site].axes.index("batch"), tokens.ids.shape[0]
     picks = [_others(rng, batch, reference.ids.shape[0], same) for rng in rngs]
     return stack("draw", {i: {site: Replace(np.take(acts, pick, axis=axis), places)} for i, pick in enumerate(picks)})
@@ -129,17 +142,12 @@ def _others(rng: np.random.Generator, batch: int, n: int, same: bool) -> np.ndar
     """For each prompt one of the reference's; another than itself where these are the same prompts."""
     if not same:
         return rng.integers(0, n, batch)
-    if n < 2:
-        raise ValueError("resampling from the prompts themselves needs at least two")
     order = rng.permutation(n)  # each takes the place of the next in a random circle
     return order[(np.argsort(order) + 1) % n]
 
 
 def _mean_by_position(acts: np.ndarray, site: str, reference: Tokens, tokens: Tokens) -> np.ndarray:
     """The mean over the prompts that have a position, put where each prompt has it."""
-    longest, wanted = (int(np.max(np.asarray(t.lengths))) for t in (reference, tokens))
-    if longest < wanted:
-        raise ValueError(f"the reference's prompts have at most {longest} tokens, the longest prompt {wanted}")
     columns = np.argsort(~np.asarray(reference.mask), axis=1, kind="stable")  # of each position
     aligned, axis = _along_positions(acts, site, columns), SITES[site].axes.index("batch")
     there = np.arange(columns.shape[1]) < np.asarray(reference.lengths)[:, None]
@@ -151,10 +159,7 @@ def _mean_by_position(acts: np.ndarray, site: str, reference: Tokens, tokens: To
 
 def _over_tokens(acts: np.ndarray, site: str, reference: Tokens, statistic: Callable) -> np.ndarray:
     """A statistic over the real tokens of all prompts, of each layer, head and unit."""
-    axes, places = SITES[site].axes, _places(site)
-    if len(places) != 1:
-        raise ValueError(f"site {site!r} has no one position: it cannot be pooled over tokens")
-    first = axes.index("batch")
+    places, first = _places(site), SITES[site].axes.index("batch")
     merged = np.moveaxis(acts, (first, places[0]), (0, 1))[np.asarray(reference.mask)]
     return np.expand_dims(statistic(merged, axis=0), (first, places[0])).astype(acts.dtype)
 

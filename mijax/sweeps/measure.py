@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from mijax._types import Array, Float
+from mijax._types import Array, Float, Int
 from mijax.metrics import AnyMetric, Metric, position
 from mijax.model.numerics import accumulator
 from mijax.model.readout import Readout
@@ -85,15 +85,36 @@ def measure(
     metrics: Mapping[str, AnyMetric],
     what: str,
     capture: tuple[str, ...] = (),
+    first: int = 0,
 ) -> tuple[Values, dict[str, Array]]:
-    """The metrics of one run, and what was captured."""
+    """The metrics of one run, and what was captured; examples are counted from `first` in errors."""
     values, acts = _measured(model, tokens, edits, metrics, capture)
-    return checked(values, what), acts
+    return checked(values, what, first), acts
+
+
+def taken(
+    model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric], examples: Int[np.ndarray, " k"]
+) -> dict[str, AnyMetric]:
+    """The programs of metrics for some of the examples, whose prompts are `tokens`; each must be `per_example` (`AnyMetric`)."""
+    some: Any = {name: metric.take(examples) for name, metric in metrics.items()}  # pyright: ignore[reportFunctionMemberAccess]
+    return as_programs(model, tokens, some)
+
+
+def is_split(metric: AnyMetric) -> bool:
+    """Whether a metric says that it can be taken for some of the examples."""
+    return bool(getattr(metric, "per_example", False)) and callable(getattr(metric, "take", None))
+
+
+def as_floats(value: Any) -> np.ndarray:
+    """A NumPy array of the same precision, but of float32 at least."""
+    value = np.asarray(value)
+    dtype = accumulator(value.dtype) if jnp.issubdtype(value.dtype, jnp.floating) else np.float32
+    return value.astype(dtype, copy=False)
 
 
 def checked(values: Mapping[str, Any], what: str, first: int = 0) -> Values:
-    """Metrics as NumPy arrays of float32; `ValueError` where one is not finite, with its example, counted from `first`."""
-    found = {name: np.asarray(value, np.float32) for name, value in values.items()}
+    """Metrics as NumPy arrays of floats; `ValueError` where one is not finite, with its example, counted from `first`."""
+    found = {name: as_floats(value) for name, value in values.items()}
     for name, value in found.items():
         if not np.isfinite(value).all():
             example = int(np.argmin(np.isfinite(value)))
@@ -116,7 +137,7 @@ def _measured(model, tokens, edits, metrics, capture):
 
 
 def metric_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> int:
-    """The bytes of everything that metrics compute from a readout."""
+    """The bytes of everything that metrics compute from a readout; raises what they raise of its shape."""
     return _metric_bytes(*as_shapes(model, tokens, metrics))
 
 
@@ -132,7 +153,7 @@ def as_shapes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetri
 def _metric_bytes(leaves: tuple[Any, ...], treedef: Any) -> int:
     """Both as shapes, so that it is traced but once."""
     parts, metrics = jax.tree.unflatten(treedef, leaves)
-    program = eqx.filter_make_jaxpr(lambda parts, m: [f(Readout(*parts)) for f in m.values()])(parts, metrics)[0]
+    program = eqx.filter_make_jaxpr(lambda parts, metrics: values_of(metrics, Readout(*parts)))(parts, metrics)[0]
     return sum(v.aval.size * v.aval.dtype.itemsize for eqn in program.jaxpr.eqns for v in eqn.outvars)
 
 

@@ -8,22 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mijax import chunks
 from mijax._types import Array, ArrayLike, Bool, Int
 from mijax.interventions.edits import Replace
 from mijax.interventions.tap import known_axes
 from mijax.interventions.where import Where, selection
+from mijax.meshes import automatic
 from mijax.metrics import AnyMetric
 from mijax.model.config import Config
 from mijax.model.position import frame
 from mijax.model.sites import SITES, UNITS
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
+from mijax.run import check
 from mijax.sweeps.cells import cells_of
+from mijax.sweeps.examples import Prompts
 from mijax.sweeps.grid import Grid
-from mijax.sweeps.measure import Metrics, as_programs, described, measure, named
+from mijax.sweeps.measure import Metrics, described, measure, named
 from mijax.sweeps.places import full_grid, positions_told
-from mijax.sweeps.sweep import Running, kept_base, labelled, swept
+from mijax.sweeps.sweep import Options, Running, Start, Swept, kept_base, labelled, options_of, swept
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -71,21 +73,57 @@ def patch(
     >>> r.dims, float(abs(r.sel(layer=0, pos=1) - r.source).max()) < 1e-6
     (('layer', 'pos', 'batch'), True)
     """
-    clean, corrupted = as_tokens(clean), as_tokens(corrupted)
+    options, clean, corrupted = options_of(running), as_tokens(clean), as_tokens(corrupted)
     check_pair(clean, corrupted)
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction must be 'denoise' or 'noise', given {direction!r}")
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     places = over if isinstance(over, Grid) else full_grid(model, base, site, over)
-    metrics = chunks.repeatable(lambda: as_programs(model, base, named(metric)), running.get("save"))
-    goal, value = measure(model, source, {}, metrics, "source", (site,))
-    at_base, kept, own = kept_base(model, base, {}, metrics, (site,))
-    cells = cells_of({site: Replace(value[site], places)})
-    first = np.asarray(_first_change(model.config, base, site, places.where, own[site] != value[site]))
-    done = swept(model, base, cells, metrics, base=(at_base, kept), first=first, **running)
+    done = patched(model, base, source, site, places, named(metric), options)
     attrs = {"sites": site, "direction": direction, **described(model)}
-    result = labelled(done, {"base": at_base, "source": goal}, single=not isinstance(metric, Mapping), attrs=attrs)
+    result = labelled(done, single=not isinstance(metric, Mapping), attrs=attrs)
     return result if isinstance(over, Grid) else positions_told(result, base)
+
+
+def patched(
+    model: Transformer,
+    base: Tokens,
+    source: Tokens,
+    site: str,
+    places: Grid,
+    metrics: Mapping[str, AnyMetric],
+    options: Options,
+) -> Swept:
+    """`patch`, unlabelled."""
+    source = automatic(source)
+    check(model.config, source, {}, {})
+
+    def begin(model: Transformer, some: Prompts) -> Start:
+        tokens = some.tokens
+        at_source, value = measure(model, some.of(source), {}, some.metrics, "source", (site,), some.first)
+        at_base, kept, own = kept_base(model, tokens, {}, some.metrics, (site,), some.first)
+        edits = eqx.tree_at(lambda edits: edits[site][0].value, some.cells.edits, value[site])
+        first = _first_change(model.config, tokens, site, edits[site][0].where, own[site] != value[site])
+        return Start(some.cells._replace(edits=edits), {"base": at_base, "source": at_source}, kept, np.asarray(first))
+
+    cells = cells_of({site: Replace(0.0, places)})
+    return swept(
+        model,
+        base,
+        cells,
+        metrics,
+        options,
+        source=source,
+        first=_first_difference(model.config, base, source),
+        begin=begin,
+    )
+
+
+def _first_difference(config: Config, base: Tokens, source: Tokens) -> Int[np.ndarray, " batch"]:
+    """The first column of each example of which anything depends on the token that differs; the number of columns where none does."""
+    differs = (np.asarray(base.ids) != np.asarray(source.ids)) & np.asarray(base.mask)
+    first = np.argmax(differs, axis=1) if config.causal else np.zeros(len(differs), np.int64)
+    return np.where(differs.any(axis=1), first, differs.shape[1]).astype(np.int32)
 
 
 @eqx.filter_jit

@@ -190,38 +190,47 @@ class Size(NamedTuple):
     slots: int
 
 
+def tokens_of_cell(work: Work, prompts: int, specialise: bool) -> int:
+    """How many tokens a cell of so many prompts may compute: all of their columns; to `specialise`, the real tokens of the longest."""
+    if work.whole or not specialise:
+        return prompts * work.computed.shape[1]
+    return int(np.sort(work.computed.sum(axis=1))[-prompts:].sum())
+
+
 def capacity(
-    work: Work, shape: Shape, bytes_per_row: int, bytes_per_cell: int, memory: int, most_rows: int, specialise: bool
-) -> Size:
-    """The size of every chunk: what `memory` holds, but no more rows than `most_rows`.
+    work: Work, shape: Shape, bytes_per_row: int, bytes_per_cell: int, memory: int, most_rows: int, specialise: bool,
+    prompts: int | None = None,
+) -> Size:  # fmt: skip
+    """The size of every chunk: what `memory` holds, but no more rows than `most_rows` (one cell's, at the least).
 
     It follows from the sweep's shape alone, so that moving a grid or other prompts keep the compiled program; only to
     `specialise` does it look at how many of its tokens a cell computes in the mean, to the nearest power of two. A chunk holds
-    whole starts, or an equal part of one, so that no cell is resumed earlier than it must.
+    whole starts, or an equal part of one, so that no cell is resumed earlier than it must. Where not all prompts run together,
+    `prompts` are how many do, and `bytes_per_cell` is of these.
 
-    Raises `ValueError` where not even one cell fits.
+    `memory` must hold one cell: the rows of `tokens_of_cell`, and `bytes_per_cell`.
     """
     batch, positions = work.computed.shape
-    need, total, slots = work.rows(), batch * positions, positions
-    level = int(shape.by_position and not work.whole)  # a cell at each position computes half of them in the mean
+    total = tokens_of_cell(work, batch if prompts is None else prompts, specialise)
+    slots, level = (
+        positions,
+        int(shape.by_position and not work.whole),
+    )  # a cell at each position computes half of them in the mean
     if specialise and not work.whole:
-        total, slots = int(work.computed.sum()), work.slots()
-        share = need[need > 0].mean() / total if need.any() else 1.0
+        need, slots = work.rows(), work.slots()
+        share = need[need > 0].mean() / work.computed.sum() if need.any() else 1.0
         level = int(np.clip(np.round(-np.log2(share)), 0, np.log2(positions)))
     mean = -(-total * (positions + 2**level - 1) // (positions * 2**level))  # half of 1 .. n is (n + 1) / 2
-    slack = 1.25 if level else 1.0
-    each = bytes_per_row + slack * bytes_per_cell / mean
-    fits = int((memory - bytes_per_cell) // each)
-    if fits < total:
-        raise ValueError(
-            f"one cell takes about {int(total * each + bytes_per_cell):,} bytes, memory={memory:,} allows none"
-        )
+    quarters = 5 if level else 4  # room for a fourth more cells than those of the mean length
+    # rows with their share of cells, quarters * rows / (4 * mean), in memory: in whole numbers, so that nothing is rounded up
+    fits = 4 * mean * memory // (4 * mean * bytes_per_row + quarters * bytes_per_cell)
     most = max(total, min(fits, most_rows))
     group = -(-shape.cells // shape.starts)  # cells of one start
     hold = most // mean  # cells of the mean length
     together = min(hold // group * group, shape.cells) if group <= hold else -(-group // -(-group // hold))
     rows = max(together * mean, total)
-    return Size(min(shape.cells, int(np.ceil(slack * rows / mean))), int(rows), slots)
+    cells = min(shape.cells, quarters * rows // (4 * mean), (memory - rows * bytes_per_row) // bytes_per_cell)
+    return Size(cells, rows, slots)
 
 
 def plan(work: Work, size: Size) -> Plan:

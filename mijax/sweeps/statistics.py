@@ -22,7 +22,7 @@ def normalise(result: Any) -> Any:
 
     Where a prompt is NaN in a cell (it has not that position), that cell's means are over the other prompts.
 
-    Raises `ValueError` where there is no source, or where base and source coincide.
+    Raises `ValueError` where there is no source, where base and source coincide, and for a result without its dimension `batch`.
 
     >>> import xarray as xr
     >>> coords = {"base": ("batch", [0.0, 2.0]), "source": ("batch", [4.0, 6.0])}
@@ -42,13 +42,14 @@ def bootstrap(result: "xr.DataArray", *, level: float = ..., draws: int = ..., s
 @overload
 def bootstrap(result: "xr.Dataset", *, level: float = ..., draws: int = ..., seed: int = ...) -> "xr.Dataset": ...
 def bootstrap(result: Any, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Any:
-    """Percentile intervals of `normalise(result)` over prompts drawn with replacement (Efron 1979).
+    """Percentile intervals over prompts drawn with replacement (Efron 1979): of `normalise(result)`, or, where there is no source
+    (what `sweep` and `ablate` give), of the mean of result - base. The attribute `interval_of` tells which.
 
     Gives the dimension `bound` (`low`, `high`). Prompts are taken as independent: where several share a
     template, the interval says nothing about other templates. Prompts that are NaN in a cell are left
-    out of that cell.
+    out of that cell; a cell that is infinite for some prompt has no interval, NaN.
 
-    Raises `ValueError` for fewer than two prompts, and where base and source coincide. Where they nearly do, so
+    Raises `ValueError` for fewer than two prompts, for a result without its dimension `batch`, and where base and source coincide. Where they nearly do, so
     that their difference has either sign among the draws, the interval is as wide as that makes it.
 
     >>> import xarray as xr
@@ -88,6 +89,7 @@ def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: 
             for name, one in result.items()
         ]
         return xr.merge(told, combine_attrs="override")
+    _check_prompts(result)
     effect = (result - _run(result, "base")).transpose("batch", ...)
     labels = np.arange(effect.sizes["batch"]) if clusters is None else np.asarray(clusters)
     names, which = np.unique(labels, return_inverse=True)
@@ -145,26 +147,37 @@ def _each(result: Any, function: Callable[[Any], Any]) -> Any:
 def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
     import xarray as xr
 
-    effect, scale = _effect_and_scale(result)
+    _check_prompts(result)
     n = result.sizes["batch"]
     if n < 2:
         raise ValueError(f"a bootstrap over prompts needs at least two, given {n}")
+    if _coordinate(result, "source") is None:
+        effect, of = result - _run(result, "base"), "result - base"
+        scale = effect.notnull().astype(np.float64)
+    else:
+        (effect, scale), of = _effect_and_scale(result), "(result - base) / (source - base)"
     picks = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)  # [draw, batch] counts
     effects = effect.transpose("batch", ...)
-    total = lambda x: picks @ np.nan_to_num(x.transpose("batch", ...).values.reshape(n, -1))
+    values, weights = (x.transpose("batch", ...).values.reshape(n, -1) for x in (effect, scale))
+    total = lambda x: picks @ np.where(np.isfinite(x), x, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = total(effect) / total(scale)
+        means = total(values) / total(weights)
     bounds = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
+    bounds = np.where(
+        np.isinf(values).any(axis=0), np.nan, bounds
+    )  # what is infinite is not left out, and has no interval
     dims = effects.dims[1:]
     coords: dict[Any, Any] = {"bound": ["low", "high"], **{d: result[d] for d in dims if d in result.coords}}
     shape = (2, *(result.sizes[d] for d in dims))
     return xr.DataArray(
-        bounds.reshape(shape), coords, ("bound", *dims), name=result.name, attrs={**result.attrs, "level": level}
-    )
+        bounds.reshape(shape), coords, ("bound", *dims), name=result.name,
+        attrs={**result.attrs, "level": level, "interval_of": of},
+    )  # fmt: skip
 
 
 def _effect_and_scale(result: Any) -> tuple[Any, Any]:
     """result - base and source - base, prompt by prompt; both NaN where a prompt has not the cell's position."""
+    _check_prompts(result)
     base, source = (_run(result, which) for which in ("base", "source"))
     size = float(max(np.abs(base).max(), np.abs(source).max()))
     scale = (source - base).where(result.notnull())
@@ -176,10 +189,28 @@ def _effect_and_scale(result: Any) -> tuple[Any, Any]:
     return result - base, scale
 
 
+def _check_prompts(result: Any) -> None:
+    """Raise `ValueError` where the effects of single prompts are gone."""
+    if "batch" not in result.dims:
+        raise ValueError(
+            f"the result has no dimension 'batch' (its dimensions are {', '.join(map(repr, result.dims)) or 'none'}), over whose prompts"
+            " means are taken: select prompts by a list, isel(batch=[0]), and take no mean before"
+        )
+
+
+def _coordinate(result: Any, which: str) -> str | None:
+    """The name of the metric's coordinate on the base or the source run."""
+    return next((n for n in (which, f"{which}.{result.name}") if n in result.coords), None)
+
+
 def _run(result: Any, which: str) -> Any:
-    name = next((n for n in (which, f"{which}.{result.name}") if n in result.coords), None)
+    name = _coordinate(result, which)
     if name is None:
         raise ValueError(
-            f"the result has no coordinate {which!r}: normalising takes both baselines, which mijax.patch gives"
+            f"the result has no coordinate {which!r}: normalising takes both baselines, which mijax.patch gives; without a source"
+            " take result - result.base, and its intervals by mijax.bootstrap(result)"
         )
-    return result[name].astype(np.float64).reset_coords(drop=True)
+    run = result[name].astype(np.float64).reset_coords(drop=True)
+    if not np.isfinite(run).all():
+        raise ValueError(f"the metric is not finite on the {which} run: {run.values}")
+    return run

@@ -1,8 +1,11 @@
 """Sweeps: a metric at every cell of a grid of edits, each resumed from the base run where it begins to differ."""
 
+import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack, overload
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypedDict, Unpack, overload
 
 import equinox as eqx
 import jax
@@ -13,16 +16,17 @@ from mijax import chunks
 from mijax._types import Array, ArrayLike, Int
 from mijax.interventions.edits import Interventions
 from mijax.memory import PeakMemory, default_memory
+from mijax.meshes import automatic
 from mijax.metrics import AnyMetric
-from mijax.model.numerics import accumulator
 from mijax.model.readout import Readout
-from mijax.model.sites import PER_HEAD_COPIES
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.cells import Cells, Stack, cells_of, check_cells, convert_cells
+from mijax.sweeps.cells import Cells, Stack, cells_of
 from mijax.sweeps.engine import Base, Chunk, base_of, run_chunk
-from mijax.sweeps.measure import Metrics, Values, as_programs, checked, described, metric_bytes, named, values_of
-from mijax.sweeps.plan import Plan, Shape, Work, capacity, chunk_of, columns_read, plan, work
+from mijax.sweeps.examples import Prompts, groups
+from mijax.sweeps.layout import Job, Layout, job_of, layout_bytes, layout_of
+from mijax.sweeps.measure import Metrics, Values, checked, described, named, values_of
+from mijax.sweeps.plan import Plan, chunk_of, columns_read, plan, work
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -31,7 +35,9 @@ if TYPE_CHECKING:
 class Running(TypedDict, total=False):
     """How a sweep is run; every driver that stands on `sweep` takes these.
 
-    `memory`: the bytes that one chunk of cells may take, by default chosen for the device. `progress`: show a bar on work
+    `memory`: the bytes that one chunk of cells may take, by default chosen for the device. Where it does not hold one cell of all
+    prompts, groups of them are run one after the other, if every metric can be (`per_example`, as in `mijax.metrics`) and no edit is a
+    function. `progress`: show a bar on work
     of more than a second. `save`: a folder to which finished chunks are written; the same call after a crash goes on from
     there, to the same values bit by bit, with the plan that the folder was begun with, and is refused where model, prompts,
     interventions or metric are others. `mesh`: devices, along whose first axis each gets its own chunks; the parameters may be
@@ -44,13 +50,53 @@ class Running(TypedDict, total=False):
     mesh: Mesh | None
 
 
+class Options(NamedTuple):
+    """`Running`, checked."""
+
+    memory: int | None = None
+    progress: bool = True
+    save: str | os.PathLike | None = None
+    mesh: Mesh | None = None
+
+    @property
+    def budget(self) -> int:
+        """The bytes that a chunk may take."""
+        return default_memory() if self.memory is None else self.memory
+
+
+def options_of(running: Mapping[str, Any]) -> Options:
+    """How to run; `TypeError` or `ValueError` for a keyword that no sweep takes, or what cannot be its value."""
+    for name in running:
+        if name not in Options._fields:
+            close = difflib.get_close_matches(name, Options._fields, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise TypeError(
+                f"unexpected keyword {name!r}{hint}: how a sweep is run is told by {', '.join(Options._fields)}"
+            )
+    options = Options(**running)
+    memory, save, mesh = options.memory, options.save, options.mesh
+    if memory is not None:
+        if isinstance(memory, bool) or not isinstance(memory, Real):
+            raise TypeError(f"memory must be a number of bytes, given {memory!r}")
+        if not 0 < memory < 2**63:
+            raise ValueError(f"memory must be a number of bytes over 0, given {memory!r}")
+        options = options._replace(memory=int(memory))
+    if not (save is None or isinstance(save, str | os.PathLike)):
+        raise TypeError(f"save must be the path of a folder, given {save!r}")
+    if not (mesh is None or isinstance(mesh, Mesh)):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, given {mesh!r}")
+    if mesh is not None and mesh.size == 0:
+        raise ValueError(f"mesh {mesh.shape} has no devices")
+    return options
+
+
 class Swept(NamedTuple):
-    """The cells, the metrics `[batch]` of the base and those `[cell, batch]` of the cells, and what was captured."""
+    """The cells, the metrics `[cell, batch]` of each, those `[batch]` of the base and of what else ran, and what is told of the run."""
 
     cells: Cells
-    base: Values
     values: Values
-    memory: dict[str, float]
+    runs: dict[str, Values]
+    told: dict[str, Any]
 
 
 @overload
@@ -91,11 +137,30 @@ def sweep(
     >>> dict(result.sizes)
     {'layer': 2, 'head': 2, 'batch': 1}
     """
-    tokens, metrics = as_tokens(tokens), named(metric)
-    cells = cells_of(interventions)
-    done = swept(model, tokens, cells, metrics, **running)
+    options, tokens, cells = options_of(running), as_tokens(tokens), cells_of(interventions)
+    done = swept(model, tokens, cells, named(metric), options)
     attrs = {"sites": " ".join(cells.edits), **described(model)}
-    return labelled(done, {"base": done.base}, single=not isinstance(metric, Mapping), attrs=attrs)
+    return labelled(done, single=not isinstance(metric, Mapping), attrs=attrs)
+
+
+class Start(NamedTuple):
+    """What a group of prompts is swept from: its edits, the metrics of its base (and of what else ran), what cells resume from,
+    and the first column of each example that a cell changes, where a driver knows better than the edits tell."""
+
+    cells: Cells
+    runs: dict[str, Values]
+    base: Base
+    first: Int[np.ndarray, "cell batch"] | None = None
+
+
+Begin: TypeAlias = Callable[[Transformer, Prompts], Start]
+"""Runs what a group of prompts is swept from."""
+
+
+def from_base(model: Transformer, some: Prompts) -> Start:
+    """The base under the edits that all cells share."""
+    at_base, base, _ = kept_base(model, some.tokens, some.cells.shared(), some.metrics, first=some.first)
+    return Start(some.cells, {"base": at_base}, base)
 
 
 def swept(
@@ -103,36 +168,92 @@ def swept(
     tokens: Tokens,
     cells: Cells,
     metrics: Mapping[str, AnyMetric],
+    options: Options,
     *,
-    base: tuple[Values, Base] | None = None,
-    first: Int[np.ndarray, "cell batch"] | None = None,
-    memory: int | None = None,
-    progress: bool = True,
-    save: str | os.PathLike | None = None,
-    mesh: Mesh | None = None,
+    source: Tokens | None = None,
+    first: Int[np.ndarray, " batch"] | None = None,
+    begin: Begin = from_base,
 ) -> Swept:
-    """The metrics of the base and of every cell, unlabelled.
+    """The metrics of the base and of every cell, unlabelled: of all prompts together, or of groups of them one after the other.
 
-    `first` is the first column of each example that a cell changes, where a driver knows better than the edits tell; the
-    number of columns where it changes none: the metric is then the base's, and is not computed.
+    `begin` runs what a group of prompts needs beforehand. `first` is a column of each example before which no cell changes
+    anything; `source` are prompts from which `begin` takes values. Whatever can be wrong is raised before `begin` is called.
     """
-    check_cells(model.config, tokens, cells)
-    programs = lambda: (convert_cells(model, tokens, cells), as_programs(model, tokens, metrics))
-    cells, metrics = chunks.repeatable(programs, save)
-    at_base, kept = base or kept_base(model, tokens, cells.shared(), metrics)[:2]
-    read = columns_read(metrics.values(), tokens)
-    todo = work(model.config, tokens, cells, read)
-    if first is not None:
-        todo = todo._replace(first=np.maximum(first, todo.first))
-    budget = default_memory() if memory is None else memory
-    each = row_bytes(model, cells.edits), cell_bytes(model, tokens, metrics)
-    shape = Shape.of(model.config, cells)
-    long = _operations(model, todo) > chunks.long_work()  # the time saved is then more than another compilation takes
-    order = plan(todo, capacity(todo, shape, *each, budget, chunks.full_rows(), specialise=long))
-    store = None if save is None else _store(save, model, tokens, cells, metrics, order)
-    order = order if store is None else Plan.from_arrays(store.plan)
-    values = {name: np.repeat(value[None], cells.size, axis=0) for name, value in at_base.items()}
-    shared: Any = _replicated(mesh, (model, tokens, kept, metrics, None if todo.whole else read))
+    model, tokens, source, options = automatic((model, tokens, source, options))
+    cells = cells._replace(edits={site: automatic(several) for site, several in cells.edits.items()})
+    metrics = {name: automatic(metric) for name, metric in metrics.items()}  # not the dictionaries: JAX would sort them
+    job, batch = job_of(model, tokens, cells, metrics, first, options.save), len(tokens.ids)
+    store = None if options.save is None else _store(options.save, job, source)
+    kept = None if store is None else store.plan
+    layout = layout_of(job, options.budget) if kept is None else Layout.from_arrays(kept, batch)
+    if store is not None and layout.prompts < batch:
+        store.begin(layout.arrays(), _labels(job))
+    count, estimate = -(-batch // layout.prompts), layout_bytes(job, layout)
+    placed = _replicated(options.mesh, model)
+    bar = chunks.progress_bar(cells.size * count, f"sweep {', '.join(cells.edits)}", "cell", options.progress)
+    runs: list[dict[str, Values]] = []
+    with PeakMemory() as peak, bar:
+        for some in groups(model, tokens, job.cells, metrics, job.programs, layout.prompts):
+            found = _group(job, layout, some, begin, placed, options, store, bar)
+            runs.append(
+                {
+                    which: {name: value[..., : some.distinct] for name, value in own.items()}
+                    for which, own in found.items()
+                }
+            )
+    joined = {
+        which: {name: np.concatenate([run[which][name] for run in runs], axis=-1) for name in metrics}
+        for which in runs[0]
+    }
+    _warn_of_not_finite(cells, joined["cells"])
+    told: dict[str, Any] = {
+        "prompts_together": layout.prompts,
+        "memory_estimate": float(estimate),
+    }  # a netCDF file has no integers so large
+    return Swept(
+        cells, joined.pop("cells"), joined, told | ({} if peak.taken is None else {"memory_peak": float(peak.taken)})
+    )
+
+
+def check_sweep(
+    model: Transformer, tokens: Tokens, interventions: Interventions | Stack, metric: Metrics, running: Running
+) -> None:
+    """Raise what `sweep` raises before it runs anything; for drivers that run something before they sweep."""
+    options = options_of(running)
+    job = job_of(model, tokens, cells_of(interventions), named(metric), None)
+    if options.save is None or not chunks.is_begun(options.save):  # a folder has its own plan
+        layout_of(job, options.budget)
+
+
+def _group(
+    job: Job,
+    layout: Layout,
+    some: Prompts,
+    begin: Begin,
+    placed: Transformer,
+    options: Options,
+    store: chunks.Store | None,
+    bar: Any,
+) -> dict[str, Values]:
+    """The metrics of a group of prompts: `[batch]` by run, and `[cell, batch]` of its `cells`. The model is `placed` where chunks run."""
+    start = begin(job.model, some)
+    mesh, cells, positions = options.mesh, start.cells, some.tokens.ids.shape[1]
+    read = columns_read(some.metrics.values(), some.tokens)
+    todo = work(placed.config, some.tokens, cells, read)
+    first = np.maximum(todo.first, job.first[some.examples])
+    first = first if start.first is None else np.maximum(first, start.first)
+    first[:, some.distinct :] = positions  # a repeated prompt is not computed
+    todo = todo._replace(first=first)
+    order = plan(todo, layout.size)
+    if store is not None:
+        store = (
+            store
+            if len(job.tokens.ids) == layout.prompts
+            else store.inside(f"prompts_{some.first:06d}_{some.distinct}")
+        )
+        order = Plan.from_arrays(store.begin(order.arrays(), _labels(job)))
+    values = {name: np.repeat(value[None], cells.size, axis=0) for name, value in start.runs["base"].items()}
+    shared: Any = (placed, *_replicated(mesh, (some.tokens, start.base, some.metrics, None if todo.whole else read)))
 
     def measured(numbers: Sequence[int]) -> dict[str, Array]:
         made = [chunk_of(todo, order, number) for number in numbers]
@@ -149,19 +270,28 @@ def swept(
 
     def keep(number: int, found: Values) -> int:
         own = order.order[order.bounds[number] : order.bounds[number + 1]]
-        differs = todo.first[own] < tokens.ids.shape[1]
+        differs = todo.first[own] < positions
         for name, value in found.items():
             values[name][own] = np.where(differs, value[: len(own)], values[name][own])
         return len(own)
 
-    estimate = order.size.rows * each[0] + order.size.cells * each[1]
-    with PeakMemory(estimate) as peak:
-        chunks.run_chunks(
-            measured, keep, len(order.bounds) - 1, len(order.order), label=f"sweep {', '.join(cells.edits)}",
-            progress=progress, width=None if mesh is None else mesh.devices.shape[0], store=store,
-        )  # fmt: skip
-    told = {"memory_estimate": float(estimate)}  # a netCDF file has no integers of this size
-    return Swept(cells, at_base, values, told if peak.taken is None else {**told, "memory_peak": float(peak.taken)})
+    width = None if mesh is None else mesh.devices.shape[0]
+    chunks.run_chunks(measured, keep, len(order.bounds) - 1, bar, width=width, store=store)
+    bar.update(cells.size - len(order.order))  # cells that change nothing
+    return {**start.runs, "cells": values}
+
+
+def _warn_of_not_finite(cells: Cells, values: Values) -> None:
+    """Statistics take NaN as a position that a prompt has not: that it is something else must be told."""
+    bad = np.any([~np.isfinite(value).all(axis=-1) for value in values.values()], axis=0)
+    if bad.any():
+        place = map(int, np.unravel_index(int(np.argmax(bad)), cells.shape))
+        told = ", ".join(f"{dim}={labels[i]}" for (dim, labels), i in zip(cells.labels.items(), place))
+        warnings.warn(
+            f"the metric is not finite in {bad.sum()} of {cells.size} cells, the first of them {told}: the edit is not, the model"
+            " overflows, or the metric reads where its pos does not say",
+            stacklevel=4,
+        )
 
 
 def _replicated(mesh: Mesh | None, tree: Any) -> Any:
@@ -173,21 +303,32 @@ def _replicated(mesh: Mesh | None, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, everywhere) if eqx.is_array_like(x) and not there(x) else x, tree)
 
 
-def _store(save: Any, model: Transformer, tokens: Tokens, cells: Cells, metrics: Any, order: Plan) -> chunks.Store:
+def _store(save: str | os.PathLike, job: Job, source: Tokens | None) -> chunks.Store:
     """The folder of a sweep, with what it is a sweep of."""
+    cells = job.cells
     grid = (cells.edits, cells.group, cells.picks, dict(cells.labels))
-    parts = {"model": (model, model.config), "prompts": tokens, "grid of interventions": grid, "metric": metrics}
-    identity = {name: chunks.fingerprint(part) for name, part in parts.items()}
-    labels = {"labels": {dim: list(own) for dim, own in cells.labels.items()}, "metrics": list(metrics)}
-    return chunks.Store(save, identity, order.arrays(), labels)
+    parts = {
+        "model": (job.model, job.model.config), "prompts": (job.tokens, source), "grid of interventions": grid, "metric": dict(job.programs)
+    }  # fmt: skip
+    return chunks.Store(save, {name: chunks.fingerprint(part) for name, part in parts.items()})
+
+
+def _labels(job: Job) -> dict[str, Any]:
+    """What a folder says of its sweep to a reader."""
+    return {"labels": {dim: list(own) for dim, own in job.cells.labels.items()}, "metrics": list(job.metrics)}
 
 
 def kept_base(
-    model: Transformer, tokens: Tokens, edits: Any, metrics: Mapping[str, AnyMetric], capture: tuple[str, ...] = ()
+    model: Transformer,
+    tokens: Tokens,
+    edits: Any,
+    metrics: Mapping[str, AnyMetric],
+    capture: tuple[str, ...] = (),
+    first: int = 0,
 ) -> tuple[Values, Base, dict[str, Array]]:
-    """The metrics of the base, what cells resume from, and what was captured."""
+    """The metrics of the base, what cells resume from, and what was captured; examples are counted from `first` in errors."""
     values, kept, acts = _based(model, tokens, edits, metrics, capture)
-    return checked(values, "base"), kept, acts
+    return checked(values, "base", first), kept, acts
 
 
 @eqx.filter_jit
@@ -224,40 +365,17 @@ def _chunks(mesh: Mesh, model, tokens, base, metrics, read, stacked, chunk: Chun
     return mapped(shared, (chunk, varying))
 
 
-def _operations(model: Transformer, todo: Work) -> float:
-    """Multiplications and additions in the matrix products of all cells."""
-    matrices = sum(a.size for a in jax.tree.leaves(model.blocks) if a.ndim > 2) // max(1, model.config.n_layers)
-    layers = model.config.n_layers - todo.start / 2
-    return 2.0 * matrices * float(todo.rows() @ layers)
-
-
-def row_bytes(model: Transformer, sites: Iterable[str]) -> int:
-    """The bytes that one row (a token of a cell) takes while a layer runs."""
-    c = model.config
-    heads = (c.n_heads + c.n_kv_heads) * c.d_head
-    numbers = 8 * c.d_model + 4 * heads + (3 if c.mlp == "gated" else 2) * c.d_mlp
-    numbers += 3 * c.n_heads * c.d_model * any(site in PER_HEAD_COPIES for site in sites)
-    return numbers * accumulator(model.W_E.dtype).itemsize
-
-
-def cell_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> int:
-    """The bytes that a cell takes beyond its rows: attention over all of its tokens, and what the metrics compute."""
-    c, (batch, pos) = model.config, tokens.ids.shape
-    per_token = 2 * (c.n_heads + 2 * c.n_kv_heads) * c.d_head + c.d_model + 3 * c.n_heads * pos
-    return batch * pos * per_token * accumulator(model.W_E.dtype).itemsize + metric_bytes(model, tokens, metrics)
-
-
-def labelled(done: Swept, runs: dict[str, Values], *, single: bool, attrs: dict) -> Any:
+def labelled(done: Swept, *, single: bool, attrs: dict) -> Any:
     """A DataArray (one metric) or Dataset (several): cells, examples, the base and source metrics beside."""
     import xarray as xr
 
     labels, shape = done.cells.labels, done.cells.shape
     coords: dict[str, Any] = {dim: (dim, np.asarray(own)) for dim, own in labels.items()}
-    coords["batch"] = ("batch", np.arange(next(iter(done.base.values())).shape[-1]))
-    for which, metrics in runs.items():
+    coords["batch"] = ("batch", np.arange(next(iter(done.values.values())).shape[-1]))
+    for which, metrics in done.runs.items():
         for name, value in metrics.items():
             coords[which if single else f"{which}.{name}"] = ("batch", value)
-    attrs = {**attrs, **done.memory}
+    attrs = {**attrs, **done.told}
     arrays = {
         name: xr.DataArray(
             value.reshape(*shape, -1), coords, (*labels, "batch"), name=name, attrs={**attrs, "metric": name}

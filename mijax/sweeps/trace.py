@@ -11,14 +11,14 @@ from mijax import metrics
 from mijax._types import Array, ArrayLike, Bool, Float
 from mijax.interventions.edits import Add, Replace
 from mijax.interventions.where import Where
-from mijax.model.sites import SITES
+from mijax.model.sites import site_of
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import run
 from mijax.sweeps.grid import Grid, grid
 from mijax.sweeps.measure import described
 from mijax.sweeps.places import layer_window
-from mijax.sweeps.sweep import Running, sweep
+from mijax.sweeps.sweep import Running, check_sweep, sweep
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -66,18 +66,29 @@ def trace(
     {'layer': 2, 'pos': 3, 'draw': 4, 'batch': 1}
     """
     tokens, answer = as_tokens(tokens), np.asarray(answer)
+    restores = site_of(site, model.config)
+    if "pos" not in restores.axes or not restores.has_layer:
+        raise ValueError(f"causal tracing restores a site of layers and positions, given {site!r}")
     mask = _subject_mask(tokens, subject)
+    ids, real, noisy = (np.tile(np.asarray(x), (draws, 1)) for x in (tokens.ids, tokens.mask, mask))
+    many, metric, places = (
+        Tokens(ids, real),
+        metrics.prob(np.tile(answer, draws)),
+        _places(model, tokens, pos, window, draws),
+    )
+
+    def edits(corruption: Any, source: Any, corrupted: Any) -> dict[str, Any]:
+        restored = {"embed": Add(corruption, Where(pos=noisy)), site: Replace(source, places)}
+        held = {} if severed is None else {severed: Replace(corrupted, _later(places, model.config.n_layers))}
+        return restored | held
+
+    check_sweep(model, many, edits(0.0, 0.0, 0.0), metric, running)
     clean, source = _known(model, tokens, answer, site)
-    ids, real = (np.tile(np.asarray(x), (draws, 1)) for x in (tokens.ids, tokens.mask))
-    many, corruption = Tokens(ids, real), _noise(model, tokens, mask, noise, draws, seed)
-    fixed = {"embed": Add(corruption, Where(pos=np.tile(mask, (draws, 1))))}
-    every = lambda x: jnp.tile(x, (1, draws, *(1,) * (x.ndim - 2)))
-    places = _places(model, tokens, pos, window, draws)
-    edits: dict[str, Any] = {**fixed, site: Replace(every(source), places)}
+    corruption, corrupted = _noise(model, tokens, mask, noise, draws, seed), None
     if severed is not None:
-        corrupted = run(model, many, fixed, capture=(severed,)).acts[severed]
-        edits[severed] = Replace(corrupted, _later(places, model.config.n_layers))
-    restored = sweep(model, many, edits, metrics.prob(np.tile(answer, draws)), **running)
+        corrupted = run(model, many, {"embed": Add(corruption, Where(pos=noisy))}, capture=(severed,)).acts[severed]
+    every = jnp.tile(source, (1, draws, *(1,) * (source.ndim - 2)))
+    restored = sweep(model, many, edits(corruption, every, corrupted), metric, **running)
     told = {
         "site": site,
         "window": window,
@@ -111,8 +122,6 @@ def _known(
     model: Transformer, tokens: Tokens, answer: np.ndarray, site: str
 ) -> tuple[Float[np.ndarray, " batch"], Array]:
     """The probability of the answers, and the clean activations; raises where an answer is not the model's."""
-    if "pos" not in SITES[site].axes or not SITES[site].has_layer:
-        raise ValueError(f"causal tracing restores a site of layers and positions, given {site!r}")
     out = run(model, tokens, capture=(site,))
     rank = np.asarray(metrics.rank(answer)(out.readout))
     if (rank > 0).any():

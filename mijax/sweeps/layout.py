@@ -1,0 +1,140 @@
+"""How many prompts and cells of a sweep run together, and the bytes that this takes: told before anything runs."""
+
+import bisect
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mijax import chunks
+from mijax._types import Int
+from mijax.metrics import AnyMetric
+from mijax.model.numerics import accumulator
+from mijax.model.parameters import check_parameters
+from mijax.model.sites import PER_HEAD_COPIES
+from mijax.model.tokens import Tokens
+from mijax.model.transformer import Transformer
+from mijax.sweeps.cells import Cells, check_cells, convert_cells
+from mijax.sweeps.examples import tokens_of, why_together
+from mijax.sweeps.measure import as_programs, metric_bytes, taken
+from mijax.sweeps.plan import Shape, Size, Work, capacity, columns_read, tokens_of_cell, work
+
+
+class Job(NamedTuple):
+    """What is swept. `programs` are the metrics of all prompts together, as users' functions are now; `first` is a column of each
+    example before which no cell changes anything, whatever its edits say; `work` is what cells compute at most."""
+
+    model: Transformer
+    tokens: Tokens
+    cells: Cells
+    metrics: Mapping[str, AnyMetric]
+    programs: Mapping[str, AnyMetric]
+    first: Int[np.ndarray, " batch"]
+    work: Work
+
+
+class Layout(NamedTuple):
+    """How many prompts run together, and the size of each chunk of their cells."""
+
+    prompts: int
+    size: Size
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As arrays, to be saved."""
+        return {"prompts": np.asarray(self.prompts), "size": np.asarray(self.size)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], batch: int) -> "Layout":
+        """What `arrays` gave; the plan of a sweep of all `batch` prompts together has a size only."""
+        return cls(int(arrays.get("prompts", batch)), Size(*map(int, arrays["size"])))
+
+
+def job_of(
+    model: Transformer,
+    tokens: Tokens,
+    cells: Cells,
+    metrics: Mapping[str, AnyMetric],
+    first: Int[np.ndarray, " batch"] | None,
+    save: Any = None,
+) -> Job:
+    """A sweep that is checked: raises what can be known of model, prompts, edits and metrics before anything runs.
+
+    Users' functions are converted; with a folder `save`, they must come out the same twice.
+    """
+    check_parameters(model)
+    check_cells(model.config, tokens, cells)
+    convert = lambda: (convert_cells(model, tokens, cells), as_programs(model, tokens, metrics))
+    cells, programs = chunks.repeatable(convert, save)
+    first = np.zeros(len(tokens.ids), np.int32) if first is None else first
+    todo = work(model.config, tokens, cells, columns_read(programs.values(), tokens))
+    return Job(model, tokens, cells, metrics, programs, first, todo._replace(first=np.maximum(todo.first, first)))
+
+
+def layout_of(job: Job, memory: int) -> Layout:
+    """As many prompts as `memory` holds one cell of, and of these as many cells as it holds.
+
+    Raises `ValueError` where it does not hold one cell, of one prompt or of all that must run together.
+    """
+    batch, long = (
+        len(job.tokens.ids),
+        _operations(job) > chunks.long_work(),
+    )  # then time saved is more than another compilation takes
+
+    def smallest(prompts: int) -> int:
+        per_row, per_cell = unit_bytes(job, prompts)
+        return tokens_of_cell(job.work, prompts, long) * per_row + per_cell
+
+    prompts = batch
+    if smallest(batch) > memory:
+        reason = why_together(job.cells, job.metrics)
+        fits = 0 if reason else bisect.bisect_right(range(1, batch), memory, key=smallest)
+        if not fits:
+            told = f"the prompts run together: {reason}" if reason else "that is of one prompt"
+            raise ValueError(
+                f"one cell takes about {smallest(batch if reason else 1):,} bytes, memory={memory:,} allows none ({told})"
+            )
+        prompts = -(-batch // -(-batch // fits))  # groups of equal size
+    shape = Shape.of(job.model.config, job.cells)
+    return Layout(
+        prompts, capacity(job.work, shape, *unit_bytes(job, prompts), memory, chunks.full_rows(), long, prompts)
+    )
+
+
+def layout_bytes(job: Job, layout: Layout) -> int:
+    """The bytes that a chunk takes."""
+    per_row, per_cell = unit_bytes(job, layout.prompts)
+    return layout.size.rows * per_row + layout.size.cells * per_cell
+
+
+def unit_bytes(job: Job, prompts: int) -> tuple[int, int]:
+    """The bytes of a row, and those that a cell of so many prompts takes beside its rows."""
+    some, metrics = job.tokens, job.programs
+    if prompts < len(job.tokens.ids):
+        examples = np.arange(prompts, dtype=np.int32)
+        some = tokens_of(job.tokens, examples)
+        metrics = taken(job.model, some, job.metrics, examples)
+    return row_bytes(job.model, job.cells.edits), cell_bytes(job.model, some, metrics)
+
+
+def row_bytes(model: Transformer, sites: Iterable[str]) -> int:
+    """The bytes that one row (a token of a cell) takes while a layer runs."""
+    c = model.config
+    heads = (c.n_heads + c.n_kv_heads) * c.d_head
+    numbers = 8 * c.d_model + 4 * heads + (3 if c.mlp == "gated" else 2) * c.d_mlp
+    numbers += 3 * c.n_heads * c.d_model * any(site in PER_HEAD_COPIES for site in sites)
+    return numbers * accumulator(model.W_E.dtype).itemsize
+
+
+def cell_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> int:
+    """The bytes that a cell takes beyond its rows: attention over all of its tokens, and what the metrics compute."""
+    c, (batch, pos) = model.config, tokens.ids.shape
+    per_token = 2 * (c.n_heads + 2 * c.n_kv_heads) * c.d_head + c.d_model + 3 * c.n_heads * pos
+    return batch * pos * per_token * accumulator(model.W_E.dtype).itemsize + metric_bytes(model, tokens, metrics)
+
+
+def _operations(job: Job) -> float:
+    """Multiplications and additions in the matrix products of all cells."""
+    n_layers = job.model.config.n_layers
+    matrices = sum(a.size for a in jax.tree.leaves(job.model.blocks) if a.ndim > 2) // max(1, n_layers)
+    return 2.0 * matrices * float(job.work.rows() @ (n_layers - job.work.start / 2))
