@@ -89,7 +89,7 @@ class Converted(eqx.Module):
     @property
     def out(self) -> Any:
         """The shapes and dtypes of the result."""
-        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.program.jaxpr.outvars]
+        shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.program.jaxpr.outvars]  # pyright: ignore[reportAttributeAccessIssue]
         return jax.tree.unflatten(self.program.structure, shapes)
 
 
