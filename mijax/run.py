@@ -161,7 +161,7 @@ def forward(
     """
     outer = Tap(model.config, positions, edits, captures)
     x = embed(model, ids, positions, outer)
-    x = jnp.where(bad, jnp.nan, x) + _zero_varying_like((model, edits, captures, memory), x.dtype)
+    x = jnp.where(bad, jnp.nan, x) + zero_varying_like((model, edits, captures, memory), x.dtype)
     x, acts = _layers(model, x, positions, edits, captures, memory)
     x = jnp.where(bad, jnp.nan, final_norm(model, x, outer))
     # NaN goes through the layers, but for what is zero at padding whatever its queries are.
@@ -274,7 +274,7 @@ def faulty(config: Config, tokens: Tokens, edits: Edits, captures: Captures) -> 
     return bad
 
 
-def _zero_varying_like(tree: Any, dtype) -> Float[Array, "1 1 1"]:
+def zero_varying_like(tree: Any, dtype) -> Float[Array, "1 1 1"]:
     """Zero, marked by `shard_map` as varying over whatever mesh axes the tree's arrays vary over.
 
     The scan over layers must begin with a stream that varies as it will after the first edit.

@@ -19,7 +19,7 @@ from mijax.model.parameters import check_parameters
 from mijax.model.sites import UNITS, site_of
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.run import check, run
+from mijax.run import check, run, zero_varying_like
 from mijax.sweeps.measure import as_programs, checked, described, named, values_of
 from mijax.sweeps.patch import check_pair
 
@@ -62,13 +62,15 @@ def gradients(
     check_gradient(model, tokens, name, program)
     where = Where() if pos is None else Where(pos=position(pos))
     capture = {site: None if pos is None else where for site in sites}
-    dtype, zeros = accumulator(model.W_E.dtype), {}
+    # Inside `shard_map`, what does not vary over the mesh has a gradient that is summed over it: another device's examples.
+    zero, zeros = zero_varying_like((model, tokens, program), accumulator(model.W_E.dtype)).reshape(()), {}
     for site in sites:
         found = site_of(site, model.config)
         if pos is not None and "pos" not in found.axes:
             raise ValueError(f"site {site!r} has no positions of its own, only {', '.join(found.axes)}")
         shape = zip(found.axes, found.shape(model.config, tokens))
-        zeros[site] = jnp.zeros([1 if axis == "pos" and pos is not None else n for axis, n in shape], dtype)
+        sizes = [1 if axis == "pos" and pos is not None else n for axis, n in shape]
+        zeros[site] = jnp.broadcast_to(zero, sizes)
 
     def measured(added: dict[str, Array]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
         out = run(model, tokens, {site: Add(v, where) for site, v in added.items()}, capture=capture)

@@ -88,6 +88,25 @@ def test_attribution_of_a_sharded_model(kind):
         assert np.allclose(given.z, plain.z, atol=1e-4) and np.allclose(given.mlp_out, plain.mlp_out, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "metric", [mj.metrics.logit(3), lambda readout: jnp.sum(readout.final[:, -1], axis=-1)], ids=["own", "users"]
+)
+def test_a_shard_map_of_gradients(kind, metric):
+    """Each example's own, as without devices."""
+    mesh, sites = mesh_of(kind), ("resid_post", "z", "embed")
+    whole = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec())), model())
+    out = {
+        site: PartitionSpec(*("cells" if axis == "batch" else None for axis in mj.SITES[site].axes)) for site in sites
+    }
+    grads = lambda m, ids: mj.gradients(m, ids, metric, sites).grads
+    given = jax.shard_map(grads, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("cells")), out_specs=out)(
+        whole, over_cells(mesh, IDS)
+    )
+    plain = grads(model(), IDS)
+    assert all(np.allclose(given[site], plain[site], atol=1e-4) for site in sites)
+
+
 def test_a_shard_map_of_runs():
     mesh = mesh_of("explicit")
     whole = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec())), model(CONFIG))
