@@ -37,6 +37,9 @@ MODELS = {
     ),
 }
 
+CONVERSION = 2
+"""Counted up when what `_convert` writes changes: what another version of mijax has kept is not this one's, nor a fault."""
+
 
 def fetch(name: str) -> Path:
     """The folder of a bundled model, in Hugging Face's format; fetched and converted where it is not cached.
@@ -50,7 +53,7 @@ def fetch(name: str) -> Path:
     that the name stands for.
     """
     bundle = MODELS[name]
-    folder = cache_folder() / f"{name}-{bundle.sha256[:12]}"
+    folder = cache_folder() / f"{name}-{bundle.sha256[:12]}-{CONVERSION}"
     _remove_abandoned(folder.parent, name)
     fault = _fault(folder, bundle)
     if fault is None:

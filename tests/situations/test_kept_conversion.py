@@ -61,13 +61,20 @@ def test_a_lost_file(file, kept):
     "change", [lambda o: o.pop("files"), lambda o: o.update(files=3), lambda o: o.update(sha256="0")]
 )
 def test_a_record_without_checksums_or_of_another_model(change, kept):
-    """The first is what versions before this wrote."""
     origin = json.loads((kept / "origin.json").read_text())
     change(origin)
     (kept / "origin.json").write_text(json.dumps(origin))
     with pytest.warns(UserWarning, match="holds no checksums|tells of another model"):
         assert loads_as_transformers()
     assert loads_as_transformers()
+
+
+def test_what_another_version_of_mijax_kept_is_neither_read_nor_a_fault(kept, monkeypatch):
+    monkeypatch.setattr(bundled, "CONVERSION", bundled.CONVERSION + 1)
+    before = kept.stat().st_mtime_ns
+    (kept / "origin.json").write_text("{}")
+    assert loads_as_transformers()
+    assert len(list(kept.parent.iterdir())) == 2 and kept.stat().st_mtime_ns == before
 
 
 def test_what_was_damaged_stays_where_it_cannot_be_made_again(kept, no_index):
