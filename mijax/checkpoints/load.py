@@ -1,7 +1,6 @@
 """`mijax.load`: a name, a hub id, a folder or a GGUF file, to a model and its tokenizer."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from mijax.checkpoints import bundled
 from mijax.checkpoints.build import Tensors, build
 from mijax.checkpoints.families import Family, family_of
 from mijax.checkpoints.gguf import GGUF
-from mijax.checkpoints.tokenizer import Tokenizer
+from mijax.checkpoints.json_files import read_object
+from mijax.checkpoints.tokenizer import FILES, Tokenizer
 from mijax.model.config import Config
 from mijax.model.transformer import Transformer
 
@@ -60,13 +60,13 @@ def load(
         path = _from_hub(name, revision)
     if path.is_file():
         gguf = GGUF(path)
+        text = gguf.tokenizer() if tokenizer else None  # first: one that is not supported is no matter of minutes
         tensors = Tensors(dict.fromkeys(gguf.names, "F32"), gguf.read)
-        model = _build(gguf.config, tensors, dtype, name, str(path))
-        return model, gguf.tokenizer() if tokenizer else None
+        return _build(gguf.config, tensors, dtype, name, str(path)), text
     config = _read_json(path / "config.json")
     _check_adapter(path)
-    model = _build(config, _safetensors(path), dtype, name, str(path))
-    return model, Tokenizer.from_folder(path) if tokenizer else None
+    text = Tokenizer.from_folder(path) if tokenizer else None
+    return _build(config, _safetensors(path), dtype, name, str(path)), text
 
 
 def _build(config: dict, tensors: Tensors, dtype: Any, name: str, source: str) -> Transformer:
@@ -147,30 +147,13 @@ def _shards(folder: Path) -> tuple[Sequence[str], Mapping[str, str]]:
 def _read_json(path: Path) -> dict:
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}")
-    try:
-        read = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{path} must hold an object, given {type(read).__name__}")
-    return read
+    return read_object(path)
 
 
 _HUB_FILES = (  # patterns of what is fetched, and of what is not, in this order: the config is checked before the rest
     (["config.json", "adapter_config.json"], "*/*"),
-    (
-        [
-            "model*.safetensors",
-            "model.safetensors.index.json",
-            "tokenizer*.json",
-            "special_tokens_map.json",
-            "added_tokens.json",
-            "chat_template.json",
-            "*.jinja",
-        ],
-        "*/*",
-    ),
-    (["additional_chat_templates/*"], None),
+    (["model*.safetensors", "model.safetensors.index.json", *(f for f in FILES if "/" not in f)], "*/*"),
+    ([f for f in FILES if "/" in f], None),
 )
 
 

@@ -18,11 +18,11 @@ from tests.situations.checkpoints import copy, logits, set_config, stored_logits
 
 TOKENIZER = {  # what transformers reads of a tokenizer, beside tokenizer.json
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/tool_use.jinja",
+    "additional_chat_templates/tool_use.jinja", "generation_config.json",
 }  # fmt: skip
 OTHER = {
     "pytorch_model.bin", "onnx/model.onnx", "onnx/config.json", "original/model.safetensors", "README.md", "training_args.bin",
-    "generation_config.json", "model.gguf",
+    "model.gguf",
 }  # fmt: skip
 
 
