@@ -18,7 +18,8 @@ from mijax.interventions.where import Where
 from mijax.model import processing
 from mijax.model.config import Config, RotaryScaling
 from mijax.model.readout import Readout
-from mijax.model.sites import SITES, sites
+from mijax.model.sites import SITES, Site, sites
+from mijax.model.tap import Point, Tap
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer, init
 from mijax.run import Out, run
@@ -50,12 +51,15 @@ __all__ = [
     "Interchange",
     "Mix",
     "Out",
+    "Point",
     "Project",
     "Readout",
     "Replace",
     "RotaryScaling",
     "Scale",
+    "Site",
     "Stack",
+    "Tap",
     "Tokenizer",
     "Tokens",
     "Transformer",

@@ -10,21 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Bool, Int, Logits
+from mijax.interventions.capturing import Capturing
+from mijax.interventions.editing import Editing
 from mijax.interventions.edits import Apply, Edit, Interventions, as_edits
 from mijax.interventions.functions import convert_edits
-from mijax.interventions.tap import known_axes
-from mijax.interventions.where import Where, narrow
+from mijax.interventions.where import Where, known_axes, narrow
 from mijax.meshes import batch_spec, with_automatic_axes
-from mijax.model.attention import Memory
-from mijax.model.config import Config
-from mijax.model.numerics import accumulator
+from mijax.model.attention import KVCache
 from mijax.model.parameters import check_parameters
-from mijax.model.position import Frame, frame
-from mijax.model.readout import Readout
-from mijax.model.sites import SITES, Site
+from mijax.model.position import Frame
+from mijax.model.sites import Site, cached_sites
+from mijax.model.tap import Chain, Point
 from mijax.model.tokens import Tokens, as_tokens, is_concrete
 from mijax.model.transformer import Transformer
-from mijax.run import Capture, Edits, as_captures, check, check_selects, faulty, forward, on_device
+from mijax.run import Capture, Edits, as_captures, check, check_selects, faulty, forward, nan_where, on_device
 
 
 class Generated(NamedTuple):
@@ -95,7 +94,7 @@ def generate(
     stop_ids: Any = tokens.end_tokens if stop is None else np.atleast_1d(np.asarray(stop)).tolist()
     _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key)
     whole = _extended(tokens, count)
-    check(model.config, whole, edits, captures)
+    check(model, whole, edits, captures)
     check_selects(edits)
     _check_acts(whole, edits, captures)
     greedy = is_concrete(temperature) and bool(np.all(np.asarray(temperature) == 0))
@@ -104,9 +103,8 @@ def generate(
     filtered = any(given is not None for given in (top_k, top_p, min_p))
     sampling = None if greedy else _Sampling(jnp.asarray(temperature, jnp.float32), *(jnp.asarray(f) for f in filters))
     batch, width = tokens.ids.shape
-    dtype, beside = accumulator(model.W_E.dtype), (model, whole)
     shapes = ((width, width), (1, width + count))  # of the prompt, and of each new token: computed tokens, and keys
-    ways = tuple(convert_edits(model.config, edits, batch, *shape, dtype, beside) for shape in shapes)
+    ways = tuple(convert_edits(model, edits, batch, *shape, (model, whole)) for shape in shapes)
     whole, ways, captures = on_device((whole, ways, captures))
     fixed = filtered, jnp.asarray(stop_ids, jnp.int32), key, count
     return with_automatic_axes(
@@ -118,14 +116,16 @@ def generate(
         sampling,
         *fixed,
         like=tokens.ids,
-        out_axes=lambda b: _out_axes(captures, b),
+        out_axes=lambda b: _out_axes(model, captures, b),
     )
 
 
-def _out_axes(captures: dict[str, Where | None], batch: Any) -> Any:
+def _out_axes(model: Transformer, captures: dict[str, Where | None], batch: Any) -> Any:
     """How what is generated is sharded where the examples are explicitly so."""
     tokens, narrowed = batch_spec(("batch",), batch), lambda where: where is not None and where.batch is not None
-    acts = {site: batch_spec(SITES[site].axes, None if narrowed(where) else batch) for site, where in captures.items()}
+    acts = {
+        site: batch_spec(model.sites[site].axes, None if narrowed(where) else batch) for site, where in captures.items()
+    }
     return Generated(tokens, tokens, acts)  # pyright: ignore[reportArgumentType]
 
 
@@ -177,27 +177,24 @@ def _extended(tokens: Tokens, count: int) -> Tokens:
 @eqx.filter_jit
 def _generate(model, whole, ways, captures: dict[str, Where | None], sampling, filtered, stop, key, count) -> Generated:
     """`ways` are the edits for the prompt and for one new token: they differ in what users' functions are given."""
-    config, dtype = model.config, accumulator(model.W_E.dtype)
     width = whole.ids.shape[1] - count
-    bad = faulty(config, whole, ways[0], captures) | _negative(ways[0])
-    held = ("rot_k" if config.positions == "rotary" else "k", "v")  # what later tokens attend to
-    per_token = {name: _without_positions(where) for name, where in captures.items()} | dict.fromkeys(held)
+    bad = faulty(model, whole, ways[0], captures) | _negative(ways[0])
+    cached = cached_sites(model.sites)
+    per_token = {name: _without_positions(where) for name, where in captures.items()} | dict.fromkeys(cached)
 
-    def at(columns, ids, memory=None):
+    def at(columns, ids, held=None):
         """Run some columns; gives their final stream, what is captured there, and their keys and values."""
-        positions = frame(config, whole, dtype, columns)
-        edits = ways[0 if memory is None else 1]
-        if memory is None:  # the prompt sees itself alone
-            keys = positions.keys[:, columns]
-            positions = positions._replace(keys=keys, allowed=positions.allowed[:, :, columns])
-        final, acts = forward(model, ids, positions, edits, per_token, bad, memory)
-        return final, {name: acts[name] for name in captures}, Memory(*(acts[site] for site in held))
+        positions = model.frame_of(whole, columns, alone=held is None)  # the prompt sees itself alone
+        edits = ways[0 if held is None else 1]
+        tap = Chain((Editing(edits), Capturing(per_token, model.n_layers)))
+        final, (_, acts) = forward(model, ids, positions, tap, bad, held=held)
+        assert final is not None
+        acts = nan_where(bad, acts, model)
+        return final, {name: acts[name] for name in captures}, KVCache(*(acts[site] for site in cached))
 
     def draw(final, step):
         """The next token after each example's last computed one."""
-        logits = Readout(final, Tokens(jnp.zeros(final.shape[:2], jnp.int32)), model.unembedding, model.b_U).logits()[
-            :, 0
-        ]
+        logits = model.readout(final, Tokens(jnp.zeros(final.shape[:2], jnp.int32))).logits()[:, 0]
         if sampling is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return _sample(logits, sampling, filtered, jax.random.fold_in(key, step)).astype(jnp.int32)
@@ -206,24 +203,25 @@ def _generate(model, whole, ways, captures: dict[str, Where | None], sampling, f
     final, acts, own = at(prompt, whole.ids[:, :width])
     last = jnp.max(jnp.where(whole.mask[:, :width], prompt[None], 0), axis=1)  # each prompt's last real column
     token = draw(jnp.take_along_axis(final, last[:, None, None], axis=1), 0)
-    memory = Memory(*(jnp.pad(x, ((0, 0), (0, 0), (0, count), (0, 0), (0, 0))) for x in own))
+    cache = KVCache(*(jnp.pad(x, ((0, 0), (0, 0), (0, count), (0, 0), (0, 0))) for x in own))
 
     def step(carry, column):
-        memory, token = carry
-        final, acts, own = at(column[None], token[:, None], memory)
-        memory = Memory(*(m.at[:, :, column].set(o[:, :, 0]) for m, o in zip(memory, own)))
-        return (memory, draw(final, column - width + 1)), (token, acts)
+        cache, token = carry
+        final, acts, own = at(column[None], token[:, None], cache)
+        cache = KVCache(*(c.at[:, :, column].set(o[:, :, 0]) for c, o in zip(cache, own)))
+        return (cache, draw(final, column - width + 1)), (token, acts)
 
-    _, (added, later) = jax.lax.scan(step, (memory, token), width + jnp.arange(count, dtype=jnp.int32))
+    _, (added, later) = jax.lax.scan(step, (cache, token), width + jnp.arange(count, dtype=jnp.int32))
     ids = jnp.concatenate([whole.ids[:, :width], jnp.where(bad, -1, added.T)], axis=1)
-    positions = frame(config, whole, dtype)
+    frame = model.frame(whole)
     for name, where in captures.items():
-        acts[name] = _joined(acts[name], later[name], SITES[name])
+        site = model.sites[name]
+        acts[name] = _joined(acts[name], later[name], site)
         if name == "attn_scores":
             acts[name] = jnp.where(_was_there(width, whole.ids.shape[1]), acts[name], jnp.nan)
         if where is not None:
-            left = where if name in held else _only_positions(where)  # the rest was narrowed token by token
-            acts[name] = _narrowed(acts[name], left, SITES[name], config, positions)
+            left = where if name in cached else _only_positions(where)  # the rest was narrowed token by token
+            acts[name] = _narrowed(acts[name], left, site, frame)
     return Generated(*_stopped(ids, jnp.asarray(whole.mask), stop, width), acts)
 
 
@@ -235,19 +233,18 @@ def _was_there(width: int, total: int) -> Bool[np.ndarray, "query key"]:
 
 def _joined(prompt: Array, later: Array, site: Site) -> Array:
     """One array of all tokens, from the prompt's and those of each new token (which come stacked in front)."""
-    axis = next(i for i, name in enumerate(site.axes) if name in ("pos", "query"))
+    axis = site.axes.index(site.position_axes[0])
     if "key" in site.axes:  # the prompt's tokens attend to none of the later ones
         gap = later.shape[-1] - prompt.shape[-1]
         prompt = jnp.pad(prompt, [(0, 0)] * (prompt.ndim - 1) + [(0, gap)])
     return jnp.concatenate([prompt, jnp.moveaxis(jnp.squeeze(later, axis + 1), 0, axis)], axis=axis)
 
 
-def _narrowed(x: Array, where: Where, site: Site, config: Config, positions: Frame) -> Array:
+def _narrowed(x: Array, where: Where, site: Site, frame: Frame) -> Array:
     """Keep of a whole activation what `where` names."""
     if where.layer is not None:
-        x = x[jnp.asarray(where.layer).reshape(-1) % config.n_layers]
-    inner = x.shape[1:] if site.has_layer else x.shape
-    keep = lambda x: narrow(x, where, site.inner_axes, known_axes(config, positions, site, inner, None))
+        x = x[jnp.asarray(where.layer).reshape(-1) % site.sizes["layer"]]
+    keep = lambda x: narrow(x, where, site.inner_axes, known_axes(Point(site, None, frame), x.shape))
     return jax.vmap(keep)(x) if site.has_layer else keep(x)
 
 

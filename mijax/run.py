@@ -1,29 +1,31 @@
 """The waist: one pure function from (model, tokens, interventions) to a readout and activations."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mijax._types import Array, ArrayLike, Bool, Float, Int, Logits, Stream
-from mijax.interventions.edits import Edit, Interventions, as_edits, by_layer, check_shapes
+from mijax.interventions.capturing import Capturing
+from mijax.interventions.editing import Editing
+from mijax.interventions.edits import Edit, Interventions, as_edits, check_shapes
 from mijax.interventions.functions import convert_edits
-from mijax.interventions.tap import Tap
 from mijax.interventions.where import Where, check_range, check_structure, out_of_range
 from mijax.meshes import batch_spec, with_automatic_axes
-from mijax.model.attention import Memory
-from mijax.model.block import block
+from mijax.model.attention import KVCache
 from mijax.model.config import Config
-from mijax.model.numerics import accumulator
 from mijax.model.parameters import check_parameters
-from mijax.model.position import Frame, frame
+from mijax.model.position import Frame
 from mijax.model.readout import Readout
-from mijax.model.sites import SELECTS, SITES, site_of
+from mijax.model.sites import SELECTS, Site, site_of
+from mijax.model.tap import Chain, Tap
 from mijax.model.tokens import Tokens, as_tokens, is_concrete
-from mijax.model.transformer import Transformer, embed, final_norm
+from mijax.model.transformer import Transformer
+from mijax.model.walk import Layer
 
 Capture: TypeAlias = Iterable[str] | Mapping[str, Where | None]
 Edits: TypeAlias = dict[str, tuple[Edit, ...]]
@@ -31,10 +33,14 @@ Captures: TypeAlias = dict[str, Where | None]
 
 
 class Out(NamedTuple):
-    """What a run gives: the readout, and the captured activations by site."""
+    """What a run gives: the readout, the captured activations by site, and what each of the run's taps kept.
+
+    `readout` is `None` of a run without it.
+    """
 
     readout: Readout
     acts: dict[str, Array]
+    taps: tuple[Any, ...] = ()
 
     @property
     def logits(self) -> Logits:
@@ -48,6 +54,8 @@ def run(
     interventions: Interventions | None = None,
     *,
     capture: Capture = (),
+    taps: Sequence[Tap] = (),
+    readout: bool = True,
 ) -> Out:
     """Run `model` on `tokens` under `interventions`, keeping the activations named in `capture`.
 
@@ -58,6 +66,9 @@ def run(
     is what stands there after its edits. `capture` names sites, or maps them to a `Where` that says
     which entries to keep, axis by axis (`{"z": Where(layer=[3, 9], pos=-1)}` keeps the last position
     of two layers); no axis is ever dropped, so that what was kept of one place broadcasts to it again.
+
+    `taps` are your own `mijax.Tap`s: at each site they act after the edits and before what is captured. With
+    `readout=False` only what is captured is computed: no layer above the last one that is named there, and no final norm.
 
     Raises `ValueError` for a site that does not exist, an axis that a site lacks, shapes that do not
     fit, an index out of range, a mask that selects nothing, a token outside the vocabulary, a prompt longer than the context.
@@ -73,13 +84,29 @@ def run(
     """
     check_parameters(model)
     prompts, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
-    check(model.config, prompts, edits, captures)
+    check(model, prompts, edits, captures)
     check_selects(edits)
+    check_taps(model, taps)
     prompts, edits, captures = on_device((prompts, of_prompts(model, prompts, edits), captures))
-    final, acts = with_automatic_axes(
-        _run, model, prompts, edits, captures, like=prompts.ids, out_axes=_out_axes(captures)
-    )
-    return Out(Readout(final, prompts, model.unembedding, model.b_U), acts)
+    final, acts, kept = with_automatic_axes(
+        _run, model, prompts, edits, captures, tuple(taps), readout,
+        like=prompts.ids, out_axes=_out_axes(model, captures),
+    )  # fmt: skip
+    out = None if final is None else model.readout(final, prompts)
+    return Out(out, acts, kept)  # pyright: ignore[reportArgumentType]
+
+
+def check_taps(model: Transformer, taps: Sequence[Any]) -> None:
+    """Raise for what is no tap, or one that names a site that the model has not."""
+    if isinstance(taps, Tap) or not isinstance(taps, Sequence):
+        raise TypeError(f"taps must be a sequence of mijax.Tap, given {type(taps).__name__}")
+    for tap in taps:
+        if not isinstance(tap, Tap):
+            raise TypeError(
+                f"a tap is a mijax.Tap, a module with `sites` and `at(point, x, state)`, given {type(tap).__name__}"
+            )
+        for name in tap.sites:
+            site_of(name, model.sites)
 
 
 def check_selects(edits: Edits) -> None:
@@ -98,27 +125,27 @@ def on_device(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x, tree)
 
 
-def _out_axes(captures: Captures) -> Any:
+def _out_axes(model: Transformer, captures: Captures) -> Any:
     """How a run's results are sharded where the examples are explicitly so."""
-    kept = {name: SITES[name].axes for name in captures}
+    kept = {name: model.sites[name].axes for name in captures}
     whole = lambda name: captures[name] is None or captures[name].batch is None  # pyright: ignore[reportOptionalMemberAccess]
     acts = lambda batch: {name: batch_spec(axes, batch if whole(name) else None) for name, axes in kept.items()}
-    return lambda batch: (batch_spec(("batch",), batch), acts(batch))
+    return lambda batch: (batch_spec(("batch",), batch), acts(batch), PartitionSpec())
 
 
 def of_prompts(model: Transformer, tokens: Tokens, edits: Edits) -> Edits:
     """The edits with users' functions as they are now, for a run of all of `tokens`."""
     batch, pos = tokens.ids.shape
-    return convert_edits(model.config, edits, batch, pos, pos, accumulator(model.W_E.dtype), (model, tokens))
+    return convert_edits(model, edits, batch, pos, pos, (model, tokens))
 
 
-def check(config: Config, tokens: Tokens, edits: Edits, captures: Captures) -> None:
+def check(model: Transformer, tokens: Tokens, edits: Edits, captures: Captures) -> None:
     """Raise for whatever is wrong and can be known before anything runs."""
-    _check_tokens(config, tokens)
+    _check_tokens(model.config, tokens)
     for name in (*edits, *captures):
-        site = site_of(name, config)
-        shape = site.shape(config, tokens)
-        sizes, fields = dict(zip(site.axes, shape)), field_lengths(config, tokens, name)
+        site = site_of(name, model.sites)
+        shape = site.shape(*tokens.ids.shape)
+        sizes, fields = dict(zip(site.axes, shape)), field_lengths(site, tokens)
         for edit in edits.get(name, ()):
             if not isinstance(edit.where, Where):
                 raise TypeError(
@@ -140,88 +167,69 @@ def check(config: Config, tokens: Tokens, edits: Edits, captures: Captures) -> N
 
 
 @eqx.filter_jit
-def _run(model: Transformer, tokens: Tokens, edits: Edits, captures: Captures) -> tuple[Stream, dict[str, Array]]:
-    positions = frame(model.config, tokens, accumulator(model.W_E.dtype))
-    bad = faulty(model.config, tokens, edits, captures)
-    return forward(model, jnp.asarray(tokens.ids), positions, edits, captures, bad)
+def _run(
+    model: Transformer, tokens: Tokens, edits: Edits, captures: Captures, taps: tuple[Tap, ...], readout: bool
+) -> tuple[Stream | None, dict[str, Array], tuple[Any, ...]]:
+    tap = Chain((Editing(edits), *taps, Capturing(captures, model.n_layers)))
+    bad = faulty(model, tokens, edits, captures)
+    last = None if readout or taps else _last(model, captures)
+    ids: Any = jnp.asarray(tokens.ids)
+    x, (_, *kept, acts) = forward(model, ids, model.frame(tokens), tap, bad, last=last, readout=readout)
+    return x, nan_where(bad, acts, model), tuple(kept)
+
+
+def nan_where(bad: Bool[Array, ""], acts: dict[str, Array], model: Transformer) -> dict[str, Array]:
+    """Activations, NaN where `bad`: NaN goes through the layers, but for what is zero at padding whatever its queries are."""
+    stays = lambda site: site.has_layer and not site.zero_at_padding
+    return {name: act if stays(model.sites[name]) else jnp.where(bad, jnp.nan, act) for name, act in acts.items()}
+
+
+def _last(model: Transformer, captures: Captures) -> Any:
+    """One more than the last layer of which something is captured; `None` where it is the last layer, or may be."""
+    ends = [jnp.int32(0)]
+    for name, where in captures.items():
+        site = model.sites[name]
+        if site.part == "embedding":
+            continue
+        if where is None or where.layer is None:
+            return None
+        ends.append(jnp.max(jnp.asarray(where.layer) % model.n_layers) + 1)
+    return jnp.max(jnp.stack(ends))
 
 
 def forward(
     model: Transformer,
     ids: Int[Array, "batch pos"],
-    positions: Frame,
-    edits: Edits,
-    captures: Captures,
+    frame: Frame,
+    tap: Tap,
     bad: Bool[Array, ""],
-    memory: Memory | None = None,
-) -> tuple[Stream, dict[str, Array]]:
-    """The final stream and the activations of the tokens `ids`, which stand at `positions`; NaN where `bad`.
+    *,
+    held: KVCache | None = None,
+    last: Int[Array, ""] | None = None,
+    readout: bool = True,
+) -> tuple[Stream | None, Any]:
+    """The final stream of the tokens `ids`, which stand in `frame`, NaN where `bad`; and what the tap gives.
 
-    Where these are some of a batch's tokens only, `memory` holds all layers' keys and values of the others.
+    Where these are some of a batch's tokens only, `held` are all layers' keys and values of the others. Layers from `last` on
+    are not run; without `readout` neither is the final norm, and there is no final stream unless something is kept there.
     """
-    outer = Tap(model.config, positions, edits, captures)
-    x = embed(model, ids, positions, outer)
-    x = jnp.where(bad, jnp.nan, x) + zero_varying_like((model, edits, captures, memory), x.dtype)
-    x, acts = _layers(model, x, positions, edits, captures, memory)
-    x = jnp.where(bad, jnp.nan, final_norm(model, x, outer))
-    # NaN goes through the layers, but for what is zero at padding whatever its queries are.
-    kept = outer.acts | {name: acts[name] for name in ("pattern", "z", "result") if name in acts}
-    return x, acts | {name: jnp.where(bad, jnp.nan, act) for name, act in kept.items()}
+    zero = zero_varying_like((model, ids, tap, held), model.dtype)
+    state = tap.init(model.sites, frame, zero)
+    x, state = model.embed(ids, frame, tap, state)
+    x = jnp.where(bad, jnp.nan, x) + zero
+    layered, rest = tap.per_layer(model.sites)
 
+    def body(layer: Layer, carry: Any, xs: Any) -> Any:
+        (x, state), (own, held) = carry, xs
+        x, state = layer(x, frame, eqx.combine(own, rest), state, held)
+        state, kept = tap.close(state)
+        return (x, state), kept
 
-def _layers(model: Transformer, x: Stream, positions: Frame, edits: Edits, captures: Captures, memory: Memory | None):
-    """Scan the one block over the layers; captured layers are stacked, or kept in the slots asked for."""
-    config = model.config
-    edits = {name: given for name, given in edits.items() if SITES[name].has_layer}
-    captures = {name: where for name, where in captures.items() if SITES[name].has_layer}
-    layered, shared = _split(edits, config.n_layers)
-    narrowed = {name: where for name, where in captures.items() if where is not None and where.layer is not None}
-    layers = {name: jnp.asarray(where.layer).reshape(-1) % config.n_layers for name, where in narrowed.items()}
-    slots = {name: _slot_of_each_layer(wanted, config.n_layers) for name, wanted in layers.items()}
-
-    def layer(x, scanned):
-        params, index, own, held = scanned
-        tap = Tap(config, positions, eqx.combine(own, shared), captures, index)
-        return block(config, params, x, positions, tap, held), tap.acts
-
-    def body(carry, scanned):
-        x, kept = carry
-        x, acts = layer(x, scanned)
-        for name, slot in slots.items():
-            kept[name] = kept[name].at[slot[scanned[1]]].set(acts.pop(name), mode="drop")
-        return (x, kept), acts
-
-    scanned = (model.blocks, jnp.arange(config.n_layers, dtype=jnp.int32), layered, memory)
-    if not slots:  # the plain case carries the stream alone
-        return jax.lax.scan(layer, x, scanned)
-    first = jax.tree.map(lambda a: a[0] if eqx.is_array(a) else a, scanned)
-    shapes = jax.eval_shape(layer, x, first)[1]
-    empty = lambda name: jax.lax.full_like(x, 0, shapes[name].dtype, (layers[name].size, *shapes[name].shape))
-    (x, kept), acts = jax.lax.scan(body, (x, {name: empty(name) for name in slots}), scanned)
-    return x, acts | {name: kept[name][slots[name][layers[name]]] for name in slots}
-
-
-def _slot_of_each_layer(wanted: Int[Array, " k"], n_layers: int) -> Int[Array, " layer"]:
-    """Where a layer's capture goes: to its first place among the wanted ones, or out of range, where it is dropped."""
-    hits = wanted[None, :] == jnp.arange(n_layers, dtype=jnp.int32)[:, None]
-    return jnp.where(jnp.any(hits, axis=1), jnp.argmax(hits, axis=1).astype(jnp.int32), wanted.size)
-
-
-def _split(edits: Edits, n_layers: int) -> tuple[Any, Any]:
-    """Separate the arrays that differ between layers, to be scanned over, from the rest."""
-    layered, shared = {}, {}
-    for name, given in edits.items():
-        rank = len(SITES[name].axes)
-        pairs = [eqx.partition(_squeezed(edit, by_layer(edit, rank), n_layers), by_layer(edit, rank)) for edit in given]
-        layered[name], shared[name] = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
-    return layered, shared
-
-
-def _squeezed(edit: Any, spec: Any, n_layers: int) -> Any:
-    """Give arrays with a layer axis of size 1 the full axis (of which XLA makes no copy)."""
-    return jax.tree.map(
-        lambda leaf, own: jnp.broadcast_to(leaf, (n_layers, *leaf.shape[1:])) if own else leaf, edit, spec
-    )
+    (x, state), stacked = model.walk(body, (x, state), (layered, held), last=last)
+    final = readout or any(site.part == "final" for name, site in model.sites.items() if name in tap.sites)
+    if final:
+        x, state = model.final(x, frame, tap, state)
+    return (jnp.where(bad, jnp.nan, x) if readout else None), tap.result(state, stacked)
 
 
 def as_captures(capture: Capture) -> Captures:
@@ -255,18 +263,18 @@ def _check_tokens(config: Config, tokens: Tokens) -> None:
             raise ValueError(f"example {int(np.argmin(mask.any(axis=1)))} is all padding")
 
 
-def field_lengths(config: Config, tokens: Tokens, site: str) -> dict[str, Any]:
+def field_lengths(site: Site, tokens: Tokens) -> dict[str, Any]:
     """How many entries each field of `Where` chooses from at a site: a number, or `[batch]` lengths of prompts."""
-    sizes = zip(SITES[site].axes, SITES[site].shape(config, tokens))
-    return {SELECTS[axis]: tokens.lengths if axis in ("pos", "query", "key") else size for axis, size in sizes}
+    sizes = zip(site.axes, site.shape(*tokens.ids.shape))
+    return {SELECTS[axis]: tokens.lengths if axis in site.position_axes else size for axis, size in sizes}
 
 
-def faulty(config: Config, tokens: Tokens, edits: Edits, captures: Captures) -> Bool[Array, ""]:
+def faulty(model: Transformer, tokens: Tokens, edits: Edits, captures: Captures) -> Bool[Array, ""]:
     """Whether an index is out of range, a token outside the vocabulary, or a prompt empty, once values are known."""
-    bad = jnp.any(tokens.mask & ((tokens.ids < 0) | (tokens.ids >= config.d_vocab)))
+    bad = jnp.any(tokens.mask & ((tokens.ids < 0) | (tokens.ids >= model.config.d_vocab)))
     bad = bad | ~jnp.all(jnp.any(jnp.asarray(tokens.mask), axis=1))
     for name in (*edits, *captures):
-        fields = field_lengths(config, tokens, name)
+        fields = field_lengths(model.sites[name], tokens)
         wheres = [edit.where for edit in edits.get(name, ())]
         for where in (*wheres, captures.get(name) or Where()):
             for field, index in where.given.items():

@@ -9,7 +9,7 @@ from mijax._types import Array
 from mijax.attribution.method import Estimates, Measured, Method, gradients
 from mijax.attribution.nodes import Nodes
 from mijax.attribution.taps import RECOMPUTED, Path
-from mijax.model.sites import SITES
+from mijax.model.sites import Site
 
 
 class AtPStar(Method):
@@ -42,8 +42,9 @@ class AtPStar(Method):
         del batch
         return Path(recompute=True)
 
-    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Estimates:
+    def __call__(self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site]) -> Estimates:
         """One backward pass with everything, and one for each layer without what it writes."""
+        n_layers = next(iter(sites.values())).sizes["layer"]
         at = lambda dropped: gradients(lambda gates: measured(gates, Path(dropped=dropped, recompute=True)), gates)
         runs, found = at(None)
 
@@ -53,6 +54,6 @@ class AtPStar(Method):
 
         total, _ = jax.lax.scan(drop, jax.tree.map(jnp.zeros_like, found), jnp.arange(n_layers, dtype=jnp.int32))
         # What is inside a layer has no gradient at all where its own layer is dropped; the stream always has.
-        others = {site: n_layers - (SITES[site].has_layer and not site.startswith("resid")) for site in gates}
+        others = {name: n_layers - (sites[name].has_layer and not sites[name].is_stream) for name in gates}
         unsigned = {name: {site: t / others[site] for site, t in own.items()} for name, (own,) in total.items()}
         return Estimates(runs, {name: own for name, (own,) in found.items()}, unsigned)

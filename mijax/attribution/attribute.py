@@ -134,16 +134,16 @@ def _sides(clean: Any, corrupted: Any, direction: Direction) -> tuple[Tokens, To
 
 def _check(job: Job, verify: int, sample: int) -> None:
     """Raise what `attribute` raises of what is known before the runs."""
-    if job.model.config.n_layers == 0:
+    if job.model.n_layers == 0:
         raise ValueError("a model without layers has nothing to attribute to")
     if job.probes == 1:
         raise ValueError("a standard error takes at least two probes, given probes=1")
     if job.probes and not isinstance(job.method, AtP):
         raise ValueError(f"probes tell the second-order error of AtP(); that of {job.method!r} is another")
-    job.method.check(job.model.config.n_layers, job.nodes, job.source is None)
+    job.method.check(job.model.n_layers, job.nodes, job.source is None)
     check_cells(job.nodes, verify, sample)
     for tokens in (job.base,) if job.source is None else (job.base, job.source):
-        check(job.model.config, tokens, {}, {})
+        check(job.model, tokens, {}, {})
     if not job.metrics:
         raise ValueError("there is no metric")
     for name, metric in job.programs.items():

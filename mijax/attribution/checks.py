@@ -13,7 +13,6 @@ from jax.custom_derivatives import SymbolicZero
 from mijax._types import Array
 from mijax.attribution.nodes import Nodes
 from mijax.metrics import AnyMetric
-from mijax.model.numerics import accumulator
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
@@ -95,7 +94,7 @@ def check_apart(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric
     """Raise `ValueError` where an example's metric depends on other examples: the gradient of their sum is then not its own."""
     if len(tokens.ids) == 1:
         return
-    shape, dtype = (*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype)
+    shape, dtype = model.sites["final_in"].shape(*tokens.ids.shape), model.dtype
     final = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
     if bool(_mixes(final, tokens, model.unembedding, model.b_U, metric)):
         raise ValueError(

@@ -14,7 +14,6 @@ from mijax.interventions.edits import Add
 from mijax.interventions.where import Where
 from mijax.meshes import automatic
 from mijax.metrics import AnyMetric, position
-from mijax.model.numerics import accumulator
 from mijax.model.parameters import check_parameters
 from mijax.model.sites import UNITS, site_of
 from mijax.model.tokens import Tokens, as_tokens
@@ -63,12 +62,12 @@ def gradients(
     where = Where() if pos is None else Where(pos=position(pos))
     capture = {site: None if pos is None else where for site in sites}
     # Inside `shard_map`, what does not vary over the mesh has a gradient that is summed over it: another device's examples.
-    zero, zeros = zero_varying_like((model, tokens, program), accumulator(model.W_E.dtype)).reshape(()), {}
+    zero, zeros = zero_varying_like((model, tokens, program), model.dtype).reshape(()), {}
     for site in sites:
-        found = site_of(site, model.config)
+        found = site_of(site, model.sites)
         if pos is not None and "pos" not in found.axes:
             raise ValueError(f"site {site!r} has no positions of its own, only {', '.join(found.axes)}")
-        shape = zip(found.axes, found.shape(model.config, tokens))
+        shape = zip(found.axes, found.shape(*tokens.ids.shape))
         sizes = [1 if axis == "pos" and pos is not None else n for axis, n in shape]
         zeros[site] = jnp.broadcast_to(zero, sizes)
 
@@ -116,8 +115,8 @@ def concept(
     positive, negative = as_tokens(positive), as_tokens(negative)
     check_pair(positive, negative)
     check_differ(positive, negative)
-    found = site_of(site, model.config)
-    if found.inner_axes[-1] not in UNITS or "pos" not in found.axes:
+    found = site_of(site, model.sites)
+    if not found.has_vectors or "pos" not in found.axes:
         raise ValueError(
             f"a concept has a direction at a site of vectors; {site!r} has the axes {', '.join(found.axes)}"
         )
@@ -126,7 +125,7 @@ def concept(
     if not getattr(metric, "per_example", False):
         check_apart(model, positive, name, program)
     for tokens in (positive, negative):
-        check(model.config, tokens, {}, {site: Where(pos=position(pos))})
+        check(model, tokens, {}, {site: Where(pos=position(pos))})
     yes, no = (_found(model, tokens, program, site, pos) for tokens in (positive, negative))
     for own, what in ((yes, "positive"), (no, "negative")):
         checked({name: own.values}, what)

@@ -18,7 +18,6 @@ from mijax.attribution.nodes import Nodes, spread
 from mijax.attribution.side_by_side import gated, group_size
 from mijax.attribution.taps import Path
 from mijax.metrics import AnyMetric
-from mijax.model.numerics import accumulator
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.layout import row_bytes
@@ -102,20 +101,20 @@ def _equal(batch: int, most: int) -> int:
 def layers_bytes(model: Transformer) -> int:
     """The bytes of the parameters of two layers, of which XLA makes copies as it comes to them, forwards and backwards."""
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.blocks))
-    return 2 * total // max(1, model.config.n_layers)
+    return 2 * total // max(1, model.n_layers)
 
 
 def prompt_bytes(job: Job, checkpoint: int) -> int:
     """The bytes that one more prompt takes: what the backward pass finds kept, what a layer works with, and gates."""
-    config, pos = job.model.config, job.base.ids.shape[1]
+    pos, sites = job.base.ids.shape[1], job.model.sites
     leaves, treedef = jax.tree.flatten(jax.tree.map(_shape_of, job.model))
     kept = functools.partial(_kept, tuple(leaves), treedef, pos, job.source is None, job.layout, job.method)
-    n, itemsize = max(1, config.n_layers), accumulator(job.model.W_E.dtype).itemsize
+    n, itemsize = max(1, job.model.n_layers), job.model.dtype.itemsize
     streams = kept(1) / n
     held = kept(0) if checkpoint == 0 else streams * (n if checkpoint == 1 else n // group_size(n) + group_size(n))
     recomputed = job.method.path(1).recompute
     runs = 4 if job.method.path(1).inputs is not None else 3  # forwards and backwards
-    scores = config.n_heads * pos**2 * itemsize * (48 if recomputed else 4 * runs)
+    scores = sites["pattern"].sizes["head"] * pos**2 * itemsize * (48 if recomputed else 4 * runs)
     layer = runs * pos * row_bytes(job.model, job.nodes) + scores
     gates = sum(int(np.prod(shape if cells is None else (cells,))) for _, shape, cells in job.layout) * itemsize
     return int((held + layer) * (2.5 if job.probes else 1)) + gates * (4 if job.probes or recomputed else 3)
@@ -130,12 +129,17 @@ def _kept(
 
     def residuals(batch: int) -> int:
         ids = jax.ShapeDtypeStruct((batch, pos), jnp.int32)
-        gates = {site: jax.ShapeDtypeStruct((batch, *shape), accumulator(model.W_E.dtype)) for site, shape, _ in layout}
+        gates = {site: jax.ShapeDtypeStruct((batch, *shape), model.dtype) for site, shape, _ in layout}
 
         def kept(gates, model, ids):
             tokens = Tokens.tree_unflatten(None, (ids, jnp.ones(ids.shape, bool)))
             at = lambda gates: gated(
-                model, tokens, None if alone else ids, spread(gates, {}, {}), method.path(batch), checkpoint
+                model,
+                tokens,
+                None if alone else ids,
+                spread(model.sites, gates, {}, {}),
+                method.path(batch),
+                checkpoint,
             )
             return jax.vjp(lambda gates: jnp.sum(at(gates)[0].final), gates)[1]
 
@@ -217,16 +221,16 @@ def _chunk(
     examples: Int[Array, " batch"], key: Array, layout: Layout, probes: int, checkpoint: int,
 ) -> dict[str, Array]:  # fmt: skip
     """What is found for a chunk of prompts."""
-    dtype, shapes = accumulator(model.W_E.dtype), {site: shape for site, shape, _ in layout}
+    dtype, shapes = model.dtype, {site: shape for site, shape, _ in layout}
     gates = {
         s: jnp.zeros((len(examples), *(shape if cells is None else (cells,))), dtype) for s, shape, cells in layout
     }
 
     def measured(gates: dict[str, Array], path: Path):
-        own, other = gated(model, tokens, source, spread(gates, shapes, members), path, checkpoint)
+        own, other = gated(model, tokens, source, spread(model.sites, gates, shapes, members), path, checkpoint)
         return values_of(metrics, own), {} if other is None else values_of(metrics, other)
 
-    found = method(measured, gates, model.config.n_layers)
+    found = method(measured, gates, model.sites)
     flat = {f"{run}:{name}": v for run, own in zip(("base", "source"), found.runs) for name, v in own.items()}
     flat |= {f"gap:{name}": v for name, v in (found.gap or {}).items()}
     by_site = {"term": found.terms, "unsigned": found.unsigned}

@@ -1,8 +1,11 @@
 """Attribution patching: every cell of a patching grid from one gradient (Nanda 2023; Syed et al. 2023)."""
 
+from collections.abc import Mapping
+
 from mijax._types import Array
 from mijax.attribution.method import Estimates, Measured, Method, gradients
 from mijax.attribution.taps import Path
+from mijax.model.sites import Site
 
 
 class AtP(Method):
@@ -12,7 +15,7 @@ class AtP(Method):
     saturated, and where several ways cancel. Without a source it is gradient x input, with the sign of an ablation.
     """
 
-    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Estimates:
+    def __call__(self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site]) -> Estimates:
         """Two forward passes and one backward."""
         runs, found = gradients(lambda gates: measured(gates, Path()), gates)
         return Estimates(runs, {name: own for name, (own,) in found.items()})

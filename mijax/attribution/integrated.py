@@ -12,6 +12,7 @@ from mijax._types import Array
 from mijax.attribution.method import Estimates, Measured, Method, gradients
 from mijax.attribution.nodes import Nodes, overlap
 from mijax.attribution.taps import Path
+from mijax.model.sites import Site
 
 
 class IntegratedGradients(Method):
@@ -54,7 +55,7 @@ class IntegratedGradients(Method):
         """Along the gates, they open; along the inputs, the base run goes beside."""
         return Path(opened=True) if self.along == "gate" else Path(inputs=jnp.zeros((batch,)))
 
-    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Estimates:
+    def __call__(self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site]) -> Estimates:
         """`steps` times one backward pass, in the memory of one."""
         runs = measured(gates, Path())
         base = runs[0]

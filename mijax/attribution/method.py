@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mijax._types import Array, Float
 from mijax.attribution.nodes import Nodes
 from mijax.attribution.taps import Path
+from mijax.model.sites import Site
 
 Values: TypeAlias = dict[str, Float[Array, " batch"]]
 """By metric."""
@@ -40,8 +41,8 @@ class Method(eqx.Module):
     """A way of turning gradients with respect to gates into estimates of what patching does."""
 
     @abc.abstractmethod
-    def __call__(self, measured: Measured, gates: dict[str, Array], n_layers: int) -> Estimates:
-        """The terms at `gates`, which are zeros."""
+    def __call__(self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site]) -> Estimates:
+        """The terms at `gates`, which are zeros; `sites` are the model's."""
 
     def check(self, n_layers: int, nodes: Mapping[str, Nodes], alone: bool) -> None:
         """Raise `ValueError` for cells, or a model, that it has no estimate for; `alone`, where there is no source."""

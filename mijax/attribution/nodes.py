@@ -10,11 +10,10 @@ import numpy as np
 
 from mijax._types import Array, Bool, Float, Int
 from mijax.interventions.edits import Replace
-from mijax.interventions.tap import known_axes
-from mijax.interventions.where import Where, selection
-from mijax.model.config import Config
-from mijax.model.position import frame
-from mijax.model.sites import SELECTS, SITES, site_of
+from mijax.interventions.where import Where, known_axes, selection
+from mijax.model.position import Frame
+from mijax.model.sites import SELECTS, Site, site_of
+from mijax.model.tap import Point
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.cells import cells_of, check_cells
@@ -37,7 +36,7 @@ class Nodes(NamedTuple):
     site each holds: `(cell, index along each of the site's axes but batch)`, filled up by a cell that does not exist.
     """
 
-    site: str
+    site: Site
     axes: Mapping[str, int]
     shape: tuple[int, ...]
     grid: Grid | None = None
@@ -99,28 +98,28 @@ def nodes_of(model: Transformer, tokens: Tokens, sites: Sites) -> dict[str, Node
 
 
 def _nodes(model: Transformer, tokens: Tokens, site: str, over: Over) -> Nodes:
-    found = site_of(site, model.config)
-    full = found.shape(model.config, tokens)
+    found = site_of(site, model.sites)
+    full = found.shape(*tokens.ids.shape)
     if not isinstance(over, Grid):
         every = tuple(axis for axis in found.axes if axis != "batch" and SELECTS[axis] != "unit")
         axes = axes_of(model, tokens, site, every if over is None else over)
         kept = lambda axis: axis in axes or SELECTS[axis] in axes
-        return Nodes(site, axes, tuple(n if kept(axis) else 1 for axis, n in zip(found.axes, full) if axis != "batch"))
-    check_cells(model.config, tokens, cells_of({site: Replace(0.0, over)}))
+        return Nodes(found, axes, tuple(n if kept(axis) else 1 for axis, n in zip(found.axes, full) if axis != "batch"))
+    check_cells(model, tokens, cells_of({site: Replace(0.0, over)}))
     narrowed = over.where.given
     whole = tuple(n if axis == "batch" or SELECTS[axis] in narrowed else 1 for axis, n in zip(found.axes, full))
-    members = _members(model.config, tokens, site, over, whole)
-    return Nodes(site, {}, tuple(n for axis, n in zip(found.axes, whole) if axis != "batch"), over, members)
+    members = _members(model, tokens, found, over, whole)
+    return Nodes(found, {}, tuple(n for axis, n in zip(found.axes, whole) if axis != "batch"), over, members)
 
 
-def _members(config: Config, tokens: Tokens, site: str, grid: Grid, shape: tuple[int, ...]) -> np.ndarray:
+def _members(model: Transformer, tokens: Tokens, site: Site, grid: Grid, shape: tuple[int, ...]) -> np.ndarray:
     """The entries of each cell, by example."""
-    batch = SITES[site].axes.index("batch")
+    batch, frame = site.axes.index("batch"), model.frame(tokens)
     step = max(1, MASK_BYTES // int(np.prod(shape)))
     some = lambda begin: jax.tree.map(lambda index: index[begin : begin + step], grid.where)
     found = []
     for begin in range(0, grid.size, step):
-        mask = np.asarray(_masks(config, tokens, site, some(begin)))
+        mask = np.asarray(_masks(site, frame, some(begin)))
         own = np.argwhere(np.broadcast_to(mask, (len(mask), *shape)))
         found.append(own + np.eye(1, own.shape[1], dtype=int) * begin)
     every = np.concatenate(found)
@@ -135,30 +134,32 @@ def _members(config: Config, tokens: Tokens, site: str, grid: Grid, shape: tuple
 
 
 @eqx.filter_jit
-def _masks(config: Config, tokens: Tokens, site: str, where: Where) -> Bool[Array, "cell ..."]:
+def _masks(site: Site, frame: Frame, where: Where) -> Bool[Array, "cell ..."]:
     """Which entries of a site, its axes collapsed that the grid does not narrow, each cell holds."""
-    found, positions = SITES[site], frame(config, tokens, jnp.float32)
-    inner = found.shape(config, tokens)[found.has_layer :]
+    inner = site.shape(*frame.positions.shape)[site.has_layer :]
 
     def cell(where: Where) -> Bool[Array, "..."]:
         def layer(index: Int[Array, ""] | None) -> Bool[Array, "..."]:
-            return selection(where, found.inner_axes, known_axes(config, positions, found, inner, index))
+            return selection(where, site.inner_axes, known_axes(Point(site, index, frame), inner))
 
-        if not found.has_layer:
+        if not site.has_layer:
             return layer(None)
-        layers = config.n_layers if where.layer is not None else 1
+        layers = site.sizes["layer"] if where.layer is not None else 1
         return jax.lax.map(layer, jnp.arange(layers, dtype=jnp.int32))
 
     return jax.lax.map(cell, where)
 
 
 def spread(
-    gates: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]], members: Mapping[str, Array]
+    sites: Mapping[str, Site],
+    gates: Mapping[str, Array],
+    shapes: Mapping[str, tuple[int, ...]],
+    members: Mapping[str, Array],
 ) -> dict[str, Array]:
     """Gates by entry of each site, in the order of its axes: those of the cells that hold it, added up."""
     return {
         site: jnp.moveaxis(
-            _spread(gate, shapes[site], members[site]) if site in members else gate, 0, SITES[site].axes.index("batch")
+            _spread(gate, shapes[site], members[site]) if site in members else gate, 0, sites[site].axes.index("batch")
         )
         for site, gate in gates.items()
     }
@@ -171,8 +172,8 @@ def _spread(gate: Float[Array, "batch cell"], shape: tuple[int, ...], members: I
     return jnp.zeros((len(gate), *shape), gate.dtype).at[(example, *index)].add(own)
 
 
-def _without_batch(site: str) -> tuple[str, ...]:
-    return tuple(axis for axis in SITES[site].axes if axis != "batch")
+def _without_batch(site: Site) -> tuple[str, ...]:
+    return tuple(axis for axis in site.axes if axis != "batch")
 
 
 def overlap(nodes: Nodes) -> bool:

@@ -4,37 +4,40 @@ Where attention is saturated, the pattern does not change with small changes of 
 honest and useless. The pattern with the query or key of the source run is cheap to compute exactly.
 """
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Float, Heads, KVHeads, Scores
 from mijax.model.attention import masked_softmax, scaled_scores
-from mijax.model.config import Config
 from mijax.model.position import Frame
 
 
 def queries_changed(
-    config: Config, frame: Frame, own: Mapping[str, Array], source: Heads, gate: Float[Array, "batch #pos #head 1"]
+    frame: Frame, scale: float, k: KVHeads, pattern: Scores, source: Heads, gate: Float[Array, "batch #pos #head 1"]
 ) -> Scores:
     """The gate of each query times what its row of the pattern changes by."""
-    new = masked_softmax(scaled_scores(config, source, _key(own), source.dtype), frame)
-    return jnp.moveaxis(gate[..., 0], 1, 2)[..., None] * (new - own["pattern"])
+    new = masked_softmax(scaled_scores(source, k, scale, source.dtype), frame)
+    return jnp.moveaxis(gate[..., 0], 1, 2)[..., None] * (new - pattern)
 
 
 def keys_changed(
-    config: Config, frame: Frame, own: Mapping[str, Array], source: KVHeads, gate: Float[Array, "batch #key #kv_head 1"]
+    frame: Frame,
+    scale: float,
+    q: Heads,
+    scores: Scores,
+    pattern: Scores,
+    source: KVHeads,
+    gate: Float[Array, "batch #key #kv_head 1"],
 ) -> Scores:
     """The gate of each key times what the pattern changes by, summed over keys; where a gate stands for all keys,
     they are exchanged together."""
-    new = scaled_scores(config, _query(own), source, source.dtype)
+    new = scaled_scores(q, source, scale, source.dtype)
     gate = jnp.moveaxis(gate[..., 0], 1, 2)[:, :, None]  # [batch, kv_head, 1, key]
     if gate.shape[1] > 1:
-        gate = jnp.repeat(gate, config.n_heads // config.n_kv_heads, axis=1)
+        gate = jnp.repeat(gate, q.shape[2] // source.shape[2], axis=1)
     if gate.shape[3] == 1 and new.shape[3] > 1:
-        return gate * (masked_softmax(new, frame) - own["pattern"])
-    return one_key_changed(own["attn_scores"], new, frame, own["pattern"], gate)
+        return gate * (masked_softmax(new, frame) - pattern)
+    return one_key_changed(scores, new, frame, pattern, gate)
 
 
 def one_key_changed(
@@ -46,7 +49,7 @@ def one_key_changed(
     1 - w[t] as they shared 1 - p[t]. Only a row's largest weight can be over a half, so only for it 1 - p[t] is lost to
     rounding, and what the others share is computed without it.
     """
-    allowed = frame.allowed[:, None]
+    allowed = frame.sight.allowed[:, None]
     some = jnp.any(allowed, axis=-1, keepdims=True)
     masked = jnp.where(allowed, scores, -jnp.inf)
     keys = jnp.arange(scores.shape[-1]).reshape(1, 1, 1, -1)
@@ -64,11 +67,3 @@ def one_key_changed(
     change = gate * (w - pattern) + pattern * (jnp.sum(scaled, axis=-1, keepdims=True) - scaled)
     moved = of_largest(gate * jnp.ones_like(w)) * ((1 - of_largest(w)) * shared - pattern)
     return change + jnp.where(largest, 0.0, moved)
-
-
-def _query(own: Mapping[str, Array]) -> Heads:
-    return own.get("rot_q", own["q"])
-
-
-def _key(own: Mapping[str, Array]) -> KVHeads:
-    return own.get("rot_k", own["k"])

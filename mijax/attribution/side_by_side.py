@@ -12,16 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Ids, Int, Stream
-from mijax.attribution.taps import KEPT, Gates, Path, Together, Toward, known, nothing
-from mijax.interventions.tap import Tap
-from mijax.model.block import block
-from mijax.model.numerics import accumulator
-from mijax.model.position import frame
+from mijax._types import Array, Ids, Stream
+from mijax.attribution.taps import KEPT, Gates, Held, Path, Together, Toward, gated_sites, known
+from mijax.interventions.capturing import Capturing, Kept
 from mijax.model.readout import Readout
-from mijax.model.sites import SITES
 from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer, embed, final_norm
+from mijax.model.transformer import Transformer
+from mijax.model.walk import Layer
 
 
 def gated(
@@ -38,58 +35,48 @@ def gated(
     computes again what is between the matrix products (`checkpoint` 0), each layer (1), or groups of layers and
     then each layer (2), which keeps the streams of about twice the root of the number of layers.
     """
-    config = model.config
-    n, dtype = config.n_layers, accumulator(model.W_E.dtype)
-    here = frame(config, tokens, dtype)
-    in_full = {s: jnp.broadcast_to(g, (n, *g.shape[1:])) for s, g in gates.items() if SITES[s].has_layer}
-    outer = {site: gate for site, gate in gates.items() if not SITES[site].has_layer}
+    here = model.frame(tokens)
     # What goes through the layers: the run that is differentiated, and those that it is compared with.
     others = {} if source is None else {"source": source}
     if path.inputs is not None:
         others["base"] = jnp.asarray(tokens.ids)
-    around = nothing(others)
-    beside = {}
+    sites, runs = gated_sites(model.sites, gates, path), tuple(others)
+    has_layer = lambda name: model.sites[name].has_layer
+    outer = {name: gate for name, gate in gates.items() if not has_layer(name)}
+    layered = {
+        name: jnp.broadcast_to(gate, (model.n_layers, *gate.shape[1:]))
+        for name, gate in gates.items()
+        if has_layer(name)
+    }
+    keep = Capturing(dict.fromkeys((*outer, "embed")), model.n_layers)
+    beside, kept = {}, {}
     for run, ids in others.items():
-        tap = Tap(config, here, {}, dict.fromkeys((*outer, "embed")))
-        beside[run] = embed(model, ids, here, tap)
-        around.others[run].update(tap.acts)
-    x = embed(model, jnp.asarray(tokens.ids), here, Toward(config, here, outer, path, around))
+        beside[run], kept[run] = model.embed(ids, here, keep, Kept({}, {}, {}))
+    around = lambda: Toward(outer, path, sites, Held({run: own.outer for run, own in kept.items()}, {}, {}))
+    x, _ = model.embed(jnp.asarray(tokens.ids), here, around(), {})
     tiled = lambda a: jnp.tile(jnp.asarray(a), (1 + len(others), 1))
-    every = frame(config, Tokens.tree_unflatten(None, (tiled(tokens.ids), tiled(tokens.mask))), dtype)
+    every = model.frame(Tokens.tree_unflatten(None, (tiled(tokens.ids), tiled(tokens.mask))))
 
-    def layer(carry: tuple[Stream, dict[str, Stream]], scanned: tuple[Int[Array, ""], dict[str, Array]]):
-        (x, beside), (index, own) = carry, scanned
-        params = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), model.blocks)
+    def body(layer: Layer, carry: tuple[Stream, dict[str, Stream]], own: dict[str, Array]) -> Any:
+        x, beside = carry
         first, rest, still = jax.lax.stop_gradient((x, beside, own))
-        together = Together(config, every, still, path, nothing(others))
+        together = Together(still, path, sites, runs)
         streams = jnp.concatenate([first, *(rest[run] for run in others)])
-        after = together.split(block(config, params, streams, every, together))
-        toward = Toward(config, here, own, path, together.held, index)
-        return (known(block(config, params, x, here, toward), after[0]), dict(zip(others, after[1:]))), None
+        after, held = layer(streams, every, together, together.init({}, every, x))
+        base, *rest = together.split(after)
+        x, _ = layer(x, here, Toward(own, path, sites, held, model.config.attn_scale), {})
+        return (known(x, base), dict(zip(others, rest))), None
 
-    x, beside = _scan(layer, (x, beside), (jnp.arange(n, dtype=jnp.int32), in_full), checkpoint)
+    group = group_size(model.n_layers) if checkpoint == 2 else 1
+    again = lambda function: _again(function, checkpoint)
+    (x, beside), _ = model.walk(body, (x, beside), layered, remat=again, group=group)
     ends = {}
     for run, stream in beside.items():
-        tap = Tap(config, here, {}, dict.fromkeys(outer))
-        ends[run] = final_norm(model, stream, tap)
-        around.others[run].update(tap.acts)
-    x = final_norm(model, x, Toward(config, here, outer, path, around))
-    readout = lambda final, tokens: Readout(final, tokens, model.unembedding, model.b_U)
+        ends[run], kept[run] = model.final(stream, here, keep, kept[run])
+    x, _ = model.final(x, here, around(), {})
     if source is None:
-        return readout(x, tokens), None
-    return readout(x, tokens), readout(ends["source"], Tokens.tree_unflatten(None, (source, tokens.mask)))
-
-
-def _scan(layer: Callable, carry: Any, scanned: Any, checkpoint: int) -> Any:
-    """Scan over the layers; or over groups of them, over each group's layers inside, and over those that are left."""
-    n, again = len(scanned[0]), _again(layer, checkpoint)
-    each = lambda carry, own: jax.lax.scan(again, carry, own)
-    if checkpoint < 2:
-        return each(carry, scanned)[0]
-    size = group_size(n)
-    grouped = jax.tree.map(lambda a: a[: n // size * size].reshape(n // size, size, *a.shape[1:]), scanned)
-    carry, _ = jax.lax.scan(_again(each, checkpoint), carry, grouped)
-    return _again(each, checkpoint)(carry, jax.tree.map(lambda a: a[n // size * size :], scanned))[0]
+        return model.readout(x, tokens), None
+    return model.readout(x, tokens), model.readout(ends["source"], Tokens.tree_unflatten(None, (source, tokens.mask)))
 
 
 def _again(function: Callable, checkpoint: int) -> Callable:

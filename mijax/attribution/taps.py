@@ -1,25 +1,23 @@
 """The taps of attribution: of all runs at once for their values, and of the base run for its derivative."""
 
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mijax._types import Array, Float, Int, Scores
 from mijax.attribution.recompute import keys_changed, queries_changed
-from mijax.interventions.tap import head_count
-from mijax.model.config import Config
-from mijax.model.position import Frame
-from mijax.model.sites import PER_HEAD_COPIES, SITES
+from mijax.model.sites import Site
+from mijax.model.tap import Point, Tap
 
 Gates = Mapping[str, Array]
 """By site, an array that broadcasts to all of the site, layer axis included."""
 
 RECOMPUTED = ("q", "k")
-PRODUCTS = ("q", "k", "v", "attn_out", "pre", "pre_linear", "mlp_out")
-"""The sites that are products with the parameters, too dear to be computed twice."""
+"""The sites whose gates may act through attention recomputed."""
 KEPT = "kept"
 """The name of what is kept for the backward pass."""
 
@@ -48,11 +46,6 @@ class Held(NamedTuple):
     changes: dict[str, Array]
 
 
-def nothing(runs: Collection[str]) -> Held:
-    """What is known of `runs` beside the base run before they are run."""
-    return Held({run: {} for run in runs}, {}, {})
-
-
 @jax.custom_jvp
 def known(computed: Array, value: Array) -> Array:
     """`value`, with the derivative of what gave it when it was `computed`: that is dead code, its derivative is not.
@@ -69,112 +62,115 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
     return known(*primals), tangents[0]
 
 
-class _Tap:
-    """What both have in common."""
+class Gated(Tap):
+    """What both taps have in common: the gates of one layer (or around the layers), and what else is done."""
 
-    def __init__(
-        self,
-        config: Config,
-        frame: Frame,
-        gates: Gates,
-        path: Path,
-        held: Held,
-        layer: Int[Array, ""] | None = None,
-    ):
-        self.config, self.frame, self.gates = config, frame, gates
-        self.path, self.held, self.layer = path, held, layer
-        self.own: dict[str, Array] = {}
+    gates: Gates
+    path: Path
+    touched: frozenset[str] = eqx.field(static=True)
 
-    def heads(self, site: str) -> Int[Array, " k"] | None:
-        assert site in PER_HEAD_COPIES
-        return jnp.arange(head_count(SITES[site], self.config), dtype=jnp.int32) if site in self.gates else None
-
-    def at(self, frame: Frame) -> Any:
-        raise AssertionError("every layer is run at all positions here")
+    @property
+    def sites(self):
+        """Those that `gated_sites` gives."""
+        return self.touched
 
     def gate(self, site: str) -> Array | None:
         """The site's gate, where it moves the site itself."""
         return None if self.path.recompute and site in RECOMPUTED else self.gates.get(site)
 
-    def change(self, site: str, x: Array) -> Array:
-        """What stands there in the source run (zeros without one) less what stands in the base run, which is `x`."""
-        others = self.held.others
-        there = others["source"][site] if "source" in others else jnp.zeros_like(x)
-        return there - (others["base"][site] if "base" in others else x)
+
+def change(held: Held, site: str, x: Array) -> Array:
+    """What stands there in the source run (zeros without one) less what stands in the base run, which is `x`."""
+    others = held.others
+    there = others["source"][site] if "source" in others else jnp.zeros_like(x)
+    return there - (others["base"][site] if "base" in others else x)
 
 
-class Together(_Tap):
-    """The tap of all runs at once, the base run's examples first: fills `held`, and moves the base run where gates are open."""
+class Together(Gated):
+    """The tap of all runs at once, the base run's examples first: fills `Held`, and moves the base run where gates are open."""
 
-    def __call__(self, site: str, x: Array, heads: Int[Array, " k"] | None = None) -> Array:
-        """Put into `held` what stands here, and move the base run."""
-        gate, products, changes = self.gate(site), self.held.products, self.held.changes
+    runs: tuple[str, ...] = eqx.field(static=True)
+
+    def init(self, sites, frame, zero):
+        """What is known of the other runs before they are run."""
+        return Held({run: {} for run in self.runs}, {}, {})
+
+    def at(self, point, x, state):
+        """Put into `Held` what stands here, and move the base run."""
+        site, name = point.site, point.site.name
         first, *rest = self.split(x)
-        for acts, other in zip(self.held.others.values(), rest):
-            acts[site] = other
-        if site in PRODUCTS:
-            products[site] = first
-        if gate is not None:
-            changes[site] = self.change(site, first)
-        return self.edited(site, x)
-
-    def edited(self, site: str, x: Array) -> Array:
-        """Move the base run."""
-        gate = self.gate(site)
+        gate, held = self.gate(name), state
+        others = {run: {**acts, name: other} for (run, acts), other in zip(state.others.items(), rest)}
+        here = Held(others, {}, {})
+        if not point.copy:
+            products = {**state.products, name: first} if site.product else state.products
+            changes = state.changes if gate is None else {**state.changes, name: change(here, name, first)}
+            held = Held(others, products, changes)
         if gate is None or not self.path.opened:
-            return x
-        first, *rest = self.split(x)
-        return jnp.concatenate([first + gate * self.change(site, first), *rest])
+            return x, held
+        return jnp.concatenate([first + gate * change(here, name, first), *rest]), held
 
     def split(self, x: Array) -> list[Array]:
         """Each run's part."""
-        return jnp.split(x, 1 + len(self.held.others))
+        return jnp.split(x, 1 + len(self.runs))
 
 
-class Toward(_Tap):
-    """The tap of the base run, moved by gates towards the source run; what is `held` of it is not computed again."""
+class Toward(Gated):
+    """The tap of the base run, moved by gates towards the source run; what is `held` of it is not computed again.
 
-    def __call__(self, site: str, x: Array, heads: Int[Array, " k"] | None = None) -> Array:
+    The state is what attention was made of, where it is recomputed, with products of queries and keys times `scale`.
+    """
+
+    held: Held
+    scale: float = eqx.field(static=True, default=1.0)
+
+    def init(self, sites, frame, zero):
+        """Nothing yet."""
+        return {}
+
+    def at(self, point, x, state):
         """Move it, from what is known of it."""
-        if site in self.held.products:
-            x = known(x, checkpoint_name(self.held.products[site], KEPT))
-        x = self._moved(site, x, self.held.changes.get(site))
-        if self.path.recompute and site in ("q", "k", "rot_q", "rot_k", "attn_scores"):
-            self.own[site] = x
-        return x
-
-    def edited(self, site: str, x: Array) -> Array:
-        """Move it."""
-        return self._moved(site, x, None)
-
-    def _moved(self, site: str, x: Array, change: Array | None) -> Array:
-        if site == "embed" and self.path.inputs is not None:
-            x = x + self.path.inputs.astype(x.dtype)[:, None, None] * (self.held.others["source"][site] - x)
-        gate = self.gate(site)
+        site, name = point.site, point.site.name
+        held = Held(self.held.others, {}, {}) if point.copy else self.held
+        if name in held.products:
+            x = known(x, checkpoint_name(held.products[name], KEPT))
+        if name == "embed" and self.path.inputs is not None:
+            x = x + self.path.inputs.astype(x.dtype)[:, None, None] * (held.others["source"][name] - x)
+        gate = self.gate(name)
         if gate is not None:
-            computed = self.change(site, x)
-            x = x + gate * (computed if change is None else known(computed, checkpoint_name(change, KEPT)))
-        if self.path.recompute and site == "pattern":
-            x = x + self._through_pattern(x)
-        if self.path.dropped is not None and site in ("attn_out", "mlp_out"):
-            x = jnp.where(self.layer == self.path.dropped, jax.lax.stop_gradient(x), x)
-        return x
+            computed = change(held, name, x)
+            x = x + gate * (
+                known(computed, checkpoint_name(held.changes[name], KEPT)) if name in held.changes else computed
+            )
+        if self.path.recompute and name == "pattern":
+            x = x + self._through_pattern(point, x, state)
+        if self.path.dropped is not None and site.added and site.has_layer:
+            x = jnp.where(point.layer == self.path.dropped, jax.lax.stop_gradient(x), x)
+        return x, {**state, name: x} if self.path.recompute and not point.copy else state
 
-    def _through_pattern(self, pattern: Scores) -> Scores | float:
+    def _through_pattern(self, point: Point, pattern: Scores, state: dict[str, Array]) -> Scores | float:
         """What gates at q and k add to the pattern, attention recomputed."""
-        given = {name: rotated(self.config, name) for name in RECOMPUTED if name in self.gates}
-        own = {name: jax.lax.stop_gradient(x) for name, x in self.own.items()}
-        own["pattern"] = jax.lax.stop_gradient(pattern)
-        others = self.held.others
-        source = others["source"] if "source" in others else {s: jnp.zeros_like(own[s]) for s in given.values()}
-        change = 0.0
-        if "q" in given:
-            change = queries_changed(self.config, self.frame, own, source[given["q"]], self.gates["q"])
-        if "k" in given:
-            change = change + keys_changed(self.config, self.frame, own, source[given["k"]], self.gates["k"])
-        return change
+        own = {name: jax.lax.stop_gradient(x) for name, x in state.items()} | {
+            "pattern": jax.lax.stop_gradient(pattern)
+        }
+        others, added = self.held.others, 0.0
+        source = lambda site: others["source"][site] if "source" in others else jnp.zeros_like(own[site])
+        q, k = (f"rot_{name}" if f"rot_{name}" in own else name for name in RECOMPUTED)
+        if "q" in self.gates:
+            added = queries_changed(point.frame, self.scale, own[k], own["pattern"], source(q), self.gates["q"])
+        if "k" in self.gates:
+            made = own[q], own["attn_scores"], own["pattern"]
+            added = added + keys_changed(point.frame, self.scale, *made, source(k), self.gates["k"])
+        return added
 
 
-def rotated(config: Config, site: str) -> str:
-    """The site whose values attention takes the products of."""
-    return f"rot_{site}" if config.positions == "rotary" else site
+def gated_sites(sites: Mapping[str, Site], gates: Gates, path: Path) -> frozenset[str]:
+    """The sites at which both taps must be called."""
+    names = {*gates, *(name for name, site in sites.items() if site.product)}
+    if path.inputs is not None:
+        names.add("embed")
+    if path.recompute:
+        names |= {"attn_scores", "pattern", *RECOMPUTED, *(sites[name].read_as or name for name in RECOMPUTED)}
+    if path.dropped is not None:
+        names |= {name for name, site in sites.items() if site.added}
+    return frozenset(names)

@@ -125,7 +125,7 @@ def _score(result: "xr.Dataset", site: str, whole: "xr.DataArray") -> Float[np.n
 def check_exact(job: Job, count: int, memory: int | None) -> None:
     """Raise where `count` cells of some site could not be measured, before anything runs."""
     for nodes in job.nodes.values():
-        edits = {nodes.site: Replace(0.0, _grid(job, nodes, np.arange(min(count, nodes.size))))}
+        edits = {nodes.site.name: Replace(0.0, _grid(job, nodes, np.arange(min(count, nodes.size))))}
         check_sweep(job.model, job.base, edits, job.metrics, {"memory": memory})
 
 
@@ -133,8 +133,8 @@ def _exact(job: Job, nodes: Nodes, cells: Int[np.ndarray, " k"], options: Option
     """The metrics `[cell, batch]` of some cells with the source's activations put in."""
     grid = _grid(job, nodes, cells)
     if job.source is None:
-        return swept(job.model, job.base, cells_of({nodes.site: Replace(0.0, grid)}), job.metrics, options).values
-    return patched(job.model, job.base, job.source, nodes.site, grid, job.metrics, options).values
+        return swept(job.model, job.base, cells_of({nodes.site.name: Replace(0.0, grid)}), job.metrics, options).values
+    return patched(job.model, job.base, job.source, nodes.site.name, grid, job.metrics, options).values
 
 
 def _grid(job: Job, nodes: Nodes, cells: Int[np.ndarray, " k"]) -> Grid:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from mijax.interventions.edits import Apply, Edit
-from mijax.model.config import Config
-from mijax.model.sites import SITES, Site
+from mijax.model.sites import Site
+from mijax.model.transformer import Transformer
 from mijax.programs.convert import Converted, convert, for_mesh_axes, name_of
 
 SIGNATURE = "(x, site, layer, positions)"
@@ -22,7 +22,7 @@ def has_functions(edits: Mapping[str, tuple[Edit, ...]]) -> bool:
 
 
 def convert_edits(
-    config: Config, edits: Mapping[str, tuple[Edit, ...]], batch: int, pos: int, keys: int, dtype: Any, beside: Any
+    model: Transformer, edits: Mapping[str, tuple[Edit, ...]], batch: int, pos: int, keys: int, beside: Any
 ) -> dict[str, tuple[Edit, ...]]:
     """The edits with every function converted, for `pos` tokens of each of `batch` prompts, which attend to `keys`.
 
@@ -33,26 +33,22 @@ def convert_edits(
     """
     if not has_functions(edits):
         return dict(edits)
-    converted = lambda keywords: _converted(config, edits, batch, pos, keys, dtype, keywords)
+    converted = lambda keywords: _converted(model, edits, (batch, pos, keys), keywords)
     return for_mesh_axes(converted, beside)
 
 
-def _converted(config: Config, edits: Any, batch: int, pos: int, keys: int, dtype: Any, keywords: dict[str, Any]):
-    sizes = {"batch": batch, "pos": pos, "query": pos, "key": keys}
-    sizes |= {"head": config.n_heads, "kv_head": config.n_kv_heads}
-    sizes |= {"d_model": config.d_model, "d_head": config.d_head, "d_mlp": config.d_mlp}
+def _converted(model: Transformer, edits: Any, sizes: tuple[int, int, int], keywords: dict[str, Any]):
     shaped = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, **keywords)
-    positions = shaped((batch, pos), jnp.int32)
+    positions = shaped(sizes[:2], jnp.int32)
 
-    def of_site(edit: Edit, name: str) -> Edit:
+    def of_site(edit: Edit, site: Site) -> Edit:
         if not isinstance(edit, Apply) or isinstance(edit.function, Converted):
             return edit
-        site = SITES[name]
-        x = shaped(tuple(sizes[axis] for axis in site.inner_axes), dtype)
+        x = shaped(site.shape(*sizes)[site.has_layer :], model.dtype)
         layer = shaped((), jnp.int32) if site.has_layer else None
         return eqx.tree_at(lambda e: e.function, edit, _function(edit.function, site, x, layer, positions))
 
-    return {name: tuple(of_site(edit, name) for edit in several) for name, several in edits.items()}
+    return {name: tuple(of_site(edit, model.sites[name]) for edit in several) for name, several in edits.items()}
 
 
 def _function(function: Any, site: Site, x: jax.ShapeDtypeStruct, layer: Any, positions: Any) -> Converted:

@@ -1,4 +1,4 @@
-"""Edits of packed rows: tokens of many cells at once, each edited as its own cell says."""
+"""The tap that edits packed rows: tokens of many cells at once, each edited as its own cell says."""
 
 from typing import Any
 
@@ -6,12 +6,42 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Int
+from mijax._types import Array
+from mijax.interventions.editing import edited
 from mijax.interventions.edits import Apply, Edit, by_layer
 from mijax.interventions.where import Axis, selection
-from mijax.model.config import Config
-from mijax.model.position import Frame, Rows
+from mijax.model.position import Packed, Rows
 from mijax.model.sites import Site
+from mijax.model.tap import Point, Tap
+
+
+class EditingRows(Tap):
+    """Edits rows one by one, or cell by cell where an edit must see, or a site holds, all of a cell.
+
+    `stacked` marks those arrays of `edits` that have a leading axis of cells; edits hold the arrays of all layers.
+    """
+
+    edits: dict[str, tuple[Edit, ...]]
+    stacked: dict[str, tuple[Any, ...]]
+
+    @property
+    def sites(self):
+        """Those that are edited."""
+        return frozenset(self.edits)
+
+    def at(self, point, x, state):
+        """The edited rows."""
+        site, frame = point.site, point.frame
+        assert isinstance(frame, Packed)
+        for edit, stacked in zip(self.edits[site.name], self.stacked[site.name]):
+            if "query" in site.axes or needs_whole_cells(edit, stacked):
+                moved, fixed = eqx.partition(_of_layer(edit, stacked, point), stacked)
+                whole = point._replace(frame=frame.whole)
+                alone = lambda moved, x, fixed=fixed, whole=whole: edited(eqx.combine(moved, fixed), whole, x)
+                x = jax.vmap(alone)(moved, _cells(frame.rows, x, site)).reshape(x.shape)
+            else:
+                x = _edited_rows(edit, stacked, point, frame, x)
+        return x, state
 
 
 def needs_whole_cells(edit: Edit, stacked: Any) -> bool:
@@ -20,10 +50,11 @@ def needs_whole_cells(edit: Edit, stacked: Any) -> bool:
     return isinstance(edit, Apply) or any(getattr(stacked, name) for name in edit.bases)
 
 
-def of_layer(edit: Any, stacked: Any, site: Site, layer: Int[Array, ""] | None) -> Any:
+def _of_layer(edit: Any, stacked: Any, point: Point) -> Any:
     """The edit with the arrays that differ between layers narrowed to one; arrays marked in `stacked` have a
     leading axis of cells."""
-    if layer is None or not site.has_layer:
+    layer = point.layer
+    if layer is None:
         return edit
     one = jax.tree.map(lambda leaf, s: leaf[0] if s else leaf, edit, stacked)
 
@@ -33,17 +64,13 @@ def of_layer(edit: Any, stacked: Any, site: Site, layer: Int[Array, ""] | None) 
         n = leaf.shape[1 if s else 0]
         return jnp.take(leaf, jnp.minimum(layer, n - 1), axis=1 if s else 0)
 
-    return jax.tree.map(narrow, edit, by_layer(one, len(site.axes)), stacked)
+    return jax.tree.map(narrow, edit, by_layer(one, len(point.site.axes)), stacked)
 
 
-def edit_rows(
-    config: Config, frame: Frame, site: Site, layer: Int[Array, ""] | None, edit: Edit, stacked: Any, x: Array
-) -> Array:
+def _edited_rows(edit: Edit, stacked: Any, point: Point, frame: Packed, x: Array) -> Array:
     """Apply an edit to rows `[1, row, ...]`: each row is a batch of one prompt of one token."""
-    rows = frame.rows
-    assert rows is not None and frame.whole is not None
-    edit = of_layer(edit, stacked, site, layer)
-    edit, mapped = _of_rows(edit, stacked, site, rows)
+    rows, site, layer = frame.rows, point.site, point.layer
+    edit, mapped = _of_rows(_of_layer(edit, stacked, point), stacked, site, rows)
     example, position, length = rows.example, frame.positions[0], frame.whole.lengths[rows.example]
     batch = rows.place.shape[1]
 
@@ -51,7 +78,7 @@ def edit_rows(
         known = {axis: Axis(jnp.arange(n, dtype=jnp.int32), n) for axis, n in zip(site.inner_axes, x.shape)}
         known |= {"batch": Axis(example[None], batch), "pos": Axis(position[None, None], length[None])}
         if layer is not None:
-            known["layer"] = Axis(layer[None], config.n_layers, layer[None])
+            known["layer"] = Axis(layer[None], site.sizes["layer"], layer[None])
         return jnp.where(selection(edit.where, site.inner_axes, known), edit(x), x)
 
     moved, fixed = eqx.partition(edit, mapped)
@@ -95,9 +122,8 @@ def _index_of_rows(index: Array, stacked: bool, field: str, rows: Rows) -> tuple
     return (index[rows.cell], True) if stacked else (index, False)
 
 
-def cells_of(frame: Frame, x: Array, site: Site) -> Array:
+def _cells(rows: Rows, x: Array, site: Site) -> Array:
     """`[cell, batch, ...]` of an activation of all cells: scores stand so already, rows do where all are there."""
-    assert frame.rows is not None
-    cells, batch, pos = frame.rows.place.shape
+    cells, batch, pos = rows.place.shape
     inner = x.shape[1:] if "query" in site.axes else (pos, *x.shape[2:])
     return x.reshape(cells, batch, *inner)

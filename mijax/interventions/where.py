@@ -10,6 +10,7 @@ import numpy as np
 
 from mijax._types import Array, Bool, Int
 from mijax.model.sites import SELECTS
+from mijax.model.tap import Point
 from mijax.model.tokens import integers, is_concrete
 
 FIELDS = ("layer", "batch", "pos", "head", "unit", "query", "key")
@@ -172,6 +173,23 @@ def check_range(where: Where, site: str, lengths: dict[str, Any]) -> None:
             )
 
 
+def known_axes(point: Point, shape: tuple[int, ...]) -> dict[str, Axis]:
+    """What `Where` is compared with at a point whose activation has (inner) `shape`: every axis's labels, and the layer."""
+    site, frame, axes = point.site, point.frame, {}
+    for axis, n in zip(site.inner_axes, shape):
+        if axis in ("pos", "query"):
+            axes[axis] = Axis(frame.positions, frame.lengths, frame.entries)
+        elif axis == "key":
+            axes[axis] = Axis(frame.keys, frame.lengths)
+        elif axis == site.head_axis and point.heads is not None:
+            axes[axis] = Axis(point.heads, site.sizes[axis], point.heads)
+        else:
+            axes[axis] = Axis(jnp.arange(n, dtype=jnp.int32), n)
+    if point.layer is not None:
+        axes["layer"] = Axis(point.layer[None], site.sizes["layer"], point.layer[None])
+    return axes
+
+
 def narrow(x: Array, where: Where, axes: Sequence[str], known: dict[str, Axis]) -> Array:
     """Keep of `x` (inside one layer) the entries that `where` names, axis by axis; no axis is dropped."""
     for axis in sorted(axes, key=lambda axis: axis == "batch"):  # last: positions are known for the whole batch
@@ -184,3 +202,10 @@ def narrow(x: Array, where: Where, axes: Sequence[str], known: dict[str, Axis]) 
         place = jnp.argmax(member, axis=1 + i).astype(jnp.int32)  # [k, *other axes]
         x = jnp.take_along_axis(x, jnp.moveaxis(place, 0, i), axis=i)
     return x
+
+
+def narrowed_shape(where: Where | None, axes: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of what `narrow` gives."""
+    given = {} if where is None else where.given
+    size = lambda index: jnp.shape(index)[-1] if jnp.ndim(index) else 1
+    return tuple(size(given[SELECTS[a]]) if SELECTS[a] in given else n for a, n in zip(axes, shape))

@@ -1,6 +1,6 @@
 """Attention, the only statement of it: MHA, GQA and MQA, with every site inside it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ from mijax.model.config import Config
 from mijax.model.norm import Norm, normalise
 from mijax.model.numerics import einsum
 from mijax.model.position import Frame, rotate
-from mijax.model.sites import Tap
+from mijax.model.tap import Visit
 
 
 class Attention(eqx.Module):
@@ -27,11 +27,11 @@ class Attention(eqx.Module):
     b_O: Float[Array, "layer d_model"] | None
 
 
-class Memory(NamedTuple):
-    """Keys and values of one layer for all tokens of a batch, as they were when those were computed."""
+class KVCache(NamedTuple):
+    """Keys and values for all tokens of a batch, as attention takes products of them; of one layer, or of all."""
 
-    k: KVHeads
-    v: KVHeads
+    k: KVHeads | Float[Array, "layer batch key kv_head d_head"]
+    v: KVHeads | Float[Array, "layer batch key kv_head d_head"]
 
 
 class Branch(NamedTuple):
@@ -43,95 +43,93 @@ class Branch(NamedTuple):
 
 
 def attention(
-    config: Config, params: Attention, ln1: Norm, x: Stream, frame: Frame, tap: Tap, memory: Memory | None = None
-) -> Asked:
-    """What attention adds to the residual stream `x`, at `frame.asked` if that is given.
-
-    Where `x` holds only `frame.columns` or `frame.rows` of the tokens, the keys and values of the others come from
-    `memory`.
-    """
-    branch = Branch(ln1, x, normalise(config, ln1, x, "ln1", tap))
-    k = _project(config, branch, params.W_K, params.b_K, "k", tap)
-    v = _project(config, branch, params.W_V, params.b_V, "v", tap)
-    if config.positions == "rotary":
-        k = tap("rot_k", rotate(config, k, frame))
-    if memory is not None and frame.rows is not None:
-        k, v = frame.rows.fill(k, memory.k), frame.rows.fill(v, memory.v)
-    elif memory is not None:
-        k, v = (held.at[:, frame.columns].set(own) for held, own in zip(memory, (k, v)))
-    if frame.asked is not None:
-        frame, index = frame.asked
-        branch, tap = Branch(ln1, branch.stream[:, index], branch.normed[:, index]), tap.at(frame)
-    q = _project(config, branch, params.W_Q, params.b_Q, "q", tap)
-    if config.positions == "rotary":
-        q = tap("rot_q", rotate(config, q, frame))
-    if frame.rows is None:
-        z = _mix(config, q, k, v, frame, tap, params.W_Q.dtype)
-    else:
-        z = frame.rows.gather(_mix(config, frame.rows.spread(q), k, v, frame, tap, params.W_Q.dtype))
-    z = tap("z", z)
+    config: Config, params: Attention, ln1: Norm, x: Stream, visit: Visit, state: Any, held: KVCache | None = None
+) -> tuple[Asked, Any]:
+    """What attention adds to the residual stream `x`, at the tokens that the frame reads; and the tap's state."""
+    frame, rotary = visit.frame, config.positions == "rotary"
+    normed, state = normalise(config, ln1, x, "ln1", visit, state)
+    branch = Branch(ln1, x, normed)
+    k, state = _project(config, branch, params.W_K, params.b_K, "k", visit, state)
+    v, state = _project(config, branch, params.W_V, params.b_V, "v", visit, state)
+    if rotary:
+        k, state = visit("rot_k", rotate(config, k, frame), state)
+    k, v = (frame.join(own, other) for own, other in zip((k, v), (None, None) if held is None else held))
+    if frame.reading is not None:
+        frame, index = frame.reading
+        branch, visit = Branch(ln1, x[:, index], normed[:, index]), visit._replace(frame=frame)
+    q, state = _project(config, branch, params.W_Q, params.b_Q, "q", visit, state)
+    if rotary:
+        q, state = visit("rot_q", rotate(config, q, frame), state)
+    z, state = _mix(config, frame.spread(q), k, v, visit, state, params.W_Q.dtype)
+    z, state = visit("z", frame.gather(z), state)
     # As one matrix, whose transpose XLA's products take as it is; with an axis of heads it would be copied.
     out = einsum("bpi,id->bpd", z.reshape(*z.shape[:2], -1), params.W_O.reshape(-1, config.d_model))
     if params.b_O is not None:
         out = out + params.b_O.astype(out.dtype)[None, None]
-    return tap("attn_out", out + _result_change(z, params.W_O, tap))
+    change, state = _result_change(z, params.W_O, visit, state)
+    return visit("attn_out", out + change, state)
 
 
-def _mix(config: Config, q: Heads, k: KVHeads, v: KVHeads, frame: Frame, tap: Tap, dtype) -> Heads:
+def _mix(config: Config, q: Heads, k: KVHeads, v: KVHeads, visit: Visit, state: Any, dtype) -> tuple[Heads, Any]:
     """Scores, pattern, and the values that the pattern gathers; a query with no key gathers zero."""
     batch, n_query = q.shape[:2]
-    scores = tap("attn_scores", scaled_scores(config, q, k, dtype))
-    pattern = tap("pattern", masked_softmax(scores, frame))
+    scores, state = visit("attn_scores", scaled_scores(q, k, config.attn_scale, dtype), state)
+    pattern, state = visit("pattern", masked_softmax(scores, visit.frame), state)
     # An edit may attend to any token, the future included, but padding is none.
-    pattern = jnp.where((frame.keys >= 0)[:, None, None, :], pattern, 0.0)
+    pattern = jnp.where((visit.frame.keys >= 0)[:, None, None, :], pattern, 0.0)
     by_group = pattern.reshape(batch, config.n_kv_heads, -1, n_query, k.shape[1])
     # 0 * inf is NaN: a value that is not finite must reach the queries that attend to it, and no others.
     finite = jnp.isfinite(v)
     z = einsum("bhgqk,bkhe->bqhge", by_group, jnp.where(finite, v, 0.0), dtype)
     broken = jnp.moveaxis(~jnp.all(finite, axis=-1), 1, 2)[:, :, None, None]  # [batch, kv_head, 1, 1, key]
     reached = jnp.moveaxis(jnp.any(broken & (by_group != 0), axis=-1), 3, 1).reshape(q.shape[:3])
-    return jnp.where(reached[..., None], jnp.nan, z.reshape(q.shape))
+    return jnp.where(reached[..., None], jnp.nan, z.reshape(q.shape)), state
 
 
-def scaled_scores(config: Config, q: Heads, k: KVHeads, dtype) -> Scores:
+def scaled_scores(q: Heads, k: KVHeads, scale: float, dtype) -> Scores:
     """Queries times the keys of their key/value head, scaled."""
-    batch, n_query, _, d_head = q.shape
-    grouped = (batch, n_query, config.n_kv_heads, config.n_heads // config.n_kv_heads, d_head)
-    scores = einsum("bqhge,bkhe->bhgqk", q.reshape(grouped), k, dtype) * config.attn_scale
-    return scores.reshape(batch, config.n_heads, n_query, k.shape[1])
+    (batch, n_query, n_heads, d_head), (_, n_key, n_kv_heads, _) = q.shape, k.shape
+    grouped = q.reshape(batch, n_query, n_kv_heads, n_heads // n_kv_heads, d_head)
+    scores = einsum("bqhge,bkhe->bhgqk", grouped, k, dtype) * scale
+    return scores.reshape(batch, n_heads, n_query, n_key)
 
 
 def masked_softmax(scores: Scores, frame: Frame) -> Scores:
     """The pattern of scores over the keys that each query may see."""
-    allowed = frame.allowed[:, None] & (scores != -jnp.inf)  # an edit may cut a key by -inf; NaN stays NaN
+    allowed = frame.sight.allowed[:, None] & (scores != -jnp.inf)  # an edit may cut a key by -inf; NaN stays NaN
     # A row without any key (padding, or all cut) comes out uniform here and zero below, never NaN.
     pattern = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
     return jnp.where(allowed, pattern, 0.0)
 
 
-def _project(config: Config, branch: Branch, W: Array, b: Array | None, name: str, tap: Tap) -> Heads:
+def _project(
+    config: Config, branch: Branch, W: Array, b: Array | None, name: str, visit: Visit, state: Any
+) -> tuple[Heads, Any]:
     flat = einsum("bpd,di->bpi", branch.normed, W.reshape(config.d_model, -1))
     out = flat.reshape(*flat.shape[:2], *W.shape[1:])
     if b is not None:
         out = out + b.astype(out.dtype)[None, None]
-    heads = tap.heads(f"{name}_input")
+    heads = visit.heads(f"{name}_input")
     if heads is not None:
         before = jnp.broadcast_to(branch.stream[:, :, None], (*branch.stream.shape[:2], heads.size, config.d_model))
-        after = tap(f"{name}_input", before, heads)
-        norm = jax.vmap(lambda x: normalise(config, branch.params, x, "ln1", tap.edited), in_axes=2, out_axes=2)
+        after, state = visit(f"{name}_input", before, state, heads)
+        copy = visit._replace(copy=True)
+        norm = jax.vmap(lambda x: normalise(config, branch.params, x, "ln1", copy, state)[0], in_axes=2, out_axes=2)
         change = einsum("bpjd,dje->bpje", norm(after) - branch.normed[:, :, None], W[:, heads])
         out = out.at[:, :, heads].add(jnp.where(_first_of_each(heads), change, 0.0))
-    return tap(name, out)
+    return visit(name, out, state)
 
 
-def _result_change(z: Heads, W_O: Float[Array, "head d_head d_model"], tap: Tap) -> Stream | float:
+def _result_change(
+    z: Heads, W_O: Float[Array, "head d_head d_model"], visit: Visit, state: Any
+) -> tuple[Stream | float, Any]:
     """What edits of `result` change in the sum over heads, computed for the edited heads only."""
-    heads = tap.heads("result")
+    heads = visit.heads("result")
     if heads is None:
-        return 0.0
+        return 0.0, state
     before = einsum("bpje,jed->bpjd", z[:, :, heads], W_O[heads])
-    change = tap("result", before, heads) - before
-    return jnp.sum(jnp.where(_first_of_each(heads), change, 0.0), axis=2)
+    after, state = visit("result", before, state, heads)
+    return jnp.sum(jnp.where(_first_of_each(heads), after - before, 0.0), axis=2), state
 
 
 def _first_of_each(heads: Int[Array, " k"]) -> Bool[Array, "1 1 k 1"]:

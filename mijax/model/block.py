@@ -1,15 +1,16 @@
-"""One layer. There is no other statement of it: every kind of run calls this one."""
+"""One layer. There is no other statement of it: every kind of run calls this one, by way of the walk."""
+
+from typing import Any
 
 import equinox as eqx
 import jax
 
 from mijax._types import Array, Asked, Bool, Stream
-from mijax.model.attention import Attention, Memory, attention
+from mijax.model.attention import Attention, KVCache, attention
 from mijax.model.config import Config
 from mijax.model.mlp import MLP, mlp
 from mijax.model.norm import Norm
-from mijax.model.position import Frame
-from mijax.model.sites import Tap
+from mijax.model.tap import Visit
 
 
 class Block(eqx.Module):
@@ -25,35 +26,39 @@ def block(
     config: Config,
     params: Block,
     x: Stream,
-    frame: Frame,
-    tap: Tap,
-    memory: Memory | None = None,
+    visit: Visit,
+    state: Any,
+    held: KVCache | None = None,
     attended: Bool[Array, ""] | None = None,
-) -> Asked:
-    """Run one layer (`params` without the layer axis) on the residual stream, or what `frame.asked` asks of it.
+) -> tuple[Asked, Any]:
+    """Run one layer (`params` without the layer axis) on the residual stream, or what the frame reads of it.
 
-    Where `attended` is true, `x` holds already what attention adds to it, and the second half alone is run.
+    `held` are the keys and values of tokens that are not computed. Where `attended` is true, `x` holds already what attention
+    adds to it, and the second half alone is run. Gives the stream and the tap's state.
     """
-    first = lambda x: _attend(config, params, x, frame, tap, memory)
-    x, after = first(x) if attended is None else jax.lax.cond(attended, lambda x: (asked(frame, x),) * 2, first, x)
-    if frame.asked is not None:
-        tap = tap.at(frame.asked[0])
+    frame = visit.frame
+    first = lambda x, state: _attend(config, params, x, visit, state, held)
+    if attended is None:
+        x, after, state = first(x, state)
+    else:
+        x, after, state = jax.lax.cond(
+            attended, lambda x, state: (frame.read(x), frame.read(x), state), first, x, state
+        )
+    if frame.reading is not None:
+        visit = visit._replace(frame=frame.reading[0])
     if params.mlp is not None and params.ln2 is not None:
-        after = after if config.parallel else tap("resid_mid", after)
-        after = after + mlp(config, params.mlp, params.ln2, x if config.parallel else after, tap)
-    return tap("resid_post", after)
+        if not config.parallel:
+            after, state = visit("resid_mid", after, state)
+        added, state = mlp(config, params.mlp, params.ln2, x if config.parallel else after, visit, state)
+        after = after + added
+    return visit("resid_post", after, state)
 
 
 def _attend(
-    config: Config, params: Block, x: Stream, frame: Frame, tap: Tap, memory: Memory | None
-) -> tuple[Asked, Asked]:
-    """The stream before and after attention."""
-    x = tap("resid_pre", x)
-    written = attention(config, params.attn, params.ln1, x, frame, tap, memory)
-    x = asked(frame, x)
-    return x, x + written
-
-
-def asked(frame: Frame, x: Stream) -> Asked:
-    """The rows of which more than keys and values is needed."""
-    return x if frame.asked is None else x[:, frame.asked[1]]
+    config: Config, params: Block, x: Stream, visit: Visit, state: Any, held: KVCache | None
+) -> tuple[Asked, Asked, Any]:
+    """The stream before and after attention, and the tap's state."""
+    x, state = visit("resid_pre", x, state)
+    added, state = attention(config, params.attn, params.ln1, x, visit, state, held)
+    x = visit.frame.read(x)
+    return x, x + added, state

@@ -1,5 +1,7 @@
 """The MLP: dense or gated."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 
@@ -7,7 +9,7 @@ from mijax._types import Array, Float, Stream
 from mijax.model.config import Config
 from mijax.model.norm import Norm, normalise
 from mijax.model.numerics import einsum
-from mijax.model.sites import Tap
+from mijax.model.tap import Visit
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -28,17 +30,21 @@ class MLP(eqx.Module):
     b_gate: Float[Array, "layer d_mlp"] | None
 
 
-def mlp(config: Config, params: MLP, ln2: Norm, x: Stream, tap: Tap) -> Stream:
-    """What the MLP adds to the residual stream, of which it sees `x`."""
-    x = normalise(config, ln2, tap("mlp_in", x), "ln2", tap)
-    linear = _affine(x, params.W_in, params.b_in)
+def mlp(config: Config, params: MLP, ln2: Norm, x: Stream, visit: Visit, state: Any) -> tuple[Stream, Any]:
+    """What the MLP adds to the residual stream, of which it sees `x`; and the tap's state."""
+    x, state = visit("mlp_in", x, state)
+    x, state = normalise(config, ln2, x, "ln2", visit, state)
+    activation, linear = ACTIVATIONS[config.activation], _affine(x, params.W_in, params.b_in)
     if config.mlp == "gated":
         assert params.W_gate is not None
-        post = ACTIVATIONS[config.activation](tap("pre", _affine(x, params.W_gate, params.b_gate)))
-        post = post * tap("pre_linear", linear)
+        pre, state = visit("pre", _affine(x, params.W_gate, params.b_gate), state)
+        linear, state = visit("pre_linear", linear, state)
+        post = activation(pre) * linear
     else:
-        post = ACTIVATIONS[config.activation](tap("pre", linear))
-    return tap("mlp_out", _affine(tap("post", post), params.W_out, params.b_out))
+        pre, state = visit("pre", linear, state)
+        post = activation(pre)
+    post, state = visit("post", post, state)
+    return visit("mlp_out", _affine(post, params.W_out, params.b_out), state)
 
 
 def _affine(x: Array, W: Array, b: Array | None) -> Array:

@@ -1,10 +1,13 @@
 """LayerNorm, RMSNorm, or nothing."""
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 
 from mijax._types import Array, Float
 from mijax.model.config import Config
+from mijax.model.tap import Visit
 
 
 class Norm(eqx.Module):
@@ -24,16 +27,16 @@ class Norm(eqx.Module):
 
 
 def normalise(
-    config: Config, norm: Norm, x: Float[Array, "*axes d_model"], name: str, tap
-) -> Float[Array, "*axes d_model"]:
-    """Centre (LayerNorm), divide by the scale, apply the affine part; `tap` is called as `tap(site, x)`."""
+    config: Config, norm: Norm, x: Float[Array, "*axes d_model"], name: str, visit: Visit, state: Any
+) -> tuple[Float[Array, "*axes d_model"], Any]:
+    """Centre (LayerNorm), divide by the scale, apply the affine part."""
     if config.norm == "none":
-        return x
+        return x, state
     if config.norm == "layer":
         x = x - jnp.mean(x, axis=-1, keepdims=True)
-    scale = jnp.sqrt(jnp.mean(x * x, axis=-1) + config.norm_eps)
-    x = tap(f"{name}.normalized", x / tap(f"{name}.scale", scale)[..., None])
-    return affine(norm, x)
+    scale, state = visit(f"{name}.scale", jnp.sqrt(jnp.mean(x * x, axis=-1) + config.norm_eps), state)
+    x, state = visit(f"{name}.normalized", x / scale[..., None], state)
+    return affine(norm, x), state
 
 
 def affine(norm: Norm, x: Float[Array, "*axes d_model"]) -> Float[Array, "*axes d_model"]:

@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from mijax._types import Array, Bool, Float, Heads, Int
+from mijax._types import Array, Asked, Bool, Float, Heads, Int, Stream
 from mijax.model.config import Config
 from mijax.model.tokens import Tokens
 
@@ -50,57 +51,136 @@ def _merged(x: Int[Array, "cell batch n"]) -> Int[Array, "cell_batch n"]:
     return x.reshape(-1, x.shape[-1])
 
 
-class Frame(NamedTuple):
-    """The positions of a run, or of those of its tokens that are computed now.
+class Sight(NamedTuple):
+    """What a layer's attention needs to know of positions: which keys a query may see, and cosine and sine of each
+    position's angles, where the model rotates."""
 
-    `positions` counts real tokens (`PADDING` elsewhere), `keys` does so for the tokens that may be attended to,
-    `allowed` says which keys a query may see, `rotary` holds cosine and sine of each position's angles, where
-    the model rotates. `columns` are the computed tokens' places in the batch, where they are not all.
+    allowed: Bool[Array, "batch pos key"]
+    rotary: tuple[Float[Array, "batch pos angle"], Float[Array, "batch pos angle"]] | None
 
-    Packed rows stand as one example of many positions; attention is then over `cell_batch` examples. `whole` is the
-    frame of the batch that they are tokens of, and `asked` the frame of those rows of which more than
-    keys and values is needed, with their places among all, where these are fewer.
+
+class Frame(eqx.Module):
+    """The tokens that a run computes, and how their queries find the keys of all tokens that are there.
+
+    `positions` counts real tokens (`PADDING` elsewhere), `keys` does so for the tokens that may be attended to. Attention
+    computes keys and values of the frame's tokens, `join`s them to those that are `held` of others, lets queries that are
+    `spread` over batches attend, and `gather`s what they bring. What follows it is computed at the tokens that are `read`.
     """
 
     positions: Int[Array, "batch pos"]
     keys: Int[Array, "batch key"]
     lengths: Int[Array, " batch"]
-    allowed: Bool[Array, "batch pos key"]
-    rotary: tuple[Float[Array, "batch pos angle"], Float[Array, "batch pos angle"]] | None
-    columns: Int[Array, " pos"] | None = None
-    rows: Rows | None = None
-    whole: "Frame | None" = None
-    asked: "tuple[Frame, Int[Array, ' query']] | None" = None
+    sight: Sight
+
+    @property
+    def entries(self) -> Int[Array, " pos"] | None:
+        """Which of the batch's columns the computed tokens are, where they are not all."""
+        return None
+
+    def join(self, computed: Array, held: Array | None) -> Array:
+        """Keys or values of all tokens that may be attended to."""
+        del held
+        return computed
+
+    def spread(self, q: Array) -> Array:
+        """The queries by batch, as keys stand."""
+        return q
+
+    def gather(self, z: Array) -> Array:
+        """The inverse of `spread`."""
+        return z
+
+    @property
+    def reading(self) -> "tuple[Frame, Int[Array, ' query']] | None":
+        """The frame of those tokens of which more than keys and values is needed, with their places among all; `None` for all."""
+        return None
+
+    def read(self, x: Stream) -> Asked:
+        """The tokens of which more than keys and values is needed."""
+        return x if self.reading is None else x[:, self.reading[1]]
 
 
-def frame(config: Config, tokens: Tokens, dtype, columns: Int[Array, " pos"] | None = None) -> Frame:
-    """Compute once per run (or for some `columns` of it) what every layer's attention needs to know of positions."""
-    keys = tokens.positions
-    positions = keys if columns is None else keys[:, columns]
+class Whole(Frame):
+    """All tokens of a batch."""
+
+
+class Columns(Frame):
+    """Some columns of a batch, beside which others are held."""
+
+    columns: Int[Array, " pos"]
+
+    @property
+    def entries(self):
+        """The columns."""
+        return self.columns
+
+    def join(self, computed, held):
+        """Those that are computed, put among those that are held; alone, where nothing is."""
+        return computed if held is None else held.at[:, self.columns].set(computed)
+
+
+class Packed(Frame):
+    """Rows of many variants of one batch as one example of many positions; attention is over `cell_batch` examples.
+
+    `whole` is the frame of the batch that they are tokens of, and `rows` says which they are.
+    """
+
+    rows: Rows
+    whole: Whole
+    last: "tuple[Packed, Int[Array, ' query']] | None" = None
+
+    def join(self, computed, held):
+        """Each variant's batch, the base run's tokens where no row computes one."""
+        assert held is not None
+        return self.rows.fill(computed, held)
+
+    def spread(self, q):
+        """Rows in the slots of their variant's examples."""
+        return self.rows.spread(q)
+
+    def gather(self, z):
+        """Out of the slots."""
+        return self.rows.gather(z)
+
+    @property
+    def reading(self):
+        """The rows that the last layer is computed at."""
+        return self.last
+
+
+def frame(config: Config, tokens: Tokens, dtype) -> Whole:
+    """Compute once per run what every layer needs to know of positions."""
+    positions = tokens.positions
+    return Whole(positions, positions, jnp.asarray(tokens.lengths), _sight(config, positions, positions, dtype))
+
+
+def frame_of(config: Config, tokens: Tokens, dtype, columns: Int[Array, " pos"], alone: bool = False) -> Columns:
+    """The frame of some columns of a batch, which attend to all columns, or to one another `alone`."""
+    positions = tokens.positions[:, columns]
+    keys = positions if alone else tokens.positions
+    return Columns(positions, keys, jnp.asarray(tokens.lengths), _sight(config, positions, keys, dtype), columns)
+
+
+def _sight(config: Config, positions: Int[Array, "batch pos"], keys: Int[Array, "batch key"], dtype) -> Sight:
     allowed = jnp.broadcast_to(keys[:, None, :] >= 0, (*positions.shape, keys.shape[1]))
     if config.causal:
         allowed = allowed & (positions[:, :, None] >= keys[:, None, :])
-    rotary = None
-    if config.positions == "rotary":
-        angles = (
-            jnp.maximum(positions, 0).astype(dtype)[:, :, None] * jnp.asarray(frequencies(config), dtype)[None, None]
-        )
-        rotary = jnp.cos(angles), jnp.sin(angles)
-    return Frame(positions, keys, jnp.asarray(tokens.lengths), allowed, rotary, columns)
+    if config.positions != "rotary":
+        return Sight(allowed, None)
+    angles = jnp.maximum(positions, 0).astype(dtype)[:, :, None] * jnp.asarray(frequencies(config), dtype)[None, None]
+    return Sight(allowed, (jnp.cos(angles), jnp.sin(angles)))
 
 
-def pack(whole: Frame, rows: Rows) -> Frame:
+def pack(whole: Whole, rows: Rows) -> Packed:
     """The frame of packed rows of a batch whose own frame is `whole`."""
     cells = rows.place.shape[0]
     tile = lambda x: jnp.tile(x, (cells, *(1,) * (x.ndim - 1)))
     own = lambda x: x[rows.example, rows.column][None]
-    rotary = None if whole.rotary is None else (own(whole.rotary[0]), own(whole.rotary[1]))
+    rotary = None if whole.sight.rotary is None else (own(whole.sight.rotary[0]), own(whole.sight.rotary[1]))
     example = jnp.arange(whole.keys.shape[0], dtype=jnp.int32)[None, :, None]
-    allowed = whole.allowed[example, jnp.take(rows.column, rows.slot, mode="clip")]
-    return Frame(
-        own(whole.positions), tile(whole.keys), tile(whole.lengths), allowed.reshape(-1, *allowed.shape[2:]), rotary,
-        rows=rows, whole=whole,
-    )  # fmt: skip
+    allowed = whole.sight.allowed[example, jnp.take(rows.column, rows.slot, mode="clip")]
+    sight = Sight(allowed.reshape(-1, *allowed.shape[2:]), rotary)
+    return Packed(own(whole.positions), tile(whole.keys), tile(whole.lengths), sight, rows, whole)
 
 
 def frequencies(config: Config) -> np.ndarray:
@@ -122,8 +202,8 @@ def frequencies(config: Config) -> np.ndarray:
 
 def rotate(config: Config, x: Heads, frame: Frame) -> Heads:
     """Turn the first `rotary_dim` dimensions, pairing dimension i with i + rotary_dim / 2."""
-    assert frame.rotary is not None
-    cos, sin = (t[:, :, None, :] for t in frame.rotary)
+    assert frame.sight.rotary is not None
+    cos, sin = (t[:, :, None, :] for t in frame.sight.rotary)
     half = config.rotary_dim // 2
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

@@ -1,18 +1,25 @@
 """The parameters of a transformer, fresh ones, and what stands before and after the layers."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Float, Ids, Stream
+from mijax._types import Array, Float, Ids, Int, Stream
 from mijax.model.attention import Attention
 from mijax.model.block import Block
 from mijax.model.config import Config
 from mijax.model.mlp import MLP
 from mijax.model.norm import Norm, normalise
 from mijax.model.numerics import accumulator
-from mijax.model.position import Frame
-from mijax.model.sites import Tap
+from mijax.model.position import Columns, Frame, Whole, frame, frame_of
+from mijax.model.readout import Readout
+from mijax.model.sites import Site, transformer_sites
+from mijax.model.tap import Tap, Visit
+from mijax.model.tokens import Tokens
+from mijax.model.walk import Body, Layer, walk
 
 
 class Transformer(eqx.Module):
@@ -34,6 +41,84 @@ class Transformer(eqx.Module):
     def unembedding(self) -> Float[Array, "vocab d_model"]:
         """`W_U`, or what it is tied to."""
         return self.W_E if self.W_U is None else self.W_U
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of every activation."""
+        return accumulator(self.W_E.dtype)
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """The named points of its forward pass."""
+        return transformer_sites(self.config)
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers there are."""
+        return self.config.n_layers
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens see no later ones."""
+        return self.config.causal
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether a layer's MLP waits for its attention, so that a run can begin between them."""
+        return not self.config.parallel
+
+    def frame(self, tokens: Tokens) -> Whole:
+        """The positions of a batch."""
+        return frame(self.config, tokens, self.dtype)
+
+    def frame_of(self, tokens: Tokens, columns: Int[Array, " pos"], alone: bool = False) -> Columns:
+        """The positions of some columns of a batch, which attend to all of it, or to one another `alone`."""
+        return frame_of(self.config, tokens, self.dtype, columns, alone)
+
+    def embed(self, ids: Ids, frame: Frame, tap: Tap, state: Any) -> tuple[Stream, Any]:
+        """The residual stream before the first layer, and the tap's state."""
+        visit = Visit(tap, self.sites, frame)
+        x, state = visit("embed", self.W_E[ids].astype(self.dtype), state)
+        if self.W_pos is not None:
+            there = self.W_pos[jnp.maximum(frame.positions, 0)].astype(self.dtype)
+            added, state = visit("pos_embed", there, state)
+            x = x + added
+        return x, state
+
+    def layer(self, index: int) -> Layer:
+        """One layer, as a walk's body is given it."""
+        return Layer(self.config, jnp.int32(index), jax.tree.map(lambda a: a[index], self.blocks))
+
+    def walk(self, body: Body, carry: Any, xs: Any = None, **how: Any) -> tuple[Any, Any]:
+        """Run `body(layer, carry, x) -> carry, y` on the layers in turn: see `mijax.model.walk.walk`."""
+        return walk(self.config, self.blocks, body, carry, xs, **how)
+
+    def final(self, x: Stream, frame: Frame, tap: Tap, state: Any) -> tuple[Stream, Any]:
+        """The stream as the unembedding reads it, and the tap's state."""
+        visit = Visit(tap, self.sites, frame)
+        x, state = visit("final_in", x, state)
+        return normalise(self.config, self.ln_final, x, "ln_final", visit, state)
+
+    def readout(self, final: Stream, tokens: Tokens) -> Readout:
+        """The final stream of a batch with the unembedding."""
+        return Readout(final, tokens, self.unembedding, self.b_U)
+
+    def numbers_per_token(self, sites: Iterable[str]) -> int:
+        """How many numbers a layer holds at once of each token that it computes, where it is tapped at `sites`."""
+        c, copies = self.config, any(self.sites[name].per_head for name in sites)
+        heads = (c.n_heads + c.n_kv_heads) * c.d_head
+        numbers = 8 * c.d_model + 4 * heads + (3 if c.mlp == "gated" else 2) * c.d_mlp
+        return numbers + 3 * c.n_heads * c.d_model * copies
+
+    def numbers_per_batch(self, batch: int, pos: int) -> int:
+        """How many numbers attention holds at once of each batch that it computes, whatever of its tokens is computed."""
+        c = self.config
+        return batch * pos * (2 * (c.n_heads + 2 * c.n_kv_heads) * c.d_head + c.d_model + 3 * c.n_heads * pos)
+
+    @property
+    def products_per_token(self) -> int:
+        """How many products of two numbers a layer computes for a token: the size of its matrices."""
+        return sum(a.size for a in jax.tree.leaves(self.blocks) if a.ndim > 2) // max(1, self.n_layers)
 
     def __repr__(self):
         arrays = [a for a in jax.tree.leaves(self) if eqx.is_array(a)]
@@ -84,17 +169,3 @@ def init(config: Config, key: Array, dtype=jnp.float32) -> Transformer:
         b_U=bias(c.unembed_bias, c.d_vocab),
         config=config,
     )
-
-
-def embed(model: Transformer, ids: Ids, frame: Frame, tap: Tap) -> Stream:
-    """The residual stream before the first layer."""
-    dtype = accumulator(model.W_E.dtype)
-    x = tap("embed", model.W_E[ids].astype(dtype))
-    if model.W_pos is not None:
-        x = x + tap("pos_embed", model.W_pos[jnp.maximum(frame.positions, 0)].astype(dtype))
-    return x
-
-
-def final_norm(model: Transformer, x: Stream, tap: Tap) -> Stream:
-    """The stream as the unembedding reads it."""
-    return normalise(model.config, model.ln_final, x, "ln_final", tap)

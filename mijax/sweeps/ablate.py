@@ -9,7 +9,7 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike
 from mijax.interventions.edits import Add, Replace, Scale
-from mijax.model.sites import SITES
+from mijax.model.sites import Site, site_of
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import run
@@ -59,8 +59,8 @@ def ablate(
     edits: Any = {site: Replace(0.0, places)}
     if kind != "zero":
         check_sweep(model, tokens, edits, metric, running)
-        _check_kind(kind, site, tokens, reference, draws, key)
-        edits = _from_reference(model, tokens, site, places, kind, reference, draws, scale, key)
+        _check_kind(kind, site_of(site, model.sites), tokens, reference, draws, key)
+        edits = _from_reference(model, tokens, model.sites[site], places, kind, reference, draws, scale, key)
     result = sweep(model, tokens, edits, metric, **running)
     result = result.assign_attrs(ablation=kind)
     return result if isinstance(over, Grid) else positions_told(result, tokens)
@@ -93,14 +93,14 @@ def dose_response(
     return result if isinstance(over, Grid) else positions_told(result, tokens)
 
 
-def _check_kind(kind: str, site: str, tokens: Tokens, reference: Any, draws: int, key: Array | None) -> None:
+def _check_kind(kind: str, site: Site, tokens: Tokens, reference: Any, draws: int, key: Array | None) -> None:
     """Raise `ValueError` for what cannot be had of a reference, before it is run."""
     if kind not in Kind.__args__:
         raise ValueError(f"kind must be one of {', '.join(map(repr, Kind.__args__))}, given {kind!r}")
     if kind in ("resample", "noise") and (key is None or draws < 1):
         raise ValueError(f"ablation by {kind!r} draws: it needs a key and at least one draw, given {draws}")
     if kind in ("pooled mean", "noise") and len(_places(site)) != 1:
-        raise ValueError(f"site {site!r} has no one position: it cannot be pooled over tokens")
+        raise ValueError(f"site {site.name!r} has no one position: it cannot be pooled over tokens")
     same, reference = reference is None, tokens if reference is None else as_tokens(reference)
     longest, wanted = (int(np.max(np.asarray(t.lengths))) for t in (reference, tokens))
     if kind == "mean" and longest < wanted:
@@ -112,30 +112,31 @@ def _check_kind(kind: str, site: str, tokens: Tokens, reference: Any, draws: int
 
 
 def _from_reference(
-    model, tokens: Tokens, site: str, places: Grid, kind: str, reference, draws: int, scale: float, key
+    model, tokens: Tokens, site: Site, places: Grid, kind: str, reference, draws: int, scale: float, key
 ) -> Any:
     """The interventions of the kinds that look at other prompts."""
     same = reference is None
     reference = tokens if same else as_tokens(reference)
-    acts = np.asarray(run(model, reference, capture=(site,)).acts[site])
+    name = site.name
+    acts = np.asarray(run(model, reference, capture=(name,), readout=False).acts[name])
     if kind == "mean":
-        return {site: Replace(jnp.asarray(_mean_by_position(acts, site, reference, tokens)), places)}
+        return {name: Replace(jnp.asarray(_mean_by_position(acts, site, reference, tokens)), places)}
     if kind == "pooled mean":
-        return {site: Replace(jnp.asarray(_over_tokens(acts, site, reference, np.mean)), places)}
+        return {name: Replace(jnp.asarray(_over_tokens(acts, site, reference, np.mean)), places)}
     rngs = [np.random.default_rng(np.asarray(jax.random.key_data(k))) for k in jax.random.split(key, draws)]
     if kind == "noise":
         spread = np.asarray(scale * _over_tokens(acts, site, reference, np.std), acts.dtype)
-        shape = SITES[site].shape(model.config, tokens)
+        shape = site.shape(*tokens.ids.shape)
         return stack(
             "draw",
             {
-                i: {site: Add(spread * rng.standard_normal(shape).astype(acts.dtype), places)}
+                i: {name: Add(spread * rng.standard_normal(shape).astype(acts.dtype), places)}
                 for i, rng in enumerate(rngs)
             },
         )
-    axis, batch = SITES[site].axes.index("batch"), tokens.ids.shape[0]
+    axis, batch = site.axes.index("batch"), tokens.ids.shape[0]
     picks = [_others(rng, batch, reference.ids.shape[0], same) for rng in rngs]
-    return stack("draw", {i: {site: Replace(np.take(acts, pick, axis=axis), places)} for i, pick in enumerate(picks)})
+    return stack("draw", {i: {name: Replace(np.take(acts, pick, axis=axis), places)} for i, pick in enumerate(picks)})
 
 
 def _others(rng: np.random.Generator, batch: int, n: int, same: bool) -> np.ndarray:
@@ -146,10 +147,10 @@ def _others(rng: np.random.Generator, batch: int, n: int, same: bool) -> np.ndar
     return order[(np.argsort(order) + 1) % n]
 
 
-def _mean_by_position(acts: np.ndarray, site: str, reference: Tokens, tokens: Tokens) -> np.ndarray:
+def _mean_by_position(acts: np.ndarray, site: Site, reference: Tokens, tokens: Tokens) -> np.ndarray:
     """The mean over the prompts that have a position, put where each prompt has it."""
     columns = np.argsort(~np.asarray(reference.mask), axis=1, kind="stable")  # of each position
-    aligned, axis = _along_positions(acts, site, columns), SITES[site].axes.index("batch")
+    aligned, axis = _along_positions(acts, site, columns), site.axes.index("batch")
     there = np.arange(columns.shape[1]) < np.asarray(reference.lengths)[:, None]
     weight = np.prod([_as_axis(there, acts.ndim, axis, place) for place in _places(site)], axis=0)
     total, count = (aligned * weight).sum(axis=axis, keepdims=True), weight.sum(axis=axis, keepdims=True)
@@ -157,15 +158,15 @@ def _mean_by_position(acts: np.ndarray, site: str, reference: Tokens, tokens: To
     return _along_positions(mean, site, np.maximum(np.asarray(tokens.positions), 0)).astype(acts.dtype)
 
 
-def _over_tokens(acts: np.ndarray, site: str, reference: Tokens, statistic: Callable) -> np.ndarray:
+def _over_tokens(acts: np.ndarray, site: Site, reference: Tokens, statistic: Callable) -> np.ndarray:
     """A statistic over the real tokens of all prompts, of each layer, head and unit."""
-    places, first = _places(site), SITES[site].axes.index("batch")
+    places, first = _places(site), site.axes.index("batch")
     merged = np.moveaxis(acts, (first, places[0]), (0, 1))[np.asarray(reference.mask)]
     return np.expand_dims(statistic(merged, axis=0), (first, places[0])).astype(acts.dtype)
 
 
-def _places(site: str) -> list[int]:
-    return [i for i, axis in enumerate(SITES[site].axes) if axis in ("pos", "query", "key")]
+def _places(site: Site) -> list[int]:
+    return [site.axes.index(axis) for axis in site.position_axes]
 
 
 def _as_axis(x: np.ndarray, ndim: int, batch: int, place: int) -> np.ndarray:
@@ -175,7 +176,7 @@ def _as_axis(x: np.ndarray, ndim: int, batch: int, place: int) -> np.ndarray:
     return x.reshape(shape)
 
 
-def _along_positions(x: np.ndarray, site: str, index: np.ndarray) -> np.ndarray:
+def _along_positions(x: np.ndarray, site: Site, index: np.ndarray) -> np.ndarray:
     for place in _places(site):
-        x = np.take_along_axis(x, _as_axis(index, x.ndim, SITES[site].axes.index("batch"), place), axis=place)
+        x = np.take_along_axis(x, _as_axis(index, x.ndim, site.axes.index("batch"), place), axis=place)
     return x

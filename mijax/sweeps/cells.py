@@ -12,7 +12,6 @@ from mijax._types import Int
 from mijax.interventions.edits import Apply, Interventions, as_edits
 from mijax.interventions.functions import has_functions
 from mijax.interventions.where import Where, check_range
-from mijax.model.config import Config
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.programs.convert import Converted, is_array
@@ -139,14 +138,14 @@ def cells_of(interventions: Interventions | Stack) -> Cells:
     return Cells(placed, group, picks, labels)
 
 
-def check_cells(config: Config, tokens: Tokens, cells: Cells) -> None:
+def check_cells(model: Transformer, tokens: Tokens, cells: Cells) -> None:
     """Raise what `run` would raise at any cell: all have the first one's structure, each its own indices."""
-    check(config, tokens, cells.take(0), {})
+    check(model, tokens, cells.take(0), {})
     for site, given in cells.edits.items():
         for edit, group in zip(given, cells.group[site]):
             moved = {f: index for f, index in edit.where.given.items() if getattr(group.where, f) >= 0}
             if moved:
-                check_range(_together(moved), site, field_lengths(config, tokens, site))
+                check_range(_together(moved), site, field_lengths(model.sites[site], tokens))
 
 
 def convert_cells(model: Transformer, tokens: Tokens, cells: Cells) -> Cells:

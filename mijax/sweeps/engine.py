@@ -3,6 +3,7 @@
 State around the one block of the model: a chunk is a packed list of the tokens that differ from the base run.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -10,36 +11,23 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Float, Int, Stream
-from mijax.interventions.tap import Tap
-from mijax.model.attention import Memory
-from mijax.model.block import block
-from mijax.model.config import Config
-from mijax.model.numerics import accumulator
-from mijax.model.position import Frame, Rows, frame, pack
+from mijax.interventions.rows import EditingRows
+from mijax.model.attention import KVCache
+from mijax.model.position import Packed, Rows, pack
 from mijax.model.readout import Readout
+from mijax.model.sites import cached_sites
+from mijax.model.tap import Tap
 from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer, embed, final_norm
+from mijax.model.transformer import Transformer
+from mijax.model.walk import Body, Layer
 from mijax.run import Edits, run
-
-BEFORE_LAYERS = ("embed", "pos_embed")
-AFTER_ATTENTION = (
-    "resid_mid",
-    "mlp_in",
-    "ln2.scale",
-    "ln2.normalized",
-    "pre",
-    "pre_linear",
-    "post",
-    "mlp_out",
-    "resid_post",
-)
 
 
 class Base(NamedTuple):
     """What of the base run the cells need: the stream at each half-layer, before the edits there; keys and values."""
 
     states: Float[Array, "half batch pos d_model"]
-    memory: Memory
+    cache: KVCache
     final: Stream
 
 
@@ -50,30 +38,20 @@ class Chunk(NamedTuple):
     rows: Rows
 
 
-def half_layer(config: Config, site: str) -> int:
-    """0 where an edit in a layer acts before or in attention, 1 where after; parallel layers have no halves."""
-    return int(site in AFTER_ATTENTION and not config.parallel)
-
-
-def base_capture(config: Config) -> tuple[str, ...]:
-    """The sites that `base_of` reads."""
-    embedded = ("embed", "pos_embed") if config.positions == "learned" else ("embed",)
-    return (*embedded, "resid_pre", "attn_out", "resid_post", "rot_k" if config.positions == "rotary" else "k", "v")
-
-
 def base_of(
     model: Transformer, tokens: Tokens, edits: Any, capture: Iterable[str]
 ) -> tuple[Readout, dict[str, Array], Base]:
     """Run the base, under the edits that every cell shares, and keep what cells resume from, and what else is asked."""
-    config = model.config
-    out = run(model, tokens, edits, capture=tuple(dict.fromkeys((*base_capture(config), *capture))))
+    added = [name for name, site in model.sites.items() if site.part == "embedding" and site.added]
+    cached = cached_sites(model.sites)
+    kept = dict.fromkeys((*added, "resid_pre", "attn_out", "resid_post", *cached, *capture))
+    out = run(model, tokens, edits, capture=tuple(kept))
     acts = out.acts
-    first = sum(acts[site] for site in BEFORE_LAYERS if site in acts)
-    before = jnp.concatenate([jnp.asarray(first)[None], acts["resid_post"][:-1]])[: config.n_layers]
+    first = sum(acts[site] for site in added)
+    before = jnp.concatenate([jnp.asarray(first)[None], acts["resid_post"][:-1]])[: model.n_layers]
     between = acts["resid_pre"] + acts["attn_out"]
     states = jnp.stack([before, between], axis=1).reshape(-1, *before.shape[1:])
-    memory = Memory(acts["rot_k" if config.positions == "rotary" else "k"], acts["v"])
-    return out.readout, acts, Base(states, memory, out.readout.final)
+    return out.readout, acts, Base(states, KVCache(*(acts[site] for site in cached)), out.readout.final)
 
 
 def run_chunk(
@@ -86,27 +64,30 @@ def run_chunk(
     read: Int[Array, "batch read"] | None,
 ) -> Float[Array, "cell batch pos d_model"]:
     """The final stream of every cell, from its first edit on; NaN at columns that are not in `read`."""
-    config, n = model.config, model.config.n_layers
-    whole = frame(config, tokens, accumulator(model.W_E.dtype))
-    packed = pack(whole, chunk.rows)
-    x = _begin(model, tokens, base, chunk, packed, edits, stacked)
+    n, rows, tap = model.n_layers, chunk.rows, EditingRows(edits, stacked)
+    whole = model.frame(tokens)
+    packed = pack(whole, rows)
 
-    def layer(index, x, packed):
-        take = lambda tree: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), tree)
-        tap = Tap(config, packed, edits, {}, index, stacked)
-        attended = None if config.parallel else 2 * index < chunk.start
-        return block(config, take(model.blocks), x, packed, tap, take(base.memory), attended)
+    def at(frame: Packed) -> Body:
+        def body(layer: Layer, x: Stream, held: KVCache) -> tuple[Stream, None]:
+            attended = 2 * layer.index < chunk.start if model.has_halves else None
+            x, _ = layer(x, frame, tap, None, held, attended)
+            return x, None
 
-    begin = jnp.minimum(chunk.start // 2, jnp.int32(max(0, n - 1)))
-    rows = chunk.rows
+        return body
+
+    x = _begin(model, tokens, base, chunk, packed, tap)
+    first = jnp.minimum(chunk.start // 2, jnp.int32(max(0, n - 1)))
     if read is None or n == 0:
-        x = jax.lax.fori_loop(begin, n, lambda i, x: layer(i, x, packed), x)
+        x, _ = model.walk(at(packed), x, base.cache, first=first)
     else:
-        x = jax.lax.fori_loop(begin, n - 1, lambda i, x: layer(i, x, packed), x)
-        rows, index = _asked(rows, read)
+        x, _ = model.walk(at(packed), x, base.cache, first=first, last=n - 1)
+        rows, index = _read_rows(rows, read)
         last = pack(whole, rows)
-        x, packed = layer(jnp.int32(n - 1), x, packed._replace(asked=(last, index))), last
-    x = final_norm(model, x, Tap(config, packed, edits, {}, None, stacked))
+        ending = dataclasses.replace(packed, last=(last, index))
+        x, _ = at(ending)(model.layer(n - 1), x, jax.tree.map(lambda a: a[n - 1], base.cache))
+        packed = last
+    x, _ = model.final(x, packed, tap, None)
     final = rows.fill(x, base.final).reshape(*rows.place.shape, -1)
     if read is None:
         return final
@@ -114,18 +95,18 @@ def run_chunk(
     return jnp.where(is_read[None, :, :, None], final, jnp.nan)
 
 
-def _begin(model, tokens: Tokens, base: Base, chunk: Chunk, packed: Frame, edits, stacked) -> Stream:
+def _begin(model: Transformer, tokens: Tokens, base: Base, chunk: Chunk, packed: Packed, tap: Tap) -> Stream:
     """The rows' stream where the chunk begins."""
     rows = chunk.rows
     x = base.states[chunk.start, rows.example, rows.column][None]
-    if any(site in edits for site in BEFORE_LAYERS):
+    if any(model.sites[name].part == "embedding" for name in tap.sites):
         ids = jnp.asarray(tokens.ids)[rows.example, rows.column][None]
-        embedded = embed(model, ids, packed, Tap(model.config, packed, edits, {}, None, stacked))
+        embedded, _ = model.embed(ids, packed, tap, None)
         x = jnp.where(chunk.start == 0, embedded, x)
     return x
 
 
-def _asked(rows: Rows, read: Int[Array, "batch read"]) -> tuple[Rows, Int[Array, " query"]]:
+def _read_rows(rows: Rows, read: Int[Array, "batch read"]) -> tuple[Rows, Int[Array, " query"]]:
     """The rows at the columns that are read, and their places among all rows."""
     cells, batch = rows.place.shape[:2]
     read = jnp.broadcast_to(read[None], (cells, *read.shape))

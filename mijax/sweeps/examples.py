@@ -12,7 +12,6 @@ from mijax._types import Int
 from mijax.interventions.edits import Apply, Edit
 from mijax.interventions.where import Where
 from mijax.metrics import AnyMetric
-from mijax.model.sites import SITES
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.cells import Cells
@@ -64,7 +63,7 @@ def groups(
             examples,
             min(together, batch - first),
             some,
-            cells_of_examples(cells, examples, batch),
+            cells_of_examples(model, cells, examples, batch),
             taken(model, some, metrics, examples),
         )
 
@@ -98,11 +97,12 @@ def _is_zipped(where: Where, group: Any) -> bool:
     return "batch" in lists and len(lists) > 1
 
 
-def cells_of_examples(cells: Cells, examples: Examples, batch: int) -> Cells:
+def cells_of_examples(model: Transformer, cells: Cells, examples: Examples, batch: int) -> Cells:
     """The cells of some of the `batch` examples; `why_together` must be `None`."""
     edits = {
         site: tuple(
-            _edit_of(edit, group, SITES[site].axes, examples, batch) for edit, group in zip(several, cells.group[site])
+            _edit_of(edit, group, model.sites[site].axes, examples, batch)
+            for edit, group in zip(several, cells.group[site])
         )
         for site, several in cells.edits.items()
     }

@@ -41,7 +41,7 @@ def knock_out(
     >>> dict(r.sizes)
     {'layer': 2, 'edge': 2, 'batch': 1}
     """
-    tokens, n = as_tokens(tokens), model.config.n_layers
+    tokens, n = as_tokens(tokens), model.n_layers
     layers = {str(layer): layer_window(layer, window, n) for layer in range(n)}
     grids = [
         grid(layer=layers, query={"": query}, key={"": key}, **({} if heads is None else {"head": {"": heads}}))

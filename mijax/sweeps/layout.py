@@ -4,15 +4,12 @@ import bisect
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from mijax import chunks
 from mijax._types import Int
 from mijax.metrics import AnyMetric
-from mijax.model.numerics import accumulator
 from mijax.model.parameters import check_parameters
-from mijax.model.sites import PER_HEAD_COPIES
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.cells import Cells, check_cells, convert_cells
@@ -63,11 +60,11 @@ def job_of(
     Users' functions are converted; with a folder `save`, they must come out the same twice.
     """
     check_parameters(model)
-    check_cells(model.config, tokens, cells)
+    check_cells(model, tokens, cells)
     convert = lambda: (convert_cells(model, tokens, cells), as_programs(model, tokens, metrics))
     cells, programs = chunks.repeatable(convert, save)
     first = np.zeros(len(tokens.ids), np.int32) if first is None else first
-    todo = work(model.config, tokens, cells, columns_read(programs.values(), tokens))
+    todo = work(model, tokens, cells, columns_read(programs.values(), tokens))
     return Job(model, tokens, cells, metrics, programs, first, todo._replace(first=np.maximum(todo.first, first)))
 
 
@@ -95,7 +92,7 @@ def layout_of(job: Job, memory: int) -> Layout:
                 f"one cell takes about {smallest(batch if reason else 1):,} bytes, memory={memory:,} allows none ({told})"
             )
         prompts = -(-batch // -(-batch // fits))  # groups of equal size
-    shape = Shape.of(job.model.config, job.cells)
+    shape = Shape.of(job.model.causal, job.cells)
     return Layout(
         prompts, capacity(job.work, shape, *unit_bytes(job, prompts), memory, chunks.full_rows(), long, prompts)
     )
@@ -119,22 +116,15 @@ def unit_bytes(job: Job, prompts: int) -> tuple[int, int]:
 
 def row_bytes(model: Transformer, sites: Iterable[str]) -> int:
     """The bytes that one row (a token of a cell) takes while a layer runs."""
-    c = model.config
-    heads = (c.n_heads + c.n_kv_heads) * c.d_head
-    numbers = 8 * c.d_model + 4 * heads + (3 if c.mlp == "gated" else 2) * c.d_mlp
-    numbers += 3 * c.n_heads * c.d_model * any(site in PER_HEAD_COPIES for site in sites)
-    return numbers * accumulator(model.W_E.dtype).itemsize
+    return model.numbers_per_token(sites) * model.dtype.itemsize
 
 
 def cell_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> int:
     """The bytes that a cell takes beyond its rows: attention over all of its tokens, and what the metrics compute."""
-    c, (batch, pos) = model.config, tokens.ids.shape
-    per_token = 2 * (c.n_heads + 2 * c.n_kv_heads) * c.d_head + c.d_model + 3 * c.n_heads * pos
-    return batch * pos * per_token * accumulator(model.W_E.dtype).itemsize + metric_bytes(model, tokens, metrics)
+    return model.numbers_per_batch(*tokens.ids.shape) * model.dtype.itemsize + metric_bytes(model, tokens, metrics)
 
 
 def _operations(job: Job) -> float:
     """Multiplications and additions in the matrix products of all cells."""
-    n_layers = job.model.config.n_layers
-    matrices = sum(a.size for a in jax.tree.leaves(job.model.blocks) if a.ndim > 2) // max(1, n_layers)
-    return 2.0 * matrices * float(job.work.rows() @ (n_layers - job.work.start / 2))
+    halves = job.work.start / 2
+    return 2.0 * job.model.products_per_token * float(job.work.rows() @ (job.model.n_layers - halves))

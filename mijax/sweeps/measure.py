@@ -65,7 +65,7 @@ def _as_program(model: Transformer, tokens: Tokens, name: str, metric: Any) -> A
         return metric
     if not callable(metric):
         raise TypeError(f"metric {name!r} must be a function of a readout, given {metric!r}")
-    shape, dtype = (*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype)
+    shape, dtype = model.sites["final_in"].shape(*tokens.ids.shape), model.dtype
 
     def converted(keywords: dict[str, Any]) -> Converted:
         final = jax.ShapeDtypeStruct(shape, dtype, **keywords)
@@ -144,7 +144,7 @@ def metric_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMe
 
 def as_shapes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> tuple[tuple[Any, ...], Any]:
     """The parts of a readout and metrics, flattened, arrays as shapes: what a trace of them depends on."""
-    final = jax.ShapeDtypeStruct((*tokens.ids.shape, model.config.d_model), accumulator(model.W_E.dtype))
+    final = jax.ShapeDtypeStruct(model.sites["final_in"].shape(*tokens.ids.shape), model.dtype)
     given = jax.tree.map(shape_of, ((final, tokens, model.unembedding, model.b_U), dict(metrics)))
     leaves, treedef = jax.tree.flatten(given)
     return tuple(leaves), treedef

@@ -10,13 +10,12 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike, Bool, Int
 from mijax.interventions.edits import Replace
-from mijax.interventions.tap import known_axes
-from mijax.interventions.where import Where, selection
+from mijax.interventions.where import Where, known_axes, selection
 from mijax.meshes import automatic
 from mijax.metrics import AnyMetric
-from mijax.model.config import Config
-from mijax.model.position import frame
-from mijax.model.sites import SITES, UNITS
+from mijax.model.position import Frame
+from mijax.model.sites import Site
+from mijax.model.tap import Point
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check
@@ -96,14 +95,15 @@ def patched(
 ) -> Swept:
     """`patch`, unlabelled."""
     source = automatic(source)
-    check(model.config, source, {}, {})
+    check(model, source, {}, {})
 
     def begin(model: Transformer, some: Prompts) -> Start:
         tokens = some.tokens
         at_source, value = measure(model, some.of(source), {}, some.metrics, "source", (site,), some.first)
         at_base, kept, own = kept_base(model, tokens, {}, some.metrics, (site,), some.first)
         edits = eqx.tree_at(lambda edits: edits[site][0].value, some.cells.edits, value[site])
-        first = _first_change(model.config, tokens, site, edits[site][0].where, own[site] != value[site])
+        differs, where = own[site] != value[site], edits[site][0].where
+        first = _first_change(model.sites[site], model.causal, model.frame(tokens), where, differs)
         return Start(some.cells._replace(edits=edits), {"base": at_base, "source": at_source}, kept, np.asarray(first))
 
     cells = cells_of({site: Replace(0.0, places)})
@@ -114,41 +114,40 @@ def patched(
         metrics,
         options,
         source=source,
-        first=_first_difference(model.config, base, source),
+        first=_first_difference(model.causal, base, source),
         begin=begin,
     )
 
 
-def _first_difference(config: Config, base: Tokens, source: Tokens) -> Int[np.ndarray, " batch"]:
+def _first_difference(causal: bool, base: Tokens, source: Tokens) -> Int[np.ndarray, " batch"]:
     """The first column of each example of which anything depends on the token that differs; the number of columns where none does."""
     differs = (np.asarray(base.ids) != np.asarray(source.ids)) & np.asarray(base.mask)
-    first = np.argmax(differs, axis=1) if config.causal else np.zeros(len(differs), np.int64)
+    first = np.argmax(differs, axis=1) if causal else np.zeros(len(differs), np.int64)
     return np.where(differs.any(axis=1), first, differs.shape[1]).astype(np.int32)
 
 
 @eqx.filter_jit
 def _first_change(
-    config: Config, tokens: Tokens, site: str, cells: Where, differs: Bool[Array, "..."]
+    site: Site, causal: bool, frame: Frame, cells: Where, differs: Bool[Array, "..."]
 ) -> Int[Array, "cell batch"]:
     """The first column of each example at which a cell puts in anything but what stands there; the number of columns
     where it does nowhere. Two runs agree to the bit where they must (before the first token that differs), and such a
     cell's effect is zero, not rounding."""
-    found, positions = SITES[site], frame(config, tokens, jnp.float32)
-    if "unit" not in cells.given and found.inner_axes[-1] in UNITS:
+    if "unit" not in cells.given and site.has_vectors:
         differs = jnp.any(differs, axis=-1, keepdims=True)
-    layers = differs if found.has_layer else differs[None]
-    place = next(i for i, axis in enumerate(found.inner_axes) if axis in ("pos", "query"))
+    layers = differs if site.has_layer else differs[None]
+    place = site.inner_axes.index(site.position_axes[0])
 
     def cell(where: Where) -> Int[Array, " batch"]:
         def layer(index, here):
-            known = known_axes(config, positions, found, here.shape, index if found.has_layer else None)
-            hit = selection(where, found.inner_axes, known) & here
+            known = known_axes(Point(site, index if site.has_layer else None, frame), here.shape)
+            hit = selection(where, site.inner_axes, known) & here
             return jnp.any(hit, axis=tuple(i for i in range(1, hit.ndim) if i != place))
 
         every = jnp.arange(len(layers), dtype=jnp.int32)
         index = every if where.layer is None or where.layer.ndim else where.layer[None] % len(layers)
         hit = jnp.any(jax.vmap(layer)(index, layers[index]), axis=0)  # [batch, pos]
-        first = jnp.argmax(hit, axis=1).astype(jnp.int32) if config.causal else jnp.zeros(len(hit), jnp.int32)
+        first = jnp.argmax(hit, axis=1).astype(jnp.int32) if causal else jnp.zeros(len(hit), jnp.int32)
         return jnp.where(jnp.any(hit, axis=1), first, hit.shape[1])
 
     return jax.lax.map(cell, cells)

@@ -37,8 +37,8 @@ def axes_of(model: Transformer, tokens: Tokens, site: str, over: Sequence[str]) 
 
     Key/value heads may be named `head`, as in `Where`, or `kv_head`.
     """
-    found = site_of(site, model.config)
-    sizes = {axis: n for axis, n in zip(found.axes, found.shape(model.config, tokens)) if axis != "batch"}
+    found = site_of(site, model.sites)
+    sizes = {axis: n for axis, n in zip(found.axes, found.shape(*tokens.ids.shape)) if axis != "batch"}
     sizes = {name: n for axis, n in sizes.items() for name in (SELECTS[axis], axis) if name in (*FIELDS, "kv_head")}
     told = f"over must name axes of site {site!r}, some of {', '.join(sizes)}; given {over!r}"
     if isinstance(over, str) or not isinstance(over, Sequence) or not over or any(axis not in sizes for axis in over):

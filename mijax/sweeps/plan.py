@@ -9,12 +9,12 @@ import numpy as np
 from mijax._types import Bool, Int
 from mijax.interventions.rows import needs_whole_cells
 from mijax.metrics import AnyMetric
-from mijax.model.config import Config
 from mijax.model.position import Rows
-from mijax.model.sites import SITES
+from mijax.model.sites import Site
 from mijax.model.tokens import Tokens
+from mijax.model.transformer import Transformer
 from mijax.sweeps.cells import Cells
-from mijax.sweeps.engine import BEFORE_LAYERS, Chunk, half_layer
+from mijax.sweeps.engine import Chunk
 
 
 class Work(NamedTuple):
@@ -58,7 +58,7 @@ class Shape(NamedTuple):
     by_position: bool
 
     @classmethod
-    def of(cls, config: Config, cells: Cells) -> "Shape":
+    def of(cls, causal: bool, cells: Cells) -> "Shape":
         """Read off the grids."""
         moved = {
             field
@@ -68,7 +68,7 @@ class Shape(NamedTuple):
             if number >= 0
         }
         starts = len(cells.labels.get("layer", [0])) if "layer" in moved else 1
-        return cls(cells.size, min(starts, cells.size), config.causal and bool(moved & {"pos", "query"}))
+        return cls(cells.size, min(starts, cells.size), causal and bool(moved & {"pos", "query"}))
 
 
 class Plan(NamedTuple):
@@ -88,26 +88,27 @@ class Plan(NamedTuple):
         return cls(arrays["order"], arrays["bounds"], Size(*map(int, arrays["size"])))
 
 
-def work(config: Config, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "batch read"] | None) -> Work:
+def work(model: Transformer, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "batch read"] | None) -> Work:
     """Read off the edits what each cell need compute for the columns `read`; everything, where an edit allows no less."""
     mask = np.asarray(tokens.mask)
-    start = np.full(cells.size, 2 * config.n_layers, np.int32)
+    start = np.full(cells.size, 2 * model.n_layers, np.int32)
     first = np.full((cells.size, *mask.shape[:1]), mask.shape[1], np.int32)
     whole = False
-    for site, given in cells.edits.items():
-        for edit, group in zip(given, cells.group[site]):
+    for name, given in cells.edits.items():
+        site = model.sites[name]
+        for edit, group in zip(given, cells.group[name]):
             whole |= needs_whole_cells(edit, jax.tree.map(lambda g: g >= 0, group))
             if any(g >= 0 for g in jax.tree.leaves(group)):
                 fields = {
                     f: _Choices(np.asarray(i), getattr(group.where, f), cells) for f, i in edit.where.given.items()
                 }
-                start = np.minimum(start, _begins(config, site, fields))
-                first = np.minimum(first, _first_column(config, mask, site, fields))
+                start = np.minimum(start, _begins(model, site, fields))
+                first = np.minimum(first, _first_column(model.causal, mask, site, fields))
     if whole:
         return Work(start, np.zeros_like(first), np.ones_like(mask), whole=True)
-    if read is not None and config.causal:  # what comes after the last token that is read
+    if read is not None and model.causal:  # what comes after the last token that is read
         first = np.where(first > read.max(axis=1), mask.shape[1], first)
-    all_queries = any("query" in SITES[site].axes for site in cells.edits)
+    all_queries = any("query" in model.sites[name].axes for name in cells.edits)
     return Work(start, first, mask, all_queries=all_queries)
 
 
@@ -126,28 +127,28 @@ class _Choices(NamedTuple):
         return choices if self.group < 0 else choices[self.cells.picks[self.group]]
 
 
-def _begins(config: Config, site: str, fields: Mapping[str, _Choices]) -> Int[np.ndarray, " cell_or_1"]:
+def _begins(model: Transformer, site: Site, fields: Mapping[str, _Choices]) -> Int[np.ndarray, " cell_or_1"]:
     """The half-layer of a cell's first edit at a site."""
-    if not SITES[site].has_layer:
-        return np.array([0 if site in BEFORE_LAYERS else max(0, 2 * config.n_layers - 1 - config.parallel)])
+    if not site.has_layer:
+        n = model.n_layers
+        return np.array([0 if site.part == "embedding" else max(0, 2 * n - 1 if model.has_halves else 2 * n - 2)])
     if "layer" not in fields:
-        return np.array([half_layer(config, site)])
-    layer = fields["layer"].stacked
+        return np.array([site.half])
+    layer, n = fields["layer"].stacked, model.n_layers
     if layer.dtype == bool:
-        layer = np.where(layer.any(axis=-1), np.argmax(layer, axis=-1), config.n_layers)
-    layer = np.where(layer < 0, layer + config.n_layers, layer)
+        layer = np.where(layer.any(axis=-1), np.argmax(layer, axis=-1), n)
+    layer = np.where(layer < 0, layer + n, layer)
     earliest = layer.reshape(len(layer), -1).min(axis=1)
-    return 2 * fields["layer"].by_cell(earliest) + half_layer(config, site)
+    return 2 * fields["layer"].by_cell(earliest) + site.half
 
 
 def _first_column(
-    config: Config, mask: np.ndarray, site: str, fields: Mapping[str, _Choices]
+    causal: bool, mask: np.ndarray, site: Site, fields: Mapping[str, _Choices]
 ) -> Int[np.ndarray, "cell_or_1 batch"]:
     """The first column of each example that a cell's edit can change; the number of columns where it changes none."""
     batch, n = mask.shape
     first = np.zeros((1, batch), np.int32)
-    places = ("pos", "query") if site != "attn_scores" else ("query", "key")  # a key is seen from itself on
-    for field in places if config.causal else ():
+    for field in site.seen_from if causal else ():
         if field in fields:
             first = np.maximum(first, fields[field].by_cell(_column(mask, fields[field].stacked)))
     if "batch" in fields:

@@ -18,7 +18,6 @@ from mijax.interventions.edits import Interventions
 from mijax.memory import PeakMemory, default_memory
 from mijax.meshes import automatic
 from mijax.metrics import AnyMetric
-from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.cells import Cells, Stack, cells_of
@@ -239,7 +238,7 @@ def _group(
     start = begin(job.model, some)
     mesh, cells, positions = options.mesh, start.cells, some.tokens.ids.shape[1]
     read = columns_read(some.metrics.values(), some.tokens)
-    todo = work(placed.config, some.tokens, cells, read)
+    todo = work(placed, some.tokens, cells, read)
     first = np.maximum(todo.first, job.first[some.examples])
     first = first if start.first is None else np.maximum(first, start.first)
     first[:, some.distinct :] = positions  # a repeated prompt is not computed
@@ -341,7 +340,7 @@ def _based(model, tokens, edits, metrics, capture):
 def _chunk(model, tokens, base: Base, metrics, read, stacked, chunk: Chunk, varying, fixed):
     """The metrics `[cell, batch]` of a chunk of cells."""
     final = run_chunk(model, tokens, base, chunk, eqx.combine(varying, fixed), stacked, read)
-    cell = lambda final: values_of(metrics, Readout(final, tokens, model.unembedding, model.b_U))
+    cell = lambda final: values_of(metrics, model.readout(final, tokens))
     return jax.vmap(cell)(final)
 
 

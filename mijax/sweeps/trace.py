@@ -66,7 +66,7 @@ def trace(
     {'layer': 2, 'pos': 3, 'draw': 4, 'batch': 1}
     """
     tokens, answer = as_tokens(tokens), np.asarray(answer)
-    restores = site_of(site, model.config)
+    restores = site_of(site, model.sites)
     if "pos" not in restores.axes or not restores.has_layer:
         raise ValueError(f"causal tracing restores a site of layers and positions, given {site!r}")
     mask = _subject_mask(tokens, subject)
@@ -79,7 +79,7 @@ def trace(
 
     def edits(corruption: Any, source: Any, corrupted: Any) -> dict[str, Any]:
         restored = {"embed": Add(corruption, Where(pos=noisy)), site: Replace(source, places)}
-        held = {} if severed is None else {severed: Replace(corrupted, _later(places, model.config.n_layers))}
+        held = {} if severed is None else {severed: Replace(corrupted, _later(places, model.n_layers))}
         return restored | held
 
     check_sweep(model, many, edits(0.0, 0.0, 0.0), metric, running)
@@ -138,12 +138,12 @@ def _noise(
     embedded = np.asarray(model.W_E[np.asarray(tokens.ids)[mask]].astype(jnp.float32))
     spread = scale * embedded.std()
     keys = jax.random.split(jax.random.key(seed), draws)
-    shape = (*tokens.ids.shape, model.config.d_model)
+    shape = model.sites["embed"].shape(*tokens.ids.shape)
     return jnp.concatenate([spread * jax.random.normal(key, shape, embedded.dtype) for key in keys])
 
 
 def _places(model: Transformer, tokens: Tokens, pos: Mapping[str, Any] | None, window: int, draws: int) -> Grid:
-    n, lengths = model.config.n_layers, np.asarray(tokens.lengths)
+    n, lengths = model.n_layers, np.asarray(tokens.lengths)
     if pos is None:  # where prompts differ in length, the last position stands in for those that one has not
         pos = {str(p): np.minimum(p, lengths - 1)[:, None] for p in range(int(lengths.max()))}
         labels: Sequence[Any] = list(map(int, pos))

@@ -29,6 +29,7 @@ def forward(model, ids, hook=lambda site, layer, x: x):
         mid = x + attn_out if c.parallel else at("resid_mid", x + attn_out)
         mlp_out = _mlp(c, model.blocks, p, at, x if c.parallel else mid)
         x = at("resid_post", mid + mlp_out)
+    x = hook("final_in", None, x)
     x = _norm(c, get(model.ln_final.weight), get(model.ln_final.bias), x, "ln_final", lambda s, v: hook(s, None, v))
     logits = x @ get(model.W_E if model.W_U is None else model.W_U).T
     return logits if model.b_U is None else logits + get(model.b_U)

@@ -1,0 +1,81 @@
+"""The tap that keeps activations."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from mijax._types import Array, Int
+from mijax.interventions.where import Where, known_axes, narrow, narrowed_shape
+from mijax.model.tap import Tap
+
+
+class Kept(NamedTuple):
+    """What is kept: of this layer; of the layers that are asked for, in slots; at sites without layers."""
+
+    layer: dict[str, Array]
+    slots: dict[str, Array]
+    outer: dict[str, Array]
+
+
+class Capturing(Tap):
+    """Keeps what stands at some sites, narrowed as asked: of all layers, or of those that a `Where` names.
+
+    The result holds the activations by site, with the layers in front where the site has them.
+    """
+
+    captures: dict[str, Where | None]
+    n_layers: int = eqx.field(static=True)
+
+    @property
+    def sites(self):
+        """Those that are captured."""
+        return frozenset(self.captures)
+
+    def init(self, sites, frame, zero):
+        """Empty slots."""
+        batch, pos, keys = *frame.positions.shape, frame.keys.shape[1]
+        slots = {}
+        for name, wanted in self._layers().items():
+            site = sites[name]
+            shape = narrowed_shape(self.captures[name], site.inner_axes, site.shape(batch, pos, keys)[1:])
+            slots[name] = jax.lax.full_like(zero, 0, shape=(wanted.size, *shape))
+        return Kept({}, slots, {})
+
+    def at(self, point, x, state):
+        """Keep it; nothing is changed."""
+        if point.copy:
+            return x, state
+        site, name = point.site, point.site.name
+        where = self.captures[name]
+        kept = x if where is None else narrow(x, where, site.inner_axes, known_axes(point, x.shape))
+        if not site.has_layer:
+            return x, state._replace(outer={**state.outer, name: kept})
+        if name not in state.slots:
+            return x, state._replace(layer={**state.layer, name: kept})
+        assert point.layer is not None
+        slot = _first_slot(self._layers()[name], point.layer)
+        filled = state.slots[name].at[slot].set(kept, mode="drop")
+        return x, state._replace(slots={**state.slots, name: filled})
+
+    def close(self, state):
+        """Stack what is kept of every layer."""
+        return state._replace(layer={}), state.layer
+
+    def result(self, state, stacked):
+        """All activations by site."""
+        of_first = lambda wanted: jnp.argmax(wanted[:, None] == wanted[None, :], axis=1)  # a layer may be listed twice
+        slots = {name: x[of_first(self._layers()[name])] for name, x in state.slots.items()}
+        return {**stacked, **state.outer, **slots}
+
+    def _layers(self) -> dict[str, Int[Array, " k"]]:
+        """The layers of the sites of which not all are kept."""
+        some = {name: where for name, where in self.captures.items() if where is not None and where.layer is not None}
+        return {name: jnp.asarray(where.layer).reshape(-1) % self.n_layers for name, where in some.items()}
+
+
+def _first_slot(wanted: Int[Array, " k"], layer: Int[Array, ""]) -> Int[Array, ""]:
+    """Where a layer's activation goes: to its first place among the wanted ones, or out of range, where it is dropped."""
+    hits = wanted == layer
+    return jnp.where(jnp.any(hits), jnp.argmax(hits).astype(jnp.int32), wanted.size)

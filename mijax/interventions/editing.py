@@ -1,0 +1,79 @@
+"""The tap that edits."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from mijax._types import Array
+from mijax.interventions.edits import Apply, Edit, by_layer
+from mijax.interventions.where import Axis, known_axes, selection
+from mijax.model.sites import Site
+from mijax.model.tap import Point, Tap, all_heads
+
+
+class Editing(Tap):
+    """Applies the edits of each site, in their order, to what they select."""
+
+    edits: dict[str, tuple[Edit, ...]]
+
+    @property
+    def sites(self):
+        """Those that are edited."""
+        return frozenset(self.edits)
+
+    def at(self, point, x, state):
+        """The edited activation."""
+        for edit in self.edits[point.site.name]:
+            x = edited(edit, point, x)
+        return x, state
+
+    def heads(self, site):
+        """Those that the edits select."""
+        every = all_heads(site)
+        lists = [None if isinstance(edit, Apply) else edit.where.head for edit in self.edits[site.name]]
+        if any(index is None or index.dtype == bool for index in lists):
+            return every
+        heads = jnp.concatenate([jnp.asarray(index).reshape(-1) for index in lists])
+        return every if heads.size >= every.size else jnp.where(heads < 0, heads + every.size, heads)
+
+    def per_layer(self, sites):
+        """Operands and bases with an axis of layers."""
+        own, rest = {}, {}
+        for name, several in self.edits.items():
+            pairs = [_per_layer(edit, sites[name]) for edit in several]
+            own[name], rest[name] = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+        return Editing(own), Editing(rest)
+
+
+def _per_layer(edit: Edit, site: Site) -> tuple[Any, Any]:
+    """What of an edit differs between layers, with an axis of them in front, and the rest."""
+    if not site.has_layer:
+        return jax.tree.map(lambda _: None, edit), edit
+    spec, n = by_layer(edit, len(site.axes)), site.sizes["layer"]
+    widen = lambda leaf, own: jnp.broadcast_to(leaf, (n, *leaf.shape[1:])) if own else leaf  # (XLA makes no copy)
+    return eqx.partition(jax.tree.map(widen, edit, spec), spec)
+
+
+def edited(edit: Edit, point: Point, x: Array) -> Array:
+    """What stands at a point after an edit, whose operands hold this layer's entries only."""
+    axes = known_axes(point, x.shape)
+    if isinstance(edit, Apply):
+        new = edit(x, point.site.name, point.layer, point.frame.positions)
+    else:
+        new = _narrowed(edit, point.site.inner_axes, axes)(x)
+    return jnp.where(selection(edit.where, point.site.inner_axes, axes), new, x)
+
+
+def _narrowed(edit: Edit, axes: Sequence[str], known: Mapping[str, Axis]) -> Any:
+    """The edit with its operands narrowed to the entries that are there, of axes that are not whole."""
+    for name in edit.operands:
+        value = jnp.asarray(getattr(edit, name))
+        for back, axis in enumerate(reversed(axes), start=1):
+            entries = known[axis].entries
+            if entries is not None and value.ndim >= back and value.shape[-back] > 1:
+                value = jnp.take(value, entries, axis=-back)
+        edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, value)
+    return edit
