@@ -221,15 +221,28 @@ def forward(
 
     def body(layer: Layer, carry: Any, xs: Any) -> Any:
         (x, state), (own, held) = carry, xs
-        x, state = layer(x, frame, eqx.combine(own, rest), state, held)
-        state, kept = tap.close(state)
-        return (x, state), kept
+        x, after = layer(x, frame, eqx.combine(own, rest), state, held)
+        after, kept = tap.close(after)
+        _check_state(tap, state, after)
+        return (x, after), kept
 
     (x, state), stacked = model.walk(body, (x, state), (layered, held), last=last)
     final = readout or any(site.part == "final" for name, site in model.sites.items() if name in tap.sites)
     if final:
         x, state = model.final(x, frame, tap, state)
     return (jnp.where(bad, jnp.nan, x) if readout else None), tap.result(state, stacked)
+
+
+def _check_state(tap: Tap, before: Any, after: Any) -> None:
+    """Raise `ValueError` for a tap whose state has another structure after a layer than before."""
+    for one, *states in zip(tap.taps, before, after) if isinstance(tap, Chain) else [(tap, before, after)]:
+        kinds = [(jax.tree.structure(state), [(a.shape, a.dtype) for a in jax.tree.leaves(state)]) for state in states]
+        if kinds[0] != kinds[1]:
+            shown = [jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", state) for state in states]
+            raise ValueError(
+                f"the state of {type(one).__name__} must have one structure whenever a layer begins: it was {shown[0]}, and is"
+                f" {shown[1]} after the layer"
+            )
 
 
 def as_captures(capture: Capture) -> Captures:

@@ -196,20 +196,20 @@ def test_the_plan_counts_what_must_be_computed(model):
     tokens = batch("left")
     cells = cells_of({"resid_pre": mj.Scale(0.0, mj.grid(layer=range(3), pos=range(4)))})
     read = columns_read([METRIC], tokens)
-    todo = work(model.config, tokens, cells, read)
+    todo = work(model, tokens, cells, read)
     assert todo.rows().reshape(3, 4).tolist() == [[sum(n - p for n in LENGTHS) for p in range(4)]] * 3
     assert todo.start.reshape(3, 4).tolist() == [[2 * layer] * 4 for layer in range(3)]
-    bidirectional = ARCHITECTURES["bidirectional"]
+    bidirectional = random_model(ARCHITECTURES["bidirectional"])
     assert (work(bidirectional, tokens, cells, read).rows() == sum(LENGTHS)).all()
     early = columns_read([mj.metrics.logit([1, 2, 3], pos=1)], tokens)
-    assert work(model.config, tokens, cells, early).rows().reshape(3, 4)[0].tolist()[2:] == [0, 0]
+    assert work(model, tokens, cells, early).rows().reshape(3, 4)[0].tolist()[2:] == [0, 0]
     later = {"mlp_out": 1, "resid_mid": 1, "z": 0, "embed": None, "ln_final.scale": None}
     for site, half in later.items():
         axes = {"pos": [1]} if half is None else {"layer": [1], "pos": [1]}
-        start = work(model.config, tokens, cells_of({site: mj.Scale(0.0, mj.grid(**axes))}), read).start
+        start = work(model, tokens, cells_of({site: mj.Scale(0.0, mj.grid(**axes))}), read).start
         assert start.tolist() == [{"embed": 0, "ln_final.scale": 5}.get(site, 2 + (half or 0))]
     scores = cells_of({"attn_scores": mj.Replace(-np.inf, mj.grid(layer=[1], key=[2]))})
-    assert work(model.config, tokens, scores, read).rows().tolist() == [sum(n - 2 for n in LENGTHS)]
+    assert work(model, tokens, scores, read).rows().tolist() == [sum(n - 2 for n in LENGTHS)]
 
 
 @settings(max_examples=30)
@@ -381,9 +381,9 @@ def test_the_estimate_bounds_what_the_program_takes():
         ):
             cells, metrics = cells_of({site: mj.Scale(0.0, mj.grid(**over))}), {"m": metric}
             read = columns_read([metric], tokens)
-            todo = work(model.config, tokens, cells, read)
+            todo = work(model, tokens, cells, read)
             each = row_bytes(model, cells.edits), cell_bytes(model, tokens, metrics)
-            order = plan(todo, capacity(todo, Shape.of(model.config, cells), *each, 2**28, 2048, specialise=False))
+            order = plan(todo, capacity(todo, Shape.of(model.causal, cells), *each, 2**28, 2048, specialise=False))
             own, chunk = chunk_of(todo, order, 0)
             kept = module.kept_base(model, tokens, {}, metrics)[1]
             args = (model, tokens, kept, metrics, read, cells.stacked, chunk, *cells.take_split(own))

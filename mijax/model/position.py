@@ -55,7 +55,7 @@ class Sight(NamedTuple):
     """What a layer's attention needs to know of positions: which keys a query may see, and cosine and sine of each
     position's angles, where the model rotates."""
 
-    allowed: Bool[Array, "batch pos key"]
+    allowed: Bool[Array, "spread query key"]
     rotary: tuple[Float[Array, "batch pos angle"], Float[Array, "batch pos angle"]] | None
 
 
@@ -68,8 +68,8 @@ class Frame(eqx.Module):
     """
 
     positions: Int[Array, "batch pos"]
-    keys: Int[Array, "batch key"]
-    lengths: Int[Array, " batch"]
+    keys: Int[Array, "spread key"]
+    lengths: Int[Array, " spread"]
     sight: Sight
 
     @property

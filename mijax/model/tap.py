@@ -75,6 +75,24 @@ def all_heads(site: Site) -> Int[Array, " k"]:
     return jnp.arange(site.sizes[site.head_axis], dtype=jnp.int32)
 
 
+def called(tap: Tap, point: Point, x: Array, state: Any) -> tuple[Array, Any]:
+    """What stands at a point after a tap, and the tap's state; `ValueError` for an activation of another shape or dtype."""
+    if point.site.name not in tap.sites:
+        return x, state
+    result = tap.at(point, x, state)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            f"{type(tap).__name__}.at must return the activation and the state, given {type(result).__name__}"
+        )
+    after, state = result
+    if (after.shape, after.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"{type(tap).__name__} at site {point.site.name!r} returned {after.dtype}{list(after.shape)}, expected"
+            f" {x.dtype}{list(x.shape)}"
+        )
+    return after, state
+
+
 class Nothing(Tap):
     """The tap that is called nowhere."""
 
@@ -102,8 +120,7 @@ class Chain(Tap):
         """What is left by each is given to the next."""
         after = list(state)
         for i, tap in enumerate(self.taps):
-            if point.site.name in tap.sites:
-                x, after[i] = tap.at(point, x, after[i])
+            x, after[i] = called(tap, point, x, after[i])
         return x, tuple(after)
 
     def init(self, sites, frame, zero):
@@ -149,9 +166,7 @@ class Visit(NamedTuple):
 
     def __call__(self, site: str, x: Array, state: Any, heads: Int[Array, " k"] | None = None) -> tuple[Array, Any]:
         """What stands at a site after the tap, and the tap's state."""
-        if site not in self.tap.sites:
-            return x, state
-        return self.tap.at(Point(self.sites[site], self.layer, self.frame, heads, self.copy), x, state)
+        return called(self.tap, Point(self.sites[site], self.layer, self.frame, heads, self.copy), x, state)
 
     def heads(self, site: str) -> Int[Array, " k"] | None:
         """The heads of a copy per head that must be computed; `None` where no tap is called there."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Float, Int, Stream
+from mijax._types import Array, Asked, Float, Int, Stream
 from mijax.interventions.rows import EditingRows
 from mijax.model.attention import KVCache
 from mijax.model.position import Packed, Rows, pack
@@ -69,7 +69,7 @@ def run_chunk(
     packed = pack(whole, rows)
 
     def at(frame: Packed) -> Body:
-        def body(layer: Layer, x: Stream, held: KVCache) -> tuple[Stream, None]:
+        def body(layer: Layer, x: Stream, held: KVCache) -> tuple[Asked, None]:
             attended = 2 * layer.index < chunk.start if model.has_halves else None
             x, _ = layer(x, frame, tap, None, held, attended)
             return x, None
