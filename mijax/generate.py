@@ -23,7 +23,18 @@ from mijax.model.sites import Site, cached_sites
 from mijax.model.tap import Chain, Point
 from mijax.model.tokens import Tokens, as_tokens, is_concrete
 from mijax.model.transformer import Transformer
-from mijax.run import Capture, Edits, as_captures, check, check_selects, faulty, forward, nan_where, on_device
+from mijax.run import (
+    Capture,
+    Edits,
+    as_captures,
+    check,
+    check_selects,
+    faulty,
+    forward,
+    in_canonical_form,
+    nan_where,
+    on_device,
+)
 
 
 class Generated(NamedTuple):
@@ -104,6 +115,7 @@ def generate(
     sampling = None if greedy else _Sampling(jnp.asarray(temperature, jnp.float32), *(jnp.asarray(f) for f in filters))
     batch, width = tokens.ids.shape
     shapes = ((width, width), (1, width + count))  # of the prompt, and of each new token: computed tokens, and keys
+    edits = in_canonical_form(model, edits)
     ways = tuple(convert_edits(model, edits, batch, *shape, (model, whole)) for shape in shapes)
     whole, ways, captures = on_device((whole, ways, captures))
     fixed = filtered, jnp.asarray(stop_ids, jnp.int32), key, count

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from mijax._types import Array, ArrayLike, Bool, Float, Int, Logits, Stream
 from mijax.interventions.capturing import Capturing
 from mijax.interventions.editing import Editing
-from mijax.interventions.edits import Edit, Interventions, as_edits, check_shapes
+from mijax.interventions.edits import Edit, Interventions, as_edits, canonical, check_shapes
 from mijax.interventions.functions import convert_edits
 from mijax.interventions.where import Where, check_range, check_structure, out_of_range
 from mijax.meshes import batch_spec, with_automatic_axes
@@ -134,9 +134,15 @@ def _out_axes(model: Transformer, captures: Captures) -> Any:
 
 
 def of_prompts(model: Transformer, tokens: Tokens, edits: Edits) -> Edits:
-    """The edits with users' functions as they are now, for a run of all of `tokens`."""
+    """Checked edits in canonical form, with users' functions as they are now, for a run of all of `tokens`."""
     batch, pos = tokens.ids.shape
+    edits = in_canonical_form(model, edits)
     return convert_edits(model, edits, batch, pos, pos, (model, tokens))
+
+
+def in_canonical_form(model: Transformer, edits: Edits) -> Edits:
+    """Checked edits with all axes of their sites in their operands."""
+    return {name: tuple(canonical(edit, model.sites[name]) for edit in several) for name, several in edits.items()}
 
 
 def check(model: Transformer, tokens: Tokens, edits: Edits, captures: Captures) -> None:
@@ -153,7 +159,7 @@ def check(model: Transformer, tokens: Tokens, edits: Edits, captures: Captures) 
                 )
             check_structure(edit.where, name, site.axes, sizes)
             check_range(edit.where, name, fields)
-            check_shapes(edit, name, site.axes, shape)
+            check_shapes(edit, site, shape)
         kept = captures.get(name)
         if kept is not None:
             if any(index.dtype == bool for index in kept.given.values()):

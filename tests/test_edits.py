@@ -258,6 +258,36 @@ def test_narrowed_captures_take_the_memory_that_they_keep():
     assert size(("z",)) - size({"z": mj.Where(layer=[3])}) > 30 * one
 
 
+@pytest.mark.parametrize("site", ["q", "v", "z", "result", "k_input"])
+@pytest.mark.parametrize("axes", [("layer",), ("head",), ("layer", "head")])
+def test_a_basis_per_head_is_each_heads_own_projection(x64, site, axes):
+    """In `run`, at some heads only, in a sweep whose cells share it, and while generating: NumPy's least squares, head by head."""
+    model, tokens = random_model(ARCHITECTURES["llama_gqa"]), batch("left")
+    clean = mj.run(model, tokens, capture=(site,)).acts[site]
+    layers, heads, unit = clean.shape[0], *clean.shape[-2:]
+    n = {"layer": layers, "head": heads}
+    basis = np.random.default_rng(0).normal(size=(*(n[axis] for axis in axes), 2, unit))
+    full = np.broadcast_to(basis.reshape(*(n[a] if a in axes else 1 for a in n), 2, unit), (layers, heads, 2, unit))
+    project = lambda where=mj.Where(): {site: mj.Project(jnp.asarray(basis), where)}
+    out = mj.run(model, tokens, project(mj.Where(layer=0)), capture=(site,)).acts[site][0]
+    for head in range(heads):
+        x = np.asarray(clean)[0, :, :, head]
+        assert error(out[:, :, head], x - basis_projector(full[0, head], x)) < 1e-10
+    some = mj.run(model, tokens, project(mj.Where(layer=0, head=[1])), capture=(site,)).acts[site][0]
+    assert error(some[:, :, 1], out[:, :, 1]) < 1e-10 and error(some[:, :, 0], clean[0, :, :, 0]) < 1e-10
+
+    metric, cells = mj.metrics.logit_diff(3, 4), mj.grid(layer=range(3), head=range(heads))
+    swept = mj.sweep(model, tokens, {site: mj.Project(jnp.asarray(basis), cells)}, metric)
+    for layer, head in np.ndindex(layers, heads):
+        alone = mj.run(model, tokens, project(mj.Where(layer=layer, head=head)))
+        assert error(swept[layer, head], metric(alone.readout)) < 1e-10
+
+    prompts = mj.Tokens(np.asarray(tokens.ids)[:, -2:])
+    done = mj.generate(model, prompts, project(), max_new_tokens=3, capture=(site,))
+    again = mj.run(model, mj.Tokens(done.ids), project(), capture=(site,))
+    assert error(done.acts[site][:, :, :-1], again.acts[site][:, :, :-1]) < 1e-10
+
+
 def test_a_basis_in_training_stays_a_projection():
     """Its gradient is that of the subspace: moving a row along another changes nothing."""
     import jax

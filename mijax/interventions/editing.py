@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array
-from mijax.interventions.edits import Apply, Edit, by_layer
+from mijax.interventions.edits import Apply, Edit
 from mijax.interventions.where import Axis, known_axes, selection
 from mijax.model.sites import Site
 from mijax.model.tap import Point, Tap, all_heads
 
 
 class Editing(Tap):
-    """Applies the edits of each site, in their order, to what they select."""
+    """Applies the edits of each site, in their order, to what they select; their operands are `canonical`."""
 
     edits: dict[str, tuple[Edit, ...]]
 
@@ -49,12 +49,17 @@ class Editing(Tap):
 
 
 def _per_layer(edit: Edit, site: Site) -> tuple[Any, Any]:
-    """What of an edit differs between layers, with an axis of them in front, and the rest."""
+    """What of an edit differs between layers, with an axis of them in front; and the rest, without one."""
+    spec: Any = jax.tree.map(lambda _: False, edit)
     if not site.has_layer:
-        return jax.tree.map(lambda _: None, edit), edit
-    spec, n = by_layer(edit, len(site.axes)), site.sizes["layer"]
-    widen = lambda leaf, own: jnp.broadcast_to(leaf, (n, *leaf.shape[1:])) if own else leaf  # (XLA makes no copy)
-    return eqx.partition(jax.tree.map(widen, edit, spec), spec)
+        return eqx.partition(edit, spec)
+    for name in (*edit.operands, *edit.bases):
+        at = lambda e, name=name: getattr(e, name)
+        if len(at(edit)) > 1:
+            spec = eqx.tree_at(at, spec, True)
+        else:
+            edit = eqx.tree_at(at, edit, at(edit)[0])
+    return eqx.partition(edit, spec)
 
 
 def edited(edit: Edit, point: Point, x: Array) -> Array:
@@ -69,11 +74,12 @@ def edited(edit: Edit, point: Point, x: Array) -> Array:
 
 def _narrowed(edit: Edit, axes: Sequence[str], known: Mapping[str, Axis]) -> Any:
     """The edit with its operands narrowed to the entries that are there, of axes that are not whole."""
-    for name in edit.operands:
+    for name in (*edit.operands, *edit.bases):
         value = jnp.asarray(getattr(edit, name))
-        for back, axis in enumerate(reversed(axes), start=1):
+        own = axes if name in edit.operands else [axis for axis in axes if axis in ("head", "kv_head")]
+        for i, axis in enumerate(own):
             entries = known[axis].entries
-            if entries is not None and value.ndim >= back and value.shape[-back] > 1:
-                value = jnp.take(value, entries, axis=-back)
+            if entries is not None and value.shape[i] > 1:
+                value = jnp.take(value, entries, axis=i)
         edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, value)
     return edit

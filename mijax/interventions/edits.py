@@ -1,6 +1,8 @@
 """What is done at a site: small pytrees whose arrays can be vmapped and differentiated."""
 
 import abc
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
@@ -11,10 +13,10 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from mijax._types import Array, ArrayLike, Float, Int
-from mijax.interventions.operands import check_operand, in_full, site_axes
+from mijax.interventions.operands import basis_in_full, check_basis, check_operand, in_full
 from mijax.interventions.where import Where
 from mijax.model.numerics import accumulator
-from mijax.model.sites import UNITS
+from mijax.model.sites import Site
 from mijax.model.tokens import is_concrete
 
 
@@ -60,7 +62,7 @@ class Edit(eqx.Module):
     site's axes (a vector `[unit]` for all layers, prompts and positions), one of full rank, layer axis included, gives
     each layer its own. Where an operand of lower rank would fit other axes as well (`[n_layers, d_model]` where a prompt has
     `n_layers` tokens), that is an error; `axes` says which ones are meant: `Add(vectors, axes=("layer", "unit"))`. Those named
-    in `bases` are `[k, unit]`, or `[layer, k, unit]`.
+    in `bases` are `[k, unit]`, or one per layer `[layer, k, unit]`, per head `[head, k, unit]`, or both.
     """
 
     operands: ClassVar[tuple[str, ...]] = ()
@@ -125,7 +127,7 @@ class Add(Edit):
 
 
 class Project(Edit):
-    """Project the span of `basis` (`[unit]`, `[k, unit]` or `[layer, k, unit]`) out of the activation.
+    """Project the span of `basis` (`[unit]`, `[k, unit]`, or one per layer, per head or both) out of the activation.
 
     The rows need not be orthonormal. Raises `ValueError` where they are linearly dependent; where that is known only
     inside a trace, the result is NaN.
@@ -242,14 +244,11 @@ EDITS = (Replace, Scale, Add, Project, Interchange, Mix, Apply)
 
 
 def as_edits(interventions: Interventions | None) -> dict[str, tuple[Edit, ...]]:
-    """Edits by site, each site's in the order in which they act; functions as `Apply`, operands with `axes` in full."""
+    """Edits by site, each site's in the order in which they act; functions as `Apply`."""
     if interventions is not None and not isinstance(interventions, Mapping):
         raise TypeError(f"interventions must map sites to edits, given {type(interventions).__name__}")
-    edits = {}
-    for site, given in (interventions or {}).items():
-        several = given if isinstance(given, list | tuple) else (given,)
-        edits[site] = tuple(_in_full(_as_edit(edit, site), site) for edit in several)
-    return edits
+    several = lambda given: given if isinstance(given, list | tuple) else (given,)
+    return {site: tuple(_as_edit(e, site) for e in several(given)) for site, given in (interventions or {}).items()}
 
 
 def _as_edit(edit: Any, site: str) -> Edit:
@@ -265,42 +264,30 @@ def _as_edit(edit: Any, site: str) -> Edit:
     return edit
 
 
-def _in_full(edit: Edit, site: str) -> Edit:
-    """The edit with an axis for each of the site's in the operands whose axes are told."""
-    names = site_axes(site)
-    if edit.axes is None or names is None:
-        return edit
-    values: dict[str, Any] = {
-        name: in_full(getattr(edit, name), name, edit.axes, site, names) for name in edit.operands
-    }
-    rest: dict[str, Any] = {name: getattr(edit, name) for name in (*edit.bases, "where")}
-    return type(edit)(**values, **rest)  # pyright: ignore[reportCallIssue]
+def canonical(edit: Edit, site: Site, stacked: Any = None) -> Edit:
+    """The edit with an axis for each of the site's in its operands, and one for layers and heads in its bases.
+
+    Where `stacked`, a pytree like the edit, marks an array, that is behind an axis of choices. What `check_shapes` refuses
+    must not be given.
+    """
+    marked = lambda name: bool(stacked is not None and getattr(stacked, name))
+    full = {name: in_full(getattr(edit, name), name, edit.axes, site, marked(name)) for name in edit.operands}
+    full |= {name: basis_in_full(getattr(edit, name), site, marked(name)) for name in edit.bases}
+    for name, value in full.items():
+        edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, value)
+    return edit if edit.axes is None else dataclasses.replace(edit, axes=None)
 
 
-def by_layer(edit: Edit, rank: int) -> Any:
-    """A pytree like `edit`: True at arrays that hold one entry per layer of a site of full rank `rank`."""
-    spec = jax.tree.map(lambda leaf: False, edit)
-    layered = [name for name in edit.operands if jnp.ndim(getattr(edit, name)) == rank]
-    layered += [name for name in edit.bases if jnp.ndim(getattr(edit, name)) == 3]
-    for name in layered:
-        spec = eqx.tree_at(lambda e, name=name: getattr(e, name), spec, True)
-    return spec
-
-
-def check_shapes(edit: Edit, site: str, axes: Sequence[str], shape: tuple[int, ...]) -> None:
+def check_shapes(edit: Edit, site: Site, shape: tuple[int, ...]) -> None:
     """Raise `ValueError` where an operand does not broadcast to the site's shape, or does so in two ways."""
-    expected = f"the shape of site {site!r}, {' '.join(axes)} = {shape}"
+    kind = type(edit).__name__
     for name in edit.operands:
-        check_operand(jnp.shape(getattr(edit, name)), f"{type(edit).__name__}'s {name}", site, axes, shape)
+        value = getattr(edit, name)
+        if edit.axes is not None:
+            value = in_full(value, name, edit.axes, site)
+        check_operand(jnp.shape(value), f"{kind}'s {name}", site, shape)
     for name in edit.bases:
-        given = jnp.shape(getattr(edit, name))
-        if axes[-1] not in UNITS:
-            raise ValueError(f"{type(edit).__name__} needs a site of vectors; the last axis of {expected} is not one")
-        layers = (shape[0],) if axes[0] == "layer" else ()
-        if given[-1] != shape[-1] or given[:-2] not in ((), layers):
-            raise ValueError(
-                f"{type(edit).__name__}'s {name} has shape {given}, expected [k, {shape[-1]}] (or one per layer) for {expected}"
-            )
+        check_basis(jnp.shape(getattr(edit, name)), kind if not site.has_vectors else f"{kind}'s {name}", site, shape)
 
 
 def _fit(value: ArrayLike, x: Array) -> Array:
@@ -308,7 +295,11 @@ def _fit(value: ArrayLike, x: Array) -> Array:
 
 
 def _onto(basis: ArrayLike, x: Array) -> Array:
+    """The part of `x` in the span of `basis`: [k, unit], or one for each head, [head, k, unit]."""
     # Here, not when the edit is built: a basis in training is updated in place, and must stay a projection.
     basis = _orthonormal(jnp.asarray(basis)).astype(x.dtype)
-    precision = jax.lax.Precision.HIGHEST
-    return jnp.matmul(jnp.matmul(x, basis.T, precision=precision), basis, precision=precision)
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    if basis.ndim == 3 and len(basis) > 1:
+        return product("...hk,hku->...hu", product("...hu,hku->...hk", x, basis), basis)
+    basis = basis.reshape(basis.shape[-2:])
+    return product("...k,ku->...u", product("...u,ku->...k", x, basis), basis)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mijax._types import Array
 from mijax.interventions.editing import edited
-from mijax.interventions.edits import Apply, Edit, by_layer
+from mijax.interventions.edits import Apply, Edit
 from mijax.interventions.where import Axis, selection
 from mijax.model.position import Packed, Rows
 from mijax.model.sites import Site
@@ -51,20 +51,14 @@ def needs_whole_cells(edit: Edit, stacked: Any) -> bool:
 
 
 def _of_layer(edit: Any, stacked: Any, point: Point) -> Any:
-    """The edit with the arrays that differ between layers narrowed to one; arrays marked in `stacked` have a
-    leading axis of cells."""
-    layer = point.layer
-    if layer is None:
+    """The edit with its operands and bases narrowed to one layer, and without an axis of them."""
+    if point.layer is None:
         return edit
-    one = jax.tree.map(lambda leaf, s: leaf[0] if s else leaf, edit, stacked)
-
-    def narrow(leaf, own, s):
-        if not own:
-            return leaf
-        n = leaf.shape[1 if s else 0]
-        return jnp.take(leaf, jnp.minimum(layer, n - 1), axis=1 if s else 0)
-
-    return jax.tree.map(narrow, edit, by_layer(one, len(point.site.axes)), stacked)
+    for name in (*edit.operands, *edit.bases):
+        leaf, axis = jnp.asarray(getattr(edit, name)), int(getattr(stacked, name))
+        own = jnp.take(leaf, jnp.minimum(point.layer, leaf.shape[axis] - 1), axis=axis)
+        edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, own)
+    return edit
 
 
 def _edited_rows(edit: Edit, stacked: Any, point: Point, frame: Packed, x: Array) -> Array:
@@ -91,11 +85,8 @@ def _of_rows(edit: Edit, stacked: Any, site: Site, rows: Rows) -> tuple[Edit, An
     place = {"batch": rows.example, "pos": rows.column}
     mapped = jax.tree.map(lambda leaf: False, edit)
     for name in edit.operands:
-        leaf, s = jnp.asarray(getattr(edit, name)), getattr(stacked, name)
-        own = leaf.ndim - s
-        axes = site.inner_axes[len(site.inner_axes) - own :] if own else ()
-        sizes = leaf.shape[1:] if s else leaf.shape
-        lead = [(axis, n) for axis, n in zip(axes, sizes) if axis in place]
+        leaf, s = jnp.asarray(getattr(edit, name)), bool(getattr(stacked, name))
+        lead = [(axis, n) for axis, n in zip(site.inner_axes, leaf.shape[s:]) if axis in place]
         if s or any(n > 1 for _, n in lead):
             index = ([rows.cell] if s else []) + [place[axis] if n > 1 else 0 * rows.cell for axis, n in lead]
             leaf = leaf[tuple(index)]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Int
-from mijax.interventions.edits import Apply, Interventions, as_edits
+from mijax.interventions.edits import Apply, Interventions, as_edits, canonical
 from mijax.interventions.functions import has_functions
 from mijax.interventions.where import Where, check_range
 from mijax.model.tokens import Tokens
@@ -146,6 +146,16 @@ def check_cells(model: Transformer, tokens: Tokens, cells: Cells) -> None:
             moved = {f: index for f, index in edit.where.given.items() if getattr(group.where, f) >= 0}
             if moved:
                 check_range(_together(moved), site, field_lengths(model.sites[site], tokens))
+
+
+def canonical_cells(model: Transformer, cells: Cells) -> Cells:
+    """Checked cells with all axes of their sites in their operands, behind an axis of choices where there is one."""
+    edits, group = {}, {}
+    for name, given in cells.edits.items():
+        site, stacked = model.sites[name], cells.stacked[name]
+        edits[name] = tuple(canonical(edit, site, own) for edit, own in zip(given, stacked))
+        group[name] = jax.tree.unflatten(jax.tree.structure(edits[name]), jax.tree.leaves(cells.group[name]))
+    return cells._replace(edits=edits, group=group)
 
 
 def convert_cells(model: Transformer, tokens: Tokens, cells: Cells) -> Cells:

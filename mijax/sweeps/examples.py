@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Int
@@ -113,9 +112,9 @@ def _edit_of(edit: Edit, group: Any, axes: tuple[str, ...], examples: Examples, 
     """An edit with what differs between examples narrowed to some of them; `group` marks arrays with an axis of choices in front."""
     for name in edit.operands:
         value, stacked = getattr(edit, name), getattr(group, name) >= 0
-        axis = axes.index("batch") - len(axes)  # operands are aligned with the last axes
-        if jnp.ndim(value) - stacked >= -axis and value.shape[axis] > 1:
-            edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, _at(value, examples, value.ndim + axis))
+        axis = axes.index("batch") + stacked
+        if value.shape[axis] > 1:
+            edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, _at(value, examples, axis))
     fields = {
         field: _index_of(np.asarray(index), field, getattr(group.where, field) >= 0, examples, batch)
         for field, index in edit.where.given.items()

@@ -12,7 +12,7 @@ from mijax.metrics import AnyMetric
 from mijax.model.parameters import check_parameters
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.cells import Cells, check_cells, convert_cells
+from mijax.sweeps.cells import Cells, canonical_cells, check_cells, convert_cells
 from mijax.sweeps.examples import tokens_of, why_together
 from mijax.sweeps.measure import as_programs, metric_bytes, taken
 from mijax.sweeps.plan import Shape, Size, Work, capacity, columns_read, tokens_of_cell, work
@@ -61,6 +61,7 @@ def job_of(
     """
     check_parameters(model)
     check_cells(model, tokens, cells)
+    cells = canonical_cells(model, cells)
     convert = lambda: (convert_cells(model, tokens, cells), as_programs(model, tokens, metrics))
     cells, programs = chunks.repeatable(convert, save)
     first = np.zeros(len(tokens.ids), np.int32) if first is None else first

@@ -81,3 +81,29 @@ def test_a_vector_for_each_layer_in_a_sweep_and_a_stack():
 def test_axes_that_do_not_fit(axes, message):
     with refused(ValueError, message):
         mj.run(model(), THREE, {"resid_post": mj.Add(VECTORS, axes=axes)})
+
+
+def test_a_basis_that_could_be_one_per_layer_or_one_per_head():
+    """Two layers of two heads."""
+    square = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    bases = np.random.default_rng(0).normal(size=(2, 1, 4)).astype(np.float32)
+    with refused(
+        ValueError,
+        r"Project's basis has shape \(2, 1, 4\), which could be one per layer or one per head .*\[2, 1, ...\] or \[1, 2, ...\]",
+    ):
+        mj.run(square, THREE, {"z": mj.Project(bases)})
+    clean = np.asarray(mj.run(square, THREE, capture=("z",)).acts["z"][0])
+    for full, own in (
+        (bases[:, None], bases[[0, 0]]),
+        (bases[None], bases),
+    ):  # the first layer's basis for both heads; each head's
+        z = np.asarray(mj.run(square, THREE, {"z": mj.Project(full)}, capture=("z",)).acts["z"][0])
+        for head in range(2):
+            x, b = clean[:, :, head], own[head, 0]
+            assert np.allclose(z[:, :, head], x - (x @ b)[..., None] * b / (b @ b), atol=1e-6)
+    with refused(
+        ValueError,
+        r"basis has shape \(3, 1, 4\), expected \[k, 4\], \[k, unit\] or \[layer, k, unit\] or \[head, k, unit\]",
+    ):
+        mj.run(square, THREE, {"z": mj.Project(np.ones((3, 1, 4), np.float32))})
+    assert mj.run(square, THREE, {"resid_pre": mj.Project(np.ones((2, 1, 8), np.float32))}).logits.shape == (1, 3, 11)
