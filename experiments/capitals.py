@@ -41,7 +41,7 @@ def make(model: mj.Transformer, tokenizer: mj.Tokenizer, n: int) -> Capitals:
     countries = [country for country in CAPITALS if len(tokenizer.backend.encode(f" {country}").ids) == 1]
     texts = [TEMPLATE.format(country) for country in countries]
     answers = np.array([_first_token(tokenizer, text, CAPITALS[c]) for text, c in zip(texts, countries)])
-    rank = np.asarray(mj.metrics.rank(answers)(mj.run(model, tokenizer(texts)).readout))
+    rank = np.asarray(mj.metrics.rank(answers)(mj.run(model, tokenizer(texts))))
     first = np.unique(answers, return_index=True)[1]  # of capitals that begin alike, one
     known = np.intersect1d(np.flatnonzero(rank == 0), first)[:n]
     if len(known) < max(2, n):

@@ -78,7 +78,7 @@ def main(settings: Settings) -> xr.Dataset:
 def known(model: mj.Transformer, tokenizer: mj.Tokenizer, count: int) -> list[Fact]:
     """The first facts to which the model gives the answer."""
     candidates = make(tokenizer, FACTS)
-    rank = np.asarray(mj.metrics.rank(candidates.answer)(mj.run(model, candidates.tokens).readout))
+    rank = np.asarray(mj.metrics.rank(candidates.answer)(mj.run(model, candidates.tokens)))
     chosen = np.flatnonzero(rank == 0)[:count]
     if not len(chosen):
         raise SystemExit("the model knows none of the facts")

@@ -91,7 +91,7 @@ def main(settings: Settings) -> xr.Dataset:
 def baseline(model: mj.Transformer, ioi: IOI) -> dict[str, float]:
     """What the model does with the prompts as they are."""
     difference, rank = mj.metrics.logit_diff(ioi.io, ioi.subject), mj.metrics.rank(ioi.io)
-    clean, corrupted = mj.run(model, ioi.clean).readout, mj.run(model, ioi.corrupted).readout
+    clean, corrupted = mj.run(model, ioi.clean), mj.run(model, ioi.corrupted)
     values = np.asarray(difference(clean))
     return {
         "accuracy": float((values > 0).mean()),

@@ -106,7 +106,7 @@ def written(model: mj.Transformer, tokens: mj.Tokens, vector: jax.Array, setting
 def verdicts(model: mj.Transformer, tokenizer: mj.Tokenizer, texts: list[str]) -> np.ndarray:
     """The unsteered model's logit of " good" minus " bad" after each text's `VERDICT`."""
     metric = mj.metrics.logit_diff(tokenizer.token_id(" good"), tokenizer.token_id(" bad"))
-    return np.asarray(metric(mj.run(model, tokenizer([text + VERDICT for text in texts])).readout))
+    return np.asarray(metric(mj.run(model, tokenizer([text + VERDICT for text in texts]))))
 
 
 def study(model: mj.Transformer, tokenizer: mj.Tokenizer, settings: Settings) -> xr.Dataset:
@@ -123,7 +123,7 @@ def study(model: mj.Transformer, tokenizer: mj.Tokenizer, settings: Settings) ->
             texts[d, i] = [tokenizer.decode(row[real]) for row, real in zip(ids, mask)]
             verdict[d, i] = verdicts(model, tokenizer, texts[d, i].tolist())
             text = mj.Tokens(ids, mask)
-            surprise[d, i] = mj.metrics.cross_entropy(text)(mj.run(model, text).readout)
+            surprise[d, i] = mj.metrics.cross_entropy(text)(mj.run(model, text))
     dims = ("direction", "dose", "prompt")
     coords = {"direction": list(DIRECTIONS), "dose": list(settings.doses), "prompt": list(settings.prompts)}
     attrs = {"model": settings.model, "layer": settings.layer, "vector_norm": float(jnp.linalg.norm(vector))}

@@ -76,7 +76,7 @@ def sequences(settings: Settings, key: jax.Array) -> tuple[jax.Array, jax.Array]
 def loss(model: mj.Transformer, ids: jax.Array) -> jax.Array:
     """The mean next-token loss in nats (padding, of which there is none here, would not count)."""
     tokens = mj.Tokens(ids)
-    return jnp.mean(mj.metrics.cross_entropy(tokens)(mj.run(model, tokens).readout))
+    return jnp.mean(mj.metrics.cross_entropy(tokens)(mj.run(model, tokens)))
 
 
 def induction_accuracy(model: mj.Transformer, settings: Settings, key: jax.Array) -> jax.Array:

@@ -12,9 +12,10 @@ import numpy as np
 from mijax._types import Array, ArrayLike, Bool, Int, Logits
 from mijax.interventions.capturing import Capturing
 from mijax.interventions.editing import Editing
-from mijax.interventions.edits import Apply, Edit, Interventions, as_edits
+from mijax.interventions.edits import Apply, Interventions, as_edits
 from mijax.interventions.functions import convert_edits
-from mijax.interventions.where import Where, known_axes, narrow
+from mijax.interventions.selecting import known_axes, narrow
+from mijax.interventions.where import Where
 from mijax.meshes import batch_spec, with_automatic_axes
 from mijax.model.attention import KVCache
 from mijax.model.parameters import check_parameters
@@ -134,7 +135,7 @@ def generate(
 
 def _out_axes(model: Transformer, captures: dict[str, Where | None], batch: Any) -> Any:
     """How what is generated is sharded where the examples are explicitly so."""
-    tokens, narrowed = batch_spec(("batch",), batch), lambda where: where is not None and where.batch is not None
+    tokens, narrowed = batch_spec(("batch",), batch), lambda where: where is not None and where.narrows("batch")
     acts = {
         site: batch_spec(model.sites[site].axes, None if narrowed(where) else batch) for site, where in captures.items()
     }
@@ -192,7 +193,7 @@ def _generate(model, whole, ways, captures: dict[str, Where | None], sampling, f
     width = whole.ids.shape[1] - count
     bad = faulty(model, whole, ways[0], captures) | _negative(ways[0])
     cached = cached_sites(model.sites)
-    per_token = {name: _without_positions(where) for name, where in captures.items()} | dict.fromkeys(cached)
+    per_token = {name: where and where.without(*_POSITIONS) for name, where in captures.items()} | dict.fromkeys(cached)
 
     def at(columns, ids, held=None):
         """Run some columns; gives their final stream, what is captured there, and their keys and values."""
@@ -232,7 +233,7 @@ def _generate(model, whole, ways, captures: dict[str, Where | None], sampling, f
         if name == "attn_scores":
             acts[name] = jnp.where(_was_there(width, whole.ids.shape[1]), acts[name], jnp.nan)
         if where is not None:
-            left = where if name in cached else _only_positions(where)  # the rest was narrowed token by token
+            left = where if name in cached else where.only(*_POSITIONS)  # the rest was narrowed token by token
             acts[name] = _narrowed(acts[name], left, site, frame)
     return Generated(*_stopped(ids, jnp.asarray(whole.mask), stop, width), acts)
 
@@ -254,18 +255,10 @@ def _joined(prompt: Array, later: Array, site: Site) -> Array:
 
 def _narrowed(x: Array, where: Where, site: Site, frame: Frame) -> Array:
     """Keep of a whole activation what `where` names."""
-    if where.layer is not None:
-        x = x[jnp.asarray(where.layer).reshape(-1) % site.sizes["layer"]]
+    layers = where.layers(site.sizes["layer"]) if site.has_layer else None
+    x = x if layers is None else x[layers]
     keep = lambda x: narrow(x, where, site.inner_axes, known_axes(Point(site, None, frame), x.shape))
     return jax.vmap(keep)(x) if site.has_layer else keep(x)
-
-
-def _without_positions(where: Where | None) -> Where | None:
-    return where if where is None else Where(**{f: i for f, i in where.given.items() if f not in _POSITIONS})
-
-
-def _only_positions(where: Where) -> Where:
-    return Where(**{f: i for f, i in where.given.items() if f in _POSITIONS})
 
 
 def _stopped(ids: Array, mask: Array, stop: Int[Array, " k"], width: int) -> tuple[Array, Array]:
@@ -295,23 +288,16 @@ def _sample(logits: Logits, sampling: _Sampling, filtered: bool, key: Array) -> 
 
 def _negative(edits: Edits) -> Bool[Array, ""]:
     """Whether a position counts from the end, once values are known."""
-    indices = [
-        jnp.asarray(edit.where.given[f]) for several in edits.values() for edit in several for f in _ordered(edit)
-    ]
+    wheres = [edit.where for several in edits.values() for edit in several]
+    indices = [jnp.asarray(index) for where in wheres for index in where.positions.values()]
     return jnp.any(jnp.asarray([jnp.any(index < 0) for index in indices] or [False]))
-
-
-def _ordered(edit: Edit) -> list[str]:
-    """The fields of an edit's place that count positions."""
-    return [f for f in ("pos", "query", "key") if f in edit.where.given and edit.where.given[f].dtype != bool]
 
 
 def _check_acts(whole: Tokens, edits: Edits, captures: dict[str, Where | None]) -> None:
     """Raise `ValueError` for positions from the end, and for an edit that acts on nothing that is sampled or kept."""
     for site, several in edits.items():
         for edit in several:
-            for field in _ordered(edit):
-                index = edit.where.given[field]
+            for field, index in edit.where.positions.items():
                 if not is_concrete(index):
                     continue
                 if (np.asarray(index) < 0).any():

@@ -1,12 +1,12 @@
-"""Metrics: functions from a readout to one number per example, with their answers as array leaves.
+"""Metrics: functions of a run's output to one number per example, with their answers as array leaves.
 
-Each computes only the logits that it needs. New answers of the same shape never recompile. A
-metric of your own is any function of the `Readout`; make it an Equinox module, or a
-`jax.tree_util.Partial`, where it holds arrays.
+Each computes only the logits that it needs. New answers of the same shape never recompile. A metric of your own is any
+function of the `Out`; give it to `Function` where it reads activations, or make it a subclass of `Metric` where it holds arrays.
 """
 
+import abc
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import equinox as eqx
 import jax
@@ -14,166 +14,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Bool, Float, Int, Logits, Real
+from mijax.interventions.places import of_examples
+from mijax.interventions.where import Where
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens, as_tokens, integers, is_concrete
+from mijax.run import Out, as_captures
 
-AnyMetric: TypeAlias = Callable[[Readout], Array]
-"""A function from a readout to one number per example. Where it has an attribute `pos` (one position, or one per
-example as `[batch, 1]`, as metrics here take them), a sweep computes no other positions' final stream, and it finds NaN there. Where its
-attribute `per_example` is true, a method `take(examples)` gives the metric of some of the examples, and sweeps and attribution can
-split a batch."""
+AnyMetric: TypeAlias = Callable[[Out], Array]
+"""A function of a run's output to one number per example. What `Metric` says of itself any function may, by attributes of the
+same names."""
 
 
 class Metric(eqx.Module):
-    """A named function of a readout and of arrays; `metric(readout)` gives `[batch]`.
+    """One number per example of a run's output; abstract.
 
-    `per_example` says that every array of rank 1 or more has the examples in front.
+    `name` is its name in results. `sites` are the activations that it finds in `out.acts`, as `capture` names them in
+    `mijax.run`; there are no others. `pos` is the position at which it reads the final stream, one, or one per example as
+    `[batch, 1]`: a sweep computes no other positions' final stream, and it finds NaN there; `None` is any. Where `per_example`
+    is true, every array of rank 1 or more has the examples in front, and sweeps and attribution can split a batch.
     """
 
-    name: str = eqx.field(static=True)
-    function: Callable[..., Float[Array, " batch"]] = eqx.field(static=True)
-    arguments: dict[str, Any]
-    per_example: bool = eqx.field(static=True, default=False)
+    name = ""
+    sites = ()
+    pos = None
+    per_example = False
 
-    def __call__(self, readout: Readout) -> Float[Array, " batch"]:
+    @abc.abstractmethod
+    def __call__(self, out: Out) -> Float[Array, " batch"]:
         """One number per example."""
-        if not isinstance(readout, Readout):
-            raise TypeError(
-                f"metric {self.name!r} reads a run's readout, mijax.run(...).readout, given {type(readout).__name__}"
-            )
-        return self.function(readout, **self.arguments)
-
-    @property
-    def is_own(self) -> bool:
-        """Whether the function is one of mijax's, which reads nothing but its arguments."""
-        return self.function.__module__ == __name__
-
-    @property
-    def pos(self) -> Int[Array, "..."] | None:
-        """The position that is read, or one per example; `None` where all may be."""
-        return self.arguments.get("pos")
 
     def take(self, examples: Int[Array, " k"] | Int[np.ndarray, " k"]) -> "Metric":
         """The metric of some of the examples; `ValueError` where it is not said which arrays are theirs."""
         if not self.per_example:
             raise ValueError(f"metric {self.name!r} does not say that its arrays are per example")
-        own = jax.tree.map(lambda a: a[examples] if jnp.ndim(a) else a, self.arguments)
-        return Metric(self.name, self.function, own, self.per_example)
-
-    def __repr__(self):
-        return f"{self.name}({', '.join(self.arguments)})"
-
-
-def logit(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """The logit of `answer` at `pos`.
-
-    `answer` is one token id, or one per example (`[batch]`); `pos` one position, negative from the end, or one per example,
-    as `Where` takes it: `[batch, 1]`. Raises `ValueError` for other ranks.
-
-    >>> import jax, mijax as mj
-    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
-    >>> readout = mj.run(model, [[1, 2, 3], [4, 5, 6]]).readout
-    >>> given, wanted = mj.metrics.logit([7, 8])(readout), readout.logits(pos=-1)[jax.numpy.arange(2), jax.numpy.array([7, 8])]
-    >>> bool(jax.numpy.allclose(given, wanted))
-    True
-    """
-    return Metric("logit", _logit, {"answer": _ids(answer), "pos": position(pos)}, per_example=True)
-
-
-def logit_diff(correct: ArrayLike, wrong: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """The logit of `correct` minus that of `wrong`; indices as in `logit`.
-
-    >>> import jax, mijax as mj
-    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
-    >>> mj.metrics.logit_diff(7, 8)(mj.run(model, [[1, 2, 3]]).readout).shape
-    (1,)
-    """
-    return Metric(
-        "logit_diff",
-        _logit_diff,
-        {"correct": _ids(correct), "wrong": _ids(wrong), "pos": position(pos)},
-        per_example=True,
-    )
-
-
-def log_prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """The natural logarithm of the probability of `answer`; indices as in `logit`.
-
-    >>> import jax, mijax as mj
-    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
-    >>> mj.metrics.log_prob(7)(mj.run(model, [[1, 2, 3]]).readout).shape
-    (1,)
-    """
-    return Metric("log_prob", _log_prob, {"answer": _ids(answer), "pos": position(pos)}, per_example=True)
-
-
-def prob(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """The probability of `answer`; indices as in `logit`.
-
-    >>> import jax, mijax as mj
-    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
-    >>> mj.metrics.prob(7, pos=0)(mj.run(model, [[1, 2, 3]]).readout).shape
-    (1,)
-    """
-    return Metric("prob", _prob, {"answer": _ids(answer), "pos": position(pos)}, per_example=True)
-
-
-def rank(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """How many tokens have a larger logit than `answer` (0: it is on top); indices as in `logit`.
-
-    >>> import jax, mijax as mj
-    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
-    >>> mj.metrics.rank(7)(mj.run(model, [[1, 2, 3]]).readout).shape
-    (1,)
-    """
-    return Metric("rank", _rank, {"answer": _ids(answer), "pos": position(pos)}, per_example=True)
-
-
-def accuracy(answer: ArrayLike, pos: ArrayLike = -1) -> Metric:
-    """1 where no token has a larger logit than `answer`, else 0; indices as in `logit`.
-
-    >>> import jax, mijax as mj
-    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
-    >>> mj.metrics.accuracy(7)(mj.run(model, [[1, 2, 3]]).readout).shape
-    (1,)
-    """
-    return Metric("accuracy", _accuracy, {"answer": _ids(answer), "pos": position(pos)}, per_example=True)
-
-
-def kl(reference: ArrayLike, pos: ArrayLike | None = -1) -> Metric:
-    """The divergence KL(reference || run) in nats of the next-token distributions.
-
-    `reference` are logits (or log-probabilities): `[batch, vocab]` with `pos` as in `logit`; or
-    `[batch, pos, vocab]` with `pos=None`, which gives the mean over real tokens.
-
-    >>> import jax, mijax as mj
-    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
-    >>> out = mj.run(model, [[1, 2, 3]])
-    >>> abs(float(mj.metrics.kl(out.logits, pos=None)(out.readout)[0])) < 1e-6
-    True
-    """
-    reference, expected = jnp.asarray(reference), 3 if pos is None else 2
-    if reference.ndim != expected:
-        raise ValueError(f"with pos={pos}, reference must be logits of rank {expected}, given shape {reference.shape}")
-    return Metric("kl", _kl, {"reference": reference, "pos": None if pos is None else position(pos)}, per_example=True)
-
-
-def cross_entropy(tokens: Tokens | ArrayLike) -> Metric:
-    """The mean loss in nats over the prompt's own next tokens; padding, at either end or between tokens, excluded.
-
-    Raises `ValueError` for a prompt of fewer than two real tokens, which has no next token.
-
-    >>> import jax, mijax as mj
-    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
-    >>> mj.metrics.cross_entropy([[1, 2, 3]])(mj.run(model, [[1, 2, 3]]).readout).shape
-    (1,)
-    """
-    tokens = as_tokens(tokens)
-    if is_concrete(tokens.mask):
-        lengths = np.asarray(tokens.mask).sum(axis=1)
-        if (lengths < 2).any():
-            raise ValueError(f"example {int(np.argmin(lengths))} has fewer than two tokens, so none to predict")
-    return Metric("cross_entropy", _cross_entropy, {"tokens": tokens}, per_example=True)
+        return jax.tree.map(lambda a: a[examples] if jnp.ndim(a) else a, self)
 
 
 def position(pos: ArrayLike) -> Int[Array, "..."]:
@@ -214,35 +88,259 @@ def _at(readout: Readout, pos: Int[Array, "..."], *answers: Int[Array, "..."]) -
     return readout.logits(pos=pos, tokens=tokens).reshape(batch, -1)
 
 
-def _logit(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
-    return _at(readout, pos, answer)[:, 0]
+@final
+class Logit(Metric):
+    """The logit of `answer` at `pos`.
+
+    `answer` is one token id, or one per example (`[batch]`); `pos` one position, negative from the end, or one per example,
+    as `Where` takes it: `[batch, 1]`. Raises `ValueError` for other ranks.
 
 
-def _logit_diff(readout: Readout, correct: Array, wrong: Array, pos: Array) -> Float[Array, " batch"]:
-    logits = _at(readout, pos, correct, wrong)
-    return logits[:, 0] - logits[:, 1]
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> out = mj.run(model, [[1, 2, 3], [4, 5, 6]])
+    >>> given, wanted = mj.metrics.logit([7, 8])(out), out.readout.logits(pos=-1)[jax.numpy.arange(2), jax.numpy.array([7, 8])]
+    >>> bool(jax.numpy.allclose(given, wanted))
+    True
+    """
+
+    name = "logit"
+    per_example = True
+    answer: Any = eqx.field(converter=_ids)
+    pos: Any = eqx.field(converter=position, default=-1)
+
+    def __call__(self, out: Out) -> Float[Array, " batch"]:
+        """`[batch]`."""
+        return _at(_readout(self, out), self.pos, self.answer)[:, 0]
+
+
+@final
+class LogitDiff(Metric):
+    """The logit of `correct` minus that of `wrong`; indices as in `logit`.
+
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.logit_diff(7, 8)(mj.run(model, [[1, 2, 3]])).shape
+    (1,)
+    """
+
+    name = "logit_diff"
+    per_example = True
+    correct: Any = eqx.field(converter=_ids)
+    wrong: Any = eqx.field(converter=_ids)
+    pos: Any = eqx.field(converter=position, default=-1)
+
+    def __call__(self, out: Out) -> Float[Array, " batch"]:
+        """`[batch]`."""
+        logits = _at(_readout(self, out), self.pos, self.correct, self.wrong)
+        return logits[:, 0] - logits[:, 1]
+
+
+@final
+class LogProb(Metric):
+    """The natural logarithm of the probability of `answer`; indices as in `logit`.
+
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.log_prob(7)(mj.run(model, [[1, 2, 3]])).shape
+    (1,)
+    """
+
+    name = "log_prob"
+    per_example = True
+    answer: Any = eqx.field(converter=_ids)
+    pos: Any = eqx.field(converter=position, default=-1)
+
+    def __call__(self, out: Out) -> Float[Array, " batch"]:
+        """`[batch]`."""
+        return _log_prob(_readout(self, out), self.answer, self.pos)
+
+
+@final
+class Prob(Metric):
+    """The probability of `answer`; indices as in `logit`.
+
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.prob(7, pos=0)(mj.run(model, [[1, 2, 3]])).shape
+    (1,)
+    """
+
+    name = "prob"
+    per_example = True
+    answer: Any = eqx.field(converter=_ids)
+    pos: Any = eqx.field(converter=position, default=-1)
+
+    def __call__(self, out: Out) -> Float[Array, " batch"]:
+        """`[batch]`."""
+        return jnp.exp(_log_prob(_readout(self, out), self.answer, self.pos))
+
+
+@final
+class Rank(Metric):
+    """How many tokens have a larger logit than `answer` (0: it is on top); indices as in `logit`.
+
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.rank(7)(mj.run(model, [[1, 2, 3]])).shape
+    (1,)
+    """
+
+    name = "rank"
+    per_example = True
+    answer: Any = eqx.field(converter=_ids)
+    pos: Any = eqx.field(converter=position, default=-1)
+
+    def __call__(self, out: Out) -> Float[Array, " batch"]:
+        """`[batch]`."""
+        return _rank(_readout(self, out), self.answer, self.pos)
+
+
+@final
+class Accuracy(Metric):
+    """1 where no token has a larger logit than `answer`, else 0; indices as in `logit`.
+
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.accuracy(7)(mj.run(model, [[1, 2, 3]])).shape
+    (1,)
+    """
+
+    name = "accuracy"
+    per_example = True
+    answer: Any = eqx.field(converter=_ids)
+    pos: Any = eqx.field(converter=position, default=-1)
+
+    def __call__(self, out: Out) -> Float[Array, " batch"]:
+        """`[batch]`."""
+        larger = _rank(_readout(self, out), self.answer, self.pos)
+        return jnp.where(jnp.isnan(larger), larger, jnp.where(larger == 0, 1.0, 0.0).astype(larger.dtype))
+
+
+@final
+class KL(Metric):
+    """The divergence KL(reference || run) in nats of the next-token distributions.
+
+    `reference` are logits (or log-probabilities): `[batch, vocab]` with `pos` as in `logit`; or
+    `[batch, pos, vocab]` with `pos=None`, which gives the mean over real tokens.
+
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> out = mj.run(model, [[1, 2, 3]])
+    >>> abs(float(mj.metrics.kl(out.logits, pos=None)(out)[0])) < 1e-6
+    True
+    """
+
+    name = "kl"
+    per_example = True
+    reference: Any = eqx.field(converter=jnp.asarray)
+    pos: Any = eqx.field(converter=lambda pos: None if pos is None else position(pos), default=-1)
+
+    def __check_init__(self):
+        expected = 3 if self.pos is None else 2
+        if self.reference.ndim != expected:
+            given = "None" if self.pos is None else "one position"
+            raise ValueError(
+                f"with pos={given}, reference must be logits of rank {expected}, given shape {self.reference.shape}"
+            )
+
+    def __call__(self, out: Out) -> Float[Array, " batch"]:
+        """`[batch]`."""
+        return _kl(_readout(self, out), self.reference, self.pos)
+
+
+@final
+class CrossEntropy(Metric):
+    """The mean loss in nats over the prompt's own next tokens; padding, at either end or between tokens, excluded.
+
+    Raises `ValueError` for a prompt of fewer than two real tokens, which has no next token.
+
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.metrics.cross_entropy([[1, 2, 3]])(mj.run(model, [[1, 2, 3]])).shape
+    (1,)
+    """
+
+    name = "cross_entropy"
+    per_example = True
+    tokens: Tokens = eqx.field(converter=as_tokens)
+
+    def __check_init__(self):
+        if is_concrete(self.tokens.mask):
+            lengths = np.asarray(self.tokens.mask).sum(axis=1)
+            if (lengths < 2).any():
+                raise ValueError(f"example {int(np.argmin(lengths))} has fewer than two tokens, so none to predict")
+
+    def __call__(self, out: Out) -> Float[Array, " batch"]:
+        """`[batch]`."""
+        return _cross_entropy(_readout(self, out), self.tokens)
+
+
+@final
+class Function(Metric):
+    """A function of your own with what it reads: `function(out)` gives one number per example.
+
+    `sites`, `pos` and `per_example` are as `Metric` tells of them, `name` is that of the function by default.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> size = lambda out: jax.numpy.linalg.norm(out.acts["resid_mid"][0, :, 0], axis=-1)
+    >>> norm = mj.metrics.Function(size, sites={"resid_mid": mj.Where(layer=1, pos=-1)}, name="norm")
+    >>> heads = mj.grid(layer=range(2), head=range(2))
+    >>> mj.sweep(model, [[1, 2, 3]], {"z": mj.Replace(0.0, heads)}, norm).sizes["head"]
+    2
+    """
+
+    function: Callable[[Out], Array]
+    sites: Any = eqx.field(converter=as_captures, default=())
+    pos: Any = eqx.field(converter=lambda pos: None if pos is None else position(pos), default=None)
+    name: str = eqx.field(static=True, default="")
+    per_example: bool = eqx.field(static=True, default=False)
+
+    def __call__(self, out: Out) -> Float[Array, " batch"]:
+        """What the function gives."""
+        return self.function(out)
+
+    def take(self, examples):
+        """The function must know of no example by itself; positions of each example in `sites` and `pos` are narrowed."""
+        if not self.per_example:
+            raise ValueError(f"metric {self.name!r} does not say that it is per example")
+        some = lambda where: where and of_examples(where, Where(), np.asarray(examples), 0)
+        pos = self.pos[examples] if self.pos is not None and self.pos.ndim else self.pos
+        sites = {site: some(where) for site, where in self.sites.items()}
+        return Function(self.function, sites, pos, self.name, self.per_example)
+
+
+logit, logit_diff, log_prob, prob, rank = Logit, LogitDiff, LogProb, Prob, Rank
+accuracy, kl, cross_entropy = Accuracy, KL, CrossEntropy
+OWN = (Logit, LogitDiff, LogProb, Prob, Rank, Accuracy, KL, CrossEntropy)
+"""The metrics that read nothing but their own arrays and the run."""
+
+
+def _readout(metric: Metric, out: Out) -> Readout:
+    if not isinstance(out, Out):
+        raise TypeError(f"metric {metric.name!r} reads a run's output, mijax.run(...), given {type(out).__name__}")
+    return out.readout
 
 
 def _log_prob(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
-    return _logit(readout, answer, pos) - jax.nn.logsumexp(_at(readout, pos), axis=-1)
-
-
-def _prob(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
-    return jnp.exp(_log_prob(readout, answer, pos))
+    return _at(readout, pos, answer)[:, 0] - jax.nn.logsumexp(_at(readout, pos), axis=-1)
 
 
 def _rank(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
     logits = _at(readout, pos)
-    failed = jnp.isnan(_logit(readout, answer, pos)) | jnp.any(jnp.isnan(logits), axis=-1)
+    failed = jnp.isnan(_at(readout, pos, answer)[:, 0]) | jnp.any(jnp.isnan(logits), axis=-1)
     own = jnp.take_along_axis(logits, jnp.broadcast_to(answer, logits.shape[:1])[:, None], axis=1, mode="clip")
     larger = jnp.sum(logits > own, axis=-1).astype(logits.dtype)
     # A comparison with NaN is False, which would make a failed run the best of all.
     return jnp.where(failed, jnp.nan, larger)
-
-
-def _accuracy(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
-    larger = _rank(readout, answer, pos)
-    return jnp.where(jnp.isnan(larger), larger, jnp.where(larger == 0, 1.0, 0.0).astype(larger.dtype))
 
 
 def _kl(readout: Readout, reference: Logits, pos: Array | None) -> Float[Array, " batch"]:

@@ -14,7 +14,7 @@ from mijax.interventions.capturing import Capturing
 from mijax.interventions.editing import Editing
 from mijax.interventions.edits import Edit, Interventions, as_edits, canonical, check_shapes
 from mijax.interventions.functions import convert_edits
-from mijax.interventions.where import Where, check_range, check_structure, out_of_range
+from mijax.interventions.where import Where, any_out_of_range, check_range, check_structure
 from mijax.meshes import batch_spec, with_automatic_axes
 from mijax.model.attention import KVCache
 from mijax.model.config import Config
@@ -113,8 +113,8 @@ def check_selects(edits: Edits) -> None:
     """Raise `ValueError` for an edit that is known to select nothing: it would never act, without a word."""
     for name, several in edits.items():
         for edit in several:
-            for field, index in edit.where.given.items():
-                if index.dtype == bool and is_concrete(index) and not np.asarray(index).any():
+            for field, mask in edit.where.masks.items():
+                if is_concrete(mask) and not np.asarray(mask).any():
                     raise ValueError(
                         f"{type(edit).__name__} at site {name!r} selects nothing: its mask over {field!r} is all False"
                     )
@@ -162,7 +162,7 @@ def check(model: Transformer, tokens: Tokens, edits: Edits, captures: Captures) 
             check_shapes(edit, site, shape)
         kept = captures.get(name)
         if kept is not None:
-            if any(index.dtype == bool for index in kept.given.values()):
+            if kept.masks:
                 raise ValueError(f"capture at site {name!r} must be narrowed by indices: a mask has no fixed size")
             if np.ndim(kept.layer) == 2:
                 raise ValueError(
@@ -197,9 +197,10 @@ def _last(model: Transformer, captures: Captures) -> Any:
         site = model.sites[name]
         if site.part == "embedding":
             continue
-        if where is None or where.layer is None:
+        layers = None if where is None else where.layers(model.n_layers)
+        if layers is None:
             return None
-        ends.append(jnp.max(jnp.asarray(where.layer) % model.n_layers) + 1)
+        ends.append(jnp.max(layers) + 1)
     return jnp.max(jnp.stack(ends))
 
 
@@ -296,8 +297,7 @@ def faulty(model: Transformer, tokens: Tokens, edits: Edits, captures: Captures)
         fields = field_lengths(model.sites[name], tokens)
         wheres = [edit.where for edit in edits.get(name, ())]
         for where in (*wheres, captures.get(name) or Where()):
-            for field, index in where.given.items():
-                bad = bad | jnp.any(out_of_range(index, fields[field]))
+            bad = bad | any_out_of_range(where, fields)
     return bad
 
 

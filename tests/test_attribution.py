@@ -51,9 +51,7 @@ def test_6_it_is_the_gradient_of_run_at_every_site(name, padding, sites, checkpo
     table = sites or tuple(mj.sites(model, base))
     acts = mj.run(model, source, capture=table).acts
     gates = {s: jnp.zeros(_with_batch(s, own.shape)) for s, own in nodes_of(model, base, table).items()}
-    total = lambda gates: jnp.sum(
-        METRIC(mj.run(model, base, {s: mj.Mix(g, acts[s]) for s, g in gates.items()}).readout)
-    )
+    total = lambda gates: jnp.sum(METRIC(mj.run(model, base, {s: mj.Mix(g, acts[s]) for s, g in gates.items()})))
     expected = jax.jit(jax.grad(total))(gates)
     found = found_by(model, base, source, table, checkpoint=checkpoint)
     for site in table:
@@ -90,7 +88,7 @@ def test_finite_differences_of_patching_itself(name):
 
         @jax.jit
         def metric(where, gate, site=site):
-            return METRIC(mj.run(model, base, {site: mj.Mix(gate, acts[site], where)}).readout)
+            return METRIC(mj.run(model, base, {site: mj.Mix(gate, acts[site], where)}))
 
         for number in np.random.default_rng(0).choice(nodes.size, 3, replace=False):
             where = jax.tree.map(lambda index, n=number: jnp.asarray(index[n]), cells)
@@ -166,7 +164,7 @@ def test_integrated_gradients_are_complete(name, along):
     model = jax.tree.map(lambda x: 0.5 * x, model)  # smooth enough for a few points
     written = tuple(s for s in ("embed", "attn_out", "mlp_out") if s in mj.sites(model, base))
     sites = written if along == "gate" else ("embed",)
-    whole = METRIC(mj.run(model, source).readout) - METRIC(mj.run(model, base).readout)
+    whole = METRIC(mj.run(model, source)) - METRIC(mj.run(model, base))
     gaps = []
     for steps in (2, 12):
         found = found_by(model, base, source, sites, mj.IntegratedGradients(steps, along))
@@ -241,8 +239,8 @@ def test_a_large_estimate_is_measured_even_where_grad_drop_says_nothing():
 
 def test_metrics_of_ones_own_arrays_are_not_split():
     model, base, source = base_and_source("gpt2", "left", jnp.float32)
-    three = lambda readout, tokens: jnp.sum(readout.logits(pos=-1, tokens=tokens), axis=1)  # as many tokens as examples
-    metric = mj.metrics.Metric("three", three, {"tokens": jnp.array([3, 5, 7])})
+    three = lambda out, tokens: jnp.sum(out.readout.logits(pos=-1, tokens=tokens), axis=1)  # as many tokens as examples
+    metric = mj.metrics.Function(jax.tree_util.Partial(three, tokens=jnp.array([3, 5, 7])), name="three")
     both = {"clean": source, "corrupted": base, "sites": ("z",), "metric": metric, "progress": False}
     whole = mj.attribute(model, **both)
     assert whole.attrs["prompts_together"] == 3
@@ -279,7 +277,7 @@ def test_grad_drop_is_the_mean_magnitude_without_each_layer(site, grad_of_stream
         held = {s: mj.Replace(acts[s], mj.Where(layer=layer)) for s in ("attn_out", "mlp_out")}
 
         def metric(gate, held=held):
-            return jnp.sum(METRIC(mj.run(model, base, {site: mj.Add(gate * change), **held}).readout))
+            return jnp.sum(METRIC(mj.run(model, base, {site: mj.Add(gate * change), **held})))
 
         total += np.abs(jax.grad(metric)(jnp.zeros((*change.shape[:-1], 1))))
     expected = np.moveaxis(total / (3 if grad_of_stream else 2), 1, 0)
@@ -319,7 +317,7 @@ def test_curvature_is_the_exact_diagonal_within_its_own_error(sites):
     cells = nodes.where(np.arange(nodes.size), base)
 
     def metric(gate, where):  # one cell's own gate: the second derivative of its exact effect
-        return METRIC(mj.run(model, base, {site: mj.Mix(gate, acts, where)}).readout)
+        return METRIC(mj.run(model, base, {site: mj.Mix(gate, acts, where)}))
 
     second = jax.jit(jax.vmap(jax.jacfwd(jax.jacfwd(metric)), in_axes=(None, 0)))(0.0, cells)
     found = found_by(model, base, source, sites, probes=200)
@@ -395,7 +393,7 @@ def test_gradient_times_input_estimates_a_zero_ablation():
         assert int(measured.sum()) == 6 * 3  # three chosen and three at random
         assert error(r["z.exact"].values[measured], exact.values[measured]) < 1e-4
     acts = mj.run(model, base, capture=("z",)).acts["z"]
-    slope = jax.grad(lambda v: jnp.sum(METRIC(mj.run(model, base, {"z": mj.Add(v)}).readout)))(jnp.zeros_like(acts))
+    slope = jax.grad(lambda v: jnp.sum(METRIC(mj.run(model, base, {"z": mj.Add(v)}))))(jnp.zeros_like(acts))
     expected = -jnp.sum(jnp.where(base.mask[None, :, :, None, None], acts * slope, 0.0), axis=(2, 4))
     assert error((r.z - r.base).values, np.moveaxis(np.asarray(expected), 1, 2)) < 1e-4
 
@@ -460,11 +458,11 @@ def test_the_seed_of_probes_is_no_matter_where_there_are_none(tmp_path):
 def test_a_metric_of_the_tokens_reads_each_runs_own(direction):
     model, base, source = base_and_source("llama_gqa", "left", jnp.float32)
     clean, corrupted = (source, base) if direction == "denoise" else (base, source)
-    surprise = lambda readout: mj.metrics.cross_entropy(readout.tokens)(readout)
+    surprise = lambda out: mj.metrics.cross_entropy(out.readout.tokens)(out)
     both = {"clean": clean, "corrupted": corrupted, "metric": surprise, "direction": direction, "progress": False}
     found = mj.attribute(model, sites={"z": ("layer",)}, **both)
-    assert error(found.base, surprise(mj.run(model, base).readout)) < 1e-6
-    assert error(found.source, surprise(mj.run(model, source).readout)) < 1e-6
+    assert error(found.base, surprise(mj.run(model, base))) < 1e-6
+    assert error(found.source, surprise(mj.run(model, source))) < 1e-6
     exact = mj.patch(model, site="z", over=("layer",), **both)
     assert error(exact.source, found.source) < 1e-6
 
@@ -545,7 +543,7 @@ def test_bfloat16_parameters():
 def test_a_concepts_directions_are_what_they_say():
     model, positive, negative = base_and_source("normless", "left")
     metric, pos = mj.metrics.logit_diff(3, 4), np.array([[-1], [0], [-2]])
-    read = mj.metrics.Metric("logit_diff", metric.function, {**metric.arguments, "pos": jnp.asarray(pos)})
+    read = mj.metrics.logit_diff(metric.correct, metric.wrong, pos)
     found = mj.concept(model, positive=positive, negative=negative, site="resid_post", metric=read, pos=pos)
     # no norm: after the last layer the gradient is the difference of two columns of the unembedding
     assert error(found.direction.sel(kind="gradient")[-1], model.W_E[3] - model.W_E[4]) < 1e-6
@@ -573,7 +571,7 @@ def test_gradients_of_any_site_by_finite_differences(site):
     found = mj.gradients(model, tokens, METRIC, (site,))
     rng = np.random.default_rng(0)
     direction = jnp.asarray(rng.normal(size=found.grads[site].shape))
-    step = lambda h: METRIC(mj.run(model, tokens, {site: mj.Add(h * direction)}).readout)
+    step = lambda h: METRIC(mj.run(model, tokens, {site: mj.Add(h * direction)}))
     axes = tuple(i for i, axis in enumerate(mj.SITES[site].axes) if axis != "batch")
     slope, h = jnp.sum(found.grads[site] * direction, axis=axes), 1e-6
     assert error((step(h) - step(-h)) / (2 * h), slope) < 1e-6
@@ -582,7 +580,7 @@ def test_gradients_of_any_site_by_finite_differences(site):
     i = mj.SITES[site].axes.index("pos")
     own = np.stack([np.take(np.take(whole, b, axis=i - 1), last[b], axis=i - 1) for b in range(3)], axis=i - 1)
     assert error(np.squeeze(at.grads[site], i), own) < 1e-10
-    assert error(found.values, METRIC(mj.run(model, tokens).readout)) < 1e-10
+    assert error(found.values, METRIC(mj.run(model, tokens))) < 1e-10
 
 
 @pytest.mark.usefixtures("x64")

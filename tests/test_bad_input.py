@@ -16,7 +16,7 @@ PLAIN = mj.init(ARCHITECTURES["attention_only"], jax.random.key(0))
 TOKENS = batch("left")
 METRIC = mj.metrics.logit(3)
 OTHER = batch("left", (IDS + 5) % 19)
-METRIC_AT_BASE = METRIC(mj.run(MODEL, TOKENS).readout)
+METRIC_AT_BASE = METRIC(mj.run(MODEL, TOKENS))
 SINGLE = mj.init(mj.Config(n_layers=1, d_model=12, n_heads=4, d_vocab=19, n_ctx=16), jax.random.key(0))
 pytestmark = pytest.mark.usefixtures("as_a_user")
 edit = lambda site, edit, model=MODEL: mj.run(model, TOKENS, {site: edit})
@@ -64,7 +64,7 @@ FAULTS = {
         ValueError,
         "pos has indices for 2 examples, the batch has 3",
     ),
-    "rank of no token": (lambda: mj.metrics.rank(99)(mj.run(MODEL, TOKENS).readout), IndexError, "token 99 is outside"),
+    "rank of no token": (lambda: mj.metrics.rank(99)(mj.run(MODEL, TOKENS)), IndexError, "token 99 is outside"),
     "grid over examples": (lambda: mj.grid(batch=[0]), ValueError, "a grid has no axis 'batch'"),
     "grid over a number": (lambda: mj.grid(layer=5), TypeError, "'layer' must be a list or a dictionary .*given 5"),
     "capture out of range": (lambda: mj.run(MODEL, TOKENS, capture={"z": mj.Where(layer=7)}), ValueError, "layer=7 is out of range"),
@@ -99,11 +99,11 @@ FAULTS = {
     "all padding": (lambda: mj.run(MODEL, mj.Tokens([[1], [2]], [[True], [False]])), ValueError, "example 1 is all padding"),
     "position of a readout": (lambda: mj.run(MODEL, TOKENS).readout.logits(pos=4), IndexError, r"position 4 asked of example 1, which has 4 tokens"),
     "token of a readout": (lambda: mj.run(MODEL, TOKENS).readout.logits(tokens=[19]), IndexError, "token 19 is outside the vocabulary of 19"),
-    "answers for another batch": (lambda: mj.metrics.logit([1, 2])(mj.run(MODEL, TOKENS).readout), ValueError, "the metric has 2 answers or positions, the batch 3"),
+    "answers for another batch": (lambda: mj.metrics.logit([1, 2])(mj.run(MODEL, TOKENS)), ValueError, "the metric has 2 answers or positions, the batch 3"),
     "answers of rank 2": (lambda: mj.metrics.logit([[1, 2]]), ValueError, r"one per example, given shape \(1, 2\)"),
     "answers of floats": (lambda: mj.metrics.logit(1.0), TypeError, "must be integers, given dtype float64"),
     "one-token cross entropy": (lambda: mj.metrics.cross_entropy([[1]]), ValueError, "fewer than two tokens"),
-    "kl of another shape": (lambda: mj.metrics.kl(np.zeros((3, 18)))(mj.run(MODEL, TOKENS).readout), ValueError, r"reference has shape \(3, 18\), the run's logits \(3, 19\)"),
+    "kl of another shape": (lambda: mj.metrics.kl(np.zeros((3, 18)))(mj.run(MODEL, TOKENS)), ValueError, r"reference has shape \(3, 18\), the run's logits \(3, 19\)"),
     "kl of another rank": (lambda: mj.metrics.kl(np.zeros((3, 6, 19))), ValueError, "must be logits of rank 2"),
     "unknown axis of a grid": (lambda: mj.grid(layers=[1]), ValueError, "unknown axis 'layers'; the axes are layer, batch, pos"),
     "empty axis of a grid": (lambda: mj.grid(layer=[]), ValueError, "axis 'layer' of the grid has no choices"),
@@ -121,7 +121,7 @@ FAULTS = {
     "sweep over a missing position": (lambda: mj.sweep(MODEL, TOKENS, {"z": mj.Scale(0.0, mj.grid(pos={"x": [[5], [4], [1]]}))}, METRIC), ValueError, "pos=4 .* example 1"),
     "sweep over an axis the site lacks": (lambda: mj.sweep(MODEL, TOKENS, {"resid_pre": mj.Scale(0.0, mj.grid(head=[0]))}, METRIC), ValueError, "no axis 'head'"),
     "metric out of range": (lambda: mj.sweep(MODEL, TOKENS, {"z": mj.Scale(0.0, mj.grid(layer=[0]))}, mj.metrics.logit(3, pos=4)), ValueError, "metric 'logit' is nan on the base run of example 1: a position or an answer out of range"),
-    "metric of another shape": (lambda: mj.sweep(MODEL, TOKENS, {"z": mj.Scale(0.0, mj.grid(layer=[0]))}, lambda r: r.final.sum()), ValueError, r"one number per example, \[3\], given shape \(\)"),
+    "metric of another shape": (lambda: mj.sweep(MODEL, TOKENS, {"z": mj.Scale(0.0, mj.grid(layer=[0]))}, lambda r: r.readout.final.sum()), ValueError, r"one number per example, \[3\], given shape \(\)"),
     "clean and corrupted of different shape": (lambda: patch(corrupted=IDS[:, :5]), ValueError, r"must have one shape, given \(3, 6\) and \(3, 5\)"),
     "clean and corrupted padded differently": (lambda: patch(corrupted=batch("right")), ValueError, "padded alike: example 1 has tokens 4 from column 2 and 4 from column 0"),
     "patch over an unknown axis": (lambda: patch(over=("layer", "neuron")), ValueError, r"over must name axes of site 'z', some of layer, pos, head, unit; given \('layer', 'neuron'\)"),
@@ -170,8 +170,8 @@ FAULTS = {
     "attribution of whole numbers": (lambda: attribute(metric={"n": lambda r: jnp.round(METRIC(r)).astype(int)}), TypeError, "metric 'n' has no gradient"),
     "attribution of rounded numbers": (lambda: attribute(metric=lambda r: jnp.round(METRIC(r))), TypeError, "has no gradient"),
     "attribution of complex numbers": (lambda: attribute(metric=lambda r: jax.lax.complex(METRIC(r), METRIC(r))), TypeError, "metric '<lambda>' must give real numbers, given complex64"),
-    "attribution of one number": (lambda: attribute(metric={"a": METRIC, "b": lambda r: r.final.sum()}), ValueError, r"metric 'b' must give one number per example, \[3\], given shape \(\)"),
-    "attribution of nothing": (lambda: attribute(metric=None), TypeError, "must be a function of a readout, given None"),
+    "attribution of one number": (lambda: attribute(metric={"a": METRIC, "b": lambda r: r.readout.final.sum()}), ValueError, r"metric 'b' must give one number per example, \[3\], given shape \(\)"),
+    "attribution of nothing": (lambda: attribute(metric=None), TypeError, "must be a function of a run's output, given None"),
     "metrics named by numbers": (lambda: attribute(metric={1: METRIC}), TypeError, "metrics are named by strings, given 1"),
     "attribution by a part of a probe": (lambda: attribute(probes=2.5), TypeError, "probes must be a whole number, given 2.5"),
     "attribution within half a byte": (lambda: attribute(memory=1e9), TypeError, "memory must be a whole number, given 1000000000.0"),

@@ -280,7 +280,7 @@ def test_a_basis_per_head_is_each_heads_own_projection(x64, site, axes):
     swept = mj.sweep(model, tokens, {site: mj.Project(jnp.asarray(basis), cells)}, metric)
     for layer, head in np.ndindex(layers, heads):
         alone = mj.run(model, tokens, project(mj.Where(layer=layer, head=head)))
-        assert error(swept[layer, head], metric(alone.readout)) < 1e-10
+        assert error(swept[layer, head], metric(alone)) < 1e-10
 
     prompts = mj.Tokens(np.asarray(tokens.ids)[:, -2:])
     done = mj.generate(model, prompts, project(), max_new_tokens=3, capture=(site,))

@@ -41,7 +41,7 @@ def captured(model, site, padding="left"):
 
 
 def loop(model, tokens, interventions, metric=METRIC):
-    return np.asarray(metric(mj.run(model, tokens, interventions).readout))
+    return np.asarray(metric(mj.run(model, tokens, interventions)))
 
 
 def swept(model, tokens, interventions, metric=METRIC, **running):
@@ -172,10 +172,10 @@ def test_metrics_that_read_any_position_or_some(model):
     class Late(eqx.Module):
         pos: jax.Array
 
-        def __call__(self, readout):
-            return readout.logits(pos=0)[:, 3]
+        def __call__(self, out):
+            return out.readout.logits(pos=0)[:, 3]
 
-    plain = lambda readout: readout.logits()[:, -2, 5]
+    plain = lambda out: out.readout.logits()[:, -2, 5]
     metrics = [mj.metrics.cross_entropy(tokens), plain, mj.metrics.logit([1, 2, 3], pos=[[3], [1], [-2]]), METRIC]
     names = {"a": metrics[2], "b": METRIC}
     together = swept(model, tokens, edits, names)
@@ -298,7 +298,7 @@ def test_a_sweep_is_refused_where_its_smallest_plan_exceeds_the_memory_and_nowhe
 ):
     model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
     tokens = mj.Tokens(np.random.default_rng(length).integers(0, 11, (batch_size, length)))
-    metric = (lambda readout: readout.logits(pos=-1)[:, 3]) if together else mj.metrics.log_prob(np.arange(batch_size))
+    metric = (lambda out: out.readout.logits(pos=-1)[:, 3]) if together else mj.metrics.log_prob(np.arange(batch_size))
     cells = cells_of({site: mj.Scale(0.0, mj.grid(layer=[0, 1]))})
     job = job_of(model, tokens, cells, {"m": metric}, None)
     least = batch_size if together else 1

@@ -70,7 +70,7 @@ def test_6_the_gate_gradient_is_the_difference_times_the_gradient(name, padding)
     model, tokens, other = base_and_source(name, padding)
     table = mj.sites(model, tokens)
     base, source = (mj.run(model, t, capture=tuple(table)).acts for t in (tokens, other))
-    measured = lambda edits: jnp.sum(METRIC(mj.run(model, tokens, edits).readout))
+    measured = lambda edits: jnp.sum(METRIC(mj.run(model, tokens, edits)))
     is_vector = {s: i.axes[-1] in ("d_model", "d_head", "d_mlp") for s, i in table.items()}  # one gate per vector
     gates = {s: jnp.zeros((*i.shape[:-1], 1) if is_vector[s] else i.shape) for s, i in table.items()}
     mixed = lambda gates: measured({s: mj.Mix(g, source[s]) for s, g in gates.items()})

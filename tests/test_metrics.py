@@ -46,7 +46,7 @@ def test_metrics_at_a_position(name, padding, pos):
     out = mj.run(model, tokens)
     ours, theirs = METRICS[name]
     expected = np.asarray(theirs(at(out.logits, tokens, pos)), np.float64)
-    given = ours(pos)(out.readout)
+    given = ours(pos)(out)
     assert given.shape == (3,) and np.abs(np.asarray(given) - expected).max() < 1e-10 * max(1, np.abs(expected).max())
 
 
@@ -54,9 +54,9 @@ def test_accuracy_is_one_where_the_answer_is_on_top():
     model, tokens = random_model(ARCHITECTURES["gpt2"]), batch("left")
     out = mj.run(model, tokens)
     top = at(out.logits, tokens, -1).argmax(-1)
-    assert (np.asarray(mj.metrics.accuracy(top)(out.readout)) == 1).all()
-    assert (np.asarray(mj.metrics.rank(top)(out.readout)) == 0).all()
-    assert np.asarray(mj.metrics.accuracy((top + 1) % 19)(out.readout)).sum() == 0
+    assert (np.asarray(mj.metrics.accuracy(top)(out)) == 1).all()
+    assert (np.asarray(mj.metrics.rank(top)(out)) == 0).all()
+    assert np.asarray(mj.metrics.accuracy((top + 1) % 19)(out)).sum() == 0
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -68,15 +68,15 @@ def test_kl_and_cross_entropy(padding):
     divergence = (np.exp(p) * (p - q)).sum(-1)
     everywhere = [divergence[i, real(tokens, i)].mean() for i in range(3)]
     last = [divergence[i, real(tokens, i)[-1]] for i in range(3)]
-    assert error(mj.metrics.kl(other.logits, pos=None)(out.readout), everywhere) < 1e-10
-    assert error(mj.metrics.kl(other.readout.logits(pos=-1))(out.readout), last) < 1e-10
-    assert error(mj.metrics.kl(jax.nn.log_softmax(other.readout.logits(pos=-1)))(out.readout), last) < 1e-10
-    assert np.abs(np.asarray(mj.metrics.kl(out.logits, pos=None)(out.readout))).max() < 1e-10
+    assert error(mj.metrics.kl(other.logits, pos=None)(out), everywhere) < 1e-10
+    assert error(mj.metrics.kl(other.readout.logits(pos=-1))(out), last) < 1e-10
+    assert error(mj.metrics.kl(jax.nn.log_softmax(other.readout.logits(pos=-1)))(out), last) < 1e-10
+    assert np.abs(np.asarray(mj.metrics.kl(out.logits, pos=None)(out))).max() < 1e-10
     losses = []
     for i in range(3):
         columns = real(tokens, i)
         losses.append(np.mean([-q[i, a, np.asarray(tokens.ids)[i, b]] for a, b in itertools.pairwise(columns)]))
-    assert error(mj.metrics.cross_entropy(tokens)(out.readout), losses) < 1e-10
+    assert error(mj.metrics.cross_entropy(tokens)(out), losses) < 1e-10
 
 
 def test_logits_are_computed_where_they_are_asked_for():
@@ -101,7 +101,7 @@ def test_logits_are_computed_where_they_are_asked_for():
 def test_a_failed_run_is_nan_in_every_metric(metric):
     model = random_model(ARCHITECTURES["gpt2"])
     out = mj.run(model, IDS, {"resid_pre": mj.Replace(np.nan, mj.Where(layer=1))})
-    assert np.isnan(np.asarray(metric(out.readout))).all()
+    assert np.isnan(np.asarray(metric(out))).all()
 
 
 def test_out_of_range_inside_a_trace_is_nan():
@@ -110,7 +110,7 @@ def test_out_of_range_inside_a_trace_is_nan():
     @jax.jit
     def measured(pos, token, layer):
         out = mj.run(model, tokens, {"z": mj.Scale(0.5, mj.Where(layer=layer))})
-        return mj.metrics.logit(token, pos)(out.readout)
+        return mj.metrics.logit(token, pos)(out)
 
     assert np.isfinite(measured(3, 2, 1)).all()
     assert np.isnan(measured(4, 2, 1)).tolist() == [False, True, False]  # the prompts have 6, 4 and 5 tokens
@@ -125,20 +125,20 @@ def test_out_of_range_inside_a_trace_is_nan():
 def test_a_failed_reference_is_nan_too_and_labels_must_be_tokens():
     model, tokens = random_model(ARCHITECTURES["gpt2"]), batch("left")
     out = mj.run(model, tokens)
-    assert np.isnan(np.asarray(mj.metrics.kl(np.full((3, 19), np.nan))(out.readout))).all()
-    assert np.isnan(np.asarray(mj.metrics.kl(np.full((3, 6, 19), np.nan), pos=None)(out.readout))).all()
+    assert np.isnan(np.asarray(mj.metrics.kl(np.full((3, 19), np.nan))(out))).all()
+    assert np.isnan(np.asarray(mj.metrics.kl(np.full((3, 6, 19), np.nan), pos=None)(out))).all()
     certain = np.where(np.arange(19) == 2, 0.0, -np.inf)[None].repeat(3, 0)  # zero probability elsewhere is no NaN
-    assert error(mj.metrics.kl(certain)(out.readout), -np.asarray(mj.metrics.log_prob(2)(out.readout))) < 1e-10
+    assert error(mj.metrics.kl(certain)(out), -np.asarray(mj.metrics.log_prob(2)(out))) < 1e-10
     ignored = mj.Tokens(np.where(np.asarray(tokens.mask), tokens.ids, -100), tokens.mask)  # padding may be anything
     loss = mj.metrics.cross_entropy
-    assert error(loss(ignored)(out.readout), loss(tokens)(out.readout)) < 1e-10
+    assert error(loss(ignored)(out), loss(tokens)(out)) < 1e-10
     labels = mj.Tokens(np.where(tokens.ids == 8, -100, tokens.ids), tokens.mask)
     with pytest.raises(IndexError, match="token -100 is outside the vocabulary of 19"):
-        loss(labels)(out.readout)
-    assert np.isnan(jax.jit(lambda m: loss(labels)(mj.run(m, tokens).readout))(model)).tolist() == [False, True, False]
+        loss(labels)(out)
+    assert np.isnan(jax.jit(lambda m: loss(labels)(mj.run(m, tokens)))(model)).tolist() == [False, True, False]
     on_device = mj.Tokens(jnp.asarray(tokens.ids), jnp.asarray(tokens.mask))
-    inside = jax.jit(lambda m: loss(on_device)(mj.run(m, on_device).readout))(model)
-    assert error(inside, loss(tokens)(out.readout)) < 1e-10
+    inside = jax.jit(lambda m: loss(on_device)(mj.run(m, on_device)))(model)
+    assert error(inside, loss(tokens)(out)) < 1e-10
 
 
 def test_captures_are_nan_where_a_traced_index_is_out_of_range():

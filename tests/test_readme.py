@@ -18,7 +18,7 @@ def test_the_ten_lines_run(capsys):
     printed = capsys.readouterr().out
     patched, slope = scope["patched"], scope["jax"].grad(scope["patched"])(0.0, 23, 3)
     # what is printed means what the comments say
-    before = scope["metric"](mj.run(scope["model"], scope["other"]).readout)[0]
+    before = scope["metric"](mj.run(scope["model"], scope["other"]))[0]
     assert abs(float(patched(0.0, 23, 3) - before)) < 1e-3 and float(patched(1.0, 23, 3)) > float(before) + 1
     assert float(slope) > 1 and "<xarray.DataArray 'logit_diff' (layer: 30, head: 9)>" in printed
 

@@ -20,7 +20,7 @@ def model(x64):
 
 
 def measured(model, tokens, edits, metric=METRIC):
-    return np.asarray(metric(mj.run(model, tokens, edits).readout))
+    return np.asarray(metric(mj.run(model, tokens, edits)))
 
 
 def mean_of(acts, site, tokens, pooled):
@@ -90,7 +90,7 @@ def test_knockout_shares_the_weight_among_the_keys_that_are_left(model):
             assert (
                 error(
                     result.sel(layer=layer, edge=name),
-                    METRIC(alone.readout),
+                    METRIC(alone),
                 )
                 < TOLERANCE
             )
@@ -201,14 +201,14 @@ def test_tracing_is_the_loop(model):
     )
     clean = mj.run(model, tokens, capture=("resid_post", "mlp_out"))
     prob = mj.metrics.prob(answer)
-    assert error(told.clean, prob(clean.readout)) < 1e-6
+    assert error(told.clean, prob(clean)) < 1e-6
     mask = np.array([[p in own for p in row] for own, row in zip(subject, np.asarray(tokens.positions))])
     spread = 3 * np.asarray(model.W_E)[np.asarray(tokens.ids)[mask]].std()
     for draw, key in enumerate(jax.random.split(jax.random.key(0), 2)):
         noise = spread * np.asarray(jax.random.normal(key, (3, 6, 12), jnp.float32))
         fixed = {"embed": mj.Add(noise, mj.Where(pos=mask))}
         corrupted = mj.run(model, tokens, fixed, capture=("mlp_out",))
-        assert error(told.corrupted.sel(draw=draw), prob(corrupted.readout)) < 1e-5
+        assert error(told.corrupted.sel(draw=draw), prob(corrupted)) < 1e-5
         for layer, pos in ((0, 1), (1, 3), (2, 0)):
             place = mj.Where(layer=layer, pos=pos)
             edits = {**fixed, "resid_post": mj.Replace(clean.acts["resid_post"], place)}

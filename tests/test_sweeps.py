@@ -50,8 +50,8 @@ def test_patching_everything_leads_from_base_to_source(model, direction):
         progress=False,
     )
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
-    assert error(result.base, METRIC(mj.run(model, base).readout)) < 2e-7
-    assert error(result.source, METRIC(mj.run(model, source).readout)) < 2e-7
+    assert error(result.base, METRIC(mj.run(model, base))) < 2e-7
+    assert error(result.source, METRIC(mj.run(model, source))) < 2e-7
     shortest = int(np.argmin(LENGTHS))
     assert error(result.sel(layer=0, pos="all")[shortest], result.source[shortest]) < 2e-7  # all of its positions
     assert result.attrs["direction"] == direction and result.attrs["sites"] == "resid_pre"
@@ -76,7 +76,7 @@ def test_patching_over_named_axes_is_the_loop(model):
                     continue
                 tokens = mj.Tokens(corrupted.ids, corrupted.mask)
                 full = mj.Where(head=head, pos=[[min(pos, n - 1)] for n in LENGTHS])
-                alone = METRIC(mj.run(model, tokens, {"k": mj.Replace(source, full)}).readout)[i]
+                alone = METRIC(mj.run(model, tokens, {"k": mj.Replace(source, full)}))[i]
                 assert abs(value - float(alone)) < 1e-5 * abs(float(alone))
 
 
@@ -184,8 +184,8 @@ def test_one_grid_may_move_several_edits(model):
             "attn_out": mj.Scale(0.0, mj.Where(layer=layer)),
             "mlp_out": [mj.Add(1.0, mj.Where(layer=1)), mj.Scale(0.5, mj.Where(layer=layer))],
         }
-        assert error(both.sel(layer=layer), METRIC(mj.run(model, tokens, edits).readout)) < 2e-7
-    fixed = METRIC(mj.run(model, tokens, {"mlp_out": mj.Add(1.0, mj.Where(layer=1))}).readout)
+        assert error(both.sel(layer=layer), METRIC(mj.run(model, tokens, edits))) < 2e-7
+    fixed = METRIC(mj.run(model, tokens, {"mlp_out": mj.Add(1.0, mj.Where(layer=1))}))
     assert error(both.base, fixed) < 2e-7
 
 

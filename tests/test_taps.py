@@ -74,7 +74,7 @@ def test_a_tap_works_in_vmap_grad_jit_and_shard_map(x64):
 
     def value(factor, ids=IDS):
         out = mj.run(model, ids, taps=(Keep("z", factor),))
-        return METRIC_ONE(out.readout), jnp.sum(out.taps[0] ** 2, axis=(0, 2, 3, 4))
+        return METRIC_ONE(out), jnp.sum(out.taps[0] ** 2, axis=(0, 2, 3, 4))
 
     factors = jnp.array([0.5, 1.0, 2.0])
     loop = [value(f) for f in factors]
@@ -181,7 +181,7 @@ def test_a_tap_that_patches_edges_leads_from_the_base_run_to_the_source(x64, nam
 
     rng = np.random.default_rng(0)
     mask, along = (masks(lambda shape: jnp.asarray(rng.uniform(0.2, 0.8, shape))) for _ in range(2))
-    value = jax.jit(lambda mask: jnp.sum(METRIC(run(mask).readout)))
+    value = jax.jit(lambda mask: jnp.sum(METRIC(run(mask))))
     slope = sum(jnp.sum(g * along[site]) for site, g in jax.grad(value)(mask).items())
     step = lambda sign: value(jax.tree.map(lambda m, a: m + sign * 1e-5 * a, mask, along))
     finite = (step(1) - step(-1)) / 2e-5

@@ -27,7 +27,7 @@ def source(model):
 
 
 def patched(model, tokens, value, layer, head, metric=METRIC):
-    return metric(mj.run(model, tokens, {"z": mj.Replace(value, mj.Where(layer=layer, head=head))}).readout)
+    return metric(mj.run(model, tokens, {"z": mj.Replace(value, mj.Where(layer=layer, head=head))}))
 
 
 def test_vmap_over_where_value_prompt_parameters_and_all_of_them(model, source):
@@ -112,7 +112,7 @@ def test_9_new_places_values_answers_and_prompts_compile_nothing(model, source):
         }  # fmt: skip
         out = mj.run(model, tokens, edits, capture={"z": mj.Where(layer=[layer], pos=spot), "post": None})
         metric = mj.metrics.logit_diff([3 + layer, 5, 7], 4 + layer, pos=spot)
-        return [np.asarray(x) for x in (metric(out.readout), out.acts["z"], out.acts["post"])]
+        return [np.asarray(x) for x in (metric(out), out.acts["z"], out.acts["post"])]
 
     first = everything(1, 0, -1)
     with compilations() as compiled:
@@ -149,7 +149,7 @@ def test_9_a_plain_run_compiles_to_the_work_of_a_plain_forward():
 
     plain = jax.make_jaxpr(lambda ids: mj.run(model, ids).readout.final)(jnp.asarray(IDS))
     assert products(plain.jaxpr) == 8  # q k v scores z result-sum in out
-    answers = jax.make_jaxpr(lambda ids: METRIC(mj.run(model, ids).readout))(jnp.asarray(IDS))
+    answers = jax.make_jaxpr(lambda ids: METRIC(mj.run(model, ids)))(jnp.asarray(IDS))
     assert products(answers.jaxpr) == 9
     assert not any(19 in v.aval.shape for eqn in answers.jaxpr.eqns for v in eqn.outvars), (
         "the whole vocabulary was unembedded"

@@ -25,10 +25,10 @@ def test_ioi_baseline(smollm2):
     """Known of this file: it names the indirect object, by a mean logit difference of about 5."""
     model, tokenizer = smollm2
     ioi = make(tokenizer, 16)
-    difference = np.asarray(mj.metrics.logit_diff(ioi.io, ioi.subject)(mj.run(model, ioi.clean).readout))
+    difference = np.asarray(mj.metrics.logit_diff(ioi.io, ioi.subject)(mj.run(model, ioi.clean)))
     assert (difference > 0).all() and 4.5 < difference.mean() < 6
     # the counterfactual flips the answer, and only the token S2 differs
-    flipped = np.asarray(mj.metrics.logit_diff(ioi.io, ioi.subject)(mj.run(model, ioi.corrupted).readout))
+    flipped = np.asarray(mj.metrics.logit_diff(ioi.io, ioi.subject)(mj.run(model, ioi.corrupted)))
     assert flipped.mean() < -4
     changed = np.asarray(ioi.clean.ids != ioi.corrupted.ids)
     assert (changed.sum(1) == 1).all() and (changed.argmax(1) == ioi.roles["S2"][:, 0]).all()

@@ -96,9 +96,10 @@ def attribute(
     if not isinstance(method, Method):
         raise TypeError(f"method must be one such as mijax.AtP(), given {method!r}")
     check_parameters(model)
-    model, clean, corrupted, metric = automatic((model, clean, corrupted, metric))
+    model, clean, corrupted = automatic((model, clean, corrupted))
+    metrics = {name: automatic(own) for name, own in named(metric).items()}  # not the dictionary: JAX would sort it
     base, source = _sides(clean, corrupted, direction)
-    job = Job(model, base, source, named(metric), nodes_of(model, base, sites), method, probes, seed)
+    job = Job(model, base, source, metrics, nodes_of(model, base, sites), method, probes, seed)
     sample = verify if sample is None else sample
     _check(job, verify, sample)
     order = plan(job, default_memory() if memory is None else memory)

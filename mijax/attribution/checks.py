@@ -16,7 +16,7 @@ from mijax.metrics import AnyMetric
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.measure import as_shapes, values_of
+from mijax.sweeps.measure import as_shapes, output_shapes, values_of
 
 
 def check_count(value: Any, what: str) -> None:
@@ -70,7 +70,7 @@ def check_gradient(model: Transformer, tokens: Tokens, name: str, metric: AnyMet
 @functools.lru_cache
 def _slope(leaves: tuple[Any, ...], treedef: Any) -> tuple[Any, bool]:
     """The dtype of a metric, and whether JAX finds any derivative: where there is none it says so by a symbol, not by zeros."""
-    ((final, *rest), metrics), found = jax.tree.unflatten(treedef, leaves), []
+    ((final, *rest), acts, metrics), found = jax.tree.unflatten(treedef, leaves), []
 
     @jax.custom_jvp
     def watched(y: Array) -> Array:
@@ -82,11 +82,12 @@ def _slope(leaves: tuple[Any, ...], treedef: Any) -> tuple[Any, bool]:
 
     watched.defjvp(rule, symbolic_zeros=True)
 
-    def value(final: Array, rest: Any, metrics: Any) -> Array:
-        return watched(next(iter(values_of(metrics, Readout(final, *rest)).values())))
+    def value(seen: Any, rest: Any, metrics: Any) -> Array:
+        final, acts = seen
+        return watched(next(iter(values_of(metrics, Readout(final, *rest), acts).values())))
 
-    along = lambda final, *others: jax.jvp(lambda final: value(final, *others), (final,), (final,))
-    dtype = eqx.filter_eval_shape(along, final, rest, metrics)[0].dtype
+    along = lambda seen, *others: jax.jvp(lambda seen: value(seen, *others), (seen,), (seen,))
+    dtype = eqx.filter_eval_shape(along, (final, acts), rest, metrics)[0].dtype
     return dtype, any(found)
 
 
@@ -94,9 +95,11 @@ def check_apart(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric
     """Raise `ValueError` where an example's metric depends on other examples: the gradient of their sum is then not its own."""
     if len(tokens.ids) == 1:
         return
-    shape, dtype = model.sites["final_in"].shape(*tokens.ids.shape), model.dtype
-    final = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
-    if bool(_mixes(final, tokens, model.unembedding, model.b_U, metric)):
+    rng = np.random.default_rng(0)
+    random = lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype)
+    final, acts = jax.tree.map(random, output_shapes(model, tokens, metric))
+    axes = {site: model.sites[site].axes.index("batch") for site in acts}
+    if bool(_mixes((final, acts), axes, tokens, model.unembedding, model.b_U, metric)):
         raise ValueError(
             f"metric {name!r} of an example depends on other examples: give each its own, and take means or differences"
             " between examples of the result"
@@ -104,9 +107,22 @@ def check_apart(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric
 
 
 @eqx.filter_jit
-def _mixes(final: Array, tokens: Tokens, W_U: Array, b_U: Array | None, metric: AnyMetric) -> Array:
+def _mixes(
+    seen: tuple[Array, dict[str, Array]],
+    axes: dict[str, int],
+    tokens: Tokens,
+    W_U: Array,
+    b_U: Array | None,
+    metric: Any,
+) -> Array:
     """Whether the first example's metric, or the last one's, has a gradient with respect to other examples."""
-    values, pull = jax.vjp(lambda final: values_of({"": metric}, Readout(final, tokens, W_U, b_U))[""], final)
+    value = lambda seen: values_of({"": metric}, Readout(seen[0], tokens, W_U, b_U), (seen[1],))[""]
+    values, pull = jax.vjp(value, seen)
     batch = jnp.arange(len(values), dtype=jnp.int32)
-    of = lambda example: jnp.nan_to_num(pull((batch == example).astype(values.dtype))[0])
-    return jnp.any(of(0)[1:] != 0) | jnp.any(of(len(values) - 1)[:-1] != 0)
+
+    def of(example: int) -> list[Array]:
+        final, acts = jax.tree.map(jnp.nan_to_num, pull((batch == example).astype(values.dtype))[0])
+        return [final, *(jnp.moveaxis(act, axes[site], 0) for site, act in acts.items())]
+
+    others = [own[1:] for own in of(0)] + [own[:-1] for own in of(len(values) - 1)]
+    return jnp.any(jnp.stack([jnp.any(own != 0) for own in others]))

@@ -19,7 +19,7 @@ from mijax.model.sites import UNITS, site_of
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check, run, zero_varying_like
-from mijax.sweeps.measure import as_programs, checked, described, named, values_of
+from mijax.sweeps.measure import as_programs, captures_of, checked, described, named, values_of
 from mijax.sweeps.patch import check_pair
 
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ def gradients(
         zeros[site] = jnp.broadcast_to(zero, sizes)
 
     def measured(added: dict[str, Array]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-        out = run(model, tokens, {site: Add(v, where) for site, v in added.items()}, capture=capture)
-        values = values_of({name: program}, out.readout)[name]
+        edits, taps = {site: Add(v, where) for site, v in added.items()}, captures_of(model, {name: program})
+        out = run(model, tokens, edits, capture=capture, taps=taps)
+        values = values_of({name: program}, out.readout, out.taps)[name]
         return jnp.sum(values), (values, out.acts)
 
     grads, (values, acts) = jax.grad(measured, has_aux=True)(zeros)

@@ -21,7 +21,7 @@ from mijax.metrics import AnyMetric
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.layout import row_bytes
-from mijax.sweeps.measure import as_programs, checked, is_split, metric_bytes, taken, values_of
+from mijax.sweeps.measure import as_programs, captures_of, checked, is_split, metric_bytes, taken, values_of
 
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
 """Of each site: its name, its collapsed shape without batch, and how many cells where they are a grid's."""
@@ -141,7 +141,7 @@ def _kept(
                 method.path(batch),
                 checkpoint,
             )
-            return jax.vjp(lambda gates: jnp.sum(at(gates)[0].final), gates)[1]
+            return jax.vjp(lambda gates: jnp.sum(at(gates)[0].readout.final), gates)[1]
 
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(kept, gates, model, ids)))
 
@@ -227,8 +227,10 @@ def _chunk(
     }
 
     def measured(gates: dict[str, Array], path: Path):
-        own, other = gated(model, tokens, source, spread(model.sites, gates, shapes, members), path, checkpoint)
-        return values_of(metrics, own), {} if other is None else values_of(metrics, other)
+        read, opened = captures_of(model, metrics), spread(model.sites, gates, shapes, members)
+        own, other = gated(model, tokens, source, opened, path, checkpoint, read)
+        of = lambda out: {} if out is None else values_of(metrics, out.readout, out.taps)
+        return of(own), of(other)
 
     found = method(measured, gates, model.sites)
     flat = {f"{run}:{name}": v for run, own in zip(("base", "source"), found.runs) for name, v in own.items()}

@@ -10,7 +10,8 @@ import numpy as np
 
 from mijax._types import Array, Bool, Float, Int
 from mijax.interventions.edits import Replace
-from mijax.interventions.where import Where, known_axes, selection
+from mijax.interventions.selecting import known_axes, selection
+from mijax.interventions.where import Where
 from mijax.model.position import Frame
 from mijax.model.sites import SELECTS, Site, site_of
 from mijax.model.tap import Point
@@ -50,17 +51,7 @@ class Nodes(NamedTuple):
     @property
     def places(self) -> Mapping[str, Any]:
         """What each label stands for: along an axis of the site its indices, those of each example where they differ."""
-        return {dim: self._places(dim) for dim in self.labels}
-
-    def _places(self, dim: str) -> Any:
-        if self.grid is None or dim not in self.grid.where.given:
-            return list(self.labels[dim])
-        index = np.asarray(self.grid.where.given[dim])
-        by_choice = np.moveaxis(index.reshape(*self.grid.shape, *index.shape[1:]), self.grid.dims.index(dim), 0)
-        one_each = by_choice[(slice(None), *(0,) * (len(self.grid.shape) - 1))]  # whatever is chosen on the other axes
-        if one_each.ndim == 1:
-            return one_each.tolist()
-        return [[sorted(set(row)) for row in np.atleast_2d(choice).tolist()] for choice in one_each]
+        return {dim: list(own) if self.grid is None else self.grid.places(dim) for dim, own in self.labels.items()}
 
     @property
     def size(self) -> int:
@@ -106,8 +97,8 @@ def _nodes(model: Transformer, tokens: Tokens, site: str, over: Over) -> Nodes:
         kept = lambda axis: axis in axes or SELECTS[axis] in axes
         return Nodes(found, axes, tuple(n if kept(axis) else 1 for axis, n in zip(found.axes, full) if axis != "batch"))
     check_cells(model, tokens, cells_of({site: Replace(0.0, over)}))
-    narrowed = over.where.given
-    whole = tuple(n if axis == "batch" or SELECTS[axis] in narrowed else 1 for axis, n in zip(found.axes, full))
+    kept = lambda axis: axis == "batch" or over.where.narrows(SELECTS[axis])
+    whole = tuple(n if kept(axis) else 1 for axis, n in zip(found.axes, full))
     members = _members(model, tokens, found, over, whole)
     return Nodes(found, {}, tuple(n for axis, n in zip(found.axes, whole) if axis != "batch"), over, members)
 
@@ -144,7 +135,7 @@ def _masks(site: Site, frame: Frame, where: Where) -> Bool[Array, "cell ..."]:
 
         if not site.has_layer:
             return layer(None)
-        layers = site.sizes["layer"] if where.layer is not None else 1
+        layers = site.sizes["layer"] if where.narrows("layer") else 1
         return jax.lax.map(layer, jnp.arange(layers, dtype=jnp.int32))
 
     return jax.lax.map(cell, where)

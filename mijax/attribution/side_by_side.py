@@ -6,19 +6,20 @@ Both runs go through a layer as one batch, which reads its parameters once; of t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Ids, Stream
+from mijax._types import Array, Ids
 from mijax.attribution.taps import KEPT, Gates, Held, Path, Together, Toward, gated_sites, known
-from mijax.interventions.capturing import Capturing, Kept
-from mijax.model.readout import Readout
+from mijax.interventions.capturing import Capturing
+from mijax.model.tap import Chain
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.model.walk import Layer
+from mijax.run import Out
 
 
 def gated(
@@ -28,8 +29,10 @@ def gated(
     gates: Gates,
     path: Path,
     checkpoint: int,
-) -> tuple[Readout, Readout | None]:
-    """The base run on `tokens`, each site `x` in it now `x + gate * (source's - x)`; and the source run.
+    read: Sequence[Capturing] = (),
+) -> tuple[Out, Out | None]:
+    """The base run on `tokens`, each site `x` in it now `x + gate * (source's - x)`; and the source run, with what is `read` of
+    each as their `taps`.
 
     `source` are ids padded as `tokens` are; `None` puts zeros in place of the source's activations. The backward pass
     computes again what is between the matrix products (`checkpoint` 0), each layer (1), or groups of layers and
@@ -48,35 +51,50 @@ def gated(
         for name, gate in gates.items()
         if has_layer(name)
     }
-    keep = Capturing(dict.fromkeys((*outer, "embed")), model.n_layers)
+    zero, watched = jnp.zeros((1, 1, 1), model.dtype), Chain(tuple(read))
+    keep = Chain((Capturing(dict.fromkeys((*outer, "embed")), model.n_layers), watched))
     beside, kept = {}, {}
     for run, ids in others.items():
-        beside[run], kept[run] = model.embed(ids, here, keep, Kept({}, {}, {}))
-    around = lambda: Toward(outer, path, sites, Held({run: own.outer for run, own in kept.items()}, {}, {}))
-    x, _ = model.embed(jnp.asarray(tokens.ids), here, around(), {})
-    tiled = lambda a: jnp.tile(jnp.asarray(a), (1 + len(others), 1))
+        beside[run], kept[run] = model.embed(ids, here, keep, keep.init(model.sites, here, zero))
+    held = Held({run: own.outer for run, (own, _) in kept.items()}, {}, {})
+    around = Chain((Toward(outer, path, sites, held), watched))
+    x, (_, seen) = model.embed(jnp.asarray(tokens.ids), here, around, ({}, watched.init(model.sites, here, zero)))
+    count = 1 + len(others)
+    tiled = lambda a: jnp.tile(jnp.asarray(a), (count, 1))
     every = model.frame(Tokens.tree_unflatten(None, (tiled(tokens.ids), tiled(tokens.mask))))
+    all_watched = Chain(tuple(tap.tiled(count) for tap in read if others))  # of all runs, in the order of `every`
 
-    def body(layer: Layer, carry: tuple[Stream, dict[str, Stream]], own: dict[str, Array]) -> Any:
-        x, beside = carry
+    def body(layer: Layer, carry: Any, own: dict[str, Array]) -> Any:
+        x, beside, seen, all_seen = carry
         first, rest, still = jax.lax.stop_gradient((x, beside, own))
         together = Together(still, path, sites, runs)
         streams = jnp.concatenate([first, *(rest[run] for run in others)])
-        after, held = layer(streams, every, together, together.init({}, every, x))
+        state = (together.init({}, every, x), all_seen)
+        after, (held, all_seen) = layer(streams, every, Chain((together, all_watched)), state)
         base, *rest = together.split(after)
-        x, _ = layer(x, here, Toward(own, path, sites, held, model.config.attn_scale), {})
-        return (known(x, base), dict(zip(others, rest))), None
+        toward = Chain((Toward(own, path, sites, held, model.config.attn_scale), watched))
+        x, (_, seen) = layer(x, here, toward, ({}, seen))
+        (seen, own_kept), (all_seen, all_kept) = watched.close(seen), all_watched.close(all_seen)
+        return (known(x, base), dict(zip(others, rest)), seen, all_seen), (own_kept, all_kept)
 
     group = group_size(model.n_layers) if checkpoint == 2 else 1
     again = lambda function: _again(function, checkpoint)
-    (x, beside), _ = model.walk(body, (x, beside), layered, remat=again, group=group)
+    carry = (x, beside, seen, all_watched.init(model.sites, every, zero))
+    carry, (own_kept, all_kept) = model.walk(body, carry, layered, remat=again, group=group)
+    x, beside, seen, all_seen = carry
     ends = {}
     for run, stream in beside.items():
         ends[run], kept[run] = model.final(stream, here, keep, kept[run])
-    x, _ = model.final(x, here, around(), {})
+    held = Held({run: own.outer for run, (own, _) in kept.items()}, {}, {})
+    around = Chain((Toward(outer, path, sites, held), watched))
+    x, (_, seen) = model.final(x, here, around, ({}, seen))
+    moved = Out(model.readout(x, tokens), {}, watched.result(seen, own_kept))
     if source is None:
-        return model.readout(x, tokens), None
-    return model.readout(x, tokens), model.readout(ends["source"], Tokens.tree_unflatten(None, (source, tokens.mask)))
+        return moved, None
+    part = lambda name, act: jnp.split(act, count, axis=model.sites[name].axes.index("batch"))[1]
+    within = [{name: part(name, act) for name, act in acts.items()} for acts in all_watched.result(all_seen, all_kept)]
+    acts = tuple({**own, **outside.outer} for own, outside in zip(within, kept["source"][1]))
+    return moved, Out(model.readout(ends["source"], Tokens.tree_unflatten(None, (source, tokens.mask))), {}, acts)
 
 
 def _again(function: Callable, checkpoint: int) -> Callable:

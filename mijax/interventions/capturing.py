@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Int
-from mijax.interventions.where import Where, known_axes, narrow, narrowed_shape
+from mijax.interventions.selecting import known_axes, narrow, narrowed_shape
+from mijax.interventions.where import Where
 from mijax.model.tap import Tap
 
 
@@ -55,7 +56,7 @@ class Capturing(Tap):
         if name not in state.slots:
             return x, state._replace(layer={**state.layer, name: kept})
         assert point.layer is not None
-        slot = _first_slot(self._layers()[name], point.layer)
+        slot = first_slot(self._layers()[name], point.layer)
         filled = state.slots[name].at[slot].set(kept, mode="drop")
         return x, state._replace(slots={**state.slots, name: filled})
 
@@ -69,13 +70,19 @@ class Capturing(Tap):
         slots = {name: x[of_first(self._layers()[name])] for name, x in state.slots.items()}
         return {**stacked, **state.outer, **slots}
 
+    def tiled(self, count: int) -> "Capturing":
+        """The same in a batch that holds the examples `count` times, one batch after the other."""
+        captures = {name: where and where.tiled(count) for name, where in self.captures.items()}
+        return Capturing(captures, self.n_layers)
+
     def _layers(self) -> dict[str, Int[Array, " k"]]:
         """The layers of the sites of which not all are kept."""
-        some = {name: where for name, where in self.captures.items() if where is not None and where.layer is not None}
-        return {name: jnp.asarray(where.layer).reshape(-1) % self.n_layers for name, where in some.items()}
+        named = {name: Where() if where is None else where for name, where in self.captures.items()}
+        layers = {name: where.layers(self.n_layers) for name, where in named.items()}
+        return {name: wanted for name, wanted in layers.items() if wanted is not None}
 
 
-def _first_slot(wanted: Int[Array, " k"], layer: Int[Array, ""]) -> Int[Array, ""]:
+def first_slot(wanted: Int[Array, " k"], layer: Int[Array, ""]) -> Int[Array, ""]:
     """Where a layer's activation goes: to its first place among the wanted ones, or out of range, where it is dropped."""
     hits = wanted == layer
     return jnp.where(jnp.any(hits), jnp.argmax(hits).astype(jnp.int32), wanted.size)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mijax._types import Array
 from mijax.interventions.edits import Apply, Edit
-from mijax.interventions.where import Axis, known_axes, selection
+from mijax.interventions.selecting import Axis, known_axes, selection
 from mijax.model.sites import Site
 from mijax.model.tap import Point, Tap, all_heads
 
@@ -33,11 +33,9 @@ class Editing(Tap):
     def heads(self, site):
         """Those that the edits select."""
         every = all_heads(site)
-        lists = [None if isinstance(edit, Apply) else edit.where.head for edit in self.edits[site.name]]
-        if any(index is None or index.dtype == bool for index in lists):
-            return every
-        heads = jnp.concatenate([jnp.asarray(index).reshape(-1) for index in lists])
-        return every if heads.size >= every.size else jnp.where(heads < 0, heads + every.size, heads)
+        lists = [None if isinstance(edit, Apply) else edit.where.heads(every.size) for edit in self.edits[site.name]]
+        named = [heads for heads in lists if heads is not None]
+        return every if len(named) < len(lists) or sum(h.size for h in named) >= every.size else jnp.concatenate(named)
 
     def per_layer(self, sites):
         """Operands and bases with an axis of layers."""

@@ -1,4 +1,4 @@
-"""The tap that edits packed rows: tokens of many cells at once, each edited as its own cell says."""
+"""The taps of packed rows: tokens of many cells at once, each edited, and kept, as its own cell says."""
 
 from typing import Any
 
@@ -6,10 +6,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array
+from mijax._types import Array, Int
+from mijax.interventions.capturing import first_slot
 from mijax.interventions.editing import edited
 from mijax.interventions.edits import Apply, Edit
-from mijax.interventions.where import Axis, selection
+from mijax.interventions.selecting import Axis, index_of_rows, known_axes, narrow, selection
+from mijax.interventions.where import Where
 from mijax.model.position import Packed, Rows
 from mijax.model.sites import Site
 from mijax.model.tap import Point, Tap
@@ -42,6 +44,71 @@ class EditingRows(Tap):
             else:
                 x = _edited_rows(edit, stacked, point, frame, x)
         return x, state
+
+
+class CapturingRows(Tap):
+    """Keeps for each cell what `Capturing` keeps for a run: the base run's activation where no row computes another.
+
+    `base` holds the base run's activations, in full. The result has the cells in front.
+    """
+
+    captures: dict[str, Where | None]
+    base: dict[str, Array]
+    layered: frozenset[str] = eqx.field(static=True)
+    n_layers: int = eqx.field(static=True)
+
+    @property
+    def sites(self):
+        """Those that are captured."""
+        return frozenset(self.captures)
+
+    def init(self, sites, frame, zero):
+        """What every cell would keep, did it change nothing."""
+        assert isinstance(frame, Packed)
+        kept, cells = {}, frame.rows.place.shape[0]
+        for name in self.captures:
+            site, base = sites[name], self.base[name]
+            keep = lambda x, site=site: self._narrowed(Point(site, None, frame.whole), x)
+            own = jax.vmap(keep)(base[self._layers(name)]) if site.has_layer else keep(base)
+            axis = int(site.has_layer)
+            kept[name] = jnp.repeat(jnp.expand_dims(own, axis), cells, axis=axis)
+        return kept
+
+    def at(self, point, x, state):
+        """Keep what stands there in every cell; nothing is changed."""
+        if point.copy:
+            return x, state
+        site, name, frame = point.site, point.site.name, point.frame
+        assert isinstance(frame, Packed)
+        unpack = frame.rows.unpack_queries if "query" in site.axes else frame.rows.unpack
+        whole = point._replace(frame=frame.whole, heads=None)
+        own = jax.vmap(lambda x: self._narrowed(whole, x))(unpack(x, self.base[name]))
+        if point.layer is not None:
+            slot = first_slot(self._layers(name), point.layer)
+            own = state[name].at[slot].set(own, mode="drop")
+        return x, {**state, name: own}
+
+    def result(self, state, stacked):
+        """By site, the cells in front."""
+        of_first = lambda wanted: jnp.argmax(wanted[:, None] == wanted[None, :], axis=1)  # a layer may be listed twice
+        moved = lambda name: jnp.moveaxis(state[name][of_first(self._layers(name))], 1, 0)
+        return {name: moved(name) if name in self.layered else state[name] for name in state}
+
+    def per_layer(self, sites):
+        """The base run's activations."""
+        own = {name: x if name in self.layered else None for name, x in self.base.items()}
+        rest = {name: None if name in self.layered else x for name, x in self.base.items()}
+        at = lambda tap: (tap.captures, tap.base)
+        return eqx.tree_at(at, self, (None, own)), eqx.tree_at(at, self, (self.captures, rest))
+
+    def _layers(self, name: str) -> Int[Array, " k"]:
+        where = self.captures[name]
+        wanted = None if where is None else where.layers(self.n_layers)
+        return jnp.arange(self.n_layers, dtype=jnp.int32) if wanted is None else wanted
+
+    def _narrowed(self, point: Point, x: Array) -> Array:
+        where = self.captures[point.site.name]
+        return x if where is None else narrow(x, where, point.site.inner_axes, known_axes(point, x.shape))
 
 
 def needs_whole_cells(edit: Edit, stacked: Any) -> bool:
@@ -94,23 +161,10 @@ def _of_rows(edit: Edit, stacked: Any, site: Site, rows: Rows) -> tuple[Edit, An
             mapped = eqx.tree_at(lambda e, name=name: getattr(e, name), mapped, True)
         edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, leaf)
     for field, index in edit.where.given.items():
-        index, per_row = _index_of_rows(jnp.asarray(index), getattr(stacked.where, field), field, rows)
+        index, per_row = index_of_rows(jnp.asarray(index), getattr(stacked.where, field), field, rows)
         edit = eqx.tree_at(lambda e, field=field: getattr(e.where, field), edit, index)
         mapped = eqx.tree_at(lambda e, field=field: getattr(e.where, field), mapped, per_row)
     return edit, mapped
-
-
-def _index_of_rows(index: Array, stacked: bool, field: str, rows: Rows) -> tuple[Array, bool]:
-    """What an entry of `Where` says to each row, and whether that differs between rows."""
-    rank, mask = index.ndim - stacked, index.dtype == bool
-    lead = [rows.cell] if stacked else []
-    if mask and field == "batch":
-        return index[(*lead, rows.example)][:, None], True
-    if mask and field == "pos":
-        return index[(*lead, *([rows.example] if rank == 2 else []), rows.column)][:, None], True
-    if rank == 2:
-        return index[(*lead, rows.example)][:, None], True
-    return (index[rows.cell], True) if stacked else (index, False)
 
 
 def _cells(rows: Rows, x: Array, site: Site) -> Array:

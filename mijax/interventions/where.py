@@ -1,7 +1,7 @@
 """Which part of a site: indices that are data, so that moving an edit never recompiles."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,7 +10,6 @@ import numpy as np
 
 from mijax._types import Array, Bool, Int
 from mijax.model.sites import SELECTS
-from mijax.model.tap import Point
 from mijax.model.tokens import integers, is_concrete
 
 FIELDS = ("layer", "batch", "pos", "head", "unit", "query", "key")
@@ -53,59 +52,52 @@ class Where(eqx.Module):
         """The axes that are narrowed."""
         return {field: getattr(self, field) for field in FIELDS if getattr(self, field) is not None}
 
+    def narrows(self, field: str) -> bool:
+        """Whether an axis is not taken whole."""
+        return getattr(self, field) is not None
+
+    def only(self, *fields: str) -> "Where":
+        """What it says of some of the axes."""
+        return Where(**{field: index for field, index in self.given.items() if field in fields})
+
+    def tiled(self, count: int) -> "Where":
+        """The same in a batch that holds the examples `count` times, one batch after the other."""
+        own = {f: jnp.tile(jnp.asarray(i), (count, 1)) if jnp.ndim(i) == 2 else i for f, i in self.given.items()}
+        return Where(**own)
+
+    def also(self, **fields: Any) -> "Where":
+        """The same with further axes narrowed."""
+        return Where(**self.given, **fields)
+
+    def without(self, *fields: str) -> "Where":
+        """What it says of the other axes."""
+        return Where(**{field: index for field, index in self.given.items() if field not in fields})
+
+    def layers(self, n: int) -> Int[Array, " k"] | None:
+        """The numbers of the layers that are named, one by one, of `n`; `None` where all are taken, or they are masked."""
+        return _numbers(self.layer, n)
+
+    def heads(self, n: int) -> Int[Array, " k"] | None:
+        """The heads that are named for any example, of `n`; `None` where all are taken, or they are masked."""
+        return _numbers(self.head, n)
+
+    @property
+    def positions(self) -> dict[str, Any]:
+        """The axes of tokens that are narrowed to numbered positions."""
+        return {f: i for f, i in self.given.items() if f in ("pos", "query", "key") and i.dtype != bool}
+
+    @property
+    def masks(self) -> dict[str, Any]:
+        """The axes that are narrowed by masks."""
+        return {field: index for field, index in self.given.items() if index.dtype == bool}
+
     def __repr__(self):
         show = lambda x: x.tolist() if isinstance(x, np.ndarray) else x
         return f"Where({', '.join(f'{k}={show(v)}' for k, v in self.given.items())})"
 
 
-class Axis(NamedTuple):
-    """What indices on one axis are compared with.
-
-    `labels` are the indices that the axis's entries answer to, `[n]` or `[batch, n]`; `length` is how
-    many there are altogether (per example, where examples differ), for counting from the end. `entries` says
-    which of the whole axis's entries are there, where it is not all of them.
-    """
-
-    labels: Int[Array, "..."]
-    length: Int[Array, "..."] | int
-    entries: Int[Array, " n"] | None = None
-
-
-def selection(where: Where, axes: Sequence[str], known: dict[str, Axis]) -> Bool[Array, "..."]:
-    """True at the selected places; its rank is that of the site inside one layer, with axes of size 1
-    where nothing is narrowed. `known` gives each axis's labels, the current layer's under `layer`."""
-    mask = jnp.ones((1,) * (1 + len(axes)), bool)  # leading: the zipped list
-    for axis in ("layer", *axes):
-        index = getattr(where, SELECTS[axis])
-        if index is not None:
-            mask = mask & _membership(jnp.asarray(index), axis, axes, known[axis])
-    return jnp.any(mask, axis=0)
-
-
-def _membership(index: Array, axis: str, axes: Sequence[str], known: Axis) -> Bool[Array, "..."]:
-    """`[k, *axes]`: which entries of the axis the k-th index means."""
-    labels = known.labels if known.labels.ndim == 2 else known.labels[None, :]  # [batch or 1, n]
-    if index.dtype == bool:
-        rows = index if index.ndim == 2 else index[None, :]
-        member = (rows if known.entries is None else rows[:, known.entries])[None]
-    else:
-        length = jnp.reshape(jnp.asarray(known.length, jnp.int32), (1, -1, 1))
-        wanted = (
-            index.reshape(1, 1, 1)
-            if index.ndim == 0
-            else index[:, None, None]
-            if index.ndim == 1
-            else index.T[:, :, None]
-        )
-        member = (labels[None] == wanted) | (labels[None] - length == wanted)
-    shape = [member.shape[0]] + [1] * len(axes)
-    if axis == "batch":
-        shape[1 + axes.index("batch")] = member.shape[2]
-    else:
-        shape[1 + axes.index("batch")] = member.shape[1]
-        if axis != "layer":
-            shape[1 + axes.index(axis)] = member.shape[2]
-    return member.reshape(shape)
+def _numbers(index: Any, n: int) -> Any:
+    return None if index is None or index.dtype == bool else jnp.asarray(index).reshape(-1) % n
 
 
 def check_structure(
@@ -153,7 +145,15 @@ def out_of_range(index: Any, length: Any) -> Any:
     return (index >= length) | (index < -length)
 
 
-def check_range(where: Where, site: str, lengths: dict[str, Any]) -> None:
+def any_out_of_range(where: Where, lengths: Mapping[str, Any]) -> Bool[Array, ""]:
+    """Whether an index does not exist, once values are known."""
+    bad = jnp.zeros((), bool)
+    for field, index in where.given.items():
+        bad = bad | jnp.any(out_of_range(index, lengths[field]))
+    return bad
+
+
+def check_range(where: Where, site: str, lengths: Mapping[str, Any]) -> None:
     """Raise `ValueError` for indices that do not exist, as far as indices and lengths are known."""
     for field, index in where.given.items():
         if not (is_concrete(index) and is_concrete(lengths[field])):
@@ -171,41 +171,3 @@ def check_range(where: Where, site: str, lengths: dict[str, Any]) -> None:
             raise ValueError(
                 f"{field}={wide[place]} is out of range at site {site!r}: the {field} axis{whose} has {size} entries"
             )
-
-
-def known_axes(point: Point, shape: tuple[int, ...]) -> dict[str, Axis]:
-    """What `Where` is compared with at a point whose activation has (inner) `shape`: every axis's labels, and the layer."""
-    site, frame, axes = point.site, point.frame, {}
-    for axis, n in zip(site.inner_axes, shape):
-        if axis in ("pos", "query"):
-            axes[axis] = Axis(frame.positions, frame.lengths, frame.entries)
-        elif axis == "key":
-            axes[axis] = Axis(frame.keys, frame.lengths)
-        elif axis == site.head_axis and point.heads is not None:
-            axes[axis] = Axis(point.heads, site.sizes[axis], point.heads)
-        else:
-            axes[axis] = Axis(jnp.arange(n, dtype=jnp.int32), n)
-    if point.layer is not None:
-        axes["layer"] = Axis(point.layer[None], site.sizes["layer"], point.layer[None])
-    return axes
-
-
-def narrow(x: Array, where: Where, axes: Sequence[str], known: dict[str, Axis]) -> Array:
-    """Keep of `x` (inside one layer) the entries that `where` names, axis by axis; no axis is dropped."""
-    for axis in sorted(axes, key=lambda axis: axis == "batch"):  # last: positions are known for the whole batch
-        i = axes.index(axis)
-        index = getattr(where, SELECTS[axis])
-        if index is None:
-            continue
-        index = jnp.asarray(index).reshape(-1) if jnp.ndim(index) < 2 else index
-        member = _membership(index, axis, axes, known[axis])  # [k, *axes]
-        place = jnp.argmax(member, axis=1 + i).astype(jnp.int32)  # [k, *other axes]
-        x = jnp.take_along_axis(x, jnp.moveaxis(place, 0, i), axis=i)
-    return x
-
-
-def narrowed_shape(where: Where | None, axes: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of what `narrow` gives."""
-    given = {} if where is None else where.given
-    size = lambda index: jnp.shape(index)[-1] if jnp.ndim(index) else 1
-    return tuple(size(given[SELECTS[a]]) if SELECTS[a] in given else n for a, n in zip(axes, shape))

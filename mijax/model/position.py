@@ -40,6 +40,22 @@ class Rows(NamedTuple):
         there = own.reshape(own.shape + (1,) * (x.ndim - 2)) >= 0
         return jnp.where(there, jnp.take(x[0], own, axis=0, mode="clip"), held)
 
+    def unpack(
+        self, x: Float[Array, "1 row *rest"], base: Float[Array, "batch pos *rest"]
+    ) -> Float[Array, "cell batch pos *rest"]:
+        """As `fill`, cell by cell."""
+        return self.fill(x, base).reshape(self.place.shape[0], *base.shape)
+
+    def unpack_queries(
+        self, x: Float[Array, "cell_batch head slot key"], base: Float[Array, "batch head query key"]
+    ) -> Float[Array, "cell batch head query key"]:
+        """What is by slot as it is by query; the base run's where no row computes one."""
+        cells, batch, slots = self.slot.shape
+        by_slot = x.reshape(cells, batch, x.shape[1], slots, x.shape[3])
+        index = jnp.take(self.within, self.place, mode="clip")[:, :, None, :, None]
+        there = (self.place >= 0)[:, :, None, :, None]
+        return jnp.where(there, jnp.take_along_axis(by_slot, index, axis=3), base[None])
+
     def gather(self, x: Float[Array, "cell_batch slot *rest"]) -> Float[Array, "1 row *rest"]:
         """The rows, out of their slots."""
         batch, slots = self.slot.shape[1:]

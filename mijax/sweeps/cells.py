@@ -11,7 +11,8 @@ import numpy as np
 from mijax._types import Int
 from mijax.interventions.edits import Apply, Interventions, as_edits, canonical
 from mijax.interventions.functions import has_functions
-from mijax.interventions.where import Where, check_range
+from mijax.interventions.places import together
+from mijax.interventions.where import check_range
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.programs.convert import Converted, is_array
@@ -141,11 +142,9 @@ def cells_of(interventions: Interventions | Stack) -> Cells:
 def check_cells(model: Transformer, tokens: Tokens, cells: Cells) -> None:
     """Raise what `run` would raise at any cell: all have the first one's structure, each its own indices."""
     check(model, tokens, cells.take(0), {})
-    for site, given in cells.edits.items():
-        for edit, group in zip(given, cells.group[site]):
-            moved = {f: index for f, index in edit.where.given.items() if getattr(group.where, f) >= 0}
-            if moved:
-                check_range(_together(moved), site, field_lengths(model.sites[site], tokens))
+    for name, given in cells.edits.items():
+        for edit, stacked in zip(given, cells.stacked[name]):
+            check_range(together(edit.where, stacked.where), name, field_lengths(model.sites[name], tokens))
 
 
 def canonical_cells(model: Transformer, cells: Cells) -> Cells:
@@ -181,17 +180,6 @@ def _with_program(edit: Any, group: Any, first: Any) -> tuple[Any, Any]:
     at = lambda e: e.function
     moved = eqx.tree_at(at, edit, function([leaf for leaf, _ in arrays], constants))
     return moved, eqx.tree_at(at, group, function([number for _, number in arrays], [-1] * len(constants)))
-
-
-def _together(fields: Mapping[str, np.ndarray]) -> Where:
-    """All choices' indices at once, as one `Where` for each axis alone: what a check of ranges reads."""
-    together = {}
-    for field, index in fields.items():
-        index = np.asarray(index)
-        if index.dtype != bool:
-            last = np.moveaxis(index, 0, -1)
-            together[field] = last.reshape(len(last), -1) if index.ndim == 3 else index.reshape(-1)
-    return Where(**together)
 
 
 def _join(labels: dict[str, Sequence[Any]], new: Mapping[str, Sequence[Any]]) -> None:

@@ -4,31 +4,34 @@ State around the one block of the model: a chunk is a packed list of the tokens 
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Asked, Float, Int, Stream
-from mijax.interventions.rows import EditingRows
+from mijax._types import Array, Float, Int, Stream
+from mijax.interventions.capturing import Capturing
+from mijax.interventions.rows import CapturingRows, EditingRows
 from mijax.model.attention import KVCache
 from mijax.model.position import Packed, Rows, pack
-from mijax.model.readout import Readout
 from mijax.model.sites import cached_sites
-from mijax.model.tap import Tap
+from mijax.model.tap import Chain, Tap
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.model.walk import Body, Layer
-from mijax.run import Edits, run
+from mijax.run import Edits, Out, run
 
 
 class Base(NamedTuple):
-    """What of the base run the cells need: the stream at each half-layer, before the edits there; keys and values."""
+    """What of the base run the cells need: the stream at each half-layer, before the edits there; keys and values; and the
+    activations, in full, of which something is read."""
 
     states: Float[Array, "half batch pos d_model"]
     cache: KVCache
     final: Stream
+    acts: dict[str, Array]
 
 
 class Chunk(NamedTuple):
@@ -39,19 +42,20 @@ class Chunk(NamedTuple):
 
 
 def base_of(
-    model: Transformer, tokens: Tokens, edits: Any, capture: Iterable[str]
-) -> tuple[Readout, dict[str, Array], Base]:
-    """Run the base, under the edits that every cell shares, and keep what cells resume from, and what else is asked."""
+    model: Transformer, tokens: Tokens, edits: Any, capture: Iterable[str], read: Sequence[Capturing]
+) -> tuple[Out, Base]:
+    """Run the base, under the edits that every cell shares, and keep what cells resume from; `read` is what is read of them."""
     added = [name for name, site in model.sites.items() if site.part == "embedding" and site.added]
-    cached = cached_sites(model.sites)
-    kept = dict.fromkeys((*added, "resid_pre", "attn_out", "resid_post", *cached, *capture))
-    out = run(model, tokens, edits, capture=tuple(kept))
+    cached, seen = cached_sites(model.sites), sorted({site for tap in read for site in tap.sites})
+    kept = dict.fromkeys((*added, "resid_pre", "attn_out", "resid_post", *cached, *seen, *capture))
+    out = run(model, tokens, edits, capture=tuple(kept), taps=read)
     acts = out.acts
     first = sum(acts[site] for site in added)
     before = jnp.concatenate([jnp.asarray(first)[None], acts["resid_post"][:-1]])[: model.n_layers]
     between = acts["resid_pre"] + acts["attn_out"]
     states = jnp.stack([before, between], axis=1).reshape(-1, *before.shape[1:])
-    return out.readout, acts, Base(states, KVCache(*(acts[site] for site in cached)), out.readout.final)
+    cache = KVCache(*(acts[site] for site in cached))
+    return out, Base(states, cache, out.readout.final, {site: acts[site] for site in seen})
 
 
 def run_chunk(
@@ -61,49 +65,61 @@ def run_chunk(
     chunk: Chunk,
     edits: Edits,
     stacked: Any,
-    read: Int[Array, "batch read"] | None,
-) -> Float[Array, "cell batch pos d_model"]:
-    """The final stream of every cell, from its first edit on; NaN at columns that are not in `read`."""
-    n, rows, tap = model.n_layers, chunk.rows, EditingRows(edits, stacked)
+    columns: Int[Array, "batch read"] | None,
+    read: Sequence[Capturing],
+) -> tuple[Float[Array, "cell batch pos d_model"], tuple[dict[str, Array], ...]]:
+    """Every cell from its first edit on: its final stream, NaN but at the `columns`; and what is `read` of its activations."""
+    n, rows = model.n_layers, chunk.rows
     whole = model.frame(tokens)
     packed = pack(whole, rows)
+    tap = Chain((EditingRows(edits, stacked), *(_of_rows(model, base, own) for own in read)))
+    layered, rest = tap.per_layer(model.sites)
+    x, state = _begin(model, tokens, base, chunk, packed, rest, tap.init(model.sites, packed, base.final))
 
     def at(frame: Packed) -> Body:
-        def body(layer: Layer, x: Stream, held: KVCache) -> tuple[Asked, None]:
+        def body(layer: Layer, carry: Any, own: Any) -> tuple[Any, None]:
             attended = 2 * layer.index < chunk.start if model.has_halves else None
-            x, _ = layer(x, frame, tap, None, held, attended)
-            return x, None
+            return layer(carry[0], frame, eqx.combine(own[0], rest), carry[1], own[1], attended), None
 
         return body
 
-    x = _begin(model, tokens, base, chunk, packed, tap)
     first = jnp.minimum(chunk.start // 2, jnp.int32(max(0, n - 1)))
-    if read is None or n == 0:
-        x, _ = model.walk(at(packed), x, base.cache, first=first)
+    xs = (layered, base.cache)
+    if columns is None or n == 0:
+        (x, state), _ = model.walk(at(packed), (x, state), xs, first=first)
     else:
-        x, _ = model.walk(at(packed), x, base.cache, first=first, last=n - 1)
-        rows, index = _read_rows(rows, read)
+        carry, _ = model.walk(at(packed), (x, state), xs, first=first, last=n - 1)
+        rows, index = _read_rows(rows, columns)
         last = pack(whole, rows)
-        ending = dataclasses.replace(packed, last=(last, index))
-        x, _ = at(ending)(model.layer(n - 1), x, jax.tree.map(lambda a: a[n - 1], base.cache))
+        ending = at(dataclasses.replace(packed, last=(last, index)))
+        (x, state), _ = ending(model.layer(n - 1), carry, jax.tree.map(lambda a: a[n - 1], xs))
         packed = last
-    x, _ = model.final(x, packed, tap, None)
+    x, state = model.final(x, packed, rest, state)
     final = rows.fill(x, base.final).reshape(*rows.place.shape, -1)
-    if read is None:
-        return final
-    is_read = jnp.any(read[:, :, None] == jnp.arange(final.shape[2], dtype=jnp.int32)[None, None], axis=1)
-    return jnp.where(is_read[None, :, :, None], final, jnp.nan)
+    _, *acts = rest.result(state, (None,) * len(rest.taps))
+    if columns is None:
+        return final, tuple(acts)
+    is_read = jnp.any(columns[:, :, None] == jnp.arange(final.shape[2], dtype=jnp.int32)[None, None], axis=1)
+    return jnp.where(is_read[None, :, :, None], final, jnp.nan), tuple(acts)
 
 
-def _begin(model: Transformer, tokens: Tokens, base: Base, chunk: Chunk, packed: Packed, tap: Tap) -> Stream:
-    """The rows' stream where the chunk begins."""
+def _of_rows(model: Transformer, base: Base, tap: Capturing) -> CapturingRows:
+    """What keeps of every cell what `tap` keeps of a run."""
+    layered = frozenset(name for name in tap.sites if model.sites[name].has_layer)
+    return CapturingRows(tap.captures, {name: base.acts[name] for name in tap.sites}, layered, model.n_layers)
+
+
+def _begin(
+    model: Transformer, tokens: Tokens, base: Base, chunk: Chunk, packed: Packed, tap: Tap, state: Any
+) -> tuple[Stream, Any]:
+    """The rows' stream where the chunk begins, and the tap's state."""
     rows = chunk.rows
     x = base.states[chunk.start, rows.example, rows.column][None]
     if any(model.sites[name].part == "embedding" for name in tap.sites):
         ids = jnp.asarray(tokens.ids)[rows.example, rows.column][None]
-        embedded, _ = model.embed(ids, packed, tap, None)
+        embedded, state = model.embed(ids, packed, tap, state)
         x = jnp.where(chunk.start == 0, embedded, x)
-    return x
+    return x, state
 
 
 def _read_rows(rows: Rows, read: Int[Array, "batch read"]) -> tuple[Rows, Int[Array, " query"]]:

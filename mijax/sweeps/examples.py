@@ -7,16 +7,14 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from mijax._types import Int
 from mijax.interventions.edits import Apply, Edit
-from mijax.interventions.where import Where
+from mijax.interventions.places import Examples, of_examples, zips_examples
 from mijax.metrics import AnyMetric
+from mijax.model.sites import Site
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.cells import Cells
 from mijax.sweeps.measure import is_split, taken
-
-Examples = Int[np.ndarray, " k"]
 
 
 class Prompts(NamedTuple):
@@ -78,59 +76,30 @@ def why_together(cells: Cells, metrics: Mapping[str, AnyMetric]) -> str | None:
         if not is_split(metric):
             return f"metric {name!r} does not say that it is per example (per_example, take)"
     for site, several in cells.edits.items():
-        for edit, group in zip(several, cells.group[site]):
+        for edit, stacked in zip(several, cells.stacked[site]):
             if isinstance(edit, Apply):
                 return f"the edit at site {site!r} is a function, which sees the whole batch"
-            if _is_zipped(edit.where, group.where):
+            if zips_examples(edit.where, stacked.where):
                 return f"the edit at site {site!r} zips its batch indices with other lists"
     return None
-
-
-def _is_zipped(where: Where, group: Any) -> bool:
-    """Whether indices of examples go with lists on other axes, entry by entry."""
-    lists = {
-        field
-        for field, index in where.given.items()
-        if index.dtype != bool and index.ndim > (getattr(group, field) >= 0) and index.shape[-1] > 1
-    }
-    return "batch" in lists and len(lists) > 1
 
 
 def cells_of_examples(model: Transformer, cells: Cells, examples: Examples, batch: int) -> Cells:
     """The cells of some of the `batch` examples; `why_together` must be `None`."""
     edits = {
-        site: tuple(
-            _edit_of(edit, group, model.sites[site].axes, examples, batch)
-            for edit, group in zip(several, cells.group[site])
+        name: tuple(
+            _edit_of(edit, stacked, model.sites[name], examples, batch)
+            for edit, stacked in zip(several, cells.stacked[name])
         )
-        for site, several in cells.edits.items()
+        for name, several in cells.edits.items()
     }
     return cells._replace(edits=edits)
 
 
-def _edit_of(edit: Edit, group: Any, axes: tuple[str, ...], examples: Examples, batch: int) -> Edit:
-    """An edit with what differs between examples narrowed to some of them; `group` marks arrays with an axis of choices in front."""
+def _edit_of(edit: Edit, stacked: Any, site: Site, examples: Examples, batch: int) -> Edit:
+    """An edit with what differs between examples narrowed to some of them."""
     for name in edit.operands:
-        value, stacked = getattr(edit, name), getattr(group, name) >= 0
-        axis = axes.index("batch") + stacked
+        value, axis = getattr(edit, name), site.axes.index("batch") + bool(getattr(stacked, name))
         if value.shape[axis] > 1:
-            edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, _at(value, examples, axis))
-    fields = {
-        field: _index_of(np.asarray(index), field, getattr(group.where, field) >= 0, examples, batch)
-        for field, index in edit.where.given.items()
-    }
-    return eqx.tree_at(lambda e: e.where, edit, Where(**fields))
-
-
-def _index_of(index: np.ndarray, field: str, stacked: bool, examples: Examples, batch: int) -> np.ndarray:
-    """An entry of `Where` for some of the examples: `batch` becomes a mask of them."""
-    if field == "batch":
-        if index.dtype != bool:
-            several = index.reshape(*index.shape[:stacked], -1, 1)
-            index = (several % batch == np.arange(batch)).any(axis=-2)
-        return index[..., examples]
-    return _at(index, examples, int(stacked)) if index.ndim - stacked == 2 else index
-
-
-def _at(array: Any, examples: Examples, axis: int) -> Any:
-    return array[(slice(None),) * axis + (examples,)]
+            edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, value[(slice(None),) * axis + (examples,)])
+    return eqx.tree_at(lambda e: e.where, edit, of_examples(edit.where, stacked.where, examples, batch))

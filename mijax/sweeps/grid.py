@@ -36,6 +36,17 @@ class Grid:
         """The number of cells."""
         return int(np.prod(self.shape))
 
+    def places(self, dim: str) -> list[Any]:
+        """What each label of a dimension stands for: its index, or the indices of each example where they differ."""
+        if dim not in self.where.given:
+            return list(self.labels[dim])
+        index = np.asarray(getattr(self.where, dim))
+        by_choice = np.moveaxis(index.reshape(*self.shape, *index.shape[1:]), self.dims.index(dim), 0)
+        one_each = by_choice[(slice(None), *(0,) * (len(self.shape) - 1))]  # whatever is chosen on the other axes
+        if one_each.ndim == 1:
+            return one_each.tolist()
+        return [[sorted(set(row)) for row in np.atleast_2d(choice).tolist()] for choice in one_each]
+
     def beside(self, where: Where) -> "Grid":
         """Other places for the same cells, stacked as `where` is here: edits at both move together in a sweep."""
         return Grid(where, self.labels)
@@ -117,3 +128,25 @@ def _combined(cells: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return cells
     picks = np.indices([cells[axis].shape[-1] for axis in lists]).reshape(len(lists), -1)
     return cells | {axis: cells[axis][..., picks[i]] for i, axis in enumerate(lists)}
+
+
+def side_by_side(wheres: list[Where]) -> Where:
+    """Stacked places of several grids as one, the grids' cells in turn; a shorter list repeats its last index."""
+    fields = {}
+    for field in wheres[0].given:
+        own = [np.asarray(where.given[field]) for where in wheres]
+        rank, batch = max(i.ndim for i in own), max((i.shape[1] for i in own if i.ndim == 3), default=1)
+        if rank == 3:
+            own = [np.broadcast_to(_lists(i), (len(i), batch, _lists(i).shape[2])) for i in own]
+        elif rank == 2:
+            own = [i.reshape(len(i), -1) for i in own]
+        fields[field] = own
+    width = max(i.shape[-1] for own in fields.values() for i in own if i.ndim > 1) if fields else 1
+    widen = lambda i: i if i.ndim == 1 else np.concatenate([i, np.repeat(i[..., -1:], width - i.shape[-1], -1)], -1)
+    stacked = {field: np.stack([widen(i) for i in own], axis=1) for field, own in fields.items()}
+    return Where(**{field: i.reshape(-1, *i.shape[2:]) for field, i in stacked.items()})
+
+
+def _lists(index: np.ndarray) -> np.ndarray:
+    """`[cell, batch or 1, k]`."""
+    return index if index.ndim == 3 else index.reshape(len(index), 1, -1)

@@ -7,10 +7,9 @@ import numpy as np
 
 from mijax._types import ArrayLike
 from mijax.interventions.edits import Replace
-from mijax.interventions.where import Where
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.grid import Grid, grid
+from mijax.sweeps.grid import Grid, grid, side_by_side
 from mijax.sweeps.measure import Metrics
 from mijax.sweeps.places import layer_window
 from mijax.sweeps.sweep import Running, sweep
@@ -47,27 +46,5 @@ def knock_out(
         grid(layer=layers, query={"": query}, key={"": key}, **({} if heads is None else {"head": {"": heads}}))
         for query, key in edges.values()
     ]
-    places = Grid(_side_by_side([one.where for one in grids]), {"layer": range(n), "edge": list(edges)})
+    places = Grid(side_by_side([one.where for one in grids]), {"layer": range(n), "edge": list(edges)})
     return sweep(model, tokens, {"attn_scores": Replace(-np.inf, places)}, metric, **running)
-
-
-def _side_by_side(wheres: list[Where]) -> Where:
-    """Stacked places of several grids as one, the grids' cells in turn; a shorter list repeats its last index."""
-    fields = {}
-    for field in wheres[0].given:
-        own = [np.asarray(where.given[field]) for where in wheres]
-        rank, batch = max(i.ndim for i in own), max((i.shape[1] for i in own if i.ndim == 3), default=1)
-        if rank == 3:
-            own = [np.broadcast_to(_lists(i), (len(i), batch, _lists(i).shape[2])) for i in own]
-        elif rank == 2:
-            own = [i.reshape(len(i), -1) for i in own]
-        fields[field] = own
-    width = max(i.shape[-1] for own in fields.values() for i in own if i.ndim > 1) if fields else 1
-    widen = lambda i: i if i.ndim == 1 else np.concatenate([i, np.repeat(i[..., -1:], width - i.shape[-1], -1)], -1)
-    stacked = {field: np.stack([widen(i) for i in own], axis=1) for field, own in fields.items()}
-    return Where(**{field: i.reshape(-1, *i.shape[2:]) for field, i in stacked.items()})
-
-
-def _lists(index: np.ndarray) -> np.ndarray:
-    """`[cell, batch or 1, k]`."""
-    return index if index.ndim == 3 else index.reshape(len(index), 1, -1)

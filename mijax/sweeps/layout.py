@@ -1,6 +1,7 @@
 """How many prompts and cells of a sweep run together, and the bytes that this takes: told before anything runs."""
 
 import bisect
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.cells import Cells, canonical_cells, check_cells, convert_cells
 from mijax.sweeps.examples import tokens_of, why_together
-from mijax.sweeps.measure import as_programs, metric_bytes, taken
+from mijax.sweeps.measure import as_programs, metric_bytes, read_by, taken
 from mijax.sweeps.plan import Shape, Size, Work, capacity, columns_read, tokens_of_cell, work
 
 
@@ -121,8 +122,11 @@ def row_bytes(model: Transformer, sites: Iterable[str]) -> int:
 
 
 def cell_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> int:
-    """The bytes that a cell takes beyond its rows: attention over all of its tokens, and what the metrics compute."""
-    return model.numbers_per_batch(*tokens.ids.shape) * model.dtype.itemsize + metric_bytes(model, tokens, metrics)
+    """The bytes that a cell takes beyond its rows: attention over all of its tokens, and what the metrics read and compute."""
+    read = {site for metric in metrics.values() for site in read_by(metric)}
+    whole = sum(math.prod(model.sites[site].shape(*tokens.ids.shape)[model.sites[site].has_layer :]) for site in read)
+    numbers = model.numbers_per_batch(*tokens.ids.shape) + whole  # of one layer, before it is narrowed
+    return numbers * model.dtype.itemsize + metric_bytes(model, tokens, metrics)
 
 
 def _operations(job: Job) -> float:

@@ -2,7 +2,7 @@
 
 import functools
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, Float, Int
-from mijax.metrics import AnyMetric, Metric, position
+from mijax.interventions.capturing import Capturing
+from mijax.interventions.selecting import narrowed_shape
+from mijax.metrics import OWN, AnyMetric, position
 from mijax.model.numerics import accumulator
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.programs.convert import Converted, convert, for_mesh_axes, shape_of
-from mijax.run import run
+from mijax.run import Captures, Out, as_captures, check, run
 
 Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
 Values: TypeAlias = dict[str, np.ndarray]
@@ -29,54 +31,102 @@ def named(metric: Metrics) -> dict[str, AnyMetric]:
         if not all(isinstance(name, str) for name in metric):
             raise TypeError(f"metrics are named by strings, given {', '.join(map(repr, metric))}")
         return dict(metric)
-    return {getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__: metric}
+    function = getattr(metric, "function", None)
+    names = [getattr(metric, "name", None), *(getattr(f, "__name__", None) for f in (metric, function))]
+    return {next((name for name in names if name), type(metric).__name__): metric}
+
+
+def read_by(metric: Any) -> Captures:
+    """The activations that a metric reads."""
+    return as_captures(getattr(metric, "sites", ()))
+
+
+def check_read(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> None:
+    """Raise for activations that no run could give a metric, or that are not of every example."""
+    for name, metric in metrics.items():
+        try:
+            sites = read_by(metric)
+            check(model, tokens, {}, sites)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"the sites of metric {name!r}: {error}") from error
+        for site, where in sites.items():
+            if where is not None and where.narrows("batch"):
+                raise ValueError(f"the sites of metric {name!r}: a metric reads all examples at site {site!r}")
+
+
+def captures_of(model: Transformer, metrics: Mapping[str, AnyMetric]) -> tuple[Capturing, ...]:
+    """The tap of each metric."""
+    return tuple(Capturing(read_by(metric), model.n_layers) for metric in metrics.values())
+
+
+def values_of(
+    metrics: Mapping[str, AnyMetric],
+    readout: Readout,
+    acts: Sequence[dict[str, Array]] | Mapping[str, dict[str, Array]],
+) -> dict[str, Float[Array, " batch"]]:
+    """Each metric of each example; `acts` holds what each one reads, in the metrics' order or by their names."""
+    read = acts if isinstance(acts, Mapping) else dict(zip(metrics, acts, strict=True))
+    return {name: metric(Out(readout, read[name])) for name, metric in metrics.items()}
 
 
 class MetricProgram(eqx.Module):
-    """A user's metric as its program, with the position that it says it reads."""
+    """A user's metric as its program, with what it says that it reads."""
 
     function: Converted
+    sites: Any
     pos: Any
 
-    def __call__(self, readout: Readout) -> Float[Array, " batch"]:
+    def __call__(self, out: Out) -> Float[Array, " batch"]:
         """One number per example."""
-        return self.function(readout.final, readout.tokens, readout.W_U, readout.b_U)
+        readout = out.readout
+        return self.function(readout.final, readout.tokens, readout.W_U, readout.b_U, out.acts)
 
 
 class _OfParts(eqx.Module):
-    """A metric as a function of a readout's parts."""
+    """A metric as a function of a run's parts."""
 
     metric: Any
 
-    def __call__(self, *parts: Any) -> Any:
-        return self.metric(Readout(*parts))
+    def __call__(self, final: Any, tokens: Any, W_U: Any, b_U: Any, acts: Any) -> Any:
+        return self.metric(Out(Readout(final, tokens, W_U, b_U), acts))
 
 
 def as_programs(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> dict[str, AnyMetric]:
     """Metrics as users' functions are now, for runs of prompts of the shape of `tokens`; mijax's own as they are.
 
-    Raises `TypeError` for what is no function, `ValueError` for one that gives anything but one number per example.
+    Raises `TypeError` for what is no function, `ValueError` for one that gives anything but one number per example, or
+    that reads what no run gives.
     """
+    check_read(model, tokens, metrics)
     return {name: _as_program(model, tokens, name, metric) for name, metric in metrics.items()}
 
 
 def _as_program(model: Transformer, tokens: Tokens, name: str, metric: Any) -> AnyMetric:
-    if isinstance(metric, MetricProgram) or (isinstance(metric, Metric) and metric.is_own):
+    if isinstance(metric, (MetricProgram, *OWN)):
         return metric
     if not callable(metric):
-        raise TypeError(f"metric {name!r} must be a function of a readout, given {metric!r}")
-    shape, dtype = model.sites["final_in"].shape(*tokens.ids.shape), model.dtype
+        raise TypeError(f"metric {name!r} must be a function of a run's output, given {metric!r}")
+    batch = len(tokens.ids)
 
     def converted(keywords: dict[str, Any]) -> Converted:
-        final = jax.ShapeDtypeStruct(shape, dtype, **keywords)
-        return convert(_OfParts(metric), final, tokens, model.unembedding, model.b_U, name=f"metric {name!r}")
+        final, acts = output_shapes(model, tokens, metric, **keywords)
+        return convert(_OfParts(metric), final, tokens, model.unembedding, model.b_U, acts, name=f"metric {name!r}")
 
     program = for_mesh_axes(converted, (model, tokens))
     shapes = jax.tree.map(lambda out: out.shape, program.out)
-    if shapes != shape[:1]:
-        raise ValueError(f"metric {name!r} must give one number per example, [{shape[0]}], given shape {shapes}")
+    if shapes != (batch,):
+        raise ValueError(f"metric {name!r} must give one number per example, [{batch}], given shape {shapes}")
     pos = getattr(metric, "pos", None)
-    return MetricProgram(program, None if pos is None else position(pos))
+    return MetricProgram(program, read_by(metric), None if pos is None else position(pos))
+
+
+def output_shapes(model: Transformer, tokens: Tokens, metric: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
+    """The shape of the final stream that a metric sees, and those of the activations."""
+    shaped = lambda shape: jax.ShapeDtypeStruct(shape, model.dtype, **keywords)
+    whole = lambda site: site.shape(*tokens.ids.shape)
+    of = lambda site, where: shaped(narrowed_shape(where, site.axes, whole(site)))
+    acts = {name: of(model.sites[name], where) for name, where in read_by(metric).items()}
+    return shaped(whole(model.sites["final_in"])), acts
 
 
 def measure(
@@ -126,36 +176,35 @@ def checked(values: Mapping[str, Any], what: str, first: int = 0) -> Values:
     return found
 
 
-def values_of(metrics: Mapping[str, AnyMetric], readout: Readout) -> dict[str, Float[Array, " batch"]]:
-    """Each metric of each example."""
-    return {name: metric(readout) for name, metric in metrics.items()}
-
-
 @eqx.filter_jit
 def _measured(model, tokens, edits, metrics, capture):
-    out = run(model, tokens, edits, capture=capture)
-    return values_of(metrics, out.readout), out.acts
+    out = run(model, tokens, edits, capture=capture, taps=captures_of(model, metrics))
+    return values_of(metrics, out.readout, out.taps), out.acts
 
 
 def metric_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> int:
-    """The bytes of everything that metrics compute from a readout; raises what they raise of its shape."""
+    """The bytes of everything that metrics compute from a run, and of the activations that they read; raises what they raise
+    of its shape."""
     return _metric_bytes(*as_shapes(model, tokens, metrics))
 
 
 def as_shapes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> tuple[tuple[Any, ...], Any]:
-    """The parts of a readout and metrics, flattened, arrays as shapes: what a trace of them depends on."""
+    """What metrics see of a run and they themselves, flattened, arrays as shapes: what a trace of them depends on."""
     final = jax.ShapeDtypeStruct(model.sites["final_in"].shape(*tokens.ids.shape), model.dtype)
-    given = jax.tree.map(shape_of, ((final, tokens, model.unembedding, model.b_U), dict(metrics)))
-    leaves, treedef = jax.tree.flatten(given)
+    acts = {name: output_shapes(model, tokens, metric)[1] for name, metric in metrics.items()}
+    parts = jax.tree.map(shape_of, (final, tokens, model.unembedding, model.b_U))
+    leaves, treedef = jax.tree.flatten((parts, acts, jax.tree.map(shape_of, dict(metrics))))
     return tuple(leaves), treedef
 
 
 @functools.lru_cache
 def _metric_bytes(leaves: tuple[Any, ...], treedef: Any) -> int:
-    """Both as shapes, so that it is traced but once."""
-    parts, metrics = jax.tree.unflatten(treedef, leaves)
-    program = eqx.filter_make_jaxpr(lambda parts, metrics: values_of(metrics, Readout(*parts)))(parts, metrics)[0]
-    return sum(v.aval.size * v.aval.dtype.itemsize for eqn in program.jaxpr.eqns for v in eqn.outvars)
+    """All as shapes, so that it is traced but once."""
+    parts, acts, metrics = jax.tree.unflatten(treedef, leaves)
+    of = lambda parts, acts, metrics: values_of(metrics, Readout(*parts), acts)
+    program = eqx.filter_make_jaxpr(of)(parts, acts, metrics)[0]
+    size = lambda a: a.size * a.dtype.itemsize
+    return sum(size(v.aval) for eqn in program.jaxpr.eqns for v in eqn.outvars) + sum(map(size, jax.tree.leaves(acts)))
 
 
 def described(model: Transformer) -> dict[str, str]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike, Bool, Int
 from mijax.interventions.edits import Replace
-from mijax.interventions.where import Where, known_axes, selection
+from mijax.interventions.selecting import known_axes, selection
+from mijax.interventions.where import Where
 from mijax.meshes import automatic
 from mijax.metrics import AnyMetric
 from mijax.model.position import Frame
@@ -133,7 +134,7 @@ def _first_change(
     """The first column of each example at which a cell puts in anything but what stands there; the number of columns
     where it does nowhere. Two runs agree to the bit where they must (before the first token that differs), and such a
     cell's effect is zero, not rounding."""
-    if "unit" not in cells.given and site.has_vectors:
+    if site.has_vectors and not cells.narrows("unit"):
         differs = jnp.any(differs, axis=-1, keepdims=True)
     layers = differs if site.has_layer else differs[None]
     place = site.inner_axes.index(site.position_axes[0])
@@ -145,7 +146,8 @@ def _first_change(
             return jnp.any(hit, axis=tuple(i for i in range(1, hit.ndim) if i != place))
 
         every = jnp.arange(len(layers), dtype=jnp.int32)
-        index = every if where.layer is None or where.layer.ndim else where.layer[None] % len(layers)
+        named = where.layers(len(layers))
+        index = named if named is not None and named.size == 1 else every
         hit = jnp.any(jax.vmap(layer)(index, layers[index]), axis=0)  # [batch, pos]
         first = jnp.argmax(hit, axis=1).astype(jnp.int32) if causal else jnp.zeros(len(hit), jnp.int32)
         return jnp.where(jnp.any(hit, axis=1), first, hit.shape[1])

@@ -7,14 +7,15 @@ import jax
 import numpy as np
 
 from mijax._types import Bool, Int
+from mijax.interventions.places import first_column, first_columns, first_half, moving_fields
 from mijax.interventions.rows import needs_whole_cells
 from mijax.metrics import AnyMetric
 from mijax.model.position import Rows
-from mijax.model.sites import Site
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.sweeps.cells import Cells
 from mijax.sweeps.engine import Chunk
+from mijax.sweeps.measure import read_by
 
 
 class Work(NamedTuple):
@@ -60,13 +61,9 @@ class Shape(NamedTuple):
     @classmethod
     def of(cls, causal: bool, cells: Cells) -> "Shape":
         """Read off the grids."""
-        moved = {
-            field
-            for site in cells.group.values()
-            for group in site
-            for field, number in group.where.given.items()
-            if number >= 0
-        }
+        stacked = cells.stacked
+        pairs = [pair for name, several in cells.edits.items() for pair in zip(several, stacked[name])]
+        moved = {field for edit, own in pairs for field in moving_fields(edit.where, own.where)}
         starts = len(cells.labels.get("layer", [0])) if "layer" in moved else 1
         return cls(cells.size, min(starts, cells.size), causal and bool(moved & {"pos", "query"}))
 
@@ -97,13 +94,13 @@ def work(model: Transformer, tokens: Tokens, cells: Cells, read: Int[np.ndarray,
     for name, given in cells.edits.items():
         site = model.sites[name]
         for edit, group in zip(given, cells.group[name]):
-            whole |= needs_whole_cells(edit, jax.tree.map(lambda g: g >= 0, group))
-            if any(g >= 0 for g in jax.tree.leaves(group)):
-                fields = {
-                    f: _Choices(np.asarray(i), getattr(group.where, f), cells) for f, i in edit.where.given.items()
-                }
-                start = np.minimum(start, _begins(model, site, fields))
-                first = np.minimum(first, _first_column(model.causal, mask, site, fields))
+            stacked = jax.tree.map(lambda g: g >= 0, group)
+            whole |= needs_whole_cells(edit, stacked)
+            if any(jax.tree.leaves(stacked)):
+                place, number = (edit.where, stacked.where), max(jax.tree.leaves(group.where), default=-1)
+                by_cell = lambda choices, n=number: choices[cells.picks[n]] if len(choices) > 1 else choices
+                start = np.minimum(start, by_cell(first_half(*place, site, model.has_halves)))
+                first = np.minimum(first, by_cell(first_columns(*place, site, mask, model.causal)))
     if whole:
         return Work(start, np.zeros_like(first), np.ones_like(mask), whole=True)
     if read is not None and model.causal:  # what comes after the last token that is read
@@ -112,75 +109,15 @@ def work(model: Transformer, tokens: Tokens, cells: Cells, read: Int[np.ndarray,
     return Work(start, first, mask, all_queries=all_queries)
 
 
-class _Choices(NamedTuple):
-    """An entry of `Where`, its choices in front if it is on a grid, and which choice each cell takes."""
-
-    given: np.ndarray
-    group: int
-    cells: Cells
-
-    @property
-    def stacked(self) -> np.ndarray:
-        return self.given if self.group >= 0 else self.given[None]
-
-    def by_cell(self, choices: np.ndarray) -> np.ndarray:
-        return choices if self.group < 0 else choices[self.cells.picks[self.group]]
-
-
-def _begins(model: Transformer, site: Site, fields: Mapping[str, _Choices]) -> Int[np.ndarray, " cell_or_1"]:
-    """The half-layer of a cell's first edit at a site."""
-    if not site.has_layer:
-        n = model.n_layers
-        return np.array([0 if site.part == "embedding" else max(0, 2 * n - 1 if model.has_halves else 2 * n - 2)])
-    if "layer" not in fields:
-        return np.array([site.half])
-    layer, n = fields["layer"].stacked, model.n_layers
-    if layer.dtype == bool:
-        layer = np.where(layer.any(axis=-1), np.argmax(layer, axis=-1), n)
-    layer = np.where(layer < 0, layer + n, layer)
-    earliest = layer.reshape(len(layer), -1).min(axis=1)
-    return 2 * fields["layer"].by_cell(earliest) + site.half
-
-
-def _first_column(
-    causal: bool, mask: np.ndarray, site: Site, fields: Mapping[str, _Choices]
-) -> Int[np.ndarray, "cell_or_1 batch"]:
-    """The first column of each example that a cell's edit can change; the number of columns where it changes none."""
-    batch, n = mask.shape
-    first = np.zeros((1, batch), np.int32)
-    for field in site.seen_from if causal else ():
-        if field in fields:
-            first = np.maximum(first, fields[field].by_cell(_column(mask, fields[field].stacked)))
-    if "batch" in fields:
-        chosen = fields["batch"].stacked
-        if chosen.dtype != bool:
-            chosen = (chosen.reshape(len(chosen), -1, 1) % batch == np.arange(batch)).any(axis=1)
-        first = np.where(fields["batch"].by_cell(chosen), first, n)
-    return first
-
-
 def columns_read(metrics: Iterable[AnyMetric], tokens: Tokens) -> Int[np.ndarray, "batch read"] | None:
     """The columns at which the metrics read; `None` where one of them may read any."""
     mask, found = np.asarray(tokens.mask), []
     for metric in metrics:
         pos = getattr(metric, "pos", None)
-        if pos is None:
+        if pos is None or read_by(metric):
             return None
-        found.append(_column(mask, np.broadcast_to(np.asarray(pos).reshape(-1, 1), (len(mask), 1))[None])[0])
+        found.append(first_column(np.broadcast_to(np.asarray(pos).reshape(-1, 1), (len(mask), 1))[None], mask)[0])
     return np.stack(found, axis=1).astype(np.int32)
-
-
-def _column(mask: np.ndarray, index: np.ndarray) -> Int[np.ndarray, "cell_or_1 batch"]:
-    """The first column among the positions that an entry of `Where` selects."""
-    batch, n = mask.shape
-    if index.dtype == bool:  # over columns
-        some = np.broadcast_to(index[:, None] if index.ndim == 2 else index, (len(index), batch, n))
-        return np.where(some.any(axis=2), some.argmax(axis=2), n)
-    lengths = mask.sum(axis=1)
-    index = index.reshape(len(index), 1, -1) if index.ndim < 3 else index
-    earliest = np.where(index < 0, index + lengths[:, None], index).min(axis=2)  # [cell, batch]
-    real = np.argsort(~mask, axis=1, kind="stable")  # the columns of real tokens come first
-    return real[np.arange(batch), np.clip(earliest, 0, lengths - 1)]
 
 
 class Size(NamedTuple):

@@ -24,7 +24,7 @@ from mijax.sweeps.cells import Cells, Stack, cells_of
 from mijax.sweeps.engine import Base, Chunk, base_of, run_chunk
 from mijax.sweeps.examples import Prompts, groups
 from mijax.sweeps.layout import Job, Layout, job_of, layout_bytes, layout_of
-from mijax.sweeps.measure import Metrics, Values, checked, described, named, values_of
+from mijax.sweeps.measure import Metrics, Values, captures_of, checked, described, named, values_of
 from mijax.sweeps.plan import Plan, chunk_of, columns_read, plan, work
 
 if TYPE_CHECKING:
@@ -332,16 +332,16 @@ def kept_base(
 
 @eqx.filter_jit
 def _based(model, tokens, edits, metrics, capture):
-    readout, acts, base = base_of(model, tokens, edits, capture)
-    return values_of(metrics, readout), base, {site: acts[site] for site in capture}
+    out, base = base_of(model, tokens, edits, capture, captures_of(model, metrics))
+    return values_of(metrics, out.readout, out.taps), base, {site: out.acts[site] for site in capture}
 
 
 @eqx.filter_jit
-def _chunk(model, tokens, base: Base, metrics, read, stacked, chunk: Chunk, varying, fixed):
+def _chunk(model, tokens, base: Base, metrics, columns, stacked, chunk: Chunk, varying, fixed):
     """The metrics `[cell, batch]` of a chunk of cells."""
-    final = run_chunk(model, tokens, base, chunk, eqx.combine(varying, fixed), stacked, read)
-    cell = lambda final: values_of(metrics, model.readout(final, tokens))
-    return jax.vmap(cell)(final)
+    edits, read = eqx.combine(varying, fixed), captures_of(model, metrics)
+    final, acts = run_chunk(model, tokens, base, chunk, edits, stacked, columns, read)
+    return jax.vmap(lambda final, acts: values_of(metrics, model.readout(final, tokens), acts))(final, acts)
 
 
 @eqx.filter_jit

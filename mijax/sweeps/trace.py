@@ -123,12 +123,12 @@ def _known(
 ) -> tuple[Float[np.ndarray, " batch"], Array]:
     """The probability of the answers, and the clean activations; raises where an answer is not the model's."""
     out = run(model, tokens, capture=(site,))
-    rank = np.asarray(metrics.rank(answer)(out.readout))
+    rank = np.asarray(metrics.rank(answer)(out))
     if (rank > 0).any():
         raise ValueError(
             f"the model does not give the answer to prompts {np.flatnonzero(rank > 0).tolist()}: leave them out"
         )
-    return np.asarray(metrics.prob(answer)(out.readout)), out.acts[site]
+    return np.asarray(metrics.prob(answer)(out)), out.acts[site]
 
 
 def _noise(
@@ -157,9 +157,9 @@ def _places(model: Transformer, tokens: Tokens, pos: Mapping[str, Any] | None, w
 
 def _later(places: Grid, n_layers: int) -> Grid:
     """The same positions in all layers after the last restored one."""
-    where = places.where
-    last = np.asarray(where.layer).reshape(places.size, -1).max(axis=1)
-    return places.beside(Where(layer=np.arange(n_layers) > last[:, None], pos=where.pos))
+    last = np.asarray(places.where.layers(n_layers)).reshape(places.size, -1).max(axis=1)
+    later = places.where.only("pos").also(layer=np.arange(n_layers) > last[:, None])
+    return places.beside(later)
 
 
 def _effects(restored: "xr.DataArray", clean: Float[np.ndarray, " batch"], draws: int) -> "xr.Dataset":

@@ -34,8 +34,8 @@ VECTOR = jnp.full(8, {factor})
 class Score(eqx.Module):
     token: int = 3
 
-    def __call__(self, readout):
-        return {factor} * readout.logits(pos=-1).reshape(len(readout.final), -1)[:, self.token]
+    def __call__(self, out):
+        return {factor} * out.readout.logits(pos=-1).reshape(len(out.readout.final), -1)[:, self.token]
 
 
 class Edit(eqx.Module):
@@ -43,23 +43,23 @@ class Edit(eqx.Module):
         return {factor} * x
 
 
-def outer(readout):
+def outer(out):
     def inner(scores):
         return {factor} * scores[:, 3]
 
-    return inner(readout.logits(pos=-1).reshape(len(readout.final), -1))
+    return inner(out.readout.logits(pos=-1).reshape(len(out.readout.final), -1))
 
 
-def reads_a_global(readout):
-    return FACTOR * readout.logits(pos=-1).reshape(len(readout.final), -1)[:, 3]
+def reads_a_global(out):
+    return FACTOR * out.readout.logits(pos=-1).reshape(len(out.readout.final), -1)[:, 3]
 
 
-def reads_an_array(readout):
-    return readout.final[:, -1] @ VECTOR
+def reads_an_array(out):
+    return out.readout.final[:, -1] @ VECTOR
 
 
-def in_a_loop(readout):
-    scores = readout.logits(pos=-1).reshape(len(readout.final), -1)[:, 3]
+def in_a_loop(out):
+    scores = out.readout.logits(pos=-1).reshape(len(out.readout.final), -1)[:, 3]
     return jax.lax.scan(lambda s, _: (jax.jit(lambda s: s * {factor})(s), None), scores, None, length=2)[0]
 
 
@@ -71,8 +71,8 @@ def bent(x):
 bent.defjvp(lambda primals, tangents: (primals[0], {factor} * tangents[0]))
 
 
-def with_a_rule(readout):
-    return jax.nn.relu(bent(readout.logits(pos=-1).reshape(len(readout.final), -1)[:, 3]))
+def with_a_rule(out):
+    return jax.nn.relu(bent(out.readout.logits(pos=-1).reshape(len(out.readout.final), -1)[:, 3]))
 
 
 def toy():
@@ -162,7 +162,7 @@ def test_a_toy_an_optimizer_or_a_log_that_changed(changed, what, code, tmp_path)
 
 def test_a_variable_around_a_metric(tmp_path):
     read = {"token": 3}
-    metric = lambda readout: readout.logits(pos=-1).reshape(len(readout.final), -1)[:, read["token"]]
+    metric = lambda out: out.readout.logits(pos=-1).reshape(len(out.readout.final), -1)[:, read["token"]]
     for token in (3, 5):
         read["token"] = token
         given = swept(metric, tmp_path / f"kept{token}")
@@ -183,7 +183,7 @@ CONSTANTS = {
 @pytest.mark.parametrize("kind", CONSTANTS)
 def test_an_array_or_key_that_changed(kind, tmp_path):
     make, vector = CONSTANTS[kind]
-    metric = lambda value: lambda readout: readout.final[:, -1] @ vector(value)
+    metric = lambda value: lambda out: out.readout.final[:, -1] @ vector(value)
     before = swept(metric(make(1)), tmp_path / "kept")
     assert swept(metric(make(1)), tmp_path / "kept").equals(before)
     with refused(ValueError, "another metric"):
@@ -229,7 +229,7 @@ def test_the_same_code_goes_on_in_another_process(code, tmp_path):
 
 def test_functions_that_draw_numbers_are_refused_with_save(tmp_path):
     rng = np.random.default_rng(0)
-    noisy = lambda readout: readout.final[:, -1] @ jnp.asarray(rng.normal(size=8), jnp.float32)
+    noisy = lambda out: out.readout.final[:, -1] @ jnp.asarray(rng.normal(size=8), jnp.float32)
     dropped = lambda x, site, layer, positions: x * float(rng.integers(2, 1000))
     both = {"clean": PROMPT, "corrupted": [[1, 4, 3]], "progress": False}
     refusing = lambda: refused(ValueError, "differs from call to call .numbers are drawn.*jax.random")
@@ -250,8 +250,8 @@ def test_functions_that_draw_numbers_are_refused_with_save(tmp_path):
 
 
 def test_a_callback_is_refused_with_save(tmp_path):
-    def metric(readout):
-        scores = readout.logits(pos=-1).reshape(len(readout.final), -1)[:, 3]
+    def metric(out):
+        scores = out.readout.logits(pos=-1).reshape(len(out.readout.final), -1)[:, 3]
         return jax.pure_callback(lambda y: np.asarray(y), scores, scores, vmap_method="sequential")
 
     with refused(TypeError, "metric 'metric' holds a Python function that no checksum can tell .*leave `save=` out"):

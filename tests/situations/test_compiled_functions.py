@@ -80,7 +80,7 @@ def test_a_fresh_but_equal_function_compiles_nothing(kind):
 
 
 def test_a_fresh_but_equal_metric_compiles_nothing():
-    metric = lambda i: over(lambda readout, v: jnp.sum(readout.final * v, axis=(1, 2)), jnp.asarray(vector(i)))
+    metric = lambda i: over(lambda out, v: jnp.sum(out.readout.final * v, axis=(1, 2)), jnp.asarray(vector(i)))
     swept = [mj.sweep(SMALL, PROMPT, GRID, metric(0), progress=False)]
     with compilations() as compiled:
         swept += [mj.sweep(SMALL, PROMPT, GRID, metric(i), progress=False) for i in (1, 2)]
@@ -240,7 +240,7 @@ def test_large_arrays_are_not_read_without_save(monkeypatch):
 
     large = jnp.ones((1, 1, 8))
     edit = lambda x, *_: jax.lax.scan(lambda x, _: (jax.jit(lambda x: x + large)(x), None), x, None, length=2)[0]
-    metric = lambda readout: jnp.sum(jax.nn.relu(readout.final * large), axis=(1, 2))
+    metric = lambda out: jnp.sum(jax.nn.relu(out.readout.final * large), axis=(1, 2))
     for module in ("programs.key", "chunks"):
         monkeypatch.setattr(f"mijax.{module}.hashlib", types.SimpleNamespace(sha256=refuse))
     run(edit)
@@ -252,5 +252,5 @@ def test_a_metric_is_measured_before_anything_runs():
         compilations() as compiled,
         refused(ValueError, r"metric 'final' must give one number per example, \[1\], given"),
     ):
-        mj.sweep(SMALL, PROMPT, GRID, {"final": lambda readout: readout.final}, progress=False)
+        mj.sweep(SMALL, PROMPT, GRID, {"final": lambda out: out.readout.final}, progress=False)
     assert not compiled

@@ -38,17 +38,17 @@ def test_a_run(kind, what, how):
 
     def logits_and_z(transformer, ids):
         out = mj.run(transformer, ids, edits, capture=("z",))
-        return out.logits, out.acts["z"], mj.metrics.logit_diff(3, 4)(out.readout)
+        return out.logits, out.acts["z"], mj.metrics.logit_diff(3, 4)(out)
 
     given = how(logits_and_z)(transformer, ids)
-    for mine, other in zip(given, (plain.logits, plain.acts["z"], mj.metrics.logit_diff(3, 4)(plain.readout))):
+    for mine, other in zip(given, (plain.logits, plain.acts["z"], mj.metrics.logit_diff(3, 4)(plain))):
         assert np.allclose(mine, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gradient(kind):
     mesh = mesh_of(kind)
-    loss = lambda m, ids: jnp.sum(mj.metrics.cross_entropy(IDS)(mj.run(m, ids).readout))
+    loss = lambda m, ids: jnp.sum(mj.metrics.cross_entropy(IDS)(mj.run(m, ids)))
     given, plain = jax.jit(jax.grad(loss))(spread(mesh, model()), over_cells(mesh, IDS)), jax.grad(loss)(model(), IDS)
     assert all(np.allclose(a, b, atol=1e-3) for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(plain)))
 
@@ -90,7 +90,7 @@ def test_attribution_of_a_sharded_model(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "metric", [mj.metrics.logit(3), lambda readout: jnp.sum(readout.final[:, -1], axis=-1)], ids=["own", "users"]
+    "metric", [mj.metrics.logit(3), lambda out: jnp.sum(out.readout.final[:, -1], axis=-1)], ids=["own", "users"]
 )
 def test_a_shard_map_of_gradients(kind, metric):
     """Each example's own, as without devices."""

@@ -107,7 +107,7 @@ def test_a_sweep_over_a_mesh_with_a_function_and_a_metric(kind):
     mesh = jax.make_mesh((4, 2), ("cells", "other"), axis_types=(kind, kind))
     vector = jnp.asarray(VECTORS[0])
     edits = lambda edit: {"resid_post": [mj.Scale(0.5, mj.grid(layer=range(3))), edit]}
-    metric = lambda readout: jax.nn.relu(readout.logits(pos=-1).reshape(2, -1)[:, 3]) * vector[0, 0, 0]
+    metric = lambda out: jax.nn.relu(out.readout.logits(pos=-1).reshape(2, -1)[:, 3]) * vector[0, 0, 0]
     given = mj.sweep(model(), PROMPT, edits(add(vector)), metric, mesh=mesh, progress=False)
     expected = mj.sweep(model(), PROMPT, edits(mj.Add(vector[0, 0])), mj.metrics.logit(3), progress=False)
     assert close(given, np.maximum(expected, 0) * VECTORS[0, 0, 0, 0])

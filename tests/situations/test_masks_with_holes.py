@@ -20,7 +20,7 @@ def loss_by_hand(transformer, ids):
 
 @pytest.mark.parametrize("config", [CONFIG, GQA])
 def test_the_loss_over_a_mask_with_holes(config):
-    given = mj.metrics.cross_entropy(TOKENS)(mj.run(model(config), TOKENS).readout)
+    given = mj.metrics.cross_entropy(TOKENS)(mj.run(model(config), TOKENS))
     assert np.allclose(given, [loss_by_hand(model(config), ids) for ids in ALONE], atol=1e-5)
 
 
@@ -28,7 +28,7 @@ def test_the_loss_over_a_mask_with_holes(config):
 def test_the_loss_of_what_generate_returned(side):
     done = mj.generate(model(), padded(side), max_new_tokens=3)
     whole = mj.Tokens(done.ids, done.mask)
-    given = mj.metrics.cross_entropy(whole)(mj.run(model(), whole).readout)
+    given = mj.metrics.cross_entropy(whole)(mj.run(model(), whole))
     rows = [np.asarray(done.ids)[i][np.asarray(done.mask)[i]][None] for i in range(2)]
     assert np.allclose(given, [loss_by_hand(model(), row) for row in rows], atol=1e-5)
 
@@ -39,16 +39,14 @@ def test_the_loss_after_a_stop_token_counts_no_padding():
     ended = mj.generate(model(), padded("right"), max_new_tokens=4, stop=stop)
     whole = mj.Tokens(ended.ids, ended.mask)
     row = np.asarray(ended.ids)[1][np.asarray(ended.mask)[1]][None]
-    given = mj.metrics.cross_entropy(whole)(mj.run(model(), whole).readout)[1]
+    given = mj.metrics.cross_entropy(whole)(mj.run(model(), whole))[1]
     assert row.shape[1] == 3 and np.allclose(given, loss_by_hand(model(), row), atol=1e-5)
 
 
 def test_the_mean_divergence_over_a_mask_with_holes():
     other = mj.run(model(seed=1), TOKENS).logits
-    given = mj.metrics.kl(other, pos=None)(mj.run(model(), TOKENS).readout)
-    by_row = [
-        mj.metrics.kl(mj.run(model(seed=1), ids).logits, pos=None)(mj.run(model(), ids).readout)[0] for ids in ALONE
-    ]
+    given = mj.metrics.kl(other, pos=None)(mj.run(model(), TOKENS))
+    by_row = [mj.metrics.kl(mj.run(model(seed=1), ids).logits, pos=None)(mj.run(model(), ids))[0] for ids in ALONE]
     assert np.allclose(given, by_row, atol=1e-5)
 
 

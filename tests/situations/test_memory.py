@@ -91,9 +91,9 @@ def test_a_device_that_counts_tells_a_peak_where_this_call_reached_it(monkeypatc
     assert peak.taken == told
 
 
-def mixing(readout):
+def mixing(out):
     """A metric that looks at all examples."""
-    return readout.logits(pos=-1)[:, 3] - jnp.mean(readout.logits(pos=-1))
+    return out.readout.logits(pos=-1)[:, 3] - jnp.mean(out.readout.logits(pos=-1))
 
 
 @pytest.mark.parametrize("metric", [METRIC, mixing], ids=["split", "together"])
@@ -181,7 +181,7 @@ def test_an_ablation_that_cannot_be_had_is_told_before_its_reference_runs(
 def test_a_metric_of_wrong_shape_is_told_before_anything_runs(model, monkeypatch, as_a_user):
     for metric, message in (
         (mj.metrics.logit([1, 2, 3]), "3 answers or positions, the batch 7 examples"),
-        (lambda readout: readout.logits(pos=-1), r"must give one number per example, \[7\]"),
+        (lambda out: out.readout.logits(pos=-1), r"must give one number per example, \[7\]"),
     ):
         with nothing_runs(monkeypatch), refused(ValueError, message):
             mj.patch(model, clean=prompts(), corrupted=prompts(OTHERS), **HEADS, metric=metric)

@@ -29,7 +29,7 @@ def test_training_with_a_nan_parameter_shows_a_nan_loss(parameter):
     broken = eqx.tree_at(
         lambda m: getattr(m.blocks.attn, parameter), healthy, replace_fn=lambda a: a.at[0, 0].set(jnp.nan)
     )
-    loss = lambda m: mj.metrics.cross_entropy(PROMPT)(mj.run(m, PROMPT).readout)[0]
+    loss = lambda m: mj.metrics.cross_entropy(PROMPT)(mj.run(m, PROMPT))[0]
     assert np.isfinite(loss(healthy)) and np.isnan(loss(broken)) and np.isnan(jax.grad(loss)(broken).W_E).any()
 
 

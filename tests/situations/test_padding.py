@@ -43,7 +43,7 @@ def test_padding_has_no_gradient_and_real_tokens_have_theirs(side):
 
 def test_a_metric_of_ones_own_that_reads_the_last_column():
     heads = {"z": mj.Replace(0.0, mj.grid(layer=[0], head=[0, 1]))}
-    last = lambda readout: readout.logits()[:, -1, 3]
+    last = lambda out: out.readout.logits()[:, -1, 3]
     with refused(ValueError, "metric '<lambda>' is nan on the base run of example 1"):
         mj.sweep(model(), padded("right"), heads, last, progress=False)
     given = mj.sweep(model(), padded("left"), heads, last, progress=False)

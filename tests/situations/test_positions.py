@@ -28,22 +28,22 @@ def test_a_metric_at_a_traced_list_of_positions():
     import jax
 
     with refused(ValueError, r"one per example is \[batch, 1\], pos=pos\[:, None\]"):
-        jax.jit(lambda pos: mj.metrics.logit(7, pos=pos)(mj.run(model(), IDS).readout))(jnp.array([1, 2, 3]))
+        jax.jit(lambda pos: mj.metrics.logit(7, pos=pos)(mj.run(model(), IDS)))(jnp.array([1, 2, 3]))
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_a_metric_at_one_position_of_each_prompt(name):
-    given = METRICS[name]([[1], [2], [3]])(mj.run(model(), IDS).readout)
-    one_by_one = [METRICS[name](p)(mj.run(model(), IDS).readout)[i] for i, p in enumerate((1, 2, 3))]
+    given = METRICS[name]([[1], [2], [3]])(mj.run(model(), IDS))
+    one_by_one = [METRICS[name](p)(mj.run(model(), IDS))[i] for i, p in enumerate((1, 2, 3))]
     assert np.allclose(given, one_by_one, atol=1e-6)
 
 
 def test_an_edit_and_a_metric_read_one_list_alike():
     """The stream put to zero at [[1], [2], [3]] has the logits of the bias there and the plain run's elsewhere."""
     pos = [[1], [2], [3]]
-    cut = mj.run(model(), IDS, {"ln_final.normalized": mj.Scale(0.0, mj.Where(pos=pos))}).readout
-    plain = mj.run(model(), IDS).readout
-    at = lambda readout, p: np.asarray(mj.metrics.logit(7, pos=p)(readout))
+    cut = mj.run(model(), IDS, {"ln_final.normalized": mj.Scale(0.0, mj.Where(pos=pos))})
+    plain = mj.run(model(), IDS)
+    at = lambda out, p: np.asarray(mj.metrics.logit(7, pos=p)(out))
     assert (at(cut, pos) == 0).all() and np.allclose(at(cut, 0), at(plain, 0)) and (at(plain, pos) != 0).all()
 
 
@@ -63,8 +63,8 @@ def test_a_metric_module_of_ones_own_that_says_a_list():
     class Last(eqx.Module):
         pos: tuple = (1, 2, 3)
 
-        def __call__(self, readout):
-            return readout.final[:, -1, 0]
+        def __call__(self, out):
+            return out.readout.final[:, -1, 0]
 
     with refused(ValueError, "could be 3 positions of every example"):
         mj.sweep(model(), IDS, {"z": mj.Scale(0.0, mj.grid(layer=[0]))}, Last(), progress=False)

@@ -142,8 +142,8 @@ class Share(eqx.Module):
     answers: jax.Array
     per_example = True
 
-    def __call__(self, readout):
-        logits = jax.nn.log_softmax(readout.logits(pos=-1))
+    def __call__(self, out):
+        logits = jax.nn.log_softmax(out.readout.logits(pos=-1))
         return jnp.take_along_axis(logits, self.answers[:, None], axis=1)[:, 0]
 
     def take(self, examples):
@@ -168,14 +168,14 @@ def test_metrics_are_those_of_their_own_examples(model):
 
 def test_what_cannot_be_split_says_why(model):
     edits = {"z": mj.Scale(0.0, HEADS)}
-    of_all = mj.metrics.Metric("of_all", lambda readout: readout.logits(pos=-1)[:, 3], {})
+    of_all = mj.metrics.Function(lambda out: out.readout.logits(pos=-1)[:, 3], name="of_all")
     function = lambda x, site, layer, positions: x - x.mean(axis=0, keepdims=True)
     zipped = mj.Scale(0.5, mj.Where(batch=[0, 2], pos=[1, 2]))
     for interventions, metric, reason in (
         (edits, of_all, "metric 'of_all' does not say that it is per example"),
         (
             edits,
-            {"a": METRIC, "b": lambda readout: readout.logits(pos=-1)[:, 3]},
+            {"a": METRIC, "b": lambda out: out.readout.logits(pos=-1)[:, 3]},
             "metric 'b' does not say that it is per example",
         ),
         (

@@ -107,7 +107,7 @@ def test_positions_that_a_shorter_prompt_has_not_are_no_warning(x64):
 
 
 def loop(model, edits):
-    return np.asarray(METRIC(mj.run(model, IDS, edits).readout))
+    return np.asarray(METRIC(mj.run(model, IDS, edits)))
 
 
 def test_a_float64_model_gives_float64_results(x64):

@@ -26,8 +26,8 @@ def steer(x, site, layer, positions):
     return x + strength * E[0]
 
 
-def wanted(readout):
-    return readout.logits(pos=-1).reshape(len(readout.final), -1)[:, target]
+def wanted(out):
+    return out.readout.logits(pos=-1).reshape(len(out.readout.final), -1)[:, target]
 
 
 def close(given, expected) -> bool:
@@ -226,8 +226,8 @@ class Own(eqx.Module):
     def take(self, examples):
         return Own(self.answers[examples], self.factor)
 
-    def __call__(self, readout):
-        scores = readout.logits(pos=self.pos).reshape(len(readout.final), -1)
+    def __call__(self, out):
+        scores = out.readout.logits(pos=self.pos).reshape(len(out.readout.final), -1)
         return self.factor * jnp.take_along_axis(scores, self.answers[:, None], axis=1)[:, 0]
 
 
@@ -249,7 +249,11 @@ def test_attribution_in_chunks_of_prompts(factor):
 def test_a_metric_of_a_part_of_a_readout_or_of_another_shape():
     with refused(ValueError, "metric 'wrong' must give one number per example"):
         mj.sweep(
-            model(), PROMPT, {"z": mj.Scale(0.0, mj.grid(layer=range(3)))}, {"wrong": lambda r: r.final}, progress=False
+            model(),
+            PROMPT,
+            {"z": mj.Scale(0.0, mj.grid(layer=range(3)))},
+            {"wrong": lambda r: r.readout.final},
+            progress=False,
         )
     given = mj.sweep(
         model(), PROMPT, {"z": mj.Scale(0.0, mj.grid(layer=range(3)))}, {"a": wanted, "b": lambda r: -wanted(r)}, progress=False
