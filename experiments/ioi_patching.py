@@ -22,8 +22,8 @@ import xarray as xr
 import mijax as mj
 from experiments import record
 from experiments.ioi_prompts import IOI, Counterfactual, make
+from mijax.engine.pairs import Direction
 from mijax.plots import save_heatmaps
-from mijax.sweeps.patch import Direction
 
 COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
 DIRECTIONS: dict[Direction, str] = {

@@ -12,6 +12,9 @@ from mijax.cache import compilation_cache
 from mijax.checkpoints.load import load
 from mijax.checkpoints.save import save
 from mijax.checkpoints.tokenizer import Tokenizer
+from mijax.engine.cells import Stack, stack
+from mijax.engine.grid import Grid, grid
+from mijax.engine.statistics import bootstrap, normalise, sign_flips
 from mijax.generate import Generated, current_tokens, generate, new_tokens, prompt_tokens
 from mijax.interventions.edits import Add, Apply, Edit, Interchange, Mix, Project, Replace, Scale
 from mijax.interventions.where import Where
@@ -24,12 +27,9 @@ from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer, init
 from mijax.run import Out, run
 from mijax.sweeps.ablate import ablate, dose_response
-from mijax.sweeps.cells import Stack, stack
-from mijax.sweeps.grid import Grid, grid
 from mijax.sweeps.knock_out import knock_out
 from mijax.sweeps.mediate import mediate
 from mijax.sweeps.patch import patch
-from mijax.sweeps.statistics import bootstrap, normalise, sign_flips
 from mijax.sweeps.strongest import strongest
 from mijax.sweeps.sweep import sweep
 from mijax.sweeps.trace import trace

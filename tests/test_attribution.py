@@ -12,7 +12,7 @@ from mijax.attribution.estimates import Job, Plan, _chunk, estimated, layers_byt
 from mijax.attribution.gradient import AtP
 from mijax.attribution.nodes import nodes_of
 from mijax.attribution.verify import Verify, most_missed, verified
-from mijax.sweeps.measure import metric_bytes
+from mijax.engine.measure import metric_bytes
 from tests.architectures import ARCHITECTURES, IDS, batch, error, example, random_model
 from tests.compilations import compilations
 

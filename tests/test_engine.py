@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mijax as mj
+from mijax.engine.cells import cells_of
+from mijax.engine.layout import cell_bytes, job_of, layout_bytes, layout_of, row_bytes, unit_bytes
+from mijax.engine.plan import Shape, Work, capacity, chunk_of, columns_read, plan, tokens_of_cell, work
 from mijax.model.sites import SELECTS
-from mijax.sweeps.cells import cells_of
-from mijax.sweeps.layout import cell_bytes, job_of, layout_bytes, layout_of, row_bytes, unit_bytes
-from mijax.sweeps.plan import Shape, Work, capacity, chunk_of, columns_read, plan, tokens_of_cell, work
 from tests.architectures import ARCHITECTURES, IDS, LENGTHS, batch, error, random_model
 from tests.compilations import compilations
 
@@ -342,7 +342,7 @@ def test_9_new_places_values_answers_and_prompts_compile_nothing(model):
 
 
 def test_devices_share_the_chunks_and_give_the_same_numbers(model, monkeypatch):
-    from mijax.sweeps import sweep as module
+    from mijax.engine import driver as module
 
     tokens, value = batch("left"), captured(model, "z")
     edits = {"z": mj.Replace(value, mj.grid(layer=range(3), head=range(4), pos=range(4)))}
@@ -370,7 +370,7 @@ def test_devices_share_the_chunks_and_give_the_same_numbers(model, monkeypatch):
 
 def test_the_estimate_bounds_what_the_program_takes():
     """The compiled program's own account: at most what was computed, at least a tenth."""
-    from mijax.sweeps import sweep as module
+    from mijax.engine import driver as module
 
     model = mj.init(mj.Config(n_layers=4, d_model=64, n_heads=4, d_vocab=500, n_ctx=32), jax.random.key(0))
     tokens = mj.Tokens(np.arange(8 * 32).reshape(8, 32) % 500)

@@ -1,6 +1,7 @@
 """The studies, end to end, on a model small enough for a test; and the rules of the house."""
 
 import ast
+import graphlib
 import json
 import signal
 import subprocess
@@ -273,46 +274,55 @@ def test_steering_writes_what_it_measures(tmp_path, monkeypatch):
     )
 
 
-FLOORS = (
-    "_types",
-    "cache",
-    "files",
-    "programs",
-    "meshes",
-    "memory",
-    "chunks",
-    "superposition",
-    "model",
-    "checkpoints",
-    "interventions",
-    "run",
-    "metrics",
-    "generate",
-    "sweeps",
-    "attribution",
-    "plots",
-    "__init__",
+FLOORS = (  # rooms side by side know nothing of one another
+    ("_types",),
+    ("cache", "files", "programs", "meshes", "memory"),
+    ("chunks",),
+    ("superposition", "model"),
+    ("checkpoints", "interventions"),
+    ("run",),
+    ("metrics", "generate"),
+    ("engine",),
+    ("sweeps", "attribution"),
+    ("plots",),
+    ("__init__",),
 )
 
 
+def imported(file: Path, root: Path) -> set[str]:
+    """The modules of mijax that a file imports, anywhere in it: `model.sites`; of `from mijax import x` too."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            module = node.module or ""
+            there = lambda name: (root / "/".join(name.split(".")[1:])).with_suffix(".py")
+            within = {f"{module}.{alias.name}" for alias in node.names}
+            deeper = {n for n in within if there(n).exists() or (there(n).with_suffix("") / "__init__.py").exists()}
+            names |= deeper or {module}
+    return {name.removeprefix("mijax").lstrip(".") or "__init__" for name in names if name.split(".")[0] == "mijax"}
+
+
 def test_arrows_only_fall():
-    """A room imports from the floors below it; inside a room there is no circle."""
+    """A room imports from the floors below it, and none beside it."""
     root = Path(mj.__file__).parent
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
     for file in root.rglob("*.py"):
-        own = file.relative_to(root).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            for name in (n for n in names if n.split(".")[0] == "mijax"):
-                other = ([*name.split("."), "__init__"])[1]
-                if other == "__init__":
-                    continue  # `from mijax import chunks, metrics`
-                assert FLOORS.index(other) <= FLOORS.index(own), f"{file} imports {name}"
+        room = file.relative_to(root).parts[0].removesuffix(".py")
+        for name in imported(file, root):
+            other = name.split(".")[0]
+            assert other == room or floor[other] < floor[room], f"{file} imports {name}"
+
+
+def test_there_is_no_circle():
+    """Nor between the modules of a room."""
+    root = Path(mj.__file__).parent
+    name = lambda file: ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    arrows = {name(file): imported(file, root) - {name(file)} for file in root.rglob("*.py")}
+    order = graphlib.TopologicalSorter({module: others & arrows.keys() for module, others in arrows.items()})
+    assert len(list(order.static_order())) == len(arrows)  # raises CycleError, which shows the circle
 
 
 def test_compiled_programs_are_kept_for_the_next_process(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import xarray as xr
 
 import mijax as mj
-from mijax.sweeps.cells import cells_of
-from mijax.sweeps.layout import cell_bytes, row_bytes
+from mijax.engine.cells import cells_of
+from mijax.engine.layout import cell_bytes, row_bytes
 from tests.architectures import ARCHITECTURES, IDS, LENGTHS, batch, error, random_model
 
 METRIC = mj.metrics.logit_diff([3, 5, 7], [4, 6, 8])

@@ -129,7 +129,7 @@ def overhead(calls: int = 50) -> Told:
 @contextlib.contextmanager
 def programs_timed() -> Iterator[list[float]]:
     """The seconds of every program that a sweep runs, each waited for."""
-    module, spent = importlib.import_module("mijax.sweeps.sweep"), []
+    module, spent = importlib.import_module("mijax.engine.driver"), []
 
     def waited(program, *arguments):
         jax.block_until_ready([a for a in jax.tree.leaves(arguments) if isinstance(a, jax.Array)])

@@ -14,15 +14,15 @@ from mijax.attribution.gradient import AtP
 from mijax.attribution.method import Method
 from mijax.attribution.nodes import Sites, nodes_of
 from mijax.attribution.verify import Verify, check_exact, coincide, verified
+from mijax.engine.labels import positions_told
+from mijax.engine.measure import Metrics, as_floats, described, is_split, named
+from mijax.engine.pairs import Direction, check_pair
 from mijax.memory import PeakMemory, default_memory
 from mijax.meshes import automatic
 from mijax.model.parameters import check_parameters
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check
-from mijax.sweeps.measure import Metrics, as_floats, described, is_split, named
-from mijax.sweeps.patch import Direction, check_pair
-from mijax.sweeps.places import positions_told
 
 if TYPE_CHECKING:
     import xarray as xr

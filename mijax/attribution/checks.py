@@ -12,11 +12,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from mijax._types import Array
 from mijax.attribution.nodes import Nodes
+from mijax.engine.measure import as_shapes, output_shapes, values_of
 from mijax.metrics import AnyMetric
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.measure import as_shapes, output_shapes, values_of
 
 
 def check_count(value: Any, what: str) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike, Float
 from mijax.attribution.checks import check_apart, check_differ, check_gradient
+from mijax.engine.measure import as_programs, captures_of, checked, described, named, values_of
+from mijax.engine.pairs import check_pair
 from mijax.interventions.edits import Add
 from mijax.interventions.where import Where
 from mijax.meshes import automatic
@@ -19,8 +21,6 @@ from mijax.model.sites import UNITS, site_of
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import check, run, zero_varying_like
-from mijax.sweeps.measure import as_programs, captures_of, checked, described, named, values_of
-from mijax.sweeps.patch import check_pair
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -17,11 +17,11 @@ from mijax.attribution.method import Method
 from mijax.attribution.nodes import Nodes, spread
 from mijax.attribution.side_by_side import gated, group_size
 from mijax.attribution.taps import Path
+from mijax.engine.layout import row_bytes
+from mijax.engine.measure import as_programs, captures_of, checked, is_split, metric_bytes, taken, values_of
 from mijax.metrics import AnyMetric
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.layout import row_bytes
-from mijax.sweeps.measure import as_programs, captures_of, checked, is_split, metric_bytes, taken, values_of
 
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
 """Of each site: its name, its collapsed shape without batch, and how many cells where they are a grid's."""

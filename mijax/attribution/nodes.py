@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, Bool, Float, Int
+from mijax.engine.axes import POSITIONS, axes_of, in_positions, places_of
+from mijax.engine.cells import cells_of, check_cells
+from mijax.engine.grid import Grid
 from mijax.interventions.edits import Replace
 from mijax.interventions.selecting import known_axes, selection
 from mijax.interventions.where import Where
@@ -17,9 +20,6 @@ from mijax.model.sites import SELECTS, Site, site_of
 from mijax.model.tap import Point
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.cells import cells_of, check_cells
-from mijax.sweeps.grid import Grid
-from mijax.sweeps.places import POSITIONS, axes_of, in_positions, places_of
 
 Over: TypeAlias = Sequence[str] | Grid | None
 Sites: TypeAlias = Sequence[str] | Mapping[str, Over]

@@ -7,12 +7,13 @@ import numpy as np
 from mijax._types import Float, Int
 from mijax.attribution.estimates import Job
 from mijax.attribution.nodes import Nodes
+from mijax.engine.cells import cells_of
+from mijax.engine.driver import check_sweep, swept
+from mijax.engine.grid import Grid
+from mijax.engine.measure import Values
+from mijax.engine.options import Options
+from mijax.engine.pairs import patched
 from mijax.interventions.edits import Replace
-from mijax.sweeps.cells import cells_of
-from mijax.sweeps.grid import Grid
-from mijax.sweeps.measure import Values
-from mijax.sweeps.patch import patched
-from mijax.sweeps.sweep import Options, check_sweep, swept
 
 if TYPE_CHECKING:
     import xarray as xr

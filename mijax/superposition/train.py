@@ -56,7 +56,7 @@ def train(
     become further variables; with `log_at` they and the loss, as `log.<name>`, are kept after each of these numbers of steps,
     along `step`.
 
-    `memory`, `progress`, `save` and `mesh` are those of a sweep (`mijax.sweeps.sweep.Running`); finished steps of a chunk
+    `memory`, `progress`, `save` and `mesh` are those of a sweep (`mijax.engine.options.Running`); finished steps of a chunk
     are saved too, and resumed from, and the mesh's first axis divides settings. How a grid is divided changes no draw: keys are
     counted out from seed and step by Threefry, whatever JAX's default generator is. (Sums may be rounded otherwise, in the last bit, which long
     training at a high rate amplifies.)

@@ -8,16 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike
+from mijax.engine.axes import full_grid
+from mijax.engine.cells import stack
+from mijax.engine.driver import check_sweep
+from mijax.engine.grid import Grid
+from mijax.engine.labels import positions_told
+from mijax.engine.measure import Metrics
+from mijax.engine.options import Running
 from mijax.interventions.edits import Add, Replace, Scale
 from mijax.model.sites import Site, site_of
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import run
-from mijax.sweeps.cells import stack
-from mijax.sweeps.grid import Grid
-from mijax.sweeps.measure import Metrics
-from mijax.sweeps.places import full_grid, positions_told
-from mijax.sweeps.sweep import Running, check_sweep, sweep
+from mijax.sweeps.sweep import sweep
 
 Kind = Literal["zero", "mean", "pooled mean", "resample", "noise"]
 

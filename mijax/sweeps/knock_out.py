@@ -6,13 +6,14 @@ from typing import Any, Unpack
 import numpy as np
 
 from mijax._types import ArrayLike
+from mijax.engine.axes import layer_window
+from mijax.engine.grid import Grid, grid, side_by_side
+from mijax.engine.measure import Metrics
+from mijax.engine.options import Running
 from mijax.interventions.edits import Replace
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.grid import Grid, grid, side_by_side
-from mijax.sweeps.measure import Metrics
-from mijax.sweeps.places import layer_window
-from mijax.sweeps.sweep import Running, sweep
+from mijax.sweeps.sweep import sweep
 
 
 def knock_out(

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from mijax._types import ArrayLike
+from mijax.engine.grid import Grid
+from mijax.engine.options import Running
 from mijax.metrics import AnyMetric
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.grid import Grid
 from mijax.sweeps.patch import patch
-from mijax.sweeps.sweep import Running
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 
 from mijax._types import ArrayLike
+from mijax.engine.axes import full_grid
+from mijax.engine.grid import Grid
+from mijax.engine.options import Running
+from mijax.engine.pairs import Direction
 from mijax.metrics import AnyMetric
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.grid import Grid
-from mijax.sweeps.patch import Direction, patch
-from mijax.sweeps.places import full_grid
-from mijax.sweeps.sweep import Running
+from mijax.sweeps.patch import patch
 
 if TYPE_CHECKING:
     import xarray as xr

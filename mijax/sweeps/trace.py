@@ -9,16 +9,18 @@ import numpy as np
 
 from mijax import metrics
 from mijax._types import Array, ArrayLike, Bool, Float
+from mijax.engine.axes import layer_window
+from mijax.engine.driver import check_sweep
+from mijax.engine.grid import Grid, grid
+from mijax.engine.measure import described
+from mijax.engine.options import Running
 from mijax.interventions.edits import Add, Replace
 from mijax.interventions.where import Where
 from mijax.model.sites import site_of
 from mijax.model.tokens import Tokens, as_tokens
 from mijax.model.transformer import Transformer
 from mijax.run import run
-from mijax.sweeps.grid import Grid, grid
-from mijax.sweeps.measure import described
-from mijax.sweeps.places import layer_window
-from mijax.sweeps.sweep import Running, check_sweep, sweep
+from mijax.sweeps.sweep import sweep
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -201,7 +201,7 @@ from user_code import Edit, Score, in_a_loop, with_a_rule
 def refuse(*_):
     raise SystemExit("computed again")
 
-mj.sweeps.sweep._chunk = refuse
+mj.engine.driver._chunk = refuse
 metrics = {"a": Score(), "b": in_a_loop, "c": with_a_rule}
 edits = {"z": mj.Replace(0.0, mj.grid(layer=range(2), head=range(2))), "resid_pre": Edit()}
 print(repr(mj.sweep(model(), [[1, 2, 3]], edits, metrics, save=sys.argv[1], progress=False).a.values.tolist()))

@@ -211,7 +211,7 @@ def test_an_error_names_the_prompt_among_all(model):
 
 def test_groups_share_one_program(model, monkeypatch):
     """Four groups, the last of one prompt: one trace. New prompts, answers and values of the same shape compile nothing."""
-    from mijax.sweeps import sweep as module
+    from mijax.engine import driver as module
 
     traces, original = [], module.run_chunk
     monkeypatch.setattr(module, "run_chunk", lambda *arguments: traces.append(1) or original(*arguments))

@@ -132,7 +132,7 @@ def test_a_float64_model_gives_float64_results(x64):
 
 def test_counts_and_halves_become_float32():
     """A metric of less precision, or of whole numbers, is told in float32."""
-    from mijax.sweeps.measure import as_floats
+    from mijax.engine.measure import as_floats
 
     for given in (
         jnp.ones(2, jnp.bfloat16),

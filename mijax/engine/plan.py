@@ -7,15 +7,15 @@ import jax
 import numpy as np
 
 from mijax._types import Bool, Int
+from mijax.engine.cells import Cells
+from mijax.engine.chunk import Chunk
+from mijax.engine.measure import read_by
 from mijax.interventions.places import first_column, first_columns, first_half, moving_fields
 from mijax.interventions.rows import needs_whole_cells
 from mijax.metrics import AnyMetric
 from mijax.model.position import Rows
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.cells import Cells
-from mijax.sweeps.engine import Chunk
-from mijax.sweeps.measure import read_by
 
 
 class Work(NamedTuple):

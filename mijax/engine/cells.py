@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Int
+from mijax.engine.grid import Grid
 from mijax.interventions.edits import Apply, Interventions, as_edits, canonical
 from mijax.interventions.functions import has_functions
 from mijax.interventions.places import together
@@ -17,7 +18,6 @@ from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
 from mijax.programs.convert import Converted, is_array
 from mijax.run import check, field_lengths, of_prompts
-from mijax.sweeps.grid import Grid
 
 
 class Stack(NamedTuple):

@@ -7,14 +7,14 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from mijax.engine.cells import Cells
+from mijax.engine.measure import is_split, taken
 from mijax.interventions.edits import Apply, Edit
 from mijax.interventions.places import Examples, of_examples, zips_examples
 from mijax.metrics import AnyMetric
 from mijax.model.sites import Site
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.cells import Cells
-from mijax.sweeps.measure import is_split, taken
 
 
 class Prompts(NamedTuple):

@@ -1,16 +1,15 @@
-"""Grids over all of a site, or windows of layers, and what to tell of the prompts' positions afterwards."""
+"""Grids over all of a site's axes, and windows of layers."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from mijax._types import Int
+from mijax.engine.grid import Grid, picked
 from mijax.interventions.where import FIELDS, Where
 from mijax.model.sites import SELECTS, site_of
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.grid import Grid, picked
 
 POSITIONS = ("pos", "query", "key")
 
@@ -69,23 +68,3 @@ def in_positions(values: np.ndarray, tokens: Tokens, axis: int) -> np.ndarray:
     own = np.moveaxis(values, axis, 1)
     own = np.take_along_axis(own, real.reshape(*real.shape, *(1,) * (own.ndim - 2)), axis=1)
     return np.moveaxis(own, 1, axis)
-
-
-def positions_told(result: Any, tokens: Tokens) -> Any:
-    """Blank the positions that a prompt has not; put the tokens beside their positions."""
-    import xarray as xr
-
-    lengths = np.asarray(tokens.lengths)
-    for axis in POSITIONS:
-        if axis in result.dims:
-            if (lengths < result.sizes[axis]).any():
-                result = result.where(result[axis] < xr.DataArray(lengths, dims="batch"))
-            if tokens.strings is not None:
-                rows = [
-                    [s for s, real in zip(row, mask) if real]
-                    for row, mask in zip(tokens.strings, np.asarray(tokens.mask))
-                ]
-                table = np.asarray([row + [""] * (result.sizes[axis] - len(row)) for row in rows])
-                name = "token" if axis == "pos" else f"{axis}_token"
-                result = result.assign_coords({name: (("batch", axis), table)})
-    return result

@@ -9,14 +9,14 @@ import numpy as np
 
 from mijax import chunks
 from mijax._types import Int
+from mijax.engine.cells import Cells, canonical_cells, check_cells, convert_cells
+from mijax.engine.examples import tokens_of, why_together
+from mijax.engine.measure import as_programs, metric_bytes, read_by, taken
+from mijax.engine.plan import Shape, Size, Work, capacity, columns_read, tokens_of_cell, work
 from mijax.metrics import AnyMetric
 from mijax.model.parameters import check_parameters
 from mijax.model.tokens import Tokens
 from mijax.model.transformer import Transformer
-from mijax.sweeps.cells import Cells, canonical_cells, check_cells, convert_cells
-from mijax.sweeps.examples import tokens_of, why_together
-from mijax.sweeps.measure import as_programs, metric_bytes, read_by, taken
-from mijax.sweeps.plan import Shape, Size, Work, capacity, columns_read, tokens_of_cell, work
 
 
 class Job(NamedTuple):

@@ -1,0 +1,49 @@
+"""What is found, labelled: xarray objects with named dimensions, and the prompts' tokens beside their positions."""
+
+from typing import Any
+
+import numpy as np
+
+from mijax.engine.axes import POSITIONS
+from mijax.engine.driver import Swept
+from mijax.model.tokens import Tokens
+
+
+def labelled(done: Swept, *, single: bool, attrs: dict) -> Any:
+    """A DataArray (one metric) or Dataset (several): cells, examples, the base and source metrics beside."""
+    import xarray as xr
+
+    labels, shape = done.cells.labels, done.cells.shape
+    coords: dict[str, Any] = {dim: (dim, np.asarray(own)) for dim, own in labels.items()}
+    coords["batch"] = ("batch", np.arange(next(iter(done.values.values())).shape[-1]))
+    for which, metrics in done.runs.items():
+        for name, value in metrics.items():
+            coords[which if single else f"{which}.{name}"] = ("batch", value)
+    attrs = {**attrs, **done.told}
+    arrays = {
+        name: xr.DataArray(
+            value.reshape(*shape, -1), coords, (*labels, "batch"), name=name, attrs={**attrs, "metric": name}
+        )
+        for name, value in done.values.items()
+    }
+    return next(iter(arrays.values())) if single else xr.Dataset(arrays, attrs=attrs)
+
+
+def positions_told(result: Any, tokens: Tokens) -> Any:
+    """Blank the positions that a prompt has not; put the tokens beside their positions."""
+    import xarray as xr
+
+    lengths = np.asarray(tokens.lengths)
+    for axis in POSITIONS:
+        if axis in result.dims:
+            if (lengths < result.sizes[axis]).any():
+                result = result.where(result[axis] < xr.DataArray(lengths, dims="batch"))
+            if tokens.strings is not None:
+                rows = [
+                    [s for s, real in zip(row, mask) if real]
+                    for row, mask in zip(tokens.strings, np.asarray(tokens.mask))
+                ]
+                table = np.asarray([row + [""] * (result.sizes[axis] - len(row)) for row in rows])
+                name = "token" if axis == "pos" else f"{axis}_token"
+                result = result.assign_coords({name: (("batch", axis), table)})
+    return result

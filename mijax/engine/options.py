@@ -1,0 +1,69 @@
+"""How long work is run: memory, progress, saving, devices."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, NamedTuple, TypedDict
+
+from jax.sharding import Mesh
+
+from mijax.memory import default_memory
+
+
+class Running(TypedDict, total=False):
+    """How a sweep is run; every driver that stands on `sweep` takes these.
+
+    `memory`: the bytes that one chunk of cells may take, by default chosen for the device. Where it does not hold one cell of all
+    prompts, groups of them are run one after the other, if every metric can be (`per_example`, as in `mijax.metrics`) and no edit is a
+    function. `progress`: show a bar on work
+    of more than a second. `save`: a folder to which finished chunks are written; the same call after a crash goes on from
+    there, to the same values bit by bit, with the plan that the folder was begun with, and is refused where model, prompts,
+    interventions or metric are others. `mesh`: devices, along whose first axis each gets its own chunks; the parameters may be
+    sharded over other axes.
+    """
+
+    memory: int | None
+    progress: bool
+    save: str | os.PathLike | None
+    mesh: Mesh | None
+
+
+class Options(NamedTuple):
+    """`Running`, checked."""
+
+    memory: int | None = None
+    progress: bool = True
+    save: str | os.PathLike | None = None
+    mesh: Mesh | None = None
+
+    @property
+    def budget(self) -> int:
+        """The bytes that a chunk may take."""
+        return default_memory() if self.memory is None else self.memory
+
+
+def options_of(running: Mapping[str, Any]) -> Options:
+    """How to run; `TypeError` or `ValueError` for a keyword that no sweep takes, or what cannot be its value."""
+    for name in running:
+        if name not in Options._fields:
+            close = difflib.get_close_matches(name, Options._fields, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise TypeError(
+                f"unexpected keyword {name!r}{hint}: how a sweep is run is told by {', '.join(Options._fields)}"
+            )
+    options = Options(**running)
+    memory, save, mesh = options.memory, options.save, options.mesh
+    if memory is not None:
+        if isinstance(memory, bool) or not isinstance(memory, Real):
+            raise TypeError(f"memory must be a number of bytes, given {memory!r}")
+        if not 0 < memory < 2**63:
+            raise ValueError(f"memory must be a number of bytes over 0, given {memory!r}")
+        options = options._replace(memory=int(memory))
+    if not (save is None or isinstance(save, str | os.PathLike)):
+        raise TypeError(f"save must be the path of a folder, given {save!r}")
+    if not (mesh is None or isinstance(mesh, Mesh)):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, given {mesh!r}")
+    if mesh is not None and mesh.size == 0:
+        raise ValueError(f"mesh {mesh.shape} has no devices")
+    return options

@@ -1,0 +1,112 @@
+"""Two batches of prompts that differ in some tokens: one run's activations put into the other's, unlabelled."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mijax._types import Array, Bool, Int
+from mijax.engine.cells import cells_of
+from mijax.engine.driver import Start, Swept, kept_base, swept
+from mijax.engine.examples import Prompts
+from mijax.engine.grid import Grid
+from mijax.engine.measure import measure
+from mijax.engine.options import Options
+from mijax.interventions.edits import Replace
+from mijax.interventions.selecting import known_axes, selection
+from mijax.interventions.where import Where
+from mijax.meshes import automatic
+from mijax.metrics import AnyMetric
+from mijax.model.position import Frame
+from mijax.model.sites import Site
+from mijax.model.tap import Point
+from mijax.model.tokens import Tokens
+from mijax.model.transformer import Transformer
+from mijax.run import check
+
+Direction = Literal["denoise", "noise"]
+
+
+def patched(
+    model: Transformer,
+    base: Tokens,
+    source: Tokens,
+    site: str,
+    places: Grid,
+    metrics: Mapping[str, AnyMetric],
+    options: Options,
+) -> Swept:
+    """The metrics of the base, of the source and of every cell, in which `site` is what it is in the source run."""
+    source = automatic(source)
+    check(model, source, {}, {})
+
+    def begin(model: Transformer, some: Prompts) -> Start:
+        tokens = some.tokens
+        at_source, value = measure(model, some.of(source), {}, some.metrics, "source", (site,), some.first)
+        at_base, kept, own = kept_base(model, tokens, {}, some.metrics, (site,), some.first)
+        edits = eqx.tree_at(lambda edits: edits[site][0].value, some.cells.edits, value[site])
+        differs, where = own[site] != value[site], edits[site][0].where
+        first = _first_change(model.sites[site], model.causal, model.frame(tokens), where, differs)
+        return Start(some.cells._replace(edits=edits), {"base": at_base, "source": at_source}, kept, np.asarray(first))
+
+    cells = cells_of({site: Replace(0.0, places)})
+    return swept(
+        model,
+        base,
+        cells,
+        metrics,
+        options,
+        source=source,
+        first=_first_difference(model.causal, base, source),
+        begin=begin,
+    )
+
+
+def _first_difference(causal: bool, base: Tokens, source: Tokens) -> Int[np.ndarray, " batch"]:
+    """The first column of each example of which anything depends on the token that differs; the number of columns where none does."""
+    differs = (np.asarray(base.ids) != np.asarray(source.ids)) & np.asarray(base.mask)
+    first = np.argmax(differs, axis=1) if causal else np.zeros(len(differs), np.int64)
+    return np.where(differs.any(axis=1), first, differs.shape[1]).astype(np.int32)
+
+
+@eqx.filter_jit
+def _first_change(
+    site: Site, causal: bool, frame: Frame, cells: Where, differs: Bool[Array, "..."]
+) -> Int[Array, "cell batch"]:
+    """The first column of each example at which a cell puts in anything but what stands there; the number of columns
+    where it does nowhere. Two runs agree to the bit where they must (before the first token that differs), and such a
+    cell's effect is zero, not rounding."""
+    if site.has_vectors and not cells.narrows("unit"):
+        differs = jnp.any(differs, axis=-1, keepdims=True)
+    layers = differs if site.has_layer else differs[None]
+    place = site.inner_axes.index(site.position_axes[0])
+
+    def cell(where: Where) -> Int[Array, " batch"]:
+        def layer(index, here):
+            known = known_axes(Point(site, index if site.has_layer else None, frame), here.shape)
+            hit = selection(where, site.inner_axes, known) & here
+            return jnp.any(hit, axis=tuple(i for i in range(1, hit.ndim) if i != place))
+
+        every = jnp.arange(len(layers), dtype=jnp.int32)
+        named = where.layers(len(layers))
+        index = named if named is not None and named.size == 1 else every
+        hit = jnp.any(jax.vmap(layer)(index, layers[index]), axis=0)  # [batch, pos]
+        first = jnp.argmax(hit, axis=1).astype(jnp.int32) if causal else jnp.zeros(len(hit), jnp.int32)
+        return jnp.where(jnp.any(hit, axis=1), first, hit.shape[1])
+
+    return jax.lax.map(cell, cells)
+
+
+def check_pair(clean: Tokens, corrupted: Tokens) -> None:
+    """Raise where two batches differ in shape or padding."""
+    if clean.ids.shape != corrupted.ids.shape:
+        raise ValueError(f"clean and corrupted must have one shape, given {clean.ids.shape} and {corrupted.ids.shape}")
+    differ = np.argwhere(np.asarray(clean.mask) != np.asarray(corrupted.mask))
+    if len(differ):
+        example = int(differ[0][0])
+        where = [np.flatnonzero(np.asarray(tokens.mask)[example]) for tokens in (clean, corrupted)]
+        told = " and ".join(f"{len(own)} from column {own[0] if len(own) else 0}" for own in where)
+        raise ValueError(f"clean and corrupted prompts must be padded alike: example {example} has tokens {told}")
