@@ -20,10 +20,11 @@ from mijax.interventions.edits import Add, Apply, Edit, Interchange, Mix, Projec
 from mijax.interventions.where import Where
 from mijax.model import processing
 from mijax.model.config import Config, RotaryScaling
+from mijax.model.model import LayeredModel, Model, Wrapper
 from mijax.model.readout import Readout
 from mijax.model.sites import SITES, Site, sites
-from mijax.model.tap import Point, Tap
-from mijax.model.tokens import Tokens
+from mijax.model.tap import Point, Tap, Visit, called
+from mijax.model.tokens import Inputs, Tokens
 from mijax.model.transformer import Transformer, init
 from mijax.run import Out, run
 from mijax.sweeps.ablate import ablate, dose_response
@@ -47,9 +48,12 @@ __all__ = [
     "Generated",
     "Gradients",
     "Grid",
+    "Inputs",
     "IntegratedGradients",
     "Interchange",
+    "LayeredModel",
     "Mix",
+    "Model",
     "Out",
     "Point",
     "Project",
@@ -63,10 +67,13 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "Transformer",
+    "Visit",
     "Where",
+    "Wrapper",
     "ablate",
     "attribute",
     "bootstrap",
+    "called",
     "compilation_cache",
     "concept",
     "current_tokens",

@@ -18,12 +18,11 @@ from mijax.interventions.selecting import known_axes, narrow
 from mijax.interventions.where import Where
 from mijax.meshes import batch_spec, with_automatic_axes
 from mijax.model.attention import KVCache
-from mijax.model.parameters import check_parameters
+from mijax.model.model import LayeredModel
 from mijax.model.position import Frame
 from mijax.model.sites import Site, cached_sites
 from mijax.model.tap import Chain, Point
 from mijax.model.tokens import Tokens, as_tokens, is_concrete
-from mijax.model.transformer import Transformer
 from mijax.run import (
     Capture,
     Edits,
@@ -63,7 +62,7 @@ class _Sampling(NamedTuple):
 
 
 def generate(
-    model: Transformer,
+    model: LayeredModel,
     tokens: Tokens | ArrayLike,
     interventions: Interventions | None = None,
     *,
@@ -100,8 +99,10 @@ def generate(
     >>> mj.generate(model, [[1, 2, 3]], {"resid_mid": mj.Add(1.0)}, max_new_tokens=4).ids.shape
     (1, 7)
     """
-    check_parameters(model)
-    tokens, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
+    if not isinstance(model, LayeredModel):
+        raise TypeError(f"generation takes a model of tokens, given {type(model).__name__}")
+    model.check()
+    tokens, edits, captures = model.inputs(tokens), as_edits(interventions), as_captures(capture)
     count = _whole_number(max_new_tokens)
     stop_ids: Any = tokens.end_tokens if stop is None else np.atleast_1d(np.asarray(stop)).tolist()
     _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key)
@@ -110,7 +111,7 @@ def generate(
     check_selects(edits)
     _check_acts(whole, edits, captures)
     greedy = is_concrete(temperature) and bool(np.all(np.asarray(temperature) == 0))
-    off = (model.config.d_vocab, 1.0, 0.0)
+    off = (model.d_vocab, 1.0, 0.0)
     filters = [o if given is None else given for o, given in zip(off, (top_k, top_p, min_p))]
     filtered = any(given is not None for given in (top_k, top_p, min_p))
     sampling = None if greedy else _Sampling(jnp.asarray(temperature, jnp.float32), *(jnp.asarray(f) for f in filters))
@@ -133,7 +134,7 @@ def generate(
     )
 
 
-def _out_axes(model: Transformer, captures: dict[str, Where | None], batch: Any) -> Any:
+def _out_axes(model: LayeredModel, captures: dict[str, Where | None], batch: Any) -> Any:
     """How what is generated is sharded where the examples are explicitly so."""
     tokens, narrowed = batch_spec(("batch",), batch), lambda where: where is not None and where.narrows("batch")
     acts = {
@@ -315,15 +316,15 @@ def _check_acts(whole: Tokens, edits: Edits, captures: dict[str, Where | None]) 
 
 
 def _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key) -> None:
-    config, faults = model.config, []
-    if not config.causal:
+    faults = []
+    if not model.causal:
         faults.append("a bidirectional model cannot generate")
     if count < 1:
         faults.append(f"max_new_tokens must be at least 1, given {count}")
     width = tokens.ids.shape[1] + count
-    if width > config.n_ctx:
+    if width > model.n_ctx:
         faults.append(
-            f"prompts of {tokens.ids.shape[1]} tokens and {count} new ones exceed the context of {config.n_ctx} by {width - config.n_ctx}"
+            f"prompts of {tokens.ids.shape[1]} tokens and {count} new ones exceed the context of {model.n_ctx} by {width - model.n_ctx}"
         )
     hot = not is_concrete(temperature) or bool(np.any(np.asarray(temperature) != 0))
     if is_concrete(temperature) and not (np.ndim(temperature) == 0 and 0 <= float(np.asarray(temperature)) < np.inf):
@@ -338,7 +339,7 @@ def _check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_
         ("top_p", top_p, lambda p: 0 < p <= 1, "(0, 1]"), ("min_p", min_p, lambda p: 0 <= p <= 1, "[0, 1]"),
     ) if v is not None and not ok(v)]  # fmt: skip
     faults += [
-        f"stop token {t} is outside the vocabulary of {config.d_vocab}" for t in stop_ids if not 0 <= t < config.d_vocab
+        f"stop token {t} is outside the vocabulary of {model.d_vocab}" for t in stop_ids if not 0 <= t < model.d_vocab
     ]
     for site, given in edits.items():
         if any(isinstance(e, Apply) and getattr(e.function, "mixes_positions", False) for e in given):

@@ -17,15 +17,12 @@ from mijax.interventions.functions import convert_edits
 from mijax.interventions.where import Where, any_out_of_range, check_range, check_structure
 from mijax.meshes import batch_spec, with_automatic_axes
 from mijax.model.attention import KVCache
-from mijax.model.config import Config
-from mijax.model.parameters import check_parameters
+from mijax.model.model import LayeredModel, Model
 from mijax.model.position import Frame
 from mijax.model.readout import Readout
-from mijax.model.sites import SELECTS, Site, site_of
+from mijax.model.sites import Site, field_of, site_of
 from mijax.model.tap import Chain, Tap
-from mijax.model.tokens import Tokens, as_tokens, is_concrete
-from mijax.model.transformer import Transformer
-from mijax.model.walk import Layer
+from mijax.model.tokens import Inputs, is_concrete
 
 Capture: TypeAlias = Iterable[str] | Mapping[str, Where | None]
 Edits: TypeAlias = dict[str, tuple[Edit, ...]]
@@ -49,8 +46,8 @@ class Out(NamedTuple):
 
 
 def run(
-    model: Transformer,
-    tokens: Tokens | ArrayLike,
+    model: Model,
+    tokens: Inputs | ArrayLike,
     interventions: Interventions | None = None,
     *,
     capture: Capture = (),
@@ -82,21 +79,24 @@ def run(
     >>> out.logits.shape
     (1, 3, 11)
     """
-    check_parameters(model)
-    prompts, edits, captures = as_tokens(tokens), as_edits(interventions), as_captures(capture)
+    model.check()
+    prompts, edits, captures = model.inputs(tokens), as_edits(interventions), as_captures(capture)
     check(model, prompts, edits, captures)
     check_selects(edits)
     check_taps(model, taps)
     prompts, edits, captures = on_device((prompts, of_prompts(model, prompts, edits), captures))
-    final, acts, kept = with_automatic_axes(
+    result, acts, kept = with_automatic_axes(
         _run, model, prompts, edits, captures, tuple(taps), readout,
         like=prompts.ids, out_axes=_out_axes(model, captures),
     )  # fmt: skip
-    out = None if final is None else model.readout(final, prompts)
-    return Out(out, acts, kept)  # pyright: ignore[reportArgumentType]
+    if readout and isinstance(
+        model, LayeredModel
+    ):  # with the parameters as they are, not as copies from a compiled program
+        result = model.readout(result, prompts)  # pyright: ignore[reportArgumentType]
+    return Out(result, acts, kept)  # pyright: ignore[reportArgumentType]
 
 
-def check_taps(model: Transformer, taps: Sequence[Any]) -> None:
+def check_taps(model: Model, taps: Sequence[Any]) -> None:
     """Raise for what is no tap, or one that names a site that the model has not."""
     if isinstance(taps, Tap) or not isinstance(taps, Sequence):
         raise TypeError(f"taps must be a sequence of mijax.Tap, given {type(taps).__name__}")
@@ -125,7 +125,7 @@ def on_device(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x, tree)
 
 
-def _out_axes(model: Transformer, captures: Captures) -> Any:
+def _out_axes(model: Model, captures: Captures) -> Any:
     """How a run's results are sharded where the examples are explicitly so."""
     kept = {name: model.sites[name].axes for name in captures}
     whole = lambda name: captures[name] is None or captures[name].batch is None  # pyright: ignore[reportOptionalMemberAccess]
@@ -133,21 +133,21 @@ def _out_axes(model: Transformer, captures: Captures) -> Any:
     return lambda batch: (batch_spec(("batch",), batch), acts(batch), PartitionSpec())
 
 
-def of_prompts(model: Transformer, tokens: Tokens, edits: Edits) -> Edits:
+def of_prompts(model: Model, tokens: Inputs, edits: Edits) -> Edits:
     """Checked edits in canonical form, with users' functions as they are now, for a run of all of `tokens`."""
     batch, pos = tokens.ids.shape
     edits = in_canonical_form(model, edits)
     return convert_edits(model, edits, batch, pos, pos, (model, tokens))
 
 
-def in_canonical_form(model: Transformer, edits: Edits) -> Edits:
+def in_canonical_form(model: Model, edits: Edits) -> Edits:
     """Checked edits with all axes of their sites in their operands."""
     return {name: tuple(canonical(edit, model.sites[name]) for edit in several) for name, several in edits.items()}
 
 
-def check(model: Transformer, tokens: Tokens, edits: Edits, captures: Captures) -> None:
+def check(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> None:
     """Raise for whatever is wrong and can be known before anything runs."""
-    _check_tokens(model.config, tokens)
+    model.check_inputs(tokens)
     for name in (*edits, *captures):
         site = site_of(name, model.sites)
         shape = site.shape(*tokens.ids.shape)
@@ -174,38 +174,44 @@ def check(model: Transformer, tokens: Tokens, edits: Edits, captures: Captures) 
 
 @eqx.filter_jit
 def _run(
-    model: Transformer, tokens: Tokens, edits: Edits, captures: Captures, taps: tuple[Tap, ...], readout: bool
-) -> tuple[Stream | None, dict[str, Array], tuple[Any, ...]]:
-    tap = Chain((Editing(edits), *taps, Capturing(captures, model.n_layers)))
-    bad = faulty(model, tokens, edits, captures)
+    model: Model, inputs: Inputs, edits: Edits, captures: Captures, taps: tuple[Tap, ...], readout: bool
+) -> tuple[Any, dict[str, Array], tuple[Any, ...]]:
+    tap, frame = Chain((Editing(edits), *taps, Capturing(captures, model.n_layers))), model.frame(inputs)
+    bad = faulty(model, inputs, edits, captures)
+    if not isinstance(model, LayeredModel):
+        zero = zero_varying_like((model, inputs, tap), model.dtype)
+        out, state = model.forward(inputs, frame, tap, tap.init(model.sites, frame, zero))
+        _, *kept, acts = tap.result(*tap.close(state))  # as of a single layer
+        out, acts = jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), (out, acts))
+        return (out if readout else None), acts, tuple(kept)
     last = None if readout or taps else _last(model, captures)
-    ids: Any = jnp.asarray(tokens.ids)
-    x, (_, *kept, acts) = forward(model, ids, model.frame(tokens), tap, bad, last=last, readout=readout)
+    ids: Any = jnp.asarray(inputs.ids)
+    x, (_, *kept, acts) = forward(model, ids, frame, tap, bad, last=last, readout=readout)
     return x, nan_where(bad, acts, model), tuple(kept)
 
 
-def nan_where(bad: Bool[Array, ""], acts: dict[str, Array], model: Transformer) -> dict[str, Array]:
+def nan_where(bad: Bool[Array, ""], acts: dict[str, Array], model: Model) -> dict[str, Array]:
     """Activations, NaN where `bad`: NaN goes through the layers, but for what is zero at padding whatever its queries are."""
-    stays = lambda site: site.has_layer and not site.zero_at_padding
+    stays = lambda site: site.is_inside and not site.zero_at_padding
     return {name: act if stays(model.sites[name]) else jnp.where(bad, jnp.nan, act) for name, act in acts.items()}
 
 
-def _last(model: Transformer, captures: Captures) -> Any:
+def _last(model: LayeredModel, captures: Captures) -> Any:
     """One more than the last layer of which something is captured; `None` where it is the last layer, or may be."""
     ends = [jnp.int32(0)]
     for name, where in captures.items():
         site = model.sites[name]
         if site.part == "embedding":
             continue
-        layers = None if where is None else where.layers(model.n_layers)
-        if layers is None:
+        some = where.layers(model.n_layers) if where is not None and site.has_layer else site.layers
+        if some is None or not site.is_inside:
             return None
-        ends.append(jnp.max(layers) + 1)
+        ends.append(jnp.max(jnp.asarray(some, jnp.int32)) + 1)
     return jnp.max(jnp.stack(ends))
 
 
 def forward(
-    model: Transformer,
+    model: LayeredModel,
     ids: Int[Array, "batch pos"],
     frame: Frame,
     tap: Tap,
@@ -226,7 +232,7 @@ def forward(
     x = jnp.where(bad, jnp.nan, x) + zero
     layered, rest = tap.per_layer(model.sites)
 
-    def body(layer: Layer, carry: Any, xs: Any) -> Any:
+    def body(layer: Any, carry: Any, xs: Any) -> Any:
         (x, state), (own, held) = carry, xs
         x, after = layer(x, frame, eqx.combine(own, rest), state, held)
         after, kept = tap.close(after)
@@ -266,33 +272,15 @@ def as_captures(capture: Capture) -> Captures:
     return dict(capture)
 
 
-def _check_tokens(config: Config, tokens: Tokens) -> None:
-    if tokens.ids.ndim != 2:
-        raise ValueError(f"tokens must be [batch, pos], given shape {tokens.ids.shape}")
-    if tokens.ids.shape[1] > config.n_ctx:
-        raise ValueError(f"the prompts have {tokens.ids.shape[1]} tokens, the model's context {config.n_ctx}")
-    if is_concrete(tokens.ids) and is_concrete(tokens.mask):
-        ids, mask = np.asarray(tokens.ids), np.asarray(tokens.mask)
-        bad = np.argwhere(mask & ((ids < 0) | (ids >= config.d_vocab)))  # padding may be anything
-        if len(bad):
-            example, column = map(int, bad[0])
-            raise ValueError(
-                f"token {ids[example, column]} (example {example}, column {column}) is outside the vocabulary of {config.d_vocab}"
-            )
-        if not mask.any(axis=1).all():
-            raise ValueError(f"example {int(np.argmin(mask.any(axis=1)))} is all padding")
-
-
-def field_lengths(site: Site, tokens: Tokens) -> dict[str, Any]:
+def field_lengths(site: Site, tokens: Inputs) -> dict[str, Any]:
     """How many entries each field of `Where` chooses from at a site: a number, or `[batch]` lengths of prompts."""
     sizes = zip(site.axes, site.shape(*tokens.ids.shape))
-    return {SELECTS[axis]: tokens.lengths if axis in site.position_axes else size for axis, size in sizes}
+    return {field_of(axis): tokens.lengths if axis in site.position_axes else size for axis, size in sizes}
 
 
-def faulty(model: Transformer, tokens: Tokens, edits: Edits, captures: Captures) -> Bool[Array, ""]:
-    """Whether an index is out of range, a token outside the vocabulary, or a prompt empty, once values are known."""
-    bad = jnp.any(tokens.mask & ((tokens.ids < 0) | (tokens.ids >= model.config.d_vocab)))
-    bad = bad | ~jnp.all(jnp.any(jnp.asarray(tokens.mask), axis=1))
+def faulty(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> Bool[Array, ""]:
+    """Whether an index is out of range, or an input none that the model takes, once values are known."""
+    bad = model.bad_inputs(tokens)
     for name in (*edits, *captures):
         fields = field_lengths(model.sites[name], tokens)
         wheres = [edit.where for edit in edits.get(name, ())]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mijax._types import ArrayLike
-from mijax.attribution.checks import check_apart, check_cells, check_count, check_differ, check_gradient
+from mijax.attribution.checks import check_apart, check_cells, check_count, check_differ, check_gradient, check_layered
 from mijax.attribution.estimates import Job, estimated, plan
 from mijax.attribution.gradient import AtP
 from mijax.attribution.method import Method
@@ -19,9 +19,8 @@ from mijax.engine.measure import Metrics, as_floats, described, is_split, named
 from mijax.engine.pairs import Direction, check_pair
 from mijax.memory import PeakMemory, default_memory
 from mijax.meshes import automatic
-from mijax.model.parameters import check_parameters
-from mijax.model.tokens import Tokens, as_tokens
-from mijax.model.transformer import Transformer
+from mijax.model.model import LayeredModel
+from mijax.model.tokens import Tokens
 from mijax.run import check
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ VARIABLES = {"term": "{}", "unsigned": "{}.unsigned", "error": "{}.error", "erro
 
 
 def attribute(
-    model: Transformer,
+    model: LayeredModel,
     *,
     clean: Tokens | ArrayLike,
     corrupted: Tokens | ArrayLike | None,
@@ -95,10 +94,11 @@ def attribute(
         raise ValueError(f"threshold must be a part of source - base, over 0, given {threshold!r}")
     if not isinstance(method, Method):
         raise TypeError(f"method must be one such as mijax.AtP(), given {method!r}")
-    check_parameters(model)
+    check_layered(model)
+    model.check()
     model, clean, corrupted = automatic((model, clean, corrupted))
     metrics = {name: automatic(own) for name, own in named(metric).items()}  # not the dictionary: JAX would sort it
-    base, source = _sides(clean, corrupted, direction)
+    base, source = _sides(model, clean, corrupted, direction)
     job = Job(model, base, source, metrics, nodes_of(model, base, sites), method, probes, seed)
     sample = verify if sample is None else sample
     _check(job, verify, sample)
@@ -120,14 +120,14 @@ def attribute(
     return result
 
 
-def _sides(clean: Any, corrupted: Any, direction: Direction) -> tuple[Tokens, Tokens | None]:
+def _sides(model: LayeredModel, clean: Any, corrupted: Any, direction: Direction) -> tuple[Tokens, Tokens | None]:
     """The base and the source."""
-    clean = as_tokens(clean)
+    clean = model.inputs(clean)
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction must be 'denoise' or 'noise', given {direction!r}")
     if corrupted is None:
         return clean, None
-    corrupted = as_tokens(corrupted)
+    corrupted = model.inputs(corrupted)
     check_pair(clean, corrupted)
     check_differ(clean, corrupted)
     return (corrupted, clean) if direction == "denoise" else (clean, corrupted)

@@ -12,11 +12,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from mijax._types import Array
 from mijax.attribution.nodes import Nodes
-from mijax.engine.measure import as_shapes, output_shapes, values_of
+from mijax.engine.measure import as_shapes, output_like, values_of
 from mijax.metrics import AnyMetric
-from mijax.model.readout import Readout
+from mijax.model.model import LayeredModel
 from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
 
 
 def check_count(value: Any, what: str) -> None:
@@ -25,6 +24,14 @@ def check_count(value: Any, what: str) -> None:
         raise TypeError(f"{what} must be a whole number, given {value!r}")
     if value < 0:
         raise ValueError(f"{what} must not be negative, given {value}")
+
+
+def check_layered(model: Any) -> None:
+    """Raise `TypeError` for a model whose layers cannot be walked."""
+    if not isinstance(model, LayeredModel):
+        raise TypeError(
+            f"attribution walks the layers of a model, which those of {type(model).__name__} cannot be: mijax.ablate takes any"
+        )
 
 
 def check_differ(clean: Tokens, corrupted: Tokens) -> None:
@@ -52,7 +59,7 @@ def check_cells(nodes: Mapping[str, Nodes], verify: int, sample: int) -> None:
         raise ValueError(f"sample counts cells beside those of verify={verify}, given {sample}")
 
 
-def check_gradient(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric) -> None:
+def check_gradient(model: LayeredModel, tokens: Tokens, name: str, metric: AnyMetric) -> None:
     """Raise `TypeError` for a metric that JAX has no derivative of; nothing is computed.
 
     (One whose derivative happens to be zero has a derivative.)
@@ -70,7 +77,7 @@ def check_gradient(model: Transformer, tokens: Tokens, name: str, metric: AnyMet
 @functools.lru_cache
 def _slope(leaves: tuple[Any, ...], treedef: Any) -> tuple[Any, bool]:
     """The dtype of a metric, and whether JAX finds any derivative: where there is none it says so by a symbol, not by zeros."""
-    ((final, *rest), acts, metrics), found = jax.tree.unflatten(treedef, leaves), []
+    (readout, acts, metrics), found = jax.tree.unflatten(treedef, leaves), []
 
     @jax.custom_jvp
     def watched(y: Array) -> Array:
@@ -82,24 +89,29 @@ def _slope(leaves: tuple[Any, ...], treedef: Any) -> tuple[Any, bool]:
 
     watched.defjvp(rule, symbolic_zeros=True)
 
-    def value(seen: Any, rest: Any, metrics: Any) -> Array:
+    def value(seen: Any, readout: Any, metrics: Any) -> Array:
         final, acts = seen
-        return watched(next(iter(values_of(metrics, Readout(final, *rest), acts).values())))
+        return watched(next(iter(values_of(metrics, with_final(readout, final), acts).values())))
 
     along = lambda seen, *others: jax.jvp(lambda seen: value(seen, *others), (seen,), (seen,))
-    dtype = eqx.filter_eval_shape(along, (final, acts), rest, metrics)[0].dtype
+    dtype = eqx.filter_eval_shape(along, (readout.final, acts), readout, metrics)[0].dtype
     return dtype, any(found)
 
 
-def check_apart(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric) -> None:
+def with_final(readout: Any, final: Array) -> Any:
+    """A readout with another final stream."""
+    return eqx.tree_at(lambda out: out.final, readout, final)
+
+
+def check_apart(model: LayeredModel, tokens: Tokens, name: str, metric: AnyMetric) -> None:
     """Raise `ValueError` where an example's metric depends on other examples: the gradient of their sum is then not its own."""
     if len(tokens.ids) == 1:
         return
-    rng = np.random.default_rng(0)
-    random = lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype)
-    final, acts = jax.tree.map(random, output_shapes(model, tokens, metric))
+    rng, like = np.random.default_rng(0), lambda a: isinstance(a, jax.ShapeDtypeStruct)
+    random = lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype) if like(a) else a
+    readout, acts = jax.tree.map(random, output_like(model, tokens, metric), is_leaf=like)
     axes = {site: model.sites[site].axes.index("batch") for site in acts}
-    if bool(_mixes((final, acts), axes, tokens, model.unembedding, model.b_U, metric)):
+    if bool(_mixes(readout, acts, axes, metric)):
         raise ValueError(
             f"metric {name!r} of an example depends on other examples: give each its own, and take means or differences"
             " between examples of the result"
@@ -107,17 +119,10 @@ def check_apart(model: Transformer, tokens: Tokens, name: str, metric: AnyMetric
 
 
 @eqx.filter_jit
-def _mixes(
-    seen: tuple[Array, dict[str, Array]],
-    axes: dict[str, int],
-    tokens: Tokens,
-    W_U: Array,
-    b_U: Array | None,
-    metric: Any,
-) -> Array:
+def _mixes(readout: Any, acts: dict[str, Array], axes: dict[str, int], metric: Any) -> Array:
     """Whether the first example's metric, or the last one's, has a gradient with respect to other examples."""
-    value = lambda seen: values_of({"": metric}, Readout(seen[0], tokens, W_U, b_U), (seen[1],))[""]
-    values, pull = jax.vjp(value, seen)
+    value = lambda seen: values_of({"": metric}, with_final(readout, seen[0]), (seen[1],))[""]
+    values, pull = jax.vjp(value, (readout.final, acts))
     batch = jnp.arange(len(values), dtype=jnp.int32)
 
     def of(example: int) -> list[Array]:

@@ -9,17 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Float
-from mijax.attribution.checks import check_apart, check_differ, check_gradient
+from mijax.attribution.checks import check_apart, check_differ, check_gradient, check_layered
 from mijax.engine.measure import as_programs, captures_of, checked, described, named, values_of
 from mijax.engine.pairs import check_pair
 from mijax.interventions.edits import Add
 from mijax.interventions.where import Where
 from mijax.meshes import automatic
 from mijax.metrics import AnyMetric, position
-from mijax.model.parameters import check_parameters
-from mijax.model.sites import UNITS, site_of
-from mijax.model.tokens import Tokens, as_tokens
-from mijax.model.transformer import Transformer
+from mijax.model.model import LayeredModel
+from mijax.model.sites import field_of, site_of
+from mijax.model.tokens import Tokens
 from mijax.run import check, run, zero_varying_like
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class Gradients(NamedTuple):
 
 
 def gradients(
-    model: Transformer,
+    model: LayeredModel,
     tokens: Tokens | ArrayLike,
     metric: AnyMetric,
     sites: tuple[str, ...],
@@ -55,8 +54,9 @@ def gradients(
     >>> found.grads["resid_post"].shape, found.grads["post"].shape
     ((2, 1, 1, 8), (2, 1, 1, 32))
     """
-    check_parameters(model)
-    tokens = as_tokens(tokens)
+    check_layered(model)
+    model.check()
+    tokens = model.inputs(tokens)
     name, program = _program(model, tokens, metric)
     check_gradient(model, tokens, name, program)
     where = Where() if pos is None else Where(pos=position(pos))
@@ -82,7 +82,7 @@ def gradients(
 
 
 def concept(
-    model: Transformer,
+    model: LayeredModel,
     *,
     positive: Tokens | ArrayLike,
     negative: Tokens | ArrayLike,
@@ -113,7 +113,7 @@ def concept(
     import xarray as xr
 
     model, positive, negative, metric = automatic((model, positive, negative, metric))
-    positive, negative = as_tokens(positive), as_tokens(negative)
+    positive, negative = model.inputs(positive), model.inputs(negative)
     check_pair(positive, negative)
     check_differ(positive, negative)
     found = site_of(site, model.sites)
@@ -143,7 +143,7 @@ def concept(
             raise ValueError(f"the direction of the {kind} at {site!r} is not finite")
     size = np.linalg.norm(together, axis=-1, keepdims=True)
     unit = together / np.where(size > 0, size, 1.0)
-    dims = [("unit" if a in UNITS else a) for a in found.axes if a not in ("batch", "pos")]
+    dims = [("unit" if field_of(a) == "unit" else a) for a in found.axes if a not in ("batch", "pos")]
     coords = {"kind": list(KINDS), **{dim: np.arange(n) for dim, n in zip(dims, gradient.shape)}}
     cosine = np.einsum("i...u,j...u->ij...", unit, unit)
     told = {"site": site, "metric": name, "prompts": 2 * len(positive.ids), **described(model)}
@@ -158,11 +158,11 @@ def concept(
 
 
 @eqx.filter_jit
-def _found(model: Transformer, tokens: Tokens, metric: AnyMetric, site: str, pos: ArrayLike) -> Gradients:
+def _found(model: LayeredModel, tokens: Tokens, metric: AnyMetric, site: str, pos: ArrayLike) -> Gradients:
     return gradients(model, tokens, metric, (site,), pos)
 
 
-def _program(model: Transformer, tokens: Tokens, metric: Any) -> tuple[str, AnyMetric]:
+def _program(model: LayeredModel, tokens: Tokens, metric: Any) -> tuple[str, AnyMetric]:
     """The one metric by its name, as it is now."""
     if isinstance(metric, Mapping):
         raise TypeError(f"one metric is taken here, given several: {', '.join(map(repr, metric))}")

@@ -20,8 +20,8 @@ from mijax.attribution.taps import Path
 from mijax.engine.layout import row_bytes
 from mijax.engine.measure import as_programs, captures_of, checked, is_split, metric_bytes, taken, values_of
 from mijax.metrics import AnyMetric
+from mijax.model.model import LayeredModel
 from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
 
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
 """Of each site: its name, its collapsed shape without batch, and how many cells where they are a grid's."""
@@ -41,7 +41,7 @@ MEANING = {
 class Job(NamedTuple):
     """What is attributed, and how."""
 
-    model: Transformer
+    model: LayeredModel
     base: Tokens
     source: Tokens | None
     metrics: Mapping[str, AnyMetric]
@@ -98,10 +98,9 @@ def _equal(batch: int, most: int) -> int:
     return -(-batch // -(-batch // most))
 
 
-def layers_bytes(model: Transformer) -> int:
+def layers_bytes(model: LayeredModel) -> int:
     """The bytes of the parameters of two layers, of which XLA makes copies as it comes to them, forwards and backwards."""
-    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.blocks))
-    return 2 * total // max(1, model.n_layers)
+    return 2 * model.layer_bytes
 
 
 def prompt_bytes(job: Job, checkpoint: int) -> int:
@@ -209,7 +208,7 @@ def _check_finite(found: Mapping[str, np.ndarray], first: int) -> None:
 
 def _store(save: Any, job: Job) -> chunks.Store:
     grids = {site: (own.axes, own.members) for site, own in job.nodes.items()}
-    parts = {"model": (job.model, job.model.config), "prompts": (job.base, job.source), "sites": (job.layout, grids)}
+    parts = {"model": job.model, "prompts": (job.base, job.source), "sites": (job.layout, grids)}
     parts |= {"metric": chunks.repeatable(lambda: job.programs, save), "method": job.method}
     parts |= {"probes": (job.probes, job.seed)} if job.probes else {}
     return chunks.Store(save, {name: chunks.fingerprint(part) for name, part in parts.items()})
@@ -217,7 +216,7 @@ def _store(save: Any, job: Job) -> chunks.Store:
 
 @eqx.filter_jit
 def _chunk(
-    method: Method, model: Transformer, tokens: Tokens, source: Array | None, metrics: Any, members: dict[str, Array],
+    method: Method, model: LayeredModel, tokens: Tokens, source: Array | None, metrics: Any, members: dict[str, Array],
     examples: Int[Array, " batch"], key: Array, layout: Layout, probes: int, checkpoint: int,
 ) -> dict[str, Array]:  # fmt: skip
     """What is found for a chunk of prompts."""

@@ -15,11 +15,11 @@ from mijax.engine.grid import Grid
 from mijax.interventions.edits import Replace
 from mijax.interventions.selecting import known_axes, selection
 from mijax.interventions.where import Where
+from mijax.model.model import LayeredModel
 from mijax.model.position import Frame
-from mijax.model.sites import SELECTS, Site, site_of
+from mijax.model.sites import Site, field_of, site_of
 from mijax.model.tap import Point
 from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
 
 Over: TypeAlias = Sequence[str] | Grid | None
 Sites: TypeAlias = Sequence[str] | Mapping[str, Over]
@@ -64,7 +64,7 @@ class Nodes(NamedTuple):
             return gates.T.reshape(*(len(own) for own in self.labels.values()), -1)
         place = {}
         for i, axis in enumerate(_without_batch(self.site), start=1):
-            place |= {axis: i, SELECTS[axis]: i}
+            place |= {axis: i, field_of(axis): i}
         for axis in (a for a in POSITIONS if a in self.axes):
             gates = in_positions(gates, tokens, place[axis])
         order = [*(place[dim] for dim in self.labels), 0]
@@ -78,7 +78,7 @@ class Nodes(NamedTuple):
         return places_of(tokens, self.axes, cells)
 
 
-def nodes_of(model: Transformer, tokens: Tokens, sites: Sites) -> dict[str, Nodes]:
+def nodes_of(model: LayeredModel, tokens: Tokens, sites: Sites) -> dict[str, Nodes]:
     """The cells of every site; raises `ValueError` for what no run would take."""
     if isinstance(sites, str) or not isinstance(sites, Sequence | Mapping) or not sites:
         raise ValueError(
@@ -88,22 +88,22 @@ def nodes_of(model: Transformer, tokens: Tokens, sites: Sites) -> dict[str, Node
     return {site: _nodes(model, tokens, site, over) for site, over in given.items()}
 
 
-def _nodes(model: Transformer, tokens: Tokens, site: str, over: Over) -> Nodes:
+def _nodes(model: LayeredModel, tokens: Tokens, site: str, over: Over) -> Nodes:
     found = site_of(site, model.sites)
     full = found.shape(*tokens.ids.shape)
     if not isinstance(over, Grid):
-        every = tuple(axis for axis in found.axes if axis != "batch" and SELECTS[axis] != "unit")
+        every = tuple(axis for axis in found.axes if axis != "batch" and field_of(axis) != "unit")
         axes = axes_of(model, tokens, site, every if over is None else over)
-        kept = lambda axis: axis in axes or SELECTS[axis] in axes
+        kept = lambda axis: axis in axes or field_of(axis) in axes
         return Nodes(found, axes, tuple(n if kept(axis) else 1 for axis, n in zip(found.axes, full) if axis != "batch"))
     check_cells(model, tokens, cells_of({site: Replace(0.0, over)}))
-    kept = lambda axis: axis == "batch" or over.where.narrows(SELECTS[axis])
+    kept = lambda axis: axis == "batch" or over.where.narrows(field_of(axis))
     whole = tuple(n if kept(axis) else 1 for axis, n in zip(found.axes, full))
     members = _members(model, tokens, found, over, whole)
     return Nodes(found, {}, tuple(n for axis, n in zip(found.axes, whole) if axis != "batch"), over, members)
 
 
-def _members(model: Transformer, tokens: Tokens, site: Site, grid: Grid, shape: tuple[int, ...]) -> np.ndarray:
+def _members(model: LayeredModel, tokens: Tokens, site: Site, grid: Grid, shape: tuple[int, ...]) -> np.ndarray:
     """The entries of each cell, by example."""
     batch, frame = site.axes.index("batch"), model.frame(tokens)
     step = max(1, MASK_BYTES // int(np.prod(shape)))

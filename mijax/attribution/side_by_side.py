@@ -15,15 +15,14 @@ import jax.numpy as jnp
 from mijax._types import Array, Ids
 from mijax.attribution.taps import KEPT, Gates, Held, Path, Together, Toward, gated_sites, known
 from mijax.interventions.capturing import Capturing
+from mijax.model.model import LayeredModel
 from mijax.model.tap import Chain
 from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
-from mijax.model.walk import Layer
 from mijax.run import Out
 
 
 def gated(
-    model: Transformer,
+    model: LayeredModel,
     tokens: Tokens,
     source: Ids | None,
     gates: Gates,
@@ -46,13 +45,14 @@ def gated(
     sites, runs = gated_sites(model.sites, gates, path), tuple(others)
     has_layer = lambda name: model.sites[name].has_layer
     outer = {name: gate for name, gate in gates.items() if not has_layer(name)}
+    inner = {name: gate for name, gate in outer.items() if model.sites[name].is_inside}  # in some layer only
     layered = {
         name: jnp.broadcast_to(gate, (model.n_layers, *gate.shape[1:]))
         for name, gate in gates.items()
         if has_layer(name)
     }
     zero, watched = jnp.zeros((1, 1, 1), model.dtype), Chain(tuple(read))
-    keep = Chain((Capturing(dict.fromkeys((*outer, "embed")), model.n_layers), watched))
+    keep = Chain((Capturing(dict.fromkeys((*(outer.keys() - inner), "embed")), model.n_layers), watched))
     beside, kept = {}, {}
     for run, ids in others.items():
         beside[run], kept[run] = model.embed(ids, here, keep, keep.init(model.sites, here, zero))
@@ -64,15 +64,16 @@ def gated(
     every = model.frame(Tokens.tree_unflatten(None, (tiled(tokens.ids), tiled(tokens.mask))))
     all_watched = Chain(tuple(tap.tiled(count) for tap in read if others))  # of all runs, in the order of `every`
 
-    def body(layer: Layer, carry: Any, own: dict[str, Array]) -> Any:
+    def body(layer: Any, carry: Any, own: dict[str, Array]) -> Any:
         x, beside, seen, all_seen = carry
+        own = {**own, **inner}
         first, rest, still = jax.lax.stop_gradient((x, beside, own))
         together = Together(still, path, sites, runs)
         streams = jnp.concatenate([first, *(rest[run] for run in others)])
-        state = (together.init({}, every, x), all_seen)
+        state = (together.init(model.sites, every, x), all_seen)
         after, (held, all_seen) = layer(streams, every, Chain((together, all_watched)), state)
         base, *rest = together.split(after)
-        toward = Chain((Toward(own, path, sites, held, model.config.attn_scale), watched))
+        toward = Chain((Toward(own, path, sites, held, model.sites["attn_scores"].scale), watched))
         x, (_, seen) = layer(x, here, toward, ({}, seen))
         (seen, own_kept), (all_seen, all_kept) = watched.close(seen), all_watched.close(all_seen)
         return (known(x, base), dict(zip(others, rest)), seen, all_seen), (own_kept, all_kept)

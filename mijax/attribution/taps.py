@@ -92,8 +92,13 @@ class Together(Gated):
     runs: tuple[str, ...] = eqx.field(static=True)
 
     def init(self, sites, frame, zero):
-        """What is known of the other runs before they are run."""
-        return Held({run: {} for run in self.runs}, {}, {})
+        """What is known of the other runs before they are run: zeros where a site stands in some layer only."""
+        batch, pos = frame.positions.shape[0] // (1 + len(self.runs)), frame.positions.shape[1]
+        some = [sites[name] for name in self.touched if sites[name].is_inside and not sites[name].has_layer]
+        zeros = {site.name: jax.lax.full_like(zero, 0, shape=site.shape(batch, pos)) for site in some}
+        of = lambda kept: {name: x for name, x in zeros.items() if kept(name)}
+        products, changes = of(lambda name: sites[name].product), of(lambda name: self.gate(name) is not None)
+        return Held({run: dict(zeros) for run in self.runs}, products, changes)
 
     def at(self, point, x, state):
         """Put into `Held` what stands here, and move the base run."""

@@ -14,8 +14,8 @@ from mijax.interventions.edits import Apply, Interventions, as_edits, canonical
 from mijax.interventions.functions import has_functions
 from mijax.interventions.places import together
 from mijax.interventions.where import check_range
-from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
+from mijax.model.model import Model
+from mijax.model.tokens import Inputs
 from mijax.programs.convert import Converted, is_array
 from mijax.run import check, field_lengths, of_prompts
 
@@ -139,7 +139,7 @@ def cells_of(interventions: Interventions | Stack) -> Cells:
     return Cells(placed, group, picks, labels)
 
 
-def check_cells(model: Transformer, tokens: Tokens, cells: Cells) -> None:
+def check_cells(model: Model, tokens: Inputs, cells: Cells) -> None:
     """Raise what `run` would raise at any cell: all have the first one's structure, each its own indices."""
     check(model, tokens, cells.take(0), {})
     for name, given in cells.edits.items():
@@ -147,7 +147,7 @@ def check_cells(model: Transformer, tokens: Tokens, cells: Cells) -> None:
             check_range(together(edit.where, stacked.where), name, field_lengths(model.sites[name], tokens))
 
 
-def canonical_cells(model: Transformer, cells: Cells) -> Cells:
+def canonical_cells(model: Model, cells: Cells) -> Cells:
     """Checked cells with all axes of their sites in their operands, behind an axis of choices where there is one."""
     edits, group = {}, {}
     for name, given in cells.edits.items():
@@ -157,7 +157,7 @@ def canonical_cells(model: Transformer, cells: Cells) -> Cells:
     return cells._replace(edits=edits, group=group)
 
 
-def convert_cells(model: Transformer, tokens: Tokens, cells: Cells) -> Cells:
+def convert_cells(model: Model, tokens: Inputs, cells: Cells) -> Cells:
     """The cells with users' functions as they are now: a program for all cells, whose arrays differ where the function's do."""
     if not has_functions(cells.edits):
         return cells

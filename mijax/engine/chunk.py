@@ -4,7 +4,7 @@ State around the one block of the model: a chunk is a packed list of the tokens 
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -15,12 +15,11 @@ from mijax._types import Array, Float, Int, Stream
 from mijax.interventions.capturing import Capturing
 from mijax.interventions.rows import CapturingRows, EditingRows
 from mijax.model.attention import KVCache
+from mijax.model.model import LayeredModel
 from mijax.model.position import Packed, Rows, pack
 from mijax.model.sites import cached_sites
 from mijax.model.tap import Chain, Tap
 from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
-from mijax.model.walk import Body, Layer
 from mijax.run import Edits, Out, run
 
 
@@ -42,7 +41,7 @@ class Chunk(NamedTuple):
 
 
 def base_of(
-    model: Transformer, tokens: Tokens, edits: Any, capture: Iterable[str], read: Sequence[Capturing]
+    model: LayeredModel, tokens: Tokens, edits: Any, capture: Iterable[str], read: Sequence[Capturing]
 ) -> tuple[Out, Base]:
     """Run the base, under the edits that every cell shares, and keep what cells resume from; `read` is what is read of them."""
     added = [name for name, site in model.sites.items() if site.part == "embedding" and site.added]
@@ -59,7 +58,7 @@ def base_of(
 
 
 def run_chunk(
-    model: Transformer,
+    model: LayeredModel,
     tokens: Tokens,
     base: Base,
     chunk: Chunk,
@@ -76,8 +75,8 @@ def run_chunk(
     layered, rest = tap.per_layer(model.sites)
     x, state = _begin(model, tokens, base, chunk, packed, rest, tap.init(model.sites, packed, base.final))
 
-    def at(frame: Packed) -> Body:
-        def body(layer: Layer, carry: Any, own: Any) -> tuple[Any, None]:
+    def at(frame: Packed) -> Callable[[Any, Any, Any], tuple[Any, None]]:
+        def body(layer: Any, carry: Any, own: Any) -> tuple[Any, None]:
             attended = 2 * layer.index < chunk.start if model.has_halves else None
             return layer(carry[0], frame, eqx.combine(own[0], rest), carry[1], own[1], attended), None
 
@@ -103,14 +102,14 @@ def run_chunk(
     return jnp.where(is_read[None, :, :, None], final, jnp.nan), tuple(acts)
 
 
-def _of_rows(model: Transformer, base: Base, tap: Capturing) -> CapturingRows:
+def _of_rows(model: LayeredModel, base: Base, tap: Capturing) -> CapturingRows:
     """What keeps of every cell what `tap` keeps of a run."""
     layered = frozenset(name for name in tap.sites if model.sites[name].has_layer)
     return CapturingRows(tap.captures, {name: base.acts[name] for name in tap.sites}, layered, model.n_layers)
 
 
 def _begin(
-    model: Transformer, tokens: Tokens, base: Base, chunk: Chunk, packed: Packed, tap: Tap, state: Any
+    model: LayeredModel, tokens: Tokens, base: Base, chunk: Chunk, packed: Packed, tap: Tap, state: Any
 ) -> tuple[Stream, Any]:
     """The rows' stream where the chunk begins, and the tap's state."""
     rows = chunk.rows

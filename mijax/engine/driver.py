@@ -16,15 +16,17 @@ from mijax.engine.cells import Cells, Stack, cells_of
 from mijax.engine.chunk import Base, Chunk, base_of, run_chunk
 from mijax.engine.examples import Prompts, groups
 from mijax.engine.layout import Job, Layout, job_of, layout_bytes, layout_of
-from mijax.engine.measure import Metrics, Values, captures_of, checked, named, values_of
+from mijax.engine.measure import Metrics, Values, captures_of, checked, named, reads_activations, values_of
 from mijax.engine.options import Options, Running, options_of
 from mijax.engine.plan import Plan, chunk_of, columns_read, plan, work
 from mijax.interventions.edits import Interventions
 from mijax.memory import PeakMemory
 from mijax.meshes import automatic
 from mijax.metrics import AnyMetric
-from mijax.model.tokens import Tokens
+from mijax.model.model import LayeredModel, Model
+from mijax.model.tokens import Inputs
 from mijax.model.transformer import Transformer
+from mijax.run import run
 
 
 class Swept(NamedTuple):
@@ -42,28 +44,28 @@ class Start(NamedTuple):
 
     cells: Cells
     runs: dict[str, Values]
-    base: Base
+    base: Base | None
     first: Int[np.ndarray, "cell batch"] | None = None
 
 
-Begin: TypeAlias = Callable[[Transformer, Prompts], Start]
+Begin: TypeAlias = Callable[[Model, Prompts], Start]
 """Runs what a group of prompts is swept from."""
 
 
-def from_base(model: Transformer, some: Prompts) -> Start:
+def from_base(model: Model, some: Prompts) -> Start:
     """The base under the edits that all cells share."""
     at_base, base, _ = kept_base(model, some.tokens, some.cells.shared(), some.metrics, first=some.first)
     return Start(some.cells, {"base": at_base}, base)
 
 
 def swept(
-    model: Transformer,
-    tokens: Tokens,
+    model: Model,
+    tokens: Inputs,
     cells: Cells,
     metrics: Mapping[str, AnyMetric],
     options: Options,
     *,
-    source: Tokens | None = None,
+    source: Inputs | None = None,
     first: Int[np.ndarray, " batch"] | None = None,
     begin: Begin = from_base,
 ) -> Swept:
@@ -109,7 +111,7 @@ def swept(
 
 
 def check_sweep(
-    model: Transformer, tokens: Tokens, interventions: Interventions | Stack, metric: Metrics, running: Running
+    model: Model, tokens: Inputs, interventions: Interventions | Stack, metric: Metrics, running: Running
 ) -> None:
     """Raise what `sweep` raises before it runs anything; for drivers that run something before they sweep."""
     options = options_of(running)
@@ -123,7 +125,7 @@ def _group(
     layout: Layout,
     some: Prompts,
     begin: Begin,
-    placed: Transformer,
+    placed: Model,
     options: Options,
     store: chunks.Store | None,
     bar: Any,
@@ -132,7 +134,7 @@ def _group(
     start = begin(job.model, some)
     mesh, cells, positions = options.mesh, start.cells, some.tokens.ids.shape[1]
     read = columns_read(some.metrics.values(), some.tokens)
-    todo = work(placed, some.tokens, cells, read)
+    todo = work(placed, some.tokens, cells, read, reads_activations(some.metrics))
     first = np.maximum(todo.first, job.first[some.examples])
     first = first if start.first is None else np.maximum(first, start.first)
     first[:, some.distinct :] = positions  # a repeated prompt is not computed
@@ -196,12 +198,16 @@ def _replicated(mesh: Mesh | None, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, everywhere) if eqx.is_array_like(x) and not there(x) else x, tree)
 
 
-def _store(save: str | os.PathLike, job: Job, source: Tokens | None) -> chunks.Store:
+def _store(save: str | os.PathLike, job: Job, source: Inputs | None) -> chunks.Store:
     """The folder of a sweep, with what it is a sweep of."""
     cells = job.cells
     grid = (cells.edits, cells.group, cells.picks, dict(cells.labels))
+    if type(job.model) is not Transformer:
+        raise TypeError(
+            f"save= is for a mijax.Transformer: whether the code of {type(job.model).__name__} changes, a folder cannot tell"
+        )
     parts = {
-        "model": (job.model, job.model.config), "prompts": (job.tokens, source), "grid of interventions": grid, "metric": dict(job.programs)
+        "model": job.model, "prompts": (job.tokens, source), "grid of interventions": grid, "metric": dict(job.programs)
     }  # fmt: skip
     return chunks.Store(save, {name: chunks.fingerprint(part) for name, part in parts.items()})
 
@@ -212,13 +218,13 @@ def _labels(job: Job) -> dict[str, Any]:
 
 
 def kept_base(
-    model: Transformer,
-    tokens: Tokens,
+    model: Model,
+    tokens: Inputs,
     edits: Any,
     metrics: Mapping[str, AnyMetric],
     capture: tuple[str, ...] = (),
     first: int = 0,
-) -> tuple[Values, Base, dict[str, Array]]:
+) -> tuple[Values, Base | None, dict[str, Array]]:
     """The metrics of the base, what cells resume from, and what was captured; examples are counted from `first` in errors."""
     values, kept, acts = _based(model, tokens, edits, metrics, capture)
     return checked(values, "base", first), kept, acts
@@ -226,14 +232,25 @@ def kept_base(
 
 @eqx.filter_jit
 def _based(model, tokens, edits, metrics, capture):
-    out, base = base_of(model, tokens, edits, capture, captures_of(model, metrics))
+    read = captures_of(model, metrics)
+    if isinstance(model, LayeredModel):
+        out, base = base_of(model, tokens, edits, capture, read)
+    else:
+        out, base = run(model, tokens, edits, capture=capture, taps=read), None
     return values_of(metrics, out.readout, out.taps), base, {site: out.acts[site] for site in capture}
 
 
 @eqx.filter_jit
-def _chunk(model, tokens, base: Base, metrics, columns, stacked, chunk: Chunk, varying, fixed):
+def _chunk(model, tokens, base: Base | None, metrics, columns, stacked, chunk: Chunk, varying, fixed):
     """The metrics `[cell, batch]` of a chunk of cells."""
     edits, read = eqx.combine(varying, fixed), captures_of(model, metrics)
+    if base is None:
+
+        def cell(varying: Any) -> Any:
+            out = run(model, tokens, eqx.combine(varying, fixed), taps=read)
+            return values_of(metrics, out.readout, out.taps)
+
+        return jax.vmap(cell)(varying)
     final, acts = run_chunk(model, tokens, base, chunk, edits, stacked, columns, read)
     return jax.vmap(lambda final, acts: values_of(metrics, model.readout(final, tokens), acts))(final, acts)
 

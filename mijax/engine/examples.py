@@ -12,9 +12,9 @@ from mijax.engine.measure import is_split, taken
 from mijax.interventions.edits import Apply, Edit
 from mijax.interventions.places import Examples, of_examples, zips_examples
 from mijax.metrics import AnyMetric
+from mijax.model.model import Model
 from mijax.model.sites import Site
-from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
+from mijax.model.tokens import Inputs
 
 
 class Prompts(NamedTuple):
@@ -26,7 +26,7 @@ class Prompts(NamedTuple):
 
     examples: Examples
     distinct: int
-    tokens: Tokens
+    tokens: Inputs
     cells: Cells
     metrics: Mapping[str, AnyMetric]
 
@@ -35,14 +35,14 @@ class Prompts(NamedTuple):
         """The number of the first one among all."""
         return int(self.examples[0])
 
-    def of(self, tokens: Tokens) -> Tokens:
+    def of(self, tokens: Inputs) -> Inputs:
         """The same prompts of another batch; of one as large as this, all."""
         return tokens if len(tokens.ids) == len(self.examples) else tokens_of(tokens, self.examples)
 
 
 def groups(
-    model: Transformer,
-    tokens: Tokens,
+    model: Model,
+    tokens: Inputs,
     cells: Cells,
     metrics: Mapping[str, AnyMetric],
     programs: Mapping[str, AnyMetric],
@@ -65,7 +65,7 @@ def groups(
         )
 
 
-def tokens_of(tokens: Tokens, examples: Examples) -> Tokens:
+def tokens_of(tokens: Inputs, examples: Examples) -> Inputs:
     """Some of the prompts."""
     return jax.tree.map(lambda a: np.asarray(a)[examples], tokens)
 
@@ -84,7 +84,7 @@ def why_together(cells: Cells, metrics: Mapping[str, AnyMetric]) -> str | None:
     return None
 
 
-def cells_of_examples(model: Transformer, cells: Cells, examples: Examples, batch: int) -> Cells:
+def cells_of_examples(model: Model, cells: Cells, examples: Examples, batch: int) -> Cells:
     """The cells of some of the `batch` examples; `why_together` must be `None`."""
     edits = {
         name: tuple(

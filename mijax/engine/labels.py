@@ -6,7 +6,7 @@ import numpy as np
 
 from mijax.engine.axes import POSITIONS
 from mijax.engine.driver import Swept
-from mijax.model.tokens import Tokens
+from mijax.model.tokens import Inputs
 
 
 def labelled(done: Swept, *, single: bool, attrs: dict) -> Any:
@@ -29,7 +29,7 @@ def labelled(done: Swept, *, single: bool, attrs: dict) -> Any:
     return next(iter(arrays.values())) if single else xr.Dataset(arrays, attrs=attrs)
 
 
-def positions_told(result: Any, tokens: Tokens) -> Any:
+def positions_told(result: Any, tokens: Inputs) -> Any:
     """Blank the positions that a prompt has not; put the tokens beside their positions."""
     import xarray as xr
 

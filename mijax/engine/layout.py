@@ -11,20 +11,19 @@ from mijax import chunks
 from mijax._types import Int
 from mijax.engine.cells import Cells, canonical_cells, check_cells, convert_cells
 from mijax.engine.examples import tokens_of, why_together
-from mijax.engine.measure import as_programs, metric_bytes, read_by, taken
+from mijax.engine.measure import as_programs, metric_bytes, read_by, reads_activations, taken
 from mijax.engine.plan import Shape, Size, Work, capacity, columns_read, tokens_of_cell, work
 from mijax.metrics import AnyMetric
-from mijax.model.parameters import check_parameters
-from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
+from mijax.model.model import Model
+from mijax.model.tokens import Inputs
 
 
 class Job(NamedTuple):
     """What is swept. `programs` are the metrics of all prompts together, as users' functions are now; `first` is a column of each
     example before which no cell changes anything, whatever its edits say; `work` is what cells compute at most."""
 
-    model: Transformer
-    tokens: Tokens
+    model: Model
+    tokens: Inputs
     cells: Cells
     metrics: Mapping[str, AnyMetric]
     programs: Mapping[str, AnyMetric]
@@ -49,8 +48,8 @@ class Layout(NamedTuple):
 
 
 def job_of(
-    model: Transformer,
-    tokens: Tokens,
+    model: Model,
+    tokens: Inputs,
     cells: Cells,
     metrics: Mapping[str, AnyMetric],
     first: Int[np.ndarray, " batch"] | None,
@@ -60,13 +59,13 @@ def job_of(
 
     Users' functions are converted; with a folder `save`, they must come out the same twice.
     """
-    check_parameters(model)
+    model.check()
     check_cells(model, tokens, cells)
     cells = canonical_cells(model, cells)
     convert = lambda: (convert_cells(model, tokens, cells), as_programs(model, tokens, metrics))
     cells, programs = chunks.repeatable(convert, save)
     first = np.zeros(len(tokens.ids), np.int32) if first is None else first
-    todo = work(model, tokens, cells, columns_read(programs.values(), tokens))
+    todo = work(model, tokens, cells, columns_read(programs.values(), tokens), reads_activations(programs))
     return Job(model, tokens, cells, metrics, programs, first, todo._replace(first=np.maximum(todo.first, first)))
 
 
@@ -116,12 +115,12 @@ def unit_bytes(job: Job, prompts: int) -> tuple[int, int]:
     return row_bytes(job.model, job.cells.edits), cell_bytes(job.model, some, metrics)
 
 
-def row_bytes(model: Transformer, sites: Iterable[str]) -> int:
+def row_bytes(model: Model, sites: Iterable[str]) -> int:
     """The bytes that one row (a token of a cell) takes while a layer runs."""
     return model.numbers_per_token(sites) * model.dtype.itemsize
 
 
-def cell_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> int:
+def cell_bytes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> int:
     """The bytes that a cell takes beyond its rows: attention over all of its tokens, and what the metrics read and compute."""
     read = {site for metric in metrics.values() for site in read_by(metric)}
     whole = sum(math.prod(model.sites[site].shape(*tokens.ids.shape)[model.sites[site].has_layer :]) for site in read)

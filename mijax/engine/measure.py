@@ -14,10 +14,9 @@ from mijax._types import Array, Float, Int
 from mijax.interventions.capturing import Capturing
 from mijax.interventions.selecting import narrowed_shape
 from mijax.metrics import OWN, AnyMetric, position
+from mijax.model.model import Model
 from mijax.model.numerics import accumulator
-from mijax.model.readout import Readout
-from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
+from mijax.model.tokens import Inputs
 from mijax.programs.convert import Converted, convert, for_mesh_axes, shape_of
 from mijax.run import Captures, Out, as_captures, check, run
 
@@ -41,7 +40,12 @@ def read_by(metric: Any) -> Captures:
     return as_captures(getattr(metric, "sites", ()))
 
 
-def check_read(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> None:
+def reads_activations(metrics: Mapping[str, AnyMetric]) -> bool:
+    """Whether some metric reads more than the readout."""
+    return any(read_by(metric) for metric in metrics.values())
+
+
+def check_read(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> None:
     """Raise for activations that no run could give a metric, or that are not of every example."""
     for name, metric in metrics.items():
         try:
@@ -54,14 +58,14 @@ def check_read(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetr
                 raise ValueError(f"the sites of metric {name!r}: a metric reads all examples at site {site!r}")
 
 
-def captures_of(model: Transformer, metrics: Mapping[str, AnyMetric]) -> tuple[Capturing, ...]:
+def captures_of(model: Model, metrics: Mapping[str, AnyMetric]) -> tuple[Capturing, ...]:
     """The tap of each metric."""
     return tuple(Capturing(read_by(metric), model.n_layers) for metric in metrics.values())
 
 
 def values_of(
     metrics: Mapping[str, AnyMetric],
-    readout: Readout,
+    readout: Any,
     acts: Sequence[dict[str, Array]] | Mapping[str, dict[str, Array]],
 ) -> dict[str, Float[Array, " batch"]]:
     """Each metric of each example; `acts` holds what each one reads, in the metrics' order or by their names."""
@@ -78,8 +82,7 @@ class MetricProgram(eqx.Module):
 
     def __call__(self, out: Out) -> Float[Array, " batch"]:
         """One number per example."""
-        readout = out.readout
-        return self.function(readout.final, readout.tokens, readout.W_U, readout.b_U, out.acts)
+        return self.function(out.readout, out.acts)
 
 
 class _OfParts(eqx.Module):
@@ -87,11 +90,11 @@ class _OfParts(eqx.Module):
 
     metric: Any
 
-    def __call__(self, final: Any, tokens: Any, W_U: Any, b_U: Any, acts: Any) -> Any:
-        return self.metric(Out(Readout(final, tokens, W_U, b_U), acts))
+    def __call__(self, readout: Any, acts: Any) -> Any:
+        return self.metric(Out(readout, acts))
 
 
-def as_programs(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> dict[str, AnyMetric]:
+def as_programs(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> dict[str, AnyMetric]:
     """Metrics as users' functions are now, for runs of prompts of the shape of `tokens`; mijax's own as they are.
 
     Raises `TypeError` for what is no function, `ValueError` for one that gives anything but one number per example, or
@@ -101,7 +104,7 @@ def as_programs(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMet
     return {name: _as_program(model, tokens, name, metric) for name, metric in metrics.items()}
 
 
-def _as_program(model: Transformer, tokens: Tokens, name: str, metric: Any) -> AnyMetric:
+def _as_program(model: Model, tokens: Inputs, name: str, metric: Any) -> AnyMetric:
     if isinstance(metric, (MetricProgram, *OWN)):
         return metric
     if not callable(metric):
@@ -109,8 +112,8 @@ def _as_program(model: Transformer, tokens: Tokens, name: str, metric: Any) -> A
     batch = len(tokens.ids)
 
     def converted(keywords: dict[str, Any]) -> Converted:
-        final, acts = output_shapes(model, tokens, metric, **keywords)
-        return convert(_OfParts(metric), final, tokens, model.unembedding, model.b_U, acts, name=f"metric {name!r}")
+        parts = output_like(model, tokens, metric, **keywords)
+        return convert(_OfParts(metric), *parts, name=f"metric {name!r}")
 
     program = for_mesh_axes(converted, (model, tokens))
     shapes = jax.tree.map(lambda out: out.shape, program.out)
@@ -120,18 +123,18 @@ def _as_program(model: Transformer, tokens: Tokens, name: str, metric: Any) -> A
     return MetricProgram(program, read_by(metric), None if pos is None else position(pos))
 
 
-def output_shapes(model: Transformer, tokens: Tokens, metric: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
-    """The shape of the final stream that a metric sees, and those of the activations."""
+def output_like(model: Model, tokens: Inputs, metric: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
+    """What a metric sees of a run, with shapes for what differs between runs: the readout, and the activations."""
     shaped = lambda shape: jax.ShapeDtypeStruct(shape, model.dtype, **keywords)
     whole = lambda site: site.shape(*tokens.ids.shape)
     of = lambda site, where: shaped(narrowed_shape(where, site.axes, whole(site)))
     acts = {name: of(model.sites[name], where) for name, where in read_by(metric).items()}
-    return shaped(whole(model.sites["final_in"])), acts
+    return model.output_like(tokens, **keywords), acts
 
 
 def measure(
-    model: Transformer,
-    tokens: Tokens,
+    model: Model,
+    tokens: Inputs,
     edits: Any,
     metrics: Mapping[str, AnyMetric],
     what: str,
@@ -144,7 +147,7 @@ def measure(
 
 
 def taken(
-    model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric], examples: Int[np.ndarray, " k"]
+    model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric], examples: Int[np.ndarray, " k"]
 ) -> dict[str, AnyMetric]:
     """The programs of metrics for some of the examples, whose prompts are `tokens`; each must be `per_example` (`AnyMetric`)."""
     some: Any = {name: metric.take(examples) for name, metric in metrics.items()}  # pyright: ignore[reportFunctionMemberAccess]
@@ -182,35 +185,34 @@ def _measured(model, tokens, edits, metrics, capture):
     return values_of(metrics, out.readout, out.taps), out.acts
 
 
-def metric_bytes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> int:
+def metric_bytes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> int:
     """The bytes of everything that metrics compute from a run, and of the activations that they read; raises what they raise
     of its shape."""
     return _metric_bytes(*as_shapes(model, tokens, metrics))
 
 
-def as_shapes(model: Transformer, tokens: Tokens, metrics: Mapping[str, AnyMetric]) -> tuple[tuple[Any, ...], Any]:
+def as_shapes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> tuple[tuple[Any, ...], Any]:
     """What metrics see of a run and they themselves, flattened, arrays as shapes: what a trace of them depends on."""
-    final = jax.ShapeDtypeStruct(model.sites["final_in"].shape(*tokens.ids.shape), model.dtype)
-    acts = {name: output_shapes(model, tokens, metric)[1] for name, metric in metrics.items()}
-    parts = jax.tree.map(shape_of, (final, tokens, model.unembedding, model.b_U))
-    leaves, treedef = jax.tree.flatten((parts, acts, jax.tree.map(shape_of, dict(metrics))))
+    acts = {name: output_like(model, tokens, metric)[1] for name, metric in metrics.items()}
+    given = jax.tree.map(shape_of, (model.output_like(tokens), acts, dict(metrics)))
+    leaves, treedef = jax.tree.flatten(given)
     return tuple(leaves), treedef
 
 
 @functools.lru_cache
 def _metric_bytes(leaves: tuple[Any, ...], treedef: Any) -> int:
     """All as shapes, so that it is traced but once."""
-    parts, acts, metrics = jax.tree.unflatten(treedef, leaves)
-    of = lambda parts, acts, metrics: values_of(metrics, Readout(*parts), acts)
-    program = eqx.filter_make_jaxpr(of)(parts, acts, metrics)[0]
+    readout, acts, metrics = jax.tree.unflatten(treedef, leaves)
+    of: Any = lambda readout, acts, metrics: values_of(metrics, readout, acts)
+    program = eqx.filter_make_jaxpr(of)(readout, acts, metrics)[0]
     size = lambda a: a.size * a.dtype.itemsize
     return sum(size(v.aval) for eqn in program.jaxpr.eqns for v in eqn.outvars) + sum(map(size, jax.tree.leaves(acts)))
 
 
-def described(model: Transformer) -> dict[str, str]:
+def described(model: Model) -> dict[str, str]:
     """What a saved result must say of the model, and of the software that made it."""
     return {
-        "model": model.config.name or "unnamed",
+        "model": model.name,
         "mijax": _version(),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,

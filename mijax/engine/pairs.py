@@ -20,20 +20,20 @@ from mijax.interventions.selecting import known_axes, selection
 from mijax.interventions.where import Where
 from mijax.meshes import automatic
 from mijax.metrics import AnyMetric
+from mijax.model.model import LayeredModel, Model
 from mijax.model.position import Frame
 from mijax.model.sites import Site
 from mijax.model.tap import Point
-from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
+from mijax.model.tokens import Inputs
 from mijax.run import check
 
 Direction = Literal["denoise", "noise"]
 
 
 def patched(
-    model: Transformer,
-    base: Tokens,
-    source: Tokens,
+    model: Model,
+    base: Inputs,
+    source: Inputs,
     site: str,
     places: Grid,
     metrics: Mapping[str, AnyMetric],
@@ -43,14 +43,17 @@ def patched(
     source = automatic(source)
     check(model, source, {}, {})
 
-    def begin(model: Transformer, some: Prompts) -> Start:
+    def begin(model: Model, some: Prompts) -> Start:
         tokens = some.tokens
         at_source, value = measure(model, some.of(source), {}, some.metrics, "source", (site,), some.first)
         at_base, kept, own = kept_base(model, tokens, {}, some.metrics, (site,), some.first)
         edits = eqx.tree_at(lambda edits: edits[site][0].value, some.cells.edits, value[site])
+        runs = {"base": at_base, "source": at_source}
+        if not isinstance(model, LayeredModel):  # every cell is run whole
+            return Start(some.cells._replace(edits=edits), runs, kept)
         differs, where = own[site] != value[site], edits[site][0].where
         first = _first_change(model.sites[site], model.causal, model.frame(tokens), where, differs)
-        return Start(some.cells._replace(edits=edits), {"base": at_base, "source": at_source}, kept, np.asarray(first))
+        return Start(some.cells._replace(edits=edits), runs, kept, np.asarray(first))
 
     cells = cells_of({site: Replace(0.0, places)})
     return swept(
@@ -60,12 +63,12 @@ def patched(
         metrics,
         options,
         source=source,
-        first=_first_difference(model.causal, base, source),
+        first=_first_difference(model.causal, base, source) if isinstance(model, LayeredModel) else None,
         begin=begin,
     )
 
 
-def _first_difference(causal: bool, base: Tokens, source: Tokens) -> Int[np.ndarray, " batch"]:
+def _first_difference(causal: bool, base: Inputs, source: Inputs) -> Int[np.ndarray, " batch"]:
     """The first column of each example of which anything depends on the token that differs; the number of columns where none does."""
     differs = (np.asarray(base.ids) != np.asarray(source.ids)) & np.asarray(base.mask)
     first = np.argmax(differs, axis=1) if causal else np.zeros(len(differs), np.int64)
@@ -100,7 +103,7 @@ def _first_change(
     return jax.lax.map(cell, cells)
 
 
-def check_pair(clean: Tokens, corrupted: Tokens) -> None:
+def check_pair(clean: Inputs, corrupted: Inputs) -> None:
     """Raise where two batches differ in shape or padding."""
     if clean.ids.shape != corrupted.ids.shape:
         raise ValueError(f"clean and corrupted must have one shape, given {clean.ids.shape} and {corrupted.ids.shape}")

@@ -13,9 +13,9 @@ from mijax.engine.measure import read_by
 from mijax.interventions.places import first_column, first_columns, first_half, moving_fields
 from mijax.interventions.rows import needs_whole_cells
 from mijax.metrics import AnyMetric
+from mijax.model.model import LayeredModel, Model
 from mijax.model.position import Rows
-from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
+from mijax.model.tokens import Inputs
 
 
 class Work(NamedTuple):
@@ -85,9 +85,17 @@ class Plan(NamedTuple):
         return cls(arrays["order"], arrays["bounds"], Size(*map(int, arrays["size"])))
 
 
-def work(model: Transformer, tokens: Tokens, cells: Cells, read: Int[np.ndarray, "batch read"] | None) -> Work:
-    """Read off the edits what each cell need compute for the columns `read`; everything, where an edit allows no less."""
+def work(
+    model: Model, tokens: Inputs, cells: Cells, read: Int[np.ndarray, "batch read"] | None, padding: bool = False
+) -> Work:
+    """Read off the edits what each cell need compute for the columns `read`; everything, where an edit allows no less.
+
+    `padding` is computed too where somebody may look at it.
+    """
     mask = np.asarray(tokens.mask)
+    if not isinstance(model, LayeredModel):
+        zeros = np.zeros((cells.size, len(mask)), np.int32)
+        return Work(zeros[:, 0], zeros, np.ones_like(mask), whole=True)
     start = np.full(cells.size, 2 * model.n_layers, np.int32)
     first = np.full((cells.size, *mask.shape[:1]), mask.shape[1], np.int32)
     whole = False
@@ -106,10 +114,10 @@ def work(model: Transformer, tokens: Tokens, cells: Cells, read: Int[np.ndarray,
     if read is not None and model.causal:  # what comes after the last token that is read
         first = np.where(first > read.max(axis=1), mask.shape[1], first)
     all_queries = any("query" in model.sites[name].axes for name in cells.edits)
-    return Work(start, first, mask, all_queries=all_queries)
+    return Work(start, first, np.ones_like(mask) if padding else mask, all_queries=all_queries)
 
 
-def columns_read(metrics: Iterable[AnyMetric], tokens: Tokens) -> Int[np.ndarray, "batch read"] | None:
+def columns_read(metrics: Iterable[AnyMetric], tokens: Inputs) -> Int[np.ndarray, "batch read"] | None:
     """The columns at which the metrics read; `None` where one of them may read any."""
     mask, found = np.asarray(tokens.mask), []
     for metric in metrics:

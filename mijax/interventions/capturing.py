@@ -35,14 +35,16 @@ class Capturing(Tap):
         return frozenset(self.captures)
 
     def init(self, sites, frame, zero):
-        """Empty slots."""
+        """Empty slots, and zeros where a site stands in some layer only."""
         batch, pos, keys = *frame.positions.shape, frame.keys.shape[1]
         slots = {}
         for name, wanted in self._layers().items():
             site = sites[name]
             shape = narrowed_shape(self.captures[name], site.inner_axes, site.shape(batch, pos, keys)[1:])
             slots[name] = jax.lax.full_like(zero, 0, shape=(wanted.size, *shape))
-        return Kept({}, slots, {})
+        inside = [sites[name] for name in self.captures if sites[name].is_inside and not sites[name].has_layer]
+        shape = lambda site: narrowed_shape(self.captures[site.name], site.axes, site.shape(batch, pos, keys))
+        return Kept({}, slots, {site.name: jax.lax.full_like(zero, 0, shape=shape(site)) for site in inside})
 
     def at(self, point, x, state):
         """Keep it; nothing is changed."""

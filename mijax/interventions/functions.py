@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from mijax.interventions.edits import Apply, Edit
+from mijax.model.model import Model
 from mijax.model.sites import Site
-from mijax.model.transformer import Transformer
 from mijax.programs.convert import Converted, convert, for_mesh_axes, name_of
 
 SIGNATURE = "(x, site, layer, positions)"
@@ -22,7 +22,7 @@ def has_functions(edits: Mapping[str, tuple[Edit, ...]]) -> bool:
 
 
 def convert_edits(
-    model: Transformer, edits: Mapping[str, tuple[Edit, ...]], batch: int, pos: int, keys: int, beside: Any
+    model: Model, edits: Mapping[str, tuple[Edit, ...]], batch: int, pos: int, keys: int, beside: Any
 ) -> dict[str, tuple[Edit, ...]]:
     """The edits with every function converted, for `pos` tokens of each of `batch` prompts, which attend to `keys`.
 
@@ -37,7 +37,7 @@ def convert_edits(
     return for_mesh_axes(converted, beside)
 
 
-def _converted(model: Transformer, edits: Any, sizes: tuple[int, int, int], keywords: dict[str, Any]):
+def _converted(model: Model, edits: Any, sizes: tuple[int, int, int], keywords: dict[str, Any]):
     shaped = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, **keywords)
     positions = shaped(sizes[:2], jnp.int32)
 

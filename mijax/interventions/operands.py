@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mijax.model.sites import SELECTS, Site
+from mijax.model.sites import Site, field_of
 
 
 def in_full(value: Any, operand: str, told: Sequence[str] | None, site: Site, stacked: bool = False) -> Any:
@@ -18,7 +18,7 @@ def in_full(value: Any, operand: str, told: Sequence[str] | None, site: Site, st
     lead, shape = jnp.shape(value)[:stacked], jnp.shape(value)[stacked:]
     if told is None or not shape:
         return value.reshape(*lead, *(1,) * (len(site.axes) - len(shape)), *shape)
-    names = {name: axis for axis in site.axes for name in (axis, SELECTS.get(axis, "unit"))}
+    names = {name: axis for axis in site.axes for name in (axis, field_of(axis))}
     known = [names.get(name) for name in told]
     if None in known or len(set(known)) < len(known):
         raise ValueError(f"axes={tuple(told)} must be different axes of site {site.name!r}, some of {', '.join(names)}")
@@ -70,7 +70,7 @@ def check_operand(given: tuple[int, ...], what: str, site: Site, shape: tuple[in
     expected = f"the shape of site {site.name!r}, {' '.join(axes)} = {shape}"
     fits = len(given) <= len(shape) and all(n in (1, m) for n, m in zip(given[::-1], shape[::-1]))
     readings = _readings(given, site, shape) if len(given) < len(shape) else []
-    as_text = lambda reading: f"axes=({', '.join(repr(SELECTS[axis]) for axis in reading)}{',' * (len(reading) == 1)})"
+    as_text = lambda reading: f"axes=({', '.join(repr(field_of(axis)) for axis in reading)}{',' * (len(reading) == 1)})"
     if not fits:
         hint = f" (it would with {' or '.join(map(as_text, readings))})" if readings else ""
         raise ValueError(f"{what} has shape {given}, which does not broadcast to {expected}{hint}")

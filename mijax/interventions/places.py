@@ -16,7 +16,9 @@ Examples = Int[np.ndarray, " k"]
 
 def first_half(where: Where, stacked: Any, site: Site, has_halves: bool) -> Int[np.ndarray, " choice_or_1"]:
     """The half-layer at which each choice begins to act: 0 and 1 are those of the first layer."""
-    n = site.sizes["layer"]
+    n = site.sizes.get("layer", 0)
+    if not site.has_layer and site.is_inside:
+        return np.array([2 * min(site.layers or (0,)) + site.half])
     if not site.has_layer:
         return np.array([0 if site.part == "embedding" else max(0, 2 * n - 1 if has_halves else 2 * n - 2)])
     if "layer" not in where.given:

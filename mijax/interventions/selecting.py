@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mijax._types import Array, Bool, Int
 from mijax.interventions.where import Where
 from mijax.model.position import Rows
-from mijax.model.sites import SELECTS
+from mijax.model.sites import field_of
 from mijax.model.tap import Point
 
 
@@ -30,7 +30,7 @@ def selection(where: Where, axes: Sequence[str], known: Mapping[str, Axis]) -> B
     where nothing is narrowed. `known` gives each axis's labels, the current layer's under `layer`."""
     mask = jnp.ones((1,) * (1 + len(axes)), bool)  # leading: the zipped list
     for axis in ("layer", *axes):
-        index = getattr(where, SELECTS[axis])
+        index = getattr(where, field_of(axis))
         if index is not None:
             mask = mask & _membership(jnp.asarray(index), axis, axes, known[axis])
     return jnp.any(mask, axis=0)
@@ -83,7 +83,7 @@ def narrow(x: Array, where: Where, axes: Sequence[str], known: Mapping[str, Axis
     """Keep of `x` (inside one layer) the entries that `where` names, axis by axis; no axis is dropped."""
     for axis in sorted(axes, key=lambda axis: axis == "batch"):  # last: positions are known for the whole batch
         i = axes.index(axis)
-        index = getattr(where, SELECTS[axis])
+        index = getattr(where, field_of(axis))
         if index is None:
             continue
         index = jnp.asarray(index).reshape(-1) if jnp.ndim(index) < 2 else index
@@ -97,7 +97,7 @@ def narrowed_shape(where: Where | None, axes: Sequence[str], shape: Sequence[int
     """The shape of what `narrow` gives."""
     given = {} if where is None else where.given
     size = lambda index: jnp.shape(index)[-1] if jnp.ndim(index) else 1
-    return tuple(size(given[SELECTS[a]]) if SELECTS[a] in given else n for a, n in zip(axes, shape))
+    return tuple(size(given[field_of(a)]) if field_of(a) in given else n for a, n in zip(axes, shape))
 
 
 def index_of_rows(index: Array, stacked: bool, field: str, rows: Rows) -> tuple[Array, bool]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, Bool, Int
-from mijax.model.sites import SELECTS
+from mijax.model.sites import field_of
 from mijax.model.tokens import integers, is_concrete
 
 FIELDS = ("layer", "batch", "pos", "head", "unit", "query", "key")
@@ -104,7 +104,7 @@ def check_structure(
     where: Where, site: str, axes: Sequence[str], sizes: dict[str, int], *, zipped: bool = True
 ) -> None:
     """Raise `ValueError` for an axis the site lacks, ranks and lengths that do not fit together."""
-    selectors = {SELECTS[axis]: axis for axis in axes}
+    selectors = {field_of(axis): axis for axis in axes}
     batch, faults, lists = sizes["batch"], [], {}
     for field, index in where.given.items():
         shape = jnp.shape(index)

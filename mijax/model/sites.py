@@ -17,8 +17,10 @@ SELECTS = {
 }  # fmt: skip
 """The field of `Where` that selects along an axis: `unit` is the last axis of vectors."""
 
-UNITS = tuple(axis for axis, field in SELECTS.items() if field == "unit")
-"""The last axes of sites of vectors."""
+
+def field_of(axis: str) -> str:
+    """The field of `Where` that selects along an axis; any other axis than those known is one of a vector's units."""
+    return SELECTS.get(axis, "unit")
 
 
 Part = Literal["embedding", "attention", "mlp", "final"]
@@ -47,6 +49,8 @@ class Site:
     read_as: str | None = None  # of what attention reads: the site of it that attention takes products of
     zero_at_padding: bool = False  # whatever stands at the sites before
     masked: bool = False  # what a query may not see has no effect
+    scale: float = 1.0  # by which the products that it is made of are multiplied
+    layers: tuple[int, ...] | None = None  # at which it is there, where it stands in layers and has no axis of them
     fixed: tuple[tuple[str, int], ...] = ()
     half: int = 0
 
@@ -59,6 +63,11 @@ class Site:
     def has_layer(self) -> bool:
         """Whether there is one per layer, or one per model."""
         return self.axes[0] == "layer"
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it stands in the layers."""
+        return self.part in ("attention", "mlp")
 
     @property
     def inner_axes(self) -> tuple[str, ...]:
@@ -83,7 +92,7 @@ class Site:
     @property
     def has_vectors(self) -> bool:
         """Whether its last axis is that of vectors' units."""
-        return self.axes[-1] in UNITS
+        return field_of(self.axes[-1]) == "unit"
 
     def shape(self, batch: int, pos: int, keys: int | None = None) -> tuple[int, ...]:
         """The size of every axis, for so many prompts and tokens (which attend to so many `keys`, if not to themselves)."""
@@ -155,6 +164,7 @@ def transformer_sites(config: Config) -> Mapping[str, Site]:
             name: dataclasses.replace(
                 site,
                 fixed=fixed,
+                scale=c.attn_scale if name == "attn_scores" else 1.0,
                 half=int(site.part == "mlp" and not c.parallel),  # in a parallel layer the MLP waits for nothing
                 read_as=name if site.read_as not in there and site.read_as else site.read_as,
             )

@@ -14,8 +14,55 @@ PADDING = np.iinfo(np.int32).min // 2
 """The position of a padding token: smaller than any index, whether counted from the front or the end."""
 
 
+class Inputs:
+    """A batch of whatever a model takes, in `values`, with the examples in front: each is one token for those that ask.
+
+    >>> Inputs([[0.5, 1.0], [2.0, 3.0]]).lengths.tolist()
+    [1, 1]
+    """
+
+    values: Any
+    ids: Ids | np.ndarray
+    mask: Mask | np.ndarray
+    strings: Sequence[Sequence[str]] | None = None
+    end_tokens: tuple[int, ...] = ()
+
+    def __init__(self, values: Any):
+        """Raises `ValueError` for an array without examples."""
+        self.values = values if isinstance(values, jax.Array) else jnp.asarray(np.asarray(values))
+        if self.values.ndim < 1 or len(self.values) == 0:
+            raise ValueError(f"a batch has the examples in front, given shape {self.values.shape}")
+        self.ids = np.zeros((len(self.values), 1), np.int32)
+        self.mask = np.ones(self.ids.shape, bool)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        """The values, and a place for each example."""
+        return (self.values, self.ids, self.mask), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Any, ...]) -> "Inputs":
+        """Rebuild without checks: inside a transformation leaves may be anything."""
+        del aux
+        inputs = object.__new__(cls)
+        inputs.values, inputs.ids, inputs.mask = children
+        return inputs
+
+    @property
+    def positions(self) -> Int[Array, "batch pos"]:
+        """Each real token's place among its prompt's real tokens, from 0; `PADDING` elsewhere."""
+        return jnp.where(self.mask, jnp.cumsum(self.mask, axis=1, dtype=jnp.int32) - 1, PADDING)
+
+    @property
+    def lengths(self) -> Any:
+        """The number of real tokens of each prompt, `[batch]`; on the host where the mask is there."""
+        return self.mask.sum(axis=1, dtype=np.int32)
+
+
+jax.tree_util.register_pytree_node_class(Inputs)
+
+
 @jax.tree_util.register_pytree_node_class
-class Tokens:
+class Tokens(Inputs):
     """Token ids `[batch pos]` with the mask of those that are real (not padding).
 
     `strings` are the tokens as text, for labels: they are no part of the pytree, so that prompts of
@@ -25,11 +72,6 @@ class Tokens:
     >>> Tokens([[5, 6, 7]]).positions
     Array([[0, 1, 2]], dtype=int32)
     """
-
-    ids: Ids | np.ndarray
-    mask: Mask | np.ndarray
-    strings: Sequence[Sequence[str]] | None
-    end_tokens: tuple[int, ...]
 
     def __init__(
         self,
@@ -52,6 +94,7 @@ class Tokens:
         if is_concrete(real) and not np.isin(np.asarray(real), (0, 1)).all():
             raise ValueError("a mask must be boolean, or 0 and 1")
         self.mask = real.astype(bool)
+        self.values = self.ids
         if self.mask.shape != self.ids.shape:
             raise ValueError(f"the mask has shape {tuple(self.mask.shape)}, the token ids {tuple(self.ids.shape)}")
         self.strings, self.end_tokens = strings, tuple(end_tokens)
@@ -66,21 +109,12 @@ class Tokens:
         del aux
         tokens = object.__new__(cls)
         tokens.ids, tokens.mask = children
+        tokens.values = tokens.ids
         tokens.strings, tokens.end_tokens = None, ()
         return tokens
 
     def __repr__(self):
         return f"Tokens(batch={self.ids.shape[0]}, pos={self.ids.shape[1]})"
-
-    @property
-    def positions(self) -> Int[Array, "batch pos"]:
-        """Each real token's place among its prompt's real tokens, from 0; `PADDING` elsewhere."""
-        return jnp.where(self.mask, jnp.cumsum(self.mask, axis=1, dtype=jnp.int32) - 1, PADDING)
-
-    @property
-    def lengths(self) -> Any:
-        """The number of real tokens of each prompt, `[batch]`; on the host where the mask is there."""
-        return self.mask.sum(axis=1, dtype=np.int32)
 
 
 def as_tokens(tokens: "Tokens | ArrayLike") -> Tokens:
@@ -137,3 +171,21 @@ def columns(
     places, lengths = tokens.positions[:, None, :], jnp.asarray(tokens.lengths)[:, None, None]
     hits = (places == wanted) | (places - lengths == wanted)
     return jnp.argmax(hits, axis=-1).astype(jnp.int32), jnp.any(hits, axis=-1)
+
+
+def check_tokens(d_vocab: int, n_ctx: int, tokens: Tokens) -> None:
+    """Raise `ValueError` for prompts longer than the context, tokens outside the vocabulary, and prompts of padding alone."""
+    if tokens.ids.ndim != 2:
+        raise ValueError(f"tokens must be [batch, pos], given shape {tokens.ids.shape}")
+    if tokens.ids.shape[1] > n_ctx:
+        raise ValueError(f"the prompts have {tokens.ids.shape[1]} tokens, the model's context {n_ctx}")
+    if is_concrete(tokens.ids) and is_concrete(tokens.mask):
+        ids, mask = np.asarray(tokens.ids), np.asarray(tokens.mask)
+        bad = np.argwhere(mask & ((ids < 0) | (ids >= d_vocab)))  # padding may be anything
+        if len(bad):
+            example, column = map(int, bad[0])
+            raise ValueError(
+                f"token {ids[example, column]} (example {example}, column {column}) is outside the vocabulary of {d_vocab}"
+            )
+        if not mask.any(axis=1).all():
+            raise ValueError(f"example {int(np.argmin(mask.any(axis=1)))} is all padding")

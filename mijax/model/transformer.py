@@ -7,22 +7,23 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Float, Ids, Int, Stream
+from mijax._types import Array, Bool, Float, Ids, Int, Stream
 from mijax.model.attention import Attention
 from mijax.model.block import Block
 from mijax.model.config import Config
 from mijax.model.mlp import MLP
+from mijax.model.model import LayeredModel
 from mijax.model.norm import Norm, normalise
 from mijax.model.numerics import accumulator
 from mijax.model.position import Columns, Frame, Whole, frame, frame_of
 from mijax.model.readout import Readout
 from mijax.model.sites import Site, transformer_sites
 from mijax.model.tap import Tap, Visit
-from mijax.model.tokens import Tokens
+from mijax.model.tokens import Tokens, check_tokens
 from mijax.model.walk import Body, Layer, walk
 
 
-class Transformer(eqx.Module):
+class Transformer(LayeredModel):
     """A transformer's parameters: a pytree of arrays and nothing else. `mijax.run` runs it.
 
     The layers' arrays are stacked along a leading axis. `W_U` is `None` where the unembedding is tied
@@ -53,6 +54,41 @@ class Transformer(eqx.Module):
         return transformer_sites(self.config)
 
     @property
+    def name(self):
+        """The label in its config."""
+        return self.config.name or "unnamed"
+
+    @property
+    def layer_bytes(self):
+        """The bytes of the parameters of one layer."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.blocks)) // max(1, self.n_layers)
+
+    @property
+    def d_vocab(self):
+        """How many tokens there are."""
+        return self.config.d_vocab
+
+    @property
+    def n_ctx(self):
+        """How many tokens it takes at most."""
+        return self.config.n_ctx
+
+    def check(self) -> None:
+        """Hold the parameters against the config."""
+        from mijax.model.parameters import check_parameters  # which makes empty models
+
+        check_parameters(self)
+
+    def check_inputs(self, inputs: Any) -> None:
+        """Raise `ValueError` for a token outside the vocabulary, a prompt that is empty, or longer than the context."""
+        check_tokens(self.d_vocab, self.n_ctx, inputs)
+
+    def bad_inputs(self, inputs: Any) -> Bool[Array, ""]:
+        """Whether a token is outside the vocabulary, or a prompt empty."""
+        outside = jnp.any(inputs.mask & ((inputs.ids < 0) | (inputs.ids >= self.d_vocab)))
+        return outside | ~jnp.all(jnp.any(jnp.asarray(inputs.mask), axis=1))
+
+    @property
     def n_layers(self) -> int:
         """How many layers there are."""
         return self.config.n_layers
@@ -67,9 +103,9 @@ class Transformer(eqx.Module):
         """Whether a layer's MLP waits for its attention, so that a run can begin between them."""
         return not self.config.parallel
 
-    def frame(self, tokens: Tokens) -> Whole:
+    def frame(self, inputs: Any) -> Whole:
         """The positions of a batch."""
-        return frame(self.config, tokens, self.dtype)
+        return frame(self.config, inputs, self.dtype)
 
     def frame_of(self, tokens: Tokens, columns: Int[Array, " pos"], alone: bool = False) -> Columns:
         """The positions of some columns of a batch, which attend to all of it, or to one another `alone`."""

@@ -16,9 +16,9 @@ from mijax.engine.labels import positions_told
 from mijax.engine.measure import Metrics
 from mijax.engine.options import Running
 from mijax.interventions.edits import Add, Replace, Scale
+from mijax.model.model import Model
 from mijax.model.sites import Site, site_of
-from mijax.model.tokens import Tokens, as_tokens
-from mijax.model.transformer import Transformer
+from mijax.model.tokens import Inputs
 from mijax.run import run
 from mijax.sweeps.sweep import sweep
 
@@ -26,14 +26,14 @@ Kind = Literal["zero", "mean", "pooled mean", "resample", "noise"]
 
 
 def ablate(
-    model: Transformer,
-    tokens: Tokens | ArrayLike,
+    model: Model,
+    tokens: Inputs | ArrayLike,
     *,
     site: str,
     over: Sequence[str] | Grid,
     metric: Metrics,
     kind: Kind = "zero",
-    reference: Tokens | ArrayLike | None = None,
+    reference: Inputs | ArrayLike | None = None,
     draws: int = 1,
     scale: float = 1.0,
     key: Array | None = None,
@@ -57,12 +57,12 @@ def ablate(
     >>> r.dims
     ('layer', 'head', 'batch')
     """
-    tokens = as_tokens(tokens)
+    tokens = model.inputs(tokens)
     places = over if isinstance(over, Grid) else full_grid(model, tokens, site, over)
     edits: Any = {site: Replace(0.0, places)}
     if kind != "zero":
         check_sweep(model, tokens, edits, metric, running)
-        _check_kind(kind, site_of(site, model.sites), tokens, reference, draws, key)
+        _check_kind(model, kind, site_of(site, model.sites), tokens, reference, draws, key)
         edits = _from_reference(model, tokens, model.sites[site], places, kind, reference, draws, scale, key)
     result = sweep(model, tokens, edits, metric, **running)
     result = result.assign_attrs(ablation=kind)
@@ -70,8 +70,8 @@ def ablate(
 
 
 def dose_response(
-    model: Transformer,
-    tokens: Tokens | ArrayLike,
+    model: Model,
+    tokens: Inputs | ArrayLike,
     *,
     site: str,
     over: Sequence[str] | Grid,
@@ -89,14 +89,16 @@ def dose_response(
     >>> dict(r.sizes), bool(abs(r.sel(factor=1.0) - r.base).max() < 1e-6)
     ({'factor': 3, 'layer': 2, 'batch': 1}, True)
     """
-    tokens = as_tokens(tokens)
+    tokens = model.inputs(tokens)
     places = over if isinstance(over, Grid) else full_grid(model, tokens, site, over)
     doses = stack("factor", {float(f): {site: Scale(float(f), places)} for f in factors})
     result = sweep(model, tokens, doses, metric, **running)
     return result if isinstance(over, Grid) else positions_told(result, tokens)
 
 
-def _check_kind(kind: str, site: Site, tokens: Tokens, reference: Any, draws: int, key: Array | None) -> None:
+def _check_kind(
+    model: Model, kind: str, site: Site, tokens: Inputs, reference: Any, draws: int, key: Array | None
+) -> None:
     """Raise `ValueError` for what cannot be had of a reference, before it is run."""
     if kind not in Kind.__args__:
         raise ValueError(f"kind must be one of {', '.join(map(repr, Kind.__args__))}, given {kind!r}")
@@ -104,7 +106,7 @@ def _check_kind(kind: str, site: Site, tokens: Tokens, reference: Any, draws: in
         raise ValueError(f"ablation by {kind!r} draws: it needs a key and at least one draw, given {draws}")
     if kind in ("pooled mean", "noise") and len(_places(site)) != 1:
         raise ValueError(f"site {site.name!r} has no one position: it cannot be pooled over tokens")
-    same, reference = reference is None, tokens if reference is None else as_tokens(reference)
+    same, reference = reference is None, tokens if reference is None else model.inputs(reference)
     longest, wanted = (int(np.max(np.asarray(t.lengths))) for t in (reference, tokens))
     if kind == "mean" and longest < wanted:
         raise ValueError(f"the reference's prompts have at most {longest} tokens, the longest prompt {wanted}")
@@ -115,11 +117,11 @@ def _check_kind(kind: str, site: Site, tokens: Tokens, reference: Any, draws: in
 
 
 def _from_reference(
-    model, tokens: Tokens, site: Site, places: Grid, kind: str, reference, draws: int, scale: float, key
+    model, tokens: Inputs, site: Site, places: Grid, kind: str, reference, draws: int, scale: float, key
 ) -> Any:
     """The interventions of the kinds that look at other prompts."""
     same = reference is None
-    reference = tokens if same else as_tokens(reference)
+    reference = tokens if same else model.inputs(reference)
     name = site.name
     acts = np.asarray(run(model, reference, capture=(name,), readout=False).acts[name])
     if kind == "mean":
@@ -150,18 +152,19 @@ def _others(rng: np.random.Generator, batch: int, n: int, same: bool) -> np.ndar
     return order[(np.argsort(order) + 1) % n]
 
 
-def _mean_by_position(acts: np.ndarray, site: Site, reference: Tokens, tokens: Tokens) -> np.ndarray:
+def _mean_by_position(acts: np.ndarray, site: Site, reference: Inputs, tokens: Inputs) -> np.ndarray:
     """The mean over the prompts that have a position, put where each prompt has it."""
     columns = np.argsort(~np.asarray(reference.mask), axis=1, kind="stable")  # of each position
     aligned, axis = _along_positions(acts, site, columns), site.axes.index("batch")
     there = np.arange(columns.shape[1]) < np.asarray(reference.lengths)[:, None]
-    weight = np.prod([_as_axis(there, acts.ndim, axis, place) for place in _places(site)], axis=0)
+    every = np.ones([n if i == axis else 1 for i, n in enumerate(acts.shape)])
+    weight = np.prod([every, *(_as_axis(there, acts.ndim, axis, place) for place in _places(site))], axis=0)
     total, count = (aligned * weight).sum(axis=axis, keepdims=True), weight.sum(axis=axis, keepdims=True)
     mean = np.repeat(total / np.maximum(count, 1), tokens.ids.shape[0], axis=axis)
     return _along_positions(mean, site, np.maximum(np.asarray(tokens.positions), 0)).astype(acts.dtype)
 
 
-def _over_tokens(acts: np.ndarray, site: Site, reference: Tokens, statistic: Callable) -> np.ndarray:
+def _over_tokens(acts: np.ndarray, site: Site, reference: Inputs, statistic: Callable) -> np.ndarray:
     """A statistic over the real tokens of all prompts, of each layer, head and unit."""
     places, first = _places(site), site.axes.index("batch")
     merged = np.moveaxis(acts, (first, places[0]), (0, 1))[np.asarray(reference.mask)]

@@ -11,14 +11,14 @@ from mijax.engine.grid import Grid, grid, side_by_side
 from mijax.engine.measure import Metrics
 from mijax.engine.options import Running
 from mijax.interventions.edits import Replace
-from mijax.model.tokens import Tokens, as_tokens
-from mijax.model.transformer import Transformer
+from mijax.model.model import Model
+from mijax.model.tokens import Inputs
 from mijax.sweeps.sweep import sweep
 
 
 def knock_out(
-    model: Transformer,
-    tokens: Tokens | ArrayLike,
+    model: Model,
+    tokens: Inputs | ArrayLike,
     edges: Mapping[str, tuple[Any, Any]],
     metric: Metrics,
     *,
@@ -41,7 +41,7 @@ def knock_out(
     >>> dict(r.sizes)
     {'layer': 2, 'edge': 2, 'batch': 1}
     """
-    tokens, n = as_tokens(tokens), model.n_layers
+    tokens, n = model.inputs(tokens), model.n_layers
     layers = {str(layer): layer_window(layer, window, n) for layer in range(n)}
     grids = [
         grid(layer=layers, query={"": query}, key={"": key}, **({} if heads is None else {"head": {"": heads}}))

@@ -7,8 +7,8 @@ from mijax._types import ArrayLike
 from mijax.engine.grid import Grid
 from mijax.engine.options import Running
 from mijax.metrics import AnyMetric
-from mijax.model.tokens import Tokens
-from mijax.model.transformer import Transformer
+from mijax.model.model import Model
+from mijax.model.tokens import Inputs
 from mijax.sweeps.patch import patch
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def mediate(
-    model: Transformer,
+    model: Model,
     *,
-    base: Tokens | ArrayLike,
-    source: Tokens | ArrayLike,
+    base: Inputs | ArrayLike,
+    source: Inputs | ArrayLike,
     site: str,
     over: Sequence[str] | Grid,
     metric: AnyMetric,

@@ -11,26 +11,26 @@ from mijax.engine.measure import Metrics, described, named
 from mijax.engine.options import Running, options_of
 from mijax.engine.pairs import Direction, check_pair, patched
 from mijax.metrics import AnyMetric
-from mijax.model.tokens import Tokens, as_tokens
-from mijax.model.transformer import Transformer
+from mijax.model.model import Model
+from mijax.model.tokens import Inputs
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
 @overload
-def patch(model: Transformer, *, clean: Tokens | ArrayLike, corrupted: Tokens | ArrayLike, site: str,
+def patch(model: Model, *, clean: Inputs | ArrayLike, corrupted: Inputs | ArrayLike, site: str,
           over: Sequence[str] | Grid, metric: AnyMetric, direction: Direction = ...,
           **running: Unpack[Running]) -> "xr.DataArray": ...  # fmt: skip
 @overload
-def patch(model: Transformer, *, clean: Tokens | ArrayLike, corrupted: Tokens | ArrayLike, site: str,
+def patch(model: Model, *, clean: Inputs | ArrayLike, corrupted: Inputs | ArrayLike, site: str,
           over: Sequence[str] | Grid, metric: Mapping[str, AnyMetric], direction: Direction = ...,
           **running: Unpack[Running]) -> "xr.Dataset": ...  # fmt: skip
 def patch(
-    model: Transformer,
+    model: Model,
     *,
-    clean: Tokens | ArrayLike,
-    corrupted: Tokens | ArrayLike,
+    clean: Inputs | ArrayLike,
+    corrupted: Inputs | ArrayLike,
     site: str,
     over: Sequence[str] | Grid,
     metric: Metrics,
@@ -58,7 +58,7 @@ def patch(
     >>> r.dims, float(abs(r.sel(layer=0, pos=1) - r.source).max()) < 1e-6
     (('layer', 'pos', 'batch'), True)
     """
-    options, clean, corrupted = options_of(running), as_tokens(clean), as_tokens(corrupted)
+    options, clean, corrupted = options_of(running), model.inputs(clean), model.inputs(corrupted)
     check_pair(clean, corrupted)
     if direction not in ("denoise", "noise"):
         raise ValueError(f"direction must be 'denoise' or 'noise', given {direction!r}")

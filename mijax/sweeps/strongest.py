@@ -12,8 +12,8 @@ from mijax.engine.grid import Grid
 from mijax.engine.options import Running
 from mijax.engine.pairs import Direction
 from mijax.metrics import AnyMetric
-from mijax.model.tokens import Tokens, as_tokens
-from mijax.model.transformer import Transformer
+from mijax.model.model import Model
+from mijax.model.tokens import Inputs
 from mijax.sweeps.patch import patch
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def strongest(
-    model: Transformer,
+    model: Model,
     *,
-    clean: Tokens | ArrayLike,
-    corrupted: Tokens | ArrayLike,
+    clean: Inputs | ArrayLike,
+    corrupted: Inputs | ArrayLike,
     site: str,
     over: Sequence[str] | Grid,
     metric: AnyMetric,
@@ -48,7 +48,7 @@ def strongest(
     """
     import xarray as xr
 
-    clean, corrupted = as_tokens(clean), as_tokens(corrupted)
+    clean, corrupted = model.inputs(clean), model.inputs(corrupted)
     places = over if isinstance(over, Grid) else full_grid(model, clean, site, over)
     if not 0 < k <= places.size:
         raise ValueError(f"k must be from 1 to the {places.size} cells of the grid, given {k}")

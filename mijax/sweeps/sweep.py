@@ -11,22 +11,22 @@ from mijax.engine.measure import Metrics, described, named
 from mijax.engine.options import Running, options_of
 from mijax.interventions.edits import Interventions
 from mijax.metrics import AnyMetric
-from mijax.model.tokens import Tokens, as_tokens
-from mijax.model.transformer import Transformer
+from mijax.model.model import Model
+from mijax.model.tokens import Inputs
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
 @overload
-def sweep(model: Transformer, tokens: Tokens | ArrayLike, interventions: Interventions | Stack, metric: AnyMetric,
+def sweep(model: Model, tokens: Inputs | ArrayLike, interventions: Interventions | Stack, metric: AnyMetric,
           **running: Unpack[Running]) -> "xr.DataArray": ...  # fmt: skip
 @overload
-def sweep(model: Transformer, tokens: Tokens | ArrayLike, interventions: Interventions | Stack,
+def sweep(model: Model, tokens: Inputs | ArrayLike, interventions: Interventions | Stack,
           metric: Mapping[str, AnyMetric], **running: Unpack[Running]) -> "xr.Dataset": ...  # fmt: skip
 def sweep(
-    model: Transformer,
-    tokens: Tokens | ArrayLike,
+    model: Model,
+    tokens: Inputs | ArrayLike,
     interventions: Interventions | Stack,
     metric: Metrics,
     **running: Unpack[Running],
@@ -56,7 +56,7 @@ def sweep(
     >>> dict(result.sizes)
     {'layer': 2, 'head': 2, 'batch': 1}
     """
-    options, tokens, cells = options_of(running), as_tokens(tokens), cells_of(interventions)
+    options, tokens, cells = options_of(running), model.inputs(tokens), cells_of(interventions)
     done = swept(model, tokens, cells, named(metric), options)
     attrs = {"sites": " ".join(cells.edits), **described(model)}
     return labelled(done, single=not isinstance(metric, Mapping), attrs=attrs)

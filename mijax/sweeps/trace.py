@@ -16,9 +16,9 @@ from mijax.engine.measure import described
 from mijax.engine.options import Running
 from mijax.interventions.edits import Add, Replace
 from mijax.interventions.where import Where
+from mijax.model.model import LayeredModel
 from mijax.model.sites import site_of
-from mijax.model.tokens import Tokens, as_tokens
-from mijax.model.transformer import Transformer
+from mijax.model.tokens import Tokens
 from mijax.run import run
 from mijax.sweeps.sweep import sweep
 
@@ -29,7 +29,7 @@ Severed = Literal["mlp_out", "attn_out"]
 
 
 def trace(
-    model: Transformer,
+    model: LayeredModel,
     tokens: Tokens | ArrayLike,
     *,
     subject: Sequence[ArrayLike],
@@ -67,7 +67,7 @@ def trace(
     >>> dict(r.restored.sizes)
     {'layer': 2, 'pos': 3, 'draw': 4, 'batch': 1}
     """
-    tokens, answer = as_tokens(tokens), np.asarray(answer)
+    tokens, answer = model.inputs(tokens), np.asarray(answer)
     restores = site_of(site, model.sites)
     if "pos" not in restores.axes or not restores.has_layer:
         raise ValueError(f"causal tracing restores a site of layers and positions, given {site!r}")
@@ -121,7 +121,7 @@ def _subject_mask(tokens: Tokens, subject: Sequence[Any]) -> Bool[np.ndarray, "b
 
 
 def _known(
-    model: Transformer, tokens: Tokens, answer: np.ndarray, site: str
+    model: LayeredModel, tokens: Tokens, answer: np.ndarray, site: str
 ) -> tuple[Float[np.ndarray, " batch"], Array]:
     """The probability of the answers, and the clean activations; raises where an answer is not the model's."""
     out = run(model, tokens, capture=(site,))
@@ -134,17 +134,17 @@ def _known(
 
 
 def _noise(
-    model: Transformer, tokens: Tokens, mask: np.ndarray, scale: float, draws: int, seed: int
+    model: LayeredModel, tokens: Tokens, mask: np.ndarray, scale: float, draws: int, seed: int
 ) -> Float[Array, "example pos d_model"]:
     """`[draw x batch, pos, d_model]`: independent of one another."""
-    embedded = np.asarray(model.W_E[np.asarray(tokens.ids)[mask]].astype(jnp.float32))
+    embedded = np.asarray(run(model, tokens, capture=("embed",), readout=False).acts["embed"], np.float32)[mask]
     spread = scale * embedded.std()
     keys = jax.random.split(jax.random.key(seed), draws)
     shape = model.sites["embed"].shape(*tokens.ids.shape)
     return jnp.concatenate([spread * jax.random.normal(key, shape, embedded.dtype) for key in keys])
 
 
-def _places(model: Transformer, tokens: Tokens, pos: Mapping[str, Any] | None, window: int, draws: int) -> Grid:
+def _places(model: LayeredModel, tokens: Tokens, pos: Mapping[str, Any] | None, window: int, draws: int) -> Grid:
     n, lengths = model.n_layers, np.asarray(tokens.lengths)
     if pos is None:  # where prompts differ in length, the last position stands in for those that one has not
         pos = {str(p): np.minimum(p, lengths - 1)[:, None] for p in range(int(lengths.max()))}
