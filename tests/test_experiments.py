@@ -1,6 +1,7 @@
 """The studies, end to end, on a model small enough for a test; and the rules of the house."""
 
 import ast
+import dataclasses
 import graphlib
 import json
 import signal
@@ -323,6 +324,31 @@ def test_there_is_no_circle():
     arrows = {name(file): imported(file, root) - {name(file)} for file in root.rglob("*.py")}
     order = graphlib.TopologicalSorter({module: others & arrows.keys() for module, others in arrows.items()})
     assert len(list(order.static_order())) == len(arrows)  # raises CycleError, which shows the circle
+
+
+def test_where_is_read_in_one_room():
+    """What an entry of `Where` means, only `interventions` knows, and the grid that builds it."""
+    root = Path(mj.__file__).parent
+    fields = {field.name for field in dataclasses.fields(mj.Where)}
+    name = lambda node: getattr(node, "attr", getattr(node, "id", ""))
+    for file in root.rglob("*.py"):
+        if "interventions" in file.parts or file.name == "grid.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute):
+                read = node.attr == "given" or (node.attr in fields and name(node.value) == "where")
+                assert not read, f"{file}:{node.lineno} reads {name(node.value)}.{node.attr}"
+
+
+def test_only_the_model_knows_its_config_and_parameters():
+    """Nothing else reads `config` or a matrix of a model's."""
+    root = Path(mj.__file__).parent
+    for file in root.rglob("*.py"):
+        if {"model", "checkpoints", "superposition"} & set(file.relative_to(root).parts):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") != "jax":
+                assert node.attr not in ("config", "blocks") and not node.attr.startswith("W_"), f"{file}:{node.lineno}"
 
 
 def test_compiled_programs_are_kept_for_the_next_process(tmp_path):

@@ -115,7 +115,7 @@ def cells_of(interventions: Interventions | Stack) -> Cells:
     else:
         edits = as_edits(interventions)
         varies = jax.tree.map(lambda leaf: False, edits)
-    groups: dict[int, int] = {}
+    groups: dict[object, int] = {}
     placed, group = {}, {}
     for site, given in edits.items():
         pairs = []
@@ -123,12 +123,11 @@ def cells_of(interventions: Interventions | Stack) -> Cells:
             own = jax.tree.map(lambda v: 0 if v else -1, own)
             grid = edit.where
             if isinstance(grid, Grid):
-                same = id(grid.labels)
-                if same not in groups:
-                    groups[same] = len(sizes)
+                if grid.key not in groups:
+                    groups[grid.key] = len(sizes)
                     sizes.append(grid.size)
                     _join(labels, grid.labels)
-                number = groups[same]
+                number = groups[grid.key]
                 edit = eqx.tree_at(lambda e: e.where, edit, grid.where)
                 own = eqx.tree_at(lambda e: e.where, own, jax.tree.map(lambda _, n=number: n, grid.where))
             pairs.append((edit, own))

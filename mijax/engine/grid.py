@@ -15,11 +15,13 @@ from mijax.model.tokens import is_concrete
 class Grid:
     """Stacked places, one per cell in row-major order, and the labels of each dimension.
 
-    The arrays of `where` have a leading axis of cells in front of what `Where` describes.
+    The arrays of `where` have a leading axis of cells in front of what `Where` describes. Edits whose grids have one `key` move
+    together in a sweep; each `mijax.grid` has its own.
     """
 
     where: Where
     labels: Mapping[str, Sequence[int | str]]
+    key: object = dataclasses.field(default_factory=object, repr=False)
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -49,7 +51,7 @@ class Grid:
 
     def beside(self, where: Where) -> "Grid":
         """Other places for the same cells, stacked as `where` is here: edits at both move together in a sweep."""
-        return Grid(where, self.labels)
+        return Grid(where, self.labels, self.key)
 
 
 def grid(**axes: Iterable[Any] | Mapping[str, Any]) -> Grid:

@@ -22,6 +22,25 @@ class Model(eqx.Module):
 
     A model of your own says which named points it has (`sites`), takes its inputs (`inputs`), and calls the tap at each point on
     its way (`forward`). Its arrays are its parameters: they may be vmapped and differentiated.
+
+    >>> import jax, mijax as mj
+    >>> class Doubled(mj.Model):
+    ...     weight: jax.Array
+    ...
+    ...     @property
+    ...     def sites(self):
+    ...         return {"y": mj.Site("y", ("batch", "unit"), "twice the product", "mlp", fixed=(("unit", 2),))}
+    ...
+    ...     @property
+    ...     def dtype(self):
+    ...         return self.weight.dtype
+    ...
+    ...     def forward(self, inputs, frame, tap, state):
+    ...         visit = mj.Visit(tap, self.sites, frame)
+    ...         return visit("y", 2 * inputs.values @ self.weight, state)
+    >>> model = Doubled(jnp.eye(2))
+    >>> mj.run(model, jnp.ones((1, 2)), {"y": mj.Scale(0.0, mj.Where(unit=1))}).readout.tolist()
+    [[2.0, 0.0]]
     """
 
     @property

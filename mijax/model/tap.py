@@ -33,6 +33,19 @@ class Tap(eqx.Module):
     `sites` names them; the tap is called at no others, and a copy per head is computed only where some tap has it.
     A tap keeps what it keeps in its state, a pytree of arrays of its own, which goes through the run from `init`
     through every call, and has one structure whenever a layer begins.
+
+    >>> import jax, mijax as mj
+    >>> class Norms(mj.Tap):
+    ...     sites = frozenset({"resid_post"})
+    ...
+    ...     def at(self, point, x, state):
+    ...         return x, jax.numpy.linalg.norm(x, axis=-1)
+    ...
+    ...     def close(self, state):  # the next layer begins with nothing; this one's norms are kept
+    ...         return None, state
+    >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.run(model, [[1, 2, 3]], taps=[Norms()]).taps[0].shape
+    (2, 1, 3)
     """
 
     @property
