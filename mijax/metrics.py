@@ -311,7 +311,7 @@ class Function(Metric):
     def take(self, examples):
         """The function must know of no example by itself; positions of each example in `sites` and `pos` are narrowed."""
         if not self.per_example:
-            raise ValueError(f"metric {self.name!r} does not say that it is per example")
+            raise ValueError(f"metric {self.name!r} does not say that its arrays are per example")
         some = lambda where: where and of_examples(where, Where(), np.asarray(examples), 0)
         pos = self.pos[examples] if self.pos is not None and self.pos.ndim else self.pos
         sites = {site: some(where) for site, where in self.sites.items()}

@@ -258,7 +258,7 @@ def test_every_metric_is_split_by_its_examples(metric):
         "kl": lambda: metric(logits, pos=None),
         "cross_entropy": lambda: metric(base),
         "log_prob": lambda: metric([3, 5, 7]),
-    }[metric.__name__]()
+    }[metric.name]()
     together, apart = (found_by(model, base, source, ("z",), metric=own, prompts=n) for n in (3, 2))
     for name in together:  # the source's own divergence is zero but for rounding
         assert np.abs(apart[name] - together[name]).max() < 1e-4 * max(1.0, np.abs(together[name]).max()), name

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mijax as mj
-from mijax.engine.cells import cells_of
+from mijax.engine.cells import canonical_cells, cells_of
 from mijax.engine.layout import cell_bytes, job_of, layout_bytes, layout_of, row_bytes, unit_bytes
+from mijax.engine.measure import as_programs
 from mijax.engine.plan import Shape, Work, capacity, chunk_of, columns_read, plan, tokens_of_cell, work
 from mijax.model.sites import SELECTS
 from tests.architectures import ARCHITECTURES, IDS, LENGTHS, batch, error, random_model
@@ -374,14 +375,19 @@ def test_the_estimate_bounds_what_the_program_takes():
 
     model = mj.init(mj.Config(n_layers=4, d_model=64, n_heads=4, d_vocab=500, n_ctx=32), jax.random.key(0))
     tokens = mj.Tokens(np.arange(8 * 32).reshape(8, 32) % 500)
-    for metric in (mj.metrics.logit_diff(1, 2), mj.metrics.cross_entropy(tokens)):
+    size = lambda out: (
+        jnp.sum(out.acts["resid_post"] ** 2, axis=(0, 2, 3)) + jnp.sum(out.acts["pattern"], axis=(0, 2, 3, 4))
+    )
+    seen = mj.metrics.Function(size, sites=("resid_post", "pattern"))
+    for metric in (mj.metrics.logit_diff(1, 2), mj.metrics.cross_entropy(tokens), seen):
         for site, over in (
             ("z", {"layer": range(4), "head": range(4)}),
             ("resid_pre", {"layer": range(4), "pos": range(32)}),
         ):
-            cells, metrics = cells_of({site: mj.Scale(0.0, mj.grid(**over))}), {"m": metric}
+            cells = canonical_cells(model, cells_of({site: mj.Scale(0.0, mj.grid(**over))}))
+            metrics = as_programs(model, tokens, {"m": metric})
             read = columns_read([metric], tokens)
-            todo = work(model, tokens, cells, read)
+            todo = work(model, tokens, cells, read, metric is seen)
             each = row_bytes(model, cells.edits), cell_bytes(model, tokens, metrics)
             order = plan(todo, capacity(todo, Shape.of(model.causal, cells), *each, 2**28, 2048, specialise=False))
             own, chunk = chunk_of(todo, order, 0)
