@@ -324,10 +324,12 @@ OWN = (Logit, LogitDiff, LogProb, Prob, Rank, Accuracy, KL, CrossEntropy)
 """The metrics that read nothing but their own arrays and the run."""
 
 
-def _readout(metric: Metric, out: Out) -> Readout:
-    if not isinstance(out, Out):
+def _readout(metric: Metric, out: Any) -> Readout:
+    """Of a run's output; a readout alone will do, where logits are all that is read."""
+    readout = out if isinstance(out, Readout) else getattr(out, "readout", None)
+    if not isinstance(readout, Readout):
         raise TypeError(f"metric {metric.name!r} reads a run's output, mijax.run(...), given {type(out).__name__}")
-    return out.readout
+    return readout
 
 
 def _log_prob(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:

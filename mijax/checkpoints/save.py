@@ -15,9 +15,8 @@ from mijax.checkpoints.build import axis_sizes, get, tensor_names
 from mijax.checkpoints.families import FAMILIES, Family
 from mijax.checkpoints.tokenizer import Tokenizer
 from mijax.model.config import Config
-from mijax.model.parameters import check_parameters
 from mijax.model.tokens import is_concrete
-from mijax.model.transformer import Transformer
+from mijax.model.transformer import Transformer, check_parameters
 
 
 def save(
@@ -30,7 +29,7 @@ def save(
     `mijax.load` reads that. The folder appears whole or not at all.
 
     Raises `FileExistsError` where `path` exists, `ValueError` for parameters that are not those that the config
-    announces (`mijax.model.parameters.check_parameters`), not finite or not in memory, and what the file system raises
+    announces (`mijax.model.transformer.check_parameters`), not finite or not in memory, and what the file system raises
     where it cannot be written.
 
     >>> import tempfile, jax, mijax as mj

@@ -115,7 +115,13 @@ def _as_program(model: Model, tokens: Inputs, name: str, metric: Any) -> AnyMetr
         parts = output_like(model, tokens, metric, **keywords)
         return convert(_OfParts(metric), *parts, name=f"metric {name!r}")
 
-    program = for_mesh_axes(converted, (model, tokens))
+    try:
+        program = for_mesh_axes(converted, (model, tokens))
+    except Exception as error:
+        error.add_note(
+            f"in metric {name!r}, called with a run's output (mijax.Out): out.readout.logits(pos=-1), or out.acts of the sites that it names"
+        )
+        raise
     shapes = jax.tree.map(lambda out: out.shape, program.out)
     if shapes != (batch,):
         raise ValueError(f"metric {name!r} must give one number per example, [{batch}], given shape {shapes}")

@@ -2,13 +2,13 @@
 
 import collections
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mijax.model.config import Config
-from mijax.model.transformer import Transformer, init
 
 _ANNOUNCED_BY = {  # the field of `Config` that says whether a model has a parameter; it has all others in any case
     ".W_pos": "positions",
@@ -33,32 +33,23 @@ _TOGETHER = {
 }
 
 
-def check_parameters(model: Transformer) -> None:
-    """Hold a model's parameters against its config: which there are, their shapes, and one floating dtype for all.
+def check_fit(model: Any, empty: Callable[[Config], Any]) -> None:
+    """Hold a model's parameters against its config; `empty` gives the shapes of those that a config announces.
 
-    What stands in the arrays is not looked at: a trace, arrays that are not in memory yet (`jax.ShapeDtypeStruct`)
-    and sharded ones are checked alike, at a cost of some microseconds for a model of a kind that was seen before.
-
-    Raises `ValueError` that lists every mismatch, and one that says so where all parameters have a further axis in
-    front, as models have that are made by `vmap` over `init`.
-
-    >>> import dataclasses, jax, mijax as mj
-    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
-    >>> check_parameters(model)
-    >>> check_parameters(dataclasses.replace(model, W_pos=model.W_pos[:2]))
-    Traceback (most recent call last):
-    ValueError: the model's parameters do not fit its config: W_pos has shape (2, 8), expected (16, 8)
+    Raises `ValueError` that lists every mismatch: see `mijax.model.transformer.check_parameters`.
     """
     leaves, structure = jax.tree.flatten(model)
-    _check(structure, tuple((getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves))
+    _check(structure, tuple((getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves), empty)
 
 
 @functools.lru_cache(maxsize=256)
-def _check(structure: Any, avals: tuple[tuple[tuple[int, ...] | None, Any], ...]) -> None:
+def _check(
+    structure: Any, avals: tuple[tuple[tuple[int, ...] | None, Any], ...], empty: Callable[[Config], Any]
+) -> None:
     """Raises for parameters of these shapes and dtypes in this pytree, whose static part holds the config."""
     indexed = jax.tree.unflatten(structure, range(len(avals)))
     present = {_path(place): avals[i] for place, i in jax.tree_util.tree_leaves_with_path(indexed)}
-    expected = _shapes(indexed.config)
+    expected = _shapes(indexed.config, empty)
     faults = [_unannounced(path, indexed.config) for path in present if path not in expected]
     faults += [_missing(path, indexed.config) for path in expected if path not in present]
     shapes = {path: shape for path, (shape, _) in present.items() if path in expected}
@@ -86,9 +77,8 @@ def _dtype_faults(dtypes: dict[str, Any]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    empty = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    return {_path(place): leaf.shape for place, leaf in jax.tree_util.tree_leaves_with_path(empty)}
+def _shapes(config: Config, empty: Callable[[Config], Any]) -> dict[str, tuple[int, ...]]:
+    return {_path(place): leaf.shape for place, leaf in jax.tree_util.tree_leaves_with_path(empty(config))}
 
 
 def _path(place: Any) -> str:

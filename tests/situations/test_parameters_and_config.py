@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mijax as mj
-from mijax.model.parameters import check_parameters
+from mijax.model.transformer import check_parameters
 from tests.architectures import ARCHITECTURES, random_model
 from tests.reference.tiny_models import MODELS, STORED
 from tests.situations import refused
