@@ -254,4 +254,4 @@ def test_a_metric_that_reads_what_it_does_not_name():
     model, tokens = random_model(ARCHITECTURES["gpt2"], dtype=jnp.float32), batch("none")
     with pytest.raises(KeyError, match="z") as caught:
         mj.sweep(model, tokens, {"z": mj.Scale(0.0, mj.grid(layer=[0]))}, lambda out: out.acts["z"][0, :, 0, 0, 0])
-    assert "called with a run's output" in caught.value.__notes__[0]
+    assert "called with a run's output" in caught.value.__notes__[-1]
