@@ -1,5 +1,6 @@
 """Ablation: what a place does, told by taking its activations away; and scaling, for dose and response."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Unpack
 
@@ -158,7 +159,7 @@ def _mean_by_position(acts: np.ndarray, site: Site, reference: Inputs, tokens: I
     aligned, axis = _along_positions(acts, site, columns), site.axes.index("batch")
     there = np.arange(columns.shape[1]) < np.asarray(reference.lengths)[:, None]
     every = np.ones([n if i == axis else 1 for i, n in enumerate(acts.shape)])
-    weight = np.prod([every, *(_as_axis(there, acts.ndim, axis, place) for place in _places(site))], axis=0)
+    weight = math.prod((_as_axis(there, acts.ndim, axis, place) for place in _places(site)), start=every)
     total, count = (aligned * weight).sum(axis=axis, keepdims=True), weight.sum(axis=axis, keepdims=True)
     mean = np.repeat(total / np.maximum(count, 1), tokens.ids.shape[0], axis=axis)
     return _along_positions(mean, site, np.maximum(np.asarray(tokens.positions), 0)).astype(acts.dtype)
