@@ -16,7 +16,6 @@ from mijax.interventions.edits import Replace
 from mijax.interventions.selecting import known_axes, selection
 from mijax.interventions.where import Where
 from mijax.model.model import LayeredModel
-from mijax.model.position import Frame
 from mijax.model.sites import Site, field_of, site_of
 from mijax.model.tap import Point
 from mijax.model.tokens import Tokens
@@ -105,12 +104,12 @@ def _nodes(model: LayeredModel, tokens: Tokens, site: str, over: Over) -> Nodes:
 
 def _members(model: LayeredModel, tokens: Tokens, site: Site, grid: Grid, shape: tuple[int, ...]) -> np.ndarray:
     """The entries of each cell, by example."""
-    batch, frame = site.axes.index("batch"), model.frame(tokens)
+    batch = site.axes.index("batch")
     step = max(1, MASK_BYTES // int(np.prod(shape)))
     some = lambda begin: jax.tree.map(lambda index: index[begin : begin + step], grid.where)
     found = []
     for begin in range(0, grid.size, step):
-        mask = np.asarray(_masks(site, frame, some(begin)))
+        mask = np.asarray(_masks(model, site, tokens, some(begin)))
         own = np.argwhere(np.broadcast_to(mask, (len(mask), *shape)))
         found.append(own + np.eye(1, own.shape[1], dtype=int) * begin)
     every = np.concatenate(found)
@@ -125,9 +124,9 @@ def _members(model: LayeredModel, tokens: Tokens, site: Site, grid: Grid, shape:
 
 
 @eqx.filter_jit
-def _masks(site: Site, frame: Frame, where: Where) -> Bool[Array, "cell ..."]:
+def _masks(model: LayeredModel, site: Site, tokens: Tokens, where: Where) -> Bool[Array, "cell ..."]:
     """Which entries of a site, its axes collapsed that the grid does not narrow, each cell holds."""
-    inner = site.shape(*frame.positions.shape)[site.has_layer :]
+    frame, inner = model.frame(tokens), site.shape(*tokens.ids.shape)[site.has_layer :]
 
     def cell(where: Where) -> Bool[Array, "..."]:
         def layer(index: Int[Array, ""] | None) -> Bool[Array, "..."]:

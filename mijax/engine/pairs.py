@@ -21,7 +21,6 @@ from mijax.interventions.where import Where
 from mijax.meshes import automatic
 from mijax.metrics import AnyMetric
 from mijax.model.model import LayeredModel, Model
-from mijax.model.position import Frame
 from mijax.model.sites import Site
 from mijax.model.tap import Point
 from mijax.model.tokens import Inputs
@@ -52,7 +51,7 @@ def patched(
         if not isinstance(model, LayeredModel):  # every cell is run whole
             return Start(some.cells._replace(edits=edits), runs, kept)
         differs, where = own[site] != value[site], edits[site][0].where
-        first = _first_change(model.sites[site], model.causal, model.frame(tokens), where, differs)
+        first = _first_change(model, model.sites[site], tokens, where, differs)
         return Start(some.cells._replace(edits=edits), runs, kept, np.asarray(first))
 
     cells = cells_of({site: Replace(0.0, places)})
@@ -77,11 +76,12 @@ def _first_difference(causal: bool, base: Inputs, source: Inputs) -> Int[np.ndar
 
 @eqx.filter_jit
 def _first_change(
-    site: Site, causal: bool, frame: Frame, cells: Where, differs: Bool[Array, "..."]
+    model: LayeredModel, site: Site, tokens: Inputs, cells: Where, differs: Bool[Array, "..."]
 ) -> Int[Array, "cell batch"]:
     """The first column of each example at which a cell puts in anything but what stands there; the number of columns
     where it does nowhere. Two runs agree to the bit where they must (before the first token that differs), and such a
     cell's effect is zero, not rounding."""
+    frame = model.frame(tokens)
     if site.has_vectors and not cells.narrows("unit"):
         differs = jnp.any(differs, axis=-1, keepdims=True)
     layers = differs if site.has_layer else differs[None]
@@ -97,7 +97,7 @@ def _first_change(
         named = where.layers(len(layers))
         index = named if named is not None and named.size == 1 else every
         hit = jnp.any(jax.vmap(layer)(index, layers[index]), axis=0)  # [batch, pos]
-        first = jnp.argmax(hit, axis=1).astype(jnp.int32) if causal else jnp.zeros(len(hit), jnp.int32)
+        first = jnp.argmax(hit, axis=1).astype(jnp.int32) if model.causal else jnp.zeros(len(hit), jnp.int32)
         return jnp.where(jnp.any(hit, axis=1), first, hit.shape[1])
 
     return jax.lax.map(cell, cells)

@@ -8,6 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mijax._types import Array, ArrayLike, Asked, Bool, Int, Stream
 from mijax.model.position import Columns, Frame, Sight, Whole
@@ -193,7 +194,7 @@ class LayeredModel(Model):
     def output_like(self, inputs: Any, **keywords: Any) -> Readout:
         """A readout whose final stream is a shape."""
         shape = self.sites["final_in"].shape(*inputs.ids.shape)
-        empty = self.readout(jnp.zeros(shape, self.dtype), inputs)
+        empty = self.readout(jax.device_put(np.zeros(shape, self.dtype)), inputs)  # which compiles nothing
         return eqx.tree_at(lambda out: out.final, empty, jax.ShapeDtypeStruct(shape, self.dtype, **keywords))
 
 

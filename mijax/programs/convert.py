@@ -47,7 +47,7 @@ class Program:
         self.jaxpr = jex.Jaxpr([], [*own.constvars, *own.invars], own.outvars, own.eqns, own.effects, about)
         self.name, self.structure, self.key = name, structure, key
 
-    def __call__(self, arrays: Sequence[Array]) -> Any:
+    def __call__(self, arrays: Sequence[Array | np.ndarray]) -> Any:
         """The function's result for the arrays that it closes over and those that it is given."""
         inputs = [self._as_traced(variable.aval, x) for variable, x in zip(self.jaxpr.invars, arrays, strict=True)]
         return jax.tree.unflatten(self.structure, jax.core.eval_jaxpr(self.jaxpr, (), *inputs))
