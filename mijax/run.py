@@ -42,6 +42,8 @@ class Out(NamedTuple):
     @property
     def logits(self) -> Logits:
         """`[batch, pos, vocab]`, NaN at padding, computed when asked for; `readout.logits` computes fewer."""
+        if self.readout is None:
+            raise ValueError("this run was made with readout=False: it has no logits")
         return self.readout.logits()
 
 
@@ -68,7 +70,8 @@ def run(
     `readout=False` only what is captured is computed: no layer above the last one that is named there, and no final norm.
 
     Raises `ValueError` for a site that does not exist, an axis that a site lacks, shapes that do not
-    fit, an index out of range, a mask that selects nothing, a token outside the vocabulary, a prompt longer than the context.
+    fit, an index out of range, a mask that selects nothing, a token outside the vocabulary, a prompt longer than the context, an
+    edit in what `readout=False` leaves out, a tap that gives another shape than it takes; `TypeError` for what is no tap.
     Where an index is out of range that is known only inside a trace, the result is NaN.
 
     >>> import jax, mijax as mj
@@ -84,14 +87,15 @@ def run(
     check(model, prompts, edits, captures)
     check_selects(edits)
     check_taps(model, taps)
+    if not (readout or taps) and isinstance(model, LayeredModel):
+        _check_reached(model, edits, captures)
     prompts, edits, captures = on_device((prompts, of_prompts(model, prompts, edits), captures))
     result, acts, kept = with_automatic_axes(
         _run, model, prompts, edits, captures, tuple(taps), readout,
         like=prompts.ids, out_axes=_out_axes(model, captures),
     )  # fmt: skip
-    if readout and isinstance(
-        model, LayeredModel
-    ):  # with the parameters as they are, not as copies from a compiled program
+    # With the parameters as they are, not as copies from a compiled program.
+    if readout and isinstance(model, LayeredModel):
         result = model.readout(result, prompts)  # pyright: ignore[reportArgumentType]
     return Out(result, acts, kept)  # pyright: ignore[reportArgumentType]
 
@@ -107,6 +111,22 @@ def check_taps(model: Model, taps: Sequence[Any]) -> None:
             )
         for name in tap.sites:
             site_of(name, model.sites)
+
+
+def _check_reached(model: LayeredModel, edits: Edits, captures: Captures) -> None:
+    """Raise `ValueError` for an edit above the last layer of which something is captured: it would never act, without a word."""
+    last = _last(model, captures)
+    if last is None or not is_concrete(last):
+        return
+    for name, several in edits.items():
+        site = model.sites[name]
+        for edit in several:
+            layers = edit.where.layers(model.n_layers) if site.has_layer else site.layers
+            first = 0 if layers is None or not is_concrete(layers) else int(np.min(np.asarray(layers)))
+            if site.part == "final" or (site.is_inside and first >= int(last)):
+                raise ValueError(
+                    f"{type(edit).__name__} at site {name!r} acts above all that is captured, which readout=False leaves out"
+                )
 
 
 def check_selects(edits: Edits) -> None:

@@ -94,7 +94,7 @@ def test_nothing_above_the_last_captured_layer_is_computed_without_a_readout(lay
         assert error(out.acts[site], act) < 1e-6
 
 
-@pytest.mark.parametrize("capture, run", [((), 0), (("embed",), 0), (("z",), 3), (("ln_final.scale",), 3)])
+@pytest.mark.parametrize("capture, run", [(("z",), 3), (("embed", "z"), 3), (("ln_final.scale",), 3)])
 def test_what_is_captured_of_all_layers_or_after_them_takes_them_all(capture, run):
     model, tokens, called = random_model(ARCHITECTURES["gpt2"], dtype=jnp.float32), batch("left"), []
     watched = lambda x, site, layer, positions: (jax.debug.callback(lambda: called.append(1)), x)[1]
@@ -143,3 +143,22 @@ def test_there_is_one_block_and_one_loop_over_layers():
     }  # tokens, steps, dropped layers, probes
     others |= {"programs/hoist.py", "attribution/concepts.py"}
     assert {p for p in calls["scan"] if not p.startswith("superposition/")} <= {"model/walk.py", *others}
+
+
+ABOVE = {
+    "a later layer": ({"z": mj.Scale(0.0, mj.Where(layer=2))}, {"z": mj.Where(layer=1)}),
+    "several later layers": ({"mlp_out": mj.Scale(0.0, mj.Where(layer=[1, -1]))}, {"resid_post": mj.Where(layer=0)}),
+    "the last norm": ({"final_in": mj.Scale(0.0)}, {"z": mj.Where(layer=1)}),
+    "any layer": ({"z": mj.Scale(0.0)}, ("embed",)),
+}
+
+
+@pytest.mark.parametrize("where", ABOVE)
+def test_an_edit_above_all_that_is_captured_is_refused_without_a_readout(where):
+    edits, capture = ABOVE[where]
+    model, tokens = random_model(ARCHITECTURES["gpt2"], dtype=jnp.float32), batch("none")
+    with pytest.raises(ValueError, match="acts above all that is captured, which readout=False leaves out"):
+        mj.run(model, tokens, edits, capture=capture, readout=False)
+    assert mj.run(model, tokens, edits, capture=capture).acts
+    with pytest.raises(ValueError, match="it has no logits"):
+        _ = mj.run(model, tokens, capture=capture, readout=False).logits
