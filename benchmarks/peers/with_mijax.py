@@ -69,7 +69,7 @@ def run(model: mj.Transformer, case: Case, grid: str, limit: int | None) -> tupl
         raise ValueError("mijax runs a grid in full")
     metric = mj.metrics.logit_diff(case.correct, case.wrong)
     if grid == "forward":
-        return np.asarray(metric(mj.run(model, case.corrupted).readout)), {}
+        return np.asarray(metric(mj.run(model, case.corrupted))), {}
     if grid == "attribution":
         return attribution(model, case, metric)
     patched = partial(
