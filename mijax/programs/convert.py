@@ -227,7 +227,8 @@ def shape_of(x: Any) -> Any:
     varies = (
         {"sharding": jax.typeof(x).sharding, "manual_axis_type": jax.typeof(x).manual_axis_type} if _axes_of(x) else {}
     )
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, **varies)
+    dtype = x.dtype if isinstance(x, jax.Array) else jax.dtypes.canonicalize_dtype(x.dtype)  # as JAX takes host arrays
+    return jax.ShapeDtypeStruct(x.shape, dtype, **varies)
 
 
 def _axes_of(x: Any) -> frozenset[str]:
