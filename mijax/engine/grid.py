@@ -21,7 +21,7 @@ class Grid:
 
     where: Where
     labels: Mapping[str, Sequence[int | str]]
-    key: object = dataclasses.field(default_factory=object, repr=False)
+    key: object = dataclasses.field(default_factory=object, repr=False, compare=False)
 
     @property
     def dims(self) -> tuple[str, ...]:
