@@ -4,7 +4,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +22,7 @@ from mijax.model.position import Frame
 from mijax.model.sites import Site, cached_sites
 from mijax.model.tap import Chain, Point
 from mijax.model.tokens import Tokens, as_tokens, is_concrete
+from mijax.programs.now import JitNow
 from mijax.run import (
     Capture,
     Edits,
@@ -188,7 +188,7 @@ def _extended(tokens: Tokens, count: int) -> Tokens:
     return Tokens(pad(tokens.ids, 0), pad(tokens.mask, True))
 
 
-@eqx.filter_jit
+@JitNow
 def _generate(model, whole, ways, captures: dict[str, Where | None], sampling, filtered, stop, key, count) -> Generated:
     """`ways` are the edits for the prompt and for one new token: they differ in what users' functions are given."""
     width = whole.ids.shape[1] - count

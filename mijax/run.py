@@ -23,6 +23,7 @@ from mijax.model.readout import Readout
 from mijax.model.sites import Site, field_of, site_of
 from mijax.model.tap import Chain, Tap
 from mijax.model.tokens import Inputs, is_concrete
+from mijax.programs.now import JitNow
 
 Capture: TypeAlias = Iterable[str] | Mapping[str, Where | None]
 Edits: TypeAlias = dict[str, tuple[Edit, ...]]
@@ -192,7 +193,7 @@ def check(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> Non
             check_range(kept, name, fields)
 
 
-@eqx.filter_jit
+@JitNow
 def _run(
     model: Model, inputs: Inputs, edits: Edits, captures: Captures, taps: tuple[Tap, ...], readout: bool
 ) -> tuple[Any, dict[str, Array], tuple[Any, ...]]:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +18,7 @@ from mijax.metrics import AnyMetric, position
 from mijax.model.model import LayeredModel
 from mijax.model.sites import field_of, site_of
 from mijax.model.tokens import Tokens
+from mijax.programs.now import JitNow
 from mijax.run import check, run, zero_varying_like
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def concept(
     )
 
 
-@eqx.filter_jit
+@JitNow
 def _found(model: LayeredModel, tokens: Tokens, metric: AnyMetric, site: str, pos: ArrayLike) -> Gradients:
     return gradients(model, tokens, metric, (site,), pos)
 

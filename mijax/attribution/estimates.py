@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +21,7 @@ from mijax.engine.measure import as_programs, captures_of, checked, is_split, me
 from mijax.metrics import AnyMetric
 from mijax.model.model import LayeredModel
 from mijax.model.tokens import Tokens
+from mijax.programs.now import JitNow
 
 Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
 """Of each site: its name, its collapsed shape without batch, and how many cells where they are a grid's."""
@@ -214,7 +214,7 @@ def _store(save: Any, job: Job) -> chunks.Store:
     return chunks.Store(save, {name: chunks.fingerprint(part) for name, part in parts.items()})
 
 
-@eqx.filter_jit
+@JitNow
 def _chunk(
     method: Method, model: LayeredModel, tokens: Tokens, source: Array | None, metrics: Any, members: dict[str, Array],
     examples: Int[Array, " batch"], key: Array, layout: Layout, probes: int, checkpoint: int,

@@ -26,6 +26,7 @@ from mijax.metrics import AnyMetric
 from mijax.model.model import LayeredModel, Model
 from mijax.model.tokens import Inputs
 from mijax.model.transformer import Transformer
+from mijax.programs.now import JitNow
 from mijax.run import run
 
 
@@ -230,7 +231,7 @@ def kept_base(
     return checked(values, "base", first), kept, acts
 
 
-@eqx.filter_jit
+@JitNow
 def _based(model, tokens, edits, metrics, capture):
     read = captures_of(model, metrics)
     if isinstance(model, LayeredModel):
@@ -240,7 +241,7 @@ def _based(model, tokens, edits, metrics, capture):
     return values_of(metrics, out.readout, out.taps), base, {site: out.acts[site] for site in capture}
 
 
-@eqx.filter_jit
+@JitNow
 def _chunk(model, tokens, base: Base | None, metrics, columns, stacked, chunk: Chunk, varying, fixed):
     """The metrics `[cell, batch]` of a chunk of cells."""
     edits, read = eqx.combine(varying, fixed), captures_of(model, metrics)
@@ -255,7 +256,7 @@ def _chunk(model, tokens, base: Base | None, metrics, columns, stacked, chunk: C
     return jax.vmap(lambda final, acts: values_of(metrics, model.readout(final, tokens), acts))(final, acts)
 
 
-@eqx.filter_jit
+@JitNow
 def _chunks(mesh: Mesh, model, tokens, base, metrics, read, stacked, chunk: Chunk, varying, fixed):
     """The same of several chunks at once, each on the devices at one place of the mesh's first axis."""
     axis = mesh.axis_names[0]

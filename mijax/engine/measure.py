@@ -18,6 +18,7 @@ from mijax.model.model import Model
 from mijax.model.numerics import accumulator
 from mijax.model.tokens import Inputs
 from mijax.programs.convert import Converted, convert, for_mesh_axes, shape_of
+from mijax.programs.now import JitNow
 from mijax.run import Captures, Out, as_captures, check, run
 
 Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
@@ -185,7 +186,7 @@ def checked(values: Mapping[str, Any], what: str, first: int = 0) -> Values:
     return found
 
 
-@eqx.filter_jit
+@JitNow
 def _measured(model, tokens, edits, metrics, capture):
     out = run(model, tokens, edits, capture=capture, taps=captures_of(model, metrics))
     return values_of(metrics, out.readout, out.taps), out.acts

@@ -26,6 +26,7 @@ class Capturing(Tap):
     The result holds the activations by site, with the layers in front where the site has them.
     """
 
+    users_code = False
     captures: dict[str, Where | None]
     n_layers: int = eqx.field(static=True)
 

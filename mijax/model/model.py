@@ -44,6 +44,8 @@ class Model(eqx.Module):
     [[2.0, 0.0]]
     """
 
+    users_code = True
+
     @property
     @abc.abstractmethod
     def sites(self) -> Mapping[str, Site]:

@@ -48,6 +48,8 @@ class Tap(eqx.Module):
     (2, 1, 3)
     """
 
+    users_code = True
+
     @property
     @abc.abstractmethod
     def sites(self) -> frozenset[str]:
@@ -108,6 +110,8 @@ def called(tap: Tap, point: Point, x: Array, state: Any) -> tuple[Array, Any]:
 
 class Nothing(Tap):
     """The tap that is called nowhere."""
+
+    users_code = False
 
     @property
     def sites(self) -> frozenset[str]:

@@ -38,6 +38,7 @@ class Transformer(LayeredModel):
     W_U: Float[Array, "vocab d_model"] | None
     b_U: Float[Array, " vocab"] | None
     config: Config = eqx.field(static=True)
+    users_code = False
 
     @property
     def unembedding(self) -> Float[Array, "vocab d_model"]:
