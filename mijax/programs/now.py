@@ -17,7 +17,8 @@ class JitNow:
 
     def __init__(self, function: Callable):
         functools.update_wrapper(self, function)
-        self.function, self.jitted = function, eqx.filter_jit(function)
+        self.function: Any = function
+        self.jitted: Any = eqx.filter_jit(function)
 
     def __call__(self, *arguments: Any) -> Any:
         """What the function gives."""
