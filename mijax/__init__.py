@@ -15,7 +15,8 @@ from mijax.checkpoints.tokenizer import Tokenizer
 from mijax.engine.cells import Stack, stack
 from mijax.engine.grid import Grid, grid
 from mijax.engine.statistics import bootstrap, normalise, sign_flips
-from mijax.generate import Generated, current_tokens, generate, new_tokens, prompt_tokens
+from mijax.generation.generate import Generated, generate
+from mijax.generation.masks import current_tokens, new_tokens, prompt_tokens
 from mijax.interventions.edits import Add, Apply, Edit, Interchange, Mix, Project, Replace, Scale
 from mijax.interventions.where import Where
 from mijax.model import processing

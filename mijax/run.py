@@ -169,6 +169,11 @@ def in_canonical_form(model: Model, edits: Edits) -> Edits:
 def check(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> None:
     """Raise for whatever is wrong and can be known before anything runs."""
     model.check_inputs(tokens)
+    check_places(model, tokens, edits, captures)
+
+
+def check_places(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> None:
+    """Raise `ValueError` or `TypeError` for sites, places and operands that do not fit a text like `tokens`."""
     for name in (*edits, *captures):
         site = site_of(name, model.sites)
         shape = site.shape(*tokens.ids.shape)

@@ -282,7 +282,7 @@ FLOORS = (  # rooms side by side know nothing of one another
     ("superposition", "model"),
     ("checkpoints", "interventions"),
     ("run",),
-    ("metrics", "generate"),
+    ("metrics", "generation"),
     ("engine",),
     ("sweeps", "attribution"),
     ("plots",),

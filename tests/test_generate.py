@@ -163,6 +163,63 @@ def test_one_compilation_serves_a_shape():
     assert compiled == []
 
 
+def test_more_new_tokens_within_a_bucket_compile_nothing_and_are_as_by_themselves():
+    """Masks and operands with an axis of positions have other shapes for each number of new tokens."""
+    model = random_model(ARCHITECTURES["llama_gqa"], dtype=jnp.float32)
+    numbers = np.random.default_rng(0).normal(size=(3, 16, 12)).astype(np.float32)
+
+    def generate(count, **more):
+        tokens = batch("left")
+        edits = {
+            "resid_post": mj.Add(numbers[:, : 6 + count] * 2, mj.Where(layer=1), axes=("layer", "pos", "unit")),
+            "z": mj.Scale(2.0, mj.Where(pos=mj.new_tokens(tokens, count))),
+            "attn_scores": mj.Replace(-np.inf, mj.Where(key=0)),
+        }
+        return mj.generate(model, tokens, edits, max_new_tokens=count, **more)
+
+    longest = np.asarray(generate(10).ids)
+    with compilations() as compiled:
+        texts = {count: jax.tree.map(np.asarray, generate(count)) for count in (1, 4, 9)}
+    assert compiled == []
+    for count, done in texts.items():
+        assert done.ids.shape == done.mask.shape == (3, 6 + count) and (done.ids == longest[:, : 6 + count]).all()
+        assert (generate(count, capture=("z",)).ids == done.ids).all()  # compiled for as many as there are
+
+
+def test_the_last_token_of_the_context_may_be_followed_by_one_that_is_not_run():
+    model = random_model(ARCHITECTURES["gpt2"], dtype=jnp.float32)
+    done = mj.generate(model, IDS, max_new_tokens=11)
+    assert done.ids.shape == (3, 17)  # the context has 16
+    for column in (15, 16):
+        expected = mj.run(model, done.ids[:, :column]).logits[:, -1].argmax(-1)
+        assert (np.asarray(done.ids[:, column]) == np.asarray(expected)).all()
+    mask = mj.new_tokens(IDS, 11)
+    steered = mj.generate(model, IDS, {"resid_post": mj.Scale(0.0, mj.Where(pos=mask))}, max_new_tokens=11)
+    assert steered.ids.shape == (3, 17) and (steered.ids[:, 6] == done.ids[:, 6]).all()
+    with pytest.raises(ValueError, match="6 tokens and 12 new ones exceed the context of 16 by 1"):
+        mj.generate(model, IDS, max_new_tokens=12)
+    with pytest.raises(ValueError, match="6 tokens and 11 new ones exceed the context of 16 by 1"):
+        mj.generate(model, IDS, max_new_tokens=11, capture=("z",))
+
+
+def test_no_token_is_run_after_every_text_has_stopped():
+    """Counted by a callback in an edit, which is called wherever a token is run."""
+    model, runs = random_model(ARCHITECTURES["llama_gqa"], dtype=jnp.float32), []
+
+    def counting(x, site, layer, positions):
+        jax.debug.callback(lambda layer: runs.append(int(layer)), layer)
+        return x
+
+    free = np.asarray(mj.generate(model, IDS, max_new_tokens=8).ids)
+    for stop in ((), tuple(int(t) for t in free[[0, 1, 2], [7, 8, 7]])):
+        runs.clear()
+        done = mj.generate(model, IDS, {"resid_pre": counting}, max_new_tokens=8, stop=stop)
+        jax.effects_barrier()
+        ends = [row.tolist().index(next(t for t in row if t in stop)) for row in free[:, 6:]] if stop else [7, 7, 7]
+        assert runs.count(0) == 1 + max(ends), (stop, ends)  # the prompt, and every new token but the last
+        assert np.asarray(done.mask).sum(axis=1).tolist() == [7 + end for end in ends]
+
+
 def test_low_precision_and_a_batch_of_one():
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_model(ARCHITECTURES["llama_gqa"], dtype=jnp.float32))
     out = mj.generate(model, IDS[:1], max_new_tokens=3, capture=("z",))
@@ -172,7 +229,7 @@ def test_low_precision_and_a_batch_of_one():
 MODEL = mj.init(ARCHITECTURES["llama_gqa"], jax.random.key(0))
 FAULTS = {
     "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, given 0"),
-    "context": ({"max_new_tokens": 20}, "prompts of 6 tokens and 20 new ones exceed the context of 16 by 10"),
+    "context": ({"max_new_tokens": 20}, "prompts of 6 tokens and 20 new ones exceed the context of 16 by 9"),
     "stop": ({"stop": (3, 19)}, "stop token 19 is outside the vocabulary of 19"),
     "cold": ({"temperature": -1.0, "key": jax.random.key(0)}, "temperature must be one number, at least 0, given -1.0"),
     "no key": ({"temperature": 1.0}, "sampling .* needs a key"),

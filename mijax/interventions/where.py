@@ -10,7 +10,7 @@ import numpy as np
 
 from mijax._types import Array, Bool, Int
 from mijax.model.sites import field_of
-from mijax.model.tokens import integers, is_concrete
+from mijax.model.tokens import integers, is_concrete, resized
 
 FIELDS = ("layer", "batch", "pos", "head", "unit", "query", "key")
 
@@ -64,6 +64,12 @@ class Where(eqx.Module):
         """The same in a batch that holds the examples `count` times, one batch after the other."""
         own = {f: jnp.tile(jnp.asarray(i), (count, 1)) if jnp.ndim(i) == 2 else i for f, i in self.given.items()}
         return Where(**own)
+
+    def with_columns(self, n: int) -> "Where":
+        """The same in a text of `n` columns: masks over tokens are cut, or select nothing of further ones."""
+        columns = lambda field, index: field in ("pos", "query", "key") and index.dtype == bool
+        fields = {f: resized(i, -1, n, False) if columns(f, i) else i for f, i in self.given.items()}
+        return Where(**fields)
 
     def also(self, **fields: Any) -> "Where":
         """The same with further axes narrowed."""

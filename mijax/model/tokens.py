@@ -127,6 +127,14 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
+def resized(x: Any, axis: int, size: int, value: Any) -> Any:
+    """The array with `size` entries along an axis: cut, or filled with `value`; a host array stays one."""
+    xp = np if is_concrete(x) else jnp
+    x = xp.moveaxis(xp.asarray(x), axis, -1)[..., :size]
+    more = [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]
+    return xp.moveaxis(xp.pad(x, more, constant_values=value), -1, axis)
+
+
 def integers(x: Any, what: str) -> Any:
     """int32, on the host where `x` is there; numbers too large for it stay out of every range.
 

@@ -1,0 +1,1 @@
+"""Generation under interventions, with cached keys and values."""

@@ -1,0 +1,272 @@
+"""Generation under interventions: the prompts in one run, then new tokens one by one, with cached keys and values."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mijax._types import Array, ArrayLike, Bool, Int
+from mijax.generation.checks import check_acts, check_settings
+from mijax.generation.room import columns, edits_with_columns, with_columns
+from mijax.generation.sampling import as_sampling, sample
+from mijax.interventions.capturing import Capturing
+from mijax.interventions.editing import Editing
+from mijax.interventions.edits import Interventions, as_edits
+from mijax.interventions.functions import convert_edits
+from mijax.interventions.selecting import known_axes, narrow
+from mijax.interventions.where import Where
+from mijax.meshes import batch_spec, with_automatic_axes
+from mijax.model.attention import KVCache
+from mijax.model.model import LayeredModel
+from mijax.model.position import Frame
+from mijax.model.sites import Site, cached_sites
+from mijax.model.tap import Chain, Point
+from mijax.model.tokens import Tokens, is_concrete, resized
+from mijax.programs.now import JitNow
+from mijax.run import (
+    Capture,
+    Edits,
+    as_captures,
+    check_places,
+    check_selects,
+    faulty,
+    forward,
+    in_canonical_form,
+    nan_where,
+    on_device,
+)
+
+
+class Generated(NamedTuple):
+    """Prompts with what was added to them, and the activations captured at all of these tokens.
+
+    `mask` is False at padding and after a stop token. `ids` are -1 where an index was out of range that was
+    known only inside a trace.
+    """
+
+    ids: Int[Array, "batch pos"]
+    mask: Bool[Array, "batch pos"]
+    acts: dict[str, Array]
+
+
+_POSITIONS = ("pos", "query", "key", "batch")  # narrowed when all tokens are there
+
+
+def generate(
+    model: LayeredModel,
+    tokens: Tokens | ArrayLike,
+    interventions: Interventions | None = None,
+    *,
+    max_new_tokens: SupportsIndex,
+    temperature: ArrayLike = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    stop: SupportsIndex | Sequence[int] | None = None,
+    key: Array | None = None,
+    capture: Capture = (),
+) -> Generated:
+    """Continue prompts by `max_new_tokens` tokens each, under interventions on prompt and new tokens alike.
+
+    Every token sees what it would see in `run` on the finished text under the same interventions, if those do not
+    look ahead: `pos` counts over prompt and new tokens together, from 0, and values with a position axis have one entry for
+    each. The end of a text that is being written is nowhere yet, so that edits take no negative positions: `prompt_tokens`,
+    `new_tokens` and `current_tokens` (those that the next token is read from, as `pos=-1` is in a hook) give masks for
+    `Where(pos=...)`. `capture` works as in `run`, over prompt and new tokens, negative positions counting from the end of the
+    longest possible text; `attn_scores` are NaN at keys that were not there yet. The last new token is run only where something
+    is captured: without, a text may be one token longer than the context.
+
+    `temperature` 0 takes the likeliest token; above, `key` draws from the distribution, cut to the `top_k`
+    likeliest tokens, to the fewest that have probability `top_p` together, and to those of at least `min_p` times
+    the largest. After a token of `stop` (by default the end tokens of the tokenizer that made `tokens`; `()` is none), a
+    prompt's continuation is padding. For several samples of each prompt, `vmap` over keys. One compilation serves a shape of
+    prompts and up to 16 new tokens, or 32, 64, ... of them, whatever the numbers; where something is captured or a function edits
+    attention, each number of new tokens has its own.
+
+    Raises what `run` raises, for the finished text; `ValueError` for settings out of their range, for a text that
+    would outgrow the context (by how much), for an edit that cannot act on a new token or what is captured, and for a callable edit
+    that says it mixes positions.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.generate(model, [[1, 2, 3]], {"resid_mid": mj.Add(1.0)}, max_new_tokens=4).ids.shape
+    (1, 7)
+    """
+    if not isinstance(model, LayeredModel):
+        raise TypeError(f"generation takes a model of tokens, given {type(model).__name__}")
+    model.check()
+    tokens, edits, captures = model.inputs(tokens), as_edits(interventions), as_captures(capture)
+    count = _whole_number(max_new_tokens)
+    stop_ids: Any = tokens.end_tokens if stop is None else np.atleast_1d(np.asarray(stop)).tolist()
+    check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key, captures)
+    text = _extended(tokens, count)
+    model.check_inputs(tokens)
+    check_places(model, text, edits, captures)
+    check_selects(edits)
+    check_acts(text, edits, captures)
+    sampling, filtered = as_sampling(temperature, top_k, top_p, min_p, model.d_vocab)
+    batch, width = tokens.ids.shape
+    total = width + columns(edits, model.sites, width, count, model.n_ctx, bool(captures))
+    edits = edits_with_columns(in_canonical_form(model, edits), model.sites, width + count, total)
+    text = with_columns(text, total)
+    shapes = ((width, width), (1, total))  # of the prompt, and of each new token: computed tokens, and keys
+    ways = tuple(convert_edits(model, edits, batch, *shape, (model, text)) for shape in shapes)
+    text, ways, captures, counted = on_device((text, ways, captures, np.int32(count)))
+    done = with_automatic_axes(
+        _generate,
+        model,
+        text,
+        ways,
+        captures,
+        sampling,
+        *(filtered, jnp.asarray(stop_ids, jnp.int32), key, width, counted),
+        like=tokens.ids,
+        out_axes=lambda b: _out_axes(model, captures, b),
+    )
+    return Generated(_first_columns(done.ids, width + count), _first_columns(done.mask, width + count), done.acts)
+
+
+def _first_columns(x: Array, n: int) -> Array:
+    """The first `n` columns; on the host where they can be read there, since a slice is a program of its own."""
+    if not is_concrete(x) or not x.is_fully_addressable:
+        return x[:, :n]
+    return jax.device_put(np.asarray(x)[:, :n], x.sharding)
+
+
+def _out_axes(model: LayeredModel, captures: dict[str, Where | None], batch: Any) -> Any:
+    """How what is generated is sharded where the examples are explicitly so."""
+    tokens, narrowed = batch_spec(("batch",), batch), lambda where: where is not None and where.narrows("batch")
+    acts = {
+        site: batch_spec(model.sites[site].axes, None if narrowed(where) else batch) for site, where in captures.items()
+    }
+    return Generated(tokens, tokens, acts)  # pyright: ignore[reportArgumentType]
+
+
+def _whole_number(count: Any) -> int:
+    try:
+        return operator.index(count)
+    except TypeError as error:
+        raise TypeError(
+            f"max_new_tokens must be a whole number that is known before anything is compiled, given {count!r}"
+        ) from error
+
+
+def _extended(tokens: Tokens, count: int) -> Tokens:
+    """The finished text's mask; its ids are known for the prompt only."""
+    total = tokens.ids.shape[1] + count
+    return Tokens(resized(tokens.ids, 1, total, 0), resized(tokens.mask, 1, total, True))
+
+
+@JitNow
+def _generate(
+    model, text, ways, captures: dict[str, Where | None], sampling, filtered, stop, key, width, count
+) -> Generated:
+    """`ways` are the edits for the prompt and for one new token: they differ in what users' functions are given."""
+    bad = faulty(model, text, ways[0], captures) | _negative(ways[0])
+    cached = cached_sites(model.sites)
+    per_token = {name: where and where.without(*_POSITIONS) for name, where in captures.items()} | dict.fromkeys(cached)
+
+    def at(columns, ids, held=None):
+        """Run some columns; gives their final stream, what is captured there, and their keys and values."""
+        positions = model.frame_of(text, columns, alone=held is None)  # the prompt sees itself alone
+        edits = ways[0 if held is None else 1]
+        tap = Chain((Editing(edits), Capturing(per_token, model.n_layers)))
+        final, (_, acts) = forward(model, ids, positions, tap, bad, held=held)
+        assert final is not None
+        acts = nan_where(bad, acts, model)
+        return final, {name: acts[name] for name in captures}, KVCache(*(acts[site] for site in cached))
+
+    def draw(final, step):
+        """The next token after each example's last computed one."""
+        logits = model.readout(final, Tokens(jnp.zeros(final.shape[:2], jnp.int32))).logits()[:, 0]
+        if sampling is None:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return sample(logits, sampling, filtered, jax.random.fold_in(key, step)).astype(jnp.int32)
+
+    prompt = jnp.arange(width, dtype=jnp.int32)
+    final, acts, own = at(prompt, text.ids[:, :width])
+    last = jnp.max(jnp.where(text.mask[:, :width], prompt[None], 0), axis=1)  # each prompt's last real column
+    token = draw(jnp.take_along_axis(final, last[:, None, None], axis=1), 0)
+    room = text.ids.shape[1] - width
+    cache = KVCache(*(jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))) for x in own))
+
+    def step(carry, i):
+        """Run the new token `i` and draw the next."""
+        cache, token = carry
+        final, acts, own = at((width + i)[None], token[:, None], cache)
+        cache = KVCache(*(c.at[:, :, width + i].set(o[:, :, 0]) for c, o in zip(cache, own)))
+        return (cache, draw(final, i + 1)), (token, acts)
+
+    if captures:
+        _, (added, later) = jax.lax.scan(step, (cache, token), jnp.arange(room, dtype=jnp.int32))
+        added = added.T
+    else:
+        added, later = _until_the_end(step, (cache, token), stop, room, count), {}
+    ids = jnp.concatenate([text.ids[:, :width], jnp.where(bad, -1, added)], axis=1)
+    frame = model.frame(text)
+    for name, where in captures.items():
+        site = model.sites[name]
+        acts[name] = _joined(acts[name], later[name], site)
+        if name == "attn_scores":
+            acts[name] = jnp.where(_was_there(width, text.ids.shape[1]), acts[name], jnp.nan)
+        if where is not None:
+            left = where if name in cached else where.only(*_POSITIONS)  # the rest was narrowed token by token
+            acts[name] = _narrowed(acts[name], left, site, frame)
+    return Generated(*_stopped(ids, jnp.asarray(text.mask)[:, :width], stop), acts)
+
+
+def _until_the_end(step, carry, stop: Int[Array, " k"], room: int, count: Int[Array, ""]) -> Int[Array, "batch new"]:
+    """The tokens of `count` steps, the last of which is drawn and not run; fewer where every text has stopped."""
+
+    def body(state):
+        i, carry, added, ended = state
+        carry, _ = step(carry, i)
+        token = carry[1]
+        return i + 1, carry, added.at[:, i + 1].set(token), ended | jnp.isin(token, stop)
+
+    token = carry[1]
+    added = jnp.pad(token[:, None], ((0, 0), (0, room)))  # one more than are run
+    state = (jnp.int32(0), carry, added, jnp.isin(token, stop))
+    return jax.lax.while_loop(lambda s: (s[0] < count - 1) & ~jnp.all(s[3]), body, state)[2]
+
+
+def _was_there(width: int, total: int) -> Bool[np.ndarray, "query key"]:
+    """Which keys were there when a query was computed: the prompt's together, the others one by one."""
+    column = np.arange(total)
+    return column[None, :] <= np.maximum(column[:, None], width - 1)
+
+
+def _joined(prompt: Array, later: Array, site: Site) -> Array:
+    """One array of all tokens, from the prompt's and those of each new token (which come stacked in front)."""
+    axis = site.axes.index(site.position_axes[0])
+    if "key" in site.axes:  # the prompt's tokens attend to none of the later ones
+        gap = later.shape[-1] - prompt.shape[-1]
+        prompt = jnp.pad(prompt, [(0, 0)] * (prompt.ndim - 1) + [(0, gap)])
+    return jnp.concatenate([prompt, jnp.moveaxis(jnp.squeeze(later, axis + 1), 0, axis)], axis=axis)
+
+
+def _narrowed(x: Array, where: Where, site: Site, frame: Frame) -> Array:
+    """Keep of a text activation what `where` names."""
+    layers = where.layers(site.sizes["layer"]) if site.has_layer else None
+    x = x if layers is None else x[layers]
+    keep = lambda x: narrow(x, where, site.inner_axes, known_axes(Point(site, None, frame), x.shape))
+    return jax.vmap(keep)(x) if site.has_layer else keep(x)
+
+
+def _stopped(ids: Array, mask: Array, stop: Int[Array, " k"]) -> tuple[Array, Array]:
+    """Make padding of what follows a stop token; `mask` is the prompts'."""
+    width = mask.shape[1]
+    ends = jnp.any(ids[:, width:, None] == stop[None, None, :], axis=-1)
+    before = jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends.astype(jnp.int32)
+    mask = jnp.concatenate([mask, before == 0], axis=1)
+    return jnp.where(mask | (jnp.arange(ids.shape[1]) < width)[None], ids, 0), mask
+
+
+def _negative(edits: Edits) -> Bool[Array, ""]:
+    """Whether a position counts from the end, once values are known."""
+    wheres = [edit.where for several in edits.values() for edit in several]
+    indices = [jnp.asarray(index) for where in wheres for index in where.positions.values()]
+    return jnp.any(jnp.asarray([jnp.any(index < 0) for index in indices] or [False]))
