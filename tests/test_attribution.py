@@ -8,7 +8,7 @@ import pytest
 
 import mijax as mj
 from mijax.attribution.concepts import logistic_probe
-from mijax.attribution.estimates import Job, Plan, _chunk, estimated, layers_bytes, prompt_bytes
+from mijax.attribution.estimates import AttributionJob, Schedule, _chunk, estimated, layers_bytes, prompt_bytes
 from mijax.attribution.gradient import AtP
 from mijax.attribution.nodes import nodes_of
 from mijax.attribution.verify import Verify, most_missed, verified
@@ -30,8 +30,8 @@ PLAIN = AtP()
 
 def found_by(model, base, source, sites, method=PLAIN, metric=METRIC, probes=0, checkpoint=0, prompts=3, seed=0):
     """What the method finds in the model's own precision, as it is before it is labelled."""
-    job = Job(model, base, source, {"m": metric}, nodes_of(model, base, sites), method, probes, seed)
-    return estimated(job, Plan(prompts, checkpoint, 0), progress=False, save=None)[0]
+    job = AttributionJob(model, base, source, {"m": metric}, nodes_of(model, base, sites), method, probes, seed)
+    return estimated(job, Schedule(prompts, checkpoint, 0), progress=False, save=None)[0]
 
 
 SOME = ("embed", "resid_pre", "q_input", "ln1.scale", "k", "pattern", "z", "attn_out", "mlp_out", "ln_final.scale")
@@ -356,7 +356,7 @@ def test_verify_finds_planted_false_negatives_at_the_rate_of_its_bound():
     whole = abs(float((r.source - r.base).mean()))
     effect = (abs((exact - exact.base).mean("batch")) / whole).values.reshape(-1)
     strong = np.flatnonzero(effect >= 0.05)
-    job = Job(model, base, source, {"logit_diff": METRIC}, nodes_of(model, base, sites), AtP(), 0, 0)
+    job = AttributionJob(model, base, source, {"logit_diff": METRIC}, nodes_of(model, base, sites), AtP(), 0, 0)
     covered, found, expected = [], [], []
     for seed in range(30):
         planted = np.random.default_rng(seed).choice(strong, 12, replace=False)
@@ -614,7 +614,7 @@ def test_the_estimate_bounds_what_the_program_takes(checkpoint, method, probes):
     base, source = (mj.Tokens(rng.integers(0, 101, (4, 48))) for _ in range(2))
     metric = mj.metrics.logit_diff(3, 4)
     sites = ("resid_pre", "z", "mlp_out", "q", "k", "v", "pattern")
-    job = Job(model, base, source, {"m": metric}, nodes_of(model, base, sites), method, probes, 0)
+    job = AttributionJob(model, base, source, {"m": metric}, nodes_of(model, base, sites), method, probes, 0)
     estimate = layers_bytes(model) + 4 * prompt_bytes(job, checkpoint) + metric_bytes(model, base, {"m": metric})
     arguments = (method, model, base, jnp.asarray(source.ids), {"m": metric}, {}, np.arange(4, dtype=np.int32), jax.random.key(0),
                  job.layout, probes, checkpoint)  # fmt: skip
@@ -630,7 +630,9 @@ def test_no_product_is_computed_twice(checkpoint, passes):
     c = mj.Config(n_layers=3, d_model=64, n_heads=4, d_vocab=101, n_ctx=16)
     model, rng = mj.init(c, jax.random.key(0)), np.random.default_rng(0)
     base, source = (mj.Tokens(rng.integers(0, 101, (4, 16))) for _ in range(2))
-    job = Job(model, base, source, {}, nodes_of(model, base, ("resid_pre", "z", "mlp_out", "q", "k", "v")), AtP(), 0, 0)
+    job = AttributionJob(
+        model, base, source, {}, nodes_of(model, base, ("resid_pre", "z", "mlp_out", "q", "k", "v")), AtP(), 0, 0
+    )
     arguments = (AtP(), model, base, jnp.asarray(source.ids), {"m": mj.metrics.logit(3)}, {}, np.arange(4, dtype=np.int32),
                  jax.random.key(0), job.layout, 0, checkpoint)  # fmt: skip
     counted = _chunk.lower(*arguments).compile().compiled.cost_analysis()["flops"]
@@ -645,7 +647,7 @@ def test_memory_is_flat_in_depth_where_layers_are_computed_again():
         config = mj.Config(n_layers=n_layers, d_model=32, n_heads=4, d_vocab=101, n_ctx=128)
         model = mj.init(config, jax.random.key(0))
         base = mj.Tokens(np.random.default_rng(0).integers(0, 101, (2, 128)))
-        job = Job(model, base, base, {}, nodes_of(model, base, ("z", "mlp_out")), AtP(), 0, 0)
+        job = AttributionJob(model, base, base, {}, nodes_of(model, base, ("z", "mlp_out")), AtP(), 0, 0)
         for checkpoint in (0, 2):
             arguments = (AtP(), model, base, jnp.asarray(base.ids), {"m": mj.metrics.logit(3)}, {}, np.arange(2, dtype=np.int32),
                          jax.random.key(0), job.layout, 0, checkpoint)  # fmt: skip

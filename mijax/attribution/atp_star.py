@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array
-from mijax.attribution.method import Estimates, Measured, Method, gradients
+from mijax.attribution.method import Estimates, Measured, Method, gate_gradients
 from mijax.attribution.nodes import Nodes
 from mijax.attribution.taps import RECOMPUTED, Path
 from mijax.model.sites import Site
@@ -45,7 +45,7 @@ class AtPStar(Method):
     def __call__(self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site]) -> Estimates:
         """One backward pass with everything, and one for each layer without what it writes."""
         n_layers = next(iter(sites.values())).sizes["layer"]
-        at = lambda dropped: gradients(lambda gates: measured(gates, Path(dropped=dropped, recompute=True)), gates)
+        at = lambda dropped: gate_gradients(lambda gates: measured(gates, Path(dropped=dropped, recompute=True)), gates)
         runs, found = at(None)
 
         def drop(total, layer):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mijax._types import ArrayLike
-from mijax.attribution.checks import check_apart, check_cells, check_count, check_differ, check_gradient, check_layered
-from mijax.attribution.estimates import Job, estimated, plan
+from mijax.attribution.checks import check_apart, check_count, check_differ, check_gradient, check_layered, check_nodes
+from mijax.attribution.estimates import AttributionJob, estimated, schedule
 from mijax.attribution.gradient import AtP
 from mijax.attribution.method import Method
 from mijax.attribution.nodes import Sites, nodes_of
@@ -99,10 +99,10 @@ def attribute(
     model, clean, corrupted = automatic((model, clean, corrupted))
     metrics = {name: automatic(own) for name, own in named(metric).items()}  # not the dictionary: JAX would sort it
     base, source = _sides(model, clean, corrupted, direction)
-    job = Job(model, base, source, metrics, nodes_of(model, base, sites), method, probes, seed)
+    job = AttributionJob(model, base, source, metrics, nodes_of(model, base, sites), method, probes, seed)
     sample = verify if sample is None else sample
     _check(job, verify, sample)
-    order = plan(job, default_memory() if memory is None else memory)
+    order = schedule(job, default_memory() if memory is None else memory)
     if verify:
         check_exact(job, verify + sample, memory)
     with PeakMemory() as peak:
@@ -133,7 +133,7 @@ def _sides(model: LayeredModel, clean: Any, corrupted: Any, direction: Direction
     return (corrupted, clean) if direction == "denoise" else (clean, corrupted)
 
 
-def _check(job: Job, verify: int, sample: int) -> None:
+def _check(job: AttributionJob, verify: int, sample: int) -> None:
     """Raise what `attribute` raises of what is known before the runs."""
     if job.model.n_layers == 0:
         raise ValueError("a model without layers has nothing to attribute to")
@@ -142,7 +142,7 @@ def _check(job: Job, verify: int, sample: int) -> None:
     if job.probes and not isinstance(job.method, AtP):
         raise ValueError(f"probes tell the second-order error of AtP(); that of {job.method!r} is another")
     job.method.check(job.model.n_layers, job.nodes, job.source is None)
-    check_cells(job.nodes, verify, sample)
+    check_nodes(job.nodes, verify, sample)
     for tokens in (job.base,) if job.source is None else (job.base, job.source):
         check(job.model, tokens, {}, {})
     if not job.metrics:
@@ -153,7 +153,7 @@ def _check(job: Job, verify: int, sample: int) -> None:
             check_apart(job.model, job.base, name, metric)
 
 
-def _labelled(job: Job, found: Mapping[str, np.ndarray], single: bool) -> "xr.Dataset":
+def _labelled(job: AttributionJob, found: Mapping[str, np.ndarray], single: bool) -> "xr.Dataset":
     """The base plus each cell's term, by site; what else was found beside it."""
     import xarray as xr
 

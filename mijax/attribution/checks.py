@@ -43,7 +43,7 @@ def check_differ(clean: Tokens, corrupted: Tokens) -> None:
         )
 
 
-def check_cells(nodes: Mapping[str, Nodes], verify: int, sample: int) -> None:
+def check_nodes(nodes: Mapping[str, Nodes], verify: int, sample: int) -> None:
     """Raise `ValueError` where cells along one dimension are not the same at all sites, and for more to verify than there are."""
     places: dict[str, Any] = {}
     for site, own in nodes.items():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Int
-from mijax.attribution.method import Measured, Terms, gradients
+from mijax.attribution.method import Measured, Terms, gate_gradients
 from mijax.attribution.taps import Path
 
 
@@ -31,7 +31,7 @@ def curvature(
 
     def probe(sums, key):
         signs = {site: _signs(jax.random.fold_in(key, i), g, examples) for i, (site, g) in enumerate(gates.items())}
-        _, product = gradients(lambda gates: (slope(gates, signs), {}), gates)
+        _, product = gate_gradients(lambda gates: (slope(gates, signs), {}), gates)
         own = {name: {site: signs[site] * p for site, p in of.items()} for name, (of,) in product.items()}
         return jax.tree.map(lambda s, new: (s[0] + new, s[1] + new**2), sums, own, is_leaf=_is_pair), None
 

@@ -38,7 +38,7 @@ MEANING = {
 """What is told by each kind of array."""
 
 
-class Job(NamedTuple):
+class AttributionJob(NamedTuple):
     """What is attributed, and how."""
 
     model: LayeredModel
@@ -61,7 +61,7 @@ class Job(NamedTuple):
         return tuple((site, own.shape, None if own.grid is None else own.size) for site, own in self.nodes.items())
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
     """How many prompts run together, what the backward pass computes again, and the bytes that this takes."""
 
     prompts: int
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     bytes: int
 
 
-def plan(job: Job, memory: int) -> Plan:
+def schedule(job: AttributionJob, memory: int) -> Schedule:
     """As little computed again as `memory` allows for as many prompts as fill the device.
 
     Prompts are split only where every metric can be (`AnyMetric`). Raises `ValueError` where not one prompt fits.
@@ -90,7 +90,7 @@ def plan(job: Job, memory: int) -> Plan:
             f"{'one prompt takes' if splits else 'the prompts take'} about {fixed + each * (1 if splits else batch):,} bytes,"
             f" memory={memory:,} allows none"
         )
-    return Plan(prompts, checkpoint, fixed + each * prompts)
+    return Schedule(prompts, checkpoint, fixed + each * prompts)
 
 
 def _equal(batch: int, most: int) -> int:
@@ -103,7 +103,7 @@ def layers_bytes(model: LayeredModel) -> int:
     return 2 * model.layer_bytes
 
 
-def prompt_bytes(job: Job, checkpoint: int) -> int:
+def prompt_bytes(job: AttributionJob, checkpoint: int) -> int:
     """The bytes that one more prompt takes: what the backward pass finds kept, what a layer works with, and gates."""
     pos, sites = job.base.ids.shape[1], job.model.sites
     leaves, treedef = jax.tree.flatten(jax.tree.map(_shape_of, job.model))
@@ -152,16 +152,16 @@ def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
 
 
 def estimated(
-    job: Job, order: Plan, *, progress: bool, save: str | os.PathLike | None
-) -> tuple[dict[str, np.ndarray], Plan]:
-    """Everything found, examples in front, by `kind:metric` or `kind:metric:site`; and the plan by which it was, that of the folder."""
+    job: AttributionJob, order: Schedule, *, progress: bool, save: str | os.PathLike | None
+) -> tuple[dict[str, np.ndarray], Schedule]:
+    """Everything found, examples in front, by `kind:metric` or `kind:metric:site`; and the schedule by which it was, that of the folder."""
     batch = len(job.base.ids)
     store = None if save is None else _store(save, job)
     if store is not None:
         kept = store.begin(
             {name: np.asarray(value) for name, value in order._asdict().items()}, {"sites": list(job.nodes)}
         )
-        order = Plan(*(int(kept[name]) for name in Plan._fields))
+        order = Schedule(*(int(kept[name]) for name in Schedule._fields))
     whole, count, programs = order.prompts == batch, -(-batch // order.prompts), job.programs
     found: dict[str, list[np.ndarray]] = {}
 
@@ -206,7 +206,7 @@ def _check_finite(found: Mapping[str, np.ndarray], first: int) -> None:
             )
 
 
-def _store(save: Any, job: Job) -> chunks.Store:
+def _store(save: Any, job: AttributionJob) -> chunks.Store:
     grids = {site: (own.axes, own.members) for site, own in job.nodes.items()}
     parts = {"model": job.model, "prompts": (job.base, job.source), "sites": (job.layout, grids)}
     parts |= {"metric": chunks.repeatable(lambda: job.programs, save), "method": job.method}

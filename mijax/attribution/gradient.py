@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from mijax._types import Array
-from mijax.attribution.method import Estimates, Measured, Method, gradients
+from mijax.attribution.method import Estimates, Measured, Method, gate_gradients
 from mijax.attribution.taps import Path
 from mijax.model.sites import Site
 
@@ -17,5 +17,5 @@ class AtP(Method):
 
     def __call__(self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site]) -> Estimates:
         """Two forward passes and one backward."""
-        runs, found = gradients(lambda gates: measured(gates, Path()), gates)
+        runs, found = gate_gradients(lambda gates: measured(gates, Path()), gates)
         return Estimates(runs, {name: own for name, (own,) in found.items()})

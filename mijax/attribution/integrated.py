@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array
-from mijax.attribution.method import Estimates, Measured, Method, gradients
+from mijax.attribution.method import Estimates, Measured, Method, gate_gradients
 from mijax.attribution.nodes import Nodes, overlap
 from mijax.attribution.taps import Path
 from mijax.model.sites import Site
@@ -69,7 +69,7 @@ class IntegratedGradients(Method):
 
         def step(total, point):
             place, weight = point
-            _, found = gradients(at, gates, jnp.full((batch,), place, dtype))
+            _, found = gate_gradients(at, gates, jnp.full((batch,), place, dtype))
             return jax.tree.map(lambda t, new: t + weight.astype(t.dtype) * new, total, found), None
 
         zeros = {name: (jax.tree.map(jnp.zeros_like, gates), jnp.zeros((batch,), dtype)) for name in base}

@@ -54,7 +54,7 @@ class Method(eqx.Module):
         return Path()
 
 
-def gradients(
+def gate_gradients(
     measured: Callable[..., tuple[Values, Values]], *at: Any
 ) -> tuple[tuple[Values, Values], dict[str, tuple]]:
     """The metrics, and each one's gradient with respect to every argument. (Examples know nothing of each other, so the

@@ -45,25 +45,31 @@ def one_key_changed(
 ) -> Scores:
     """Sum over keys t of gate[t] * (pattern with key t's score new - pattern), without the cube of positions.
 
-    With key t's score new, its weight is w[t] = sigmoid(new[t] - logsumexp of the others' scores), and the others share
-    1 - w[t] as they shared 1 - p[t]. Only a row's largest weight can be over a half, so only for it 1 - p[t] is lost to
-    rounding, and what the others share is computed without it.
+    In a row with scores s and weights p, where t alone is exchanged, its weight becomes w[t] and the other keys share what
+    is left as they did before:
+
+        w[t] = sigmoid(new[t] - log(sum over i != t of exp(s[i])))        p'[j] = p[j] (1 - w[t]) / (1 - p[t])
+
+    So key j gains `gate[j] (w[j] - p[j])` by its own exchange, and `p[j] gate[t] (p[t] - w[t]) / (1 - p[t])` by that of
+    each other key t. Where p[t] is near 1 that quotient is all rounding. Only the largest weight of a row can be over a half:
+    for it alone, the other keys' shares are computed as a softmax of their own.
     """
     allowed = frame.sight.allowed[:, None]
-    some = jnp.any(allowed, axis=-1, keepdims=True)
-    masked = jnp.where(allowed, scores, -jnp.inf)
+    scores = jnp.where(allowed, scores, -jnp.inf)
     keys = jnp.arange(scores.shape[-1]).reshape(1, 1, 1, -1)
-    largest = keys == jnp.argmax(masked, axis=-1, keepdims=True)
-    without = jnp.where(largest, -jnp.inf, masked)
-    total = lambda s: jax.nn.logsumexp(jnp.where(some, s, 0.0), axis=-1, keepdims=True)
-    rest = 1 - jnp.where(largest, 0.0, pattern)
-    others = jnp.where(largest, total(without), total(masked) + jnp.log(rest))
+    largest = keys == jnp.argmax(scores, axis=-1, keepdims=True)
+    of_largest = lambda x: jnp.sum(jnp.where(largest, x, 0.0), axis=-1, keepdims=True)
+    log_sum = lambda s: jax.nn.logsumexp(s, axis=-1, keepdims=True)
+
+    smaller = jnp.where(largest, -jnp.inf, scores)
+    half = jnp.where(largest, 0.0, pattern)  # weights of at most a half
+    others = jnp.where(largest, log_sum(smaller), log_sum(scores) + jnp.log1p(-half))
     w = jnp.where(allowed, jax.nn.sigmoid(new - others), 0.0)
-    shared = jnp.where(
-        allowed & ~largest, jnp.exp(without - jnp.where(jnp.isfinite(total(without)), total(without), 0.0)), 0.0
-    )
-    scale = jnp.where(largest | ~allowed, 0.0, (pattern - w) / rest)  # by which the others grow
-    scaled, of_largest = gate * scale, lambda x: jnp.sum(jnp.where(largest, x, 0.0), axis=-1, keepdims=True)
-    change = gate * (w - pattern) + pattern * (jnp.sum(scaled, axis=-1, keepdims=True) - scaled)
-    moved = of_largest(gate * jnp.ones_like(w)) * ((1 - of_largest(w)) * shared - pattern)
-    return change + jnp.where(largest, 0.0, moved)
+
+    by_its_own = gate * (w - pattern)
+    growth = gate * jnp.where(largest | ~allowed, 0.0, (half - w) / (1 - half))
+    by_smaller = pattern * (jnp.sum(growth, axis=-1, keepdims=True) - growth)
+    total = log_sum(smaller)
+    shares = jnp.where(jnp.isfinite(total), jnp.exp(smaller - jnp.where(jnp.isfinite(total), total, 0.0)), 0.0)
+    by_largest = of_largest(gate) * jnp.where(largest, 0.0, (1 - of_largest(w)) * shares - pattern)
+    return by_its_own + by_smaller + by_largest

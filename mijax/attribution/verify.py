@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mijax._types import Float, Int
-from mijax.attribution.estimates import Job
+from mijax.attribution.estimates import AttributionJob
 from mijax.attribution.nodes import Nodes
 from mijax.engine.cells import cells_of
 from mijax.engine.driver import check_sweep, swept
@@ -70,7 +70,9 @@ def most_missed(rest: int, sample: int, missed: int, confidence: float = CONFIDE
     return low
 
 
-def verified(job: Job, result: "xr.Dataset", asked: Verify, memory: int | None, progress: bool) -> "xr.Dataset":
+def verified(
+    job: AttributionJob, result: "xr.Dataset", asked: Verify, memory: int | None, progress: bool
+) -> "xr.Dataset":
     """Add to every site of `result` what exact runs of some of its cells find."""
     rng = np.random.default_rng(asked.seed)
     if coincide(result):
@@ -123,14 +125,14 @@ def _score(result: "xr.Dataset", site: str, whole: "xr.DataArray") -> Float[np.n
     return (size.max("metric") if "metric" in size.dims else size).values.reshape(-1)
 
 
-def check_exact(job: Job, count: int, memory: int | None) -> None:
+def check_exact(job: AttributionJob, count: int, memory: int | None) -> None:
     """Raise where `count` cells of some site could not be measured, before anything runs."""
     for nodes in job.nodes.values():
         edits = {nodes.site.name: Replace(0.0, _grid(job, nodes, np.arange(min(count, nodes.size))))}
         check_sweep(job.model, job.base, edits, job.metrics, {"memory": memory})
 
 
-def _exact(job: Job, nodes: Nodes, cells: Int[np.ndarray, " k"], options: Options) -> Values:
+def _exact(job: AttributionJob, nodes: Nodes, cells: Int[np.ndarray, " k"], options: Options) -> Values:
     """The metrics `[cell, batch]` of some cells with the source's activations put in."""
     grid = _grid(job, nodes, cells)
     if job.source is None:
@@ -138,11 +140,13 @@ def _exact(job: Job, nodes: Nodes, cells: Int[np.ndarray, " k"], options: Option
     return patched(job.model, job.base, job.source, nodes.site.name, grid, job.metrics, options).values
 
 
-def _grid(job: Job, nodes: Nodes, cells: Int[np.ndarray, " k"]) -> Grid:
+def _grid(job: AttributionJob, nodes: Nodes, cells: Int[np.ndarray, " k"]) -> Grid:
     return Grid(nodes.where(cells, job.base), {"cell": range(len(cells))})
 
 
-def _placed(result: "xr.Dataset", site: str, job: Job, cells: Int[np.ndarray, " k"], found: Values) -> "xr.DataArray":
+def _placed(
+    result: "xr.Dataset", site: str, job: AttributionJob, cells: Int[np.ndarray, " k"], found: Values
+) -> "xr.DataArray":
     """The exact metrics in their cells, NaN in the others and where a prompt has not the position."""
     estimate = result[site]
     several = "metric" in estimate.dims

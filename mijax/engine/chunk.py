@@ -122,20 +122,17 @@ def _begin(
 
 
 def _read_rows(rows: Rows, read: Int[Array, "batch read"]) -> tuple[Rows, Int[Array, " query"]]:
-    """The rows at the columns that are read, and their places among all rows."""
-    cells, batch = rows.place.shape[:2]
-    read = jnp.broadcast_to(read[None], (cells, *read.shape))
-    index = jnp.take_along_axis(rows.place, read, axis=2).reshape(-1)
-    number = jnp.arange(index.size, dtype=jnp.int32).reshape(read.shape)
-    grid = jnp.indices((cells, batch), dtype=jnp.int32)
-    place = jnp.full(rows.place.shape, -1, jnp.int32)
-    place = place.at[grid[0][:, :, None], grid[1][:, :, None], read].set(
-        jnp.where(index.reshape(read.shape) >= 0, number, -1)
-    )
-    cell, example = (jnp.broadcast_to(g[:, :, None], read.shape).reshape(-1) for g in grid)
+    """The rows at the columns that are read of every cell, and their places among all rows (any, where no row computes one)."""
+    cells, batch, _ = rows.place.shape
+    cell, example, nth = jnp.indices((cells, batch, read.shape[1]), dtype=jnp.int32)
+    column = jnp.broadcast_to(read, cell.shape)
+    among_all = rows.place[cell, example, column]
+    number = jnp.arange(cell.size, dtype=jnp.int32).reshape(cell.shape)
+    number = jnp.where(among_all >= 0, number, -1)
+    place = jnp.full_like(rows.place, -1).at[cell, example, column].set(number)
     if rows.slot.shape[2] == rows.place.shape[2]:  # an edit of scores must find every query
-        slot, own = place, read.reshape(-1)
+        slot, within = place, column
     else:
-        slot = number
-        own = jnp.broadcast_to(jnp.arange(read.shape[2], dtype=jnp.int32), read.shape).reshape(-1)
-    return Rows(cell, example, read.reshape(-1), place, slot, own), jnp.maximum(index, 0)
+        slot, within = jnp.arange(cell.size, dtype=jnp.int32).reshape(cell.shape), nth
+    cell, example, column, within, among_all = (x.reshape(-1) for x in (cell, example, column, within, among_all))
+    return Rows(cell, example, column, place, slot, within), jnp.maximum(among_all, 0)

@@ -15,7 +15,7 @@ from mijax._types import Array, Int
 from mijax.engine.cells import Cells, Stack, cells_of
 from mijax.engine.chunk import Base, Chunk, base_of, run_chunk
 from mijax.engine.examples import Prompts, groups
-from mijax.engine.layout import Job, Layout, job_of, layout_bytes, layout_of
+from mijax.engine.layout import Layout, SweepJob, job_of, layout_bytes, layout_of
 from mijax.engine.measure import Metrics, Values, captures_of, checked, named, reads_activations, values_of
 from mijax.engine.options import Options, Running, options_of
 from mijax.engine.plan import Plan, chunk_of, columns_read, plan, work
@@ -122,7 +122,7 @@ def check_sweep(
 
 
 def _group(
-    job: Job,
+    job: SweepJob,
     layout: Layout,
     some: Prompts,
     begin: Begin,
@@ -199,7 +199,7 @@ def _replicated(mesh: Mesh | None, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, everywhere) if eqx.is_array_like(x) and not there(x) else x, tree)
 
 
-def _store(save: str | os.PathLike, job: Job, source: Inputs | None) -> chunks.Store:
+def _store(save: str | os.PathLike, job: SweepJob, source: Inputs | None) -> chunks.Store:
     """The folder of a sweep, with what it is a sweep of."""
     cells = job.cells
     grid = (cells.edits, cells.group, cells.picks, dict(cells.labels))
@@ -213,7 +213,7 @@ def _store(save: str | os.PathLike, job: Job, source: Inputs | None) -> chunks.S
     return chunks.Store(save, {name: chunks.fingerprint(part) for name, part in parts.items()})
 
 
-def _labels(job: Job) -> dict[str, Any]:
+def _labels(job: SweepJob) -> dict[str, Any]:
     """What a folder says of its sweep to a reader."""
     return {"labels": {dim: list(own) for dim, own in job.cells.labels.items()}, "metrics": list(job.metrics)}
 

@@ -18,7 +18,7 @@ from mijax.model.model import Model
 from mijax.model.tokens import Inputs
 
 
-class Job(NamedTuple):
+class SweepJob(NamedTuple):
     """What is swept. `programs` are the metrics of all prompts together, as users' functions are now; `first` is a column of each
     example before which no cell changes anything, whatever its edits say; `work` is what cells compute at most."""
 
@@ -54,7 +54,7 @@ def job_of(
     metrics: Mapping[str, AnyMetric],
     first: Int[np.ndarray, " batch"] | None,
     save: Any = None,
-) -> Job:
+) -> SweepJob:
     """A sweep that is checked: raises what can be known of model, prompts, edits and metrics before anything runs.
 
     Users' functions are converted; with a folder `save`, they must come out the same twice.
@@ -66,10 +66,10 @@ def job_of(
     cells, programs = chunks.repeatable(convert, save)
     first = np.zeros(len(tokens.ids), np.int32) if first is None else first
     todo = work(model, tokens, cells, columns_read(programs.values(), tokens), reads_activations(programs))
-    return Job(model, tokens, cells, metrics, programs, first, todo._replace(first=np.maximum(todo.first, first)))
+    return SweepJob(model, tokens, cells, metrics, programs, first, todo._replace(first=np.maximum(todo.first, first)))
 
 
-def layout_of(job: Job, memory: int) -> Layout:
+def layout_of(job: SweepJob, memory: int) -> Layout:
     """As many prompts as `memory` holds one cell of, and of these as many cells as it holds.
 
     Raises `ValueError` where it does not hold one cell, of one prompt or of all that must run together.
@@ -99,13 +99,13 @@ def layout_of(job: Job, memory: int) -> Layout:
     )
 
 
-def layout_bytes(job: Job, layout: Layout) -> int:
+def layout_bytes(job: SweepJob, layout: Layout) -> int:
     """The bytes that a chunk takes."""
     per_row, per_cell = unit_bytes(job, layout.prompts)
     return layout.size.rows * per_row + layout.size.cells * per_cell
 
 
-def unit_bytes(job: Job, prompts: int) -> tuple[int, int]:
+def unit_bytes(job: SweepJob, prompts: int) -> tuple[int, int]:
     """The bytes of a row, and those that a cell of so many prompts takes beside its rows."""
     some, metrics = job.tokens, job.programs
     if prompts < len(job.tokens.ids):
@@ -128,7 +128,7 @@ def cell_bytes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -
     return numbers * model.dtype.itemsize + metric_bytes(model, tokens, metrics)
 
 
-def _operations(job: Job) -> float:
+def _operations(job: SweepJob) -> float:
     """Multiplications and additions in the matrix products of all cells."""
     halves = job.work.start / 2
     return 2.0 * job.model.products_per_token * float(job.work.rows() @ (job.model.n_layers - halves))

@@ -158,7 +158,15 @@ def taken(
 ) -> dict[str, AnyMetric]:
     """The programs of metrics for some of the examples, whose prompts are `tokens`; each must be `per_example` (`AnyMetric`)."""
     some: Any = {name: metric.take(examples) for name, metric in metrics.items()}  # pyright: ignore[reportFunctionMemberAccess]
-    return as_programs(model, tokens, some)
+    try:
+        return as_programs(model, tokens, some)
+    except Exception as error:
+        error.add_note(
+            f"for {len(examples)} of the examples: a metric that is `per_example` must work for any part of the batch, so that an array"
+            " with an entry for each example may not be an outer variable of it; make it a field of a mijax.metrics.Metric of your own,"
+            " whose `take` narrows it, or leave `per_example` out and give more memory"
+        )
+        raise
 
 
 def is_split(metric: AnyMetric) -> bool:

@@ -85,22 +85,23 @@ def _first_change(
     if site.has_vectors and not cells.narrows("unit"):
         differs = jnp.any(differs, axis=-1, keepdims=True)
     layers = differs if site.has_layer else differs[None]
-    place = site.inner_axes.index(site.position_axes[0])
+    tokens_at = (0, site.inner_axes.index(site.position_axes[0]))  # the axes of examples and of their tokens
 
-    def cell(where: Where) -> Int[Array, " batch"]:
-        def layer(index, here):
-            known = known_axes(Point(site, index if site.has_layer else None, frame), here.shape)
-            hit = selection(where, site.inner_axes, known) & here
-            return jnp.any(hit, axis=tuple(i for i in range(1, hit.ndim) if i != place))
+    def changed_in_layer(where: Where, index: Int[Array, ""]) -> Bool[Array, "batch pos"]:
+        here = layers[index]
+        known = known_axes(Point(site, index if site.has_layer else None, frame), here.shape)
+        changed = selection(where, site.inner_axes, known) & here
+        return jnp.any(changed, axis=tuple(i for i in range(changed.ndim) if i not in tokens_at))
 
-        every = jnp.arange(len(layers), dtype=jnp.int32)
+    def first_of_cell(where: Where) -> Int[Array, " batch"]:
         named = where.layers(len(layers))
-        index = named if named is not None and named.size == 1 else every
-        hit = jnp.any(jax.vmap(layer)(index, layers[index]), axis=0)  # [batch, pos]
-        first = jnp.argmax(hit, axis=1).astype(jnp.int32) if model.causal else jnp.zeros(len(hit), jnp.int32)
-        return jnp.where(jnp.any(hit, axis=1), first, hit.shape[1])
+        one_layer = named is not None and named.size == 1  # of nearly all grids' cells: the others are not looked at
+        looked_at = named if one_layer else jnp.arange(len(layers), dtype=jnp.int32)
+        changed = jnp.any(jax.vmap(lambda index: changed_in_layer(where, index))(looked_at), axis=0)
+        first = jnp.argmax(changed, axis=1).astype(jnp.int32) if model.causal else jnp.zeros(len(changed), jnp.int32)
+        return jnp.where(jnp.any(changed, axis=1), first, changed.shape[1])
 
-    return jax.lax.map(cell, cells)
+    return jax.lax.map(first_of_cell, cells)
 
 
 def check_pair(clean: Inputs, corrupted: Inputs) -> None:

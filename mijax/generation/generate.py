@@ -10,7 +10,7 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike, Bool, Int
 from mijax.generation.checks import check_acts, check_settings
-from mijax.generation.room import columns, edits_with_columns, with_columns
+from mijax.generation.room import edits_with_columns, room_for, with_columns
 from mijax.generation.sampling import as_sampling, sample
 from mijax.interventions.capturing import Capturing
 from mijax.interventions.editing import Editing
@@ -109,7 +109,7 @@ def generate(
     check_acts(text, edits, captures)
     sampling, filtered = as_sampling(temperature, top_k, top_p, min_p, model.d_vocab)
     batch, width = tokens.ids.shape
-    total = width + columns(edits, model.sites, width, count, model.n_ctx, bool(captures))
+    total = width + room_for(edits, model.sites, width, count, model.n_ctx, bool(captures))
     edits = edits_with_columns(in_canonical_form(model, edits), model.sites, width + count, total)
     text = with_columns(text, total)
     shapes = ((width, width), (1, total))  # of the prompt, and of each new token: computed tokens, and keys

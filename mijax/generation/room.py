@@ -14,7 +14,7 @@ SMALLEST = 16
 """New tokens for which there is always room, where the context has it."""
 
 
-def columns(edits: Edits, sites: Any, width: int, count: int, n_ctx: int, captured: bool) -> int:
+def room_for(edits: Edits, sites: Any, width: int, count: int, n_ctx: int, captured: bool) -> int:
     """For how many new tokens a program is compiled, after prompts of `width` tokens, where `count` are asked for.
 
     The last new token is run only where something is `captured`; then results have an entry for each, and a function that

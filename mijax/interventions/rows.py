@@ -148,23 +148,31 @@ def _edited_rows(edit: Edit, stacked: Any, point: Point, frame: Packed, x: Array
 
 
 def _of_rows(edit: Edit, stacked: Any, site: Site, rows: Rows) -> tuple[Edit, Any]:
-    """The edit with what differs between rows gathered, and which of its arrays that is."""
-    place = {"batch": rows.example, "pos": rows.column}
-    mapped = jax.tree.map(lambda leaf: False, edit)
+    """The edit with each row's part of its arrays in front, where rows differ; and, by array, whether they do."""
+    parts = {}
     for name in edit.operands:
-        leaf, s = jnp.asarray(getattr(edit, name)), bool(getattr(stacked, name))
-        lead = [(axis, n) for axis, n in zip(site.inner_axes, leaf.shape[s:]) if axis in place]
-        if s or any(n > 1 for _, n in lead):
-            index = ([rows.cell] if s else []) + [place[axis] if n > 1 else 0 * rows.cell for axis, n in lead]
-            leaf = leaf[tuple(index)]
-            leaf = leaf.reshape(leaf.shape[0], *(1,) * len(lead), *leaf.shape[1:])
-            mapped = eqx.tree_at(lambda e, name=name: getattr(e, name), mapped, True)
-        edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, leaf)
+        operand = jnp.asarray(getattr(edit, name))
+        parts[lambda e, name=name: getattr(e, name)] = _operand_of_rows(operand, getattr(stacked, name), site, rows)
     for field, index in edit.where.given.items():
-        index, per_row = index_of_rows(jnp.asarray(index), getattr(stacked.where, field), field, rows)
-        edit = eqx.tree_at(lambda e, field=field: getattr(e.where, field), edit, index)
-        mapped = eqx.tree_at(lambda e, field=field: getattr(e.where, field), mapped, per_row)
-    return edit, mapped
+        part = index_of_rows(jnp.asarray(index), getattr(stacked.where, field), field, rows)
+        parts[lambda e, field=field: getattr(e.where, field)] = part
+    differs = jax.tree.map(lambda leaf: False, edit)
+    for at, (part, by_row) in parts.items():
+        edit, differs = eqx.tree_at(at, edit, part), eqx.tree_at(at, differs, by_row)
+    return edit, differs
+
+
+def _operand_of_rows(operand: Array, stacked: bool, site: Site, rows: Rows) -> tuple[Array, bool]:
+    """`[row, 1, 1, ...]` of an operand that differs between cells (`stacked`: they are in front), prompts or positions; another
+    as it is."""
+    tokens = {"batch": rows.example, "pos": rows.column}
+    first = [axis for axis in site.inner_axes if axis in tokens]  # before all others
+    sizes = operand.shape[int(stacked) :]
+    index = [tokens[axis] if n > 1 else jnp.zeros_like(rows.cell) for axis, n in zip(first, sizes)]
+    if not stacked and all(n == 1 for n in sizes[: len(first)]):
+        return operand, False
+    own = operand[(*[rows.cell] * stacked, *index)]
+    return jnp.expand_dims(own, range(1, 1 + len(first))), True
 
 
 def _cells(rows: Rows, x: Array, site: Site) -> Array:

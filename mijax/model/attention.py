@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mijax._types import Array, Asked, Bool, Float, Heads, Int, KVHeads, Scores, Stream
 from mijax.model.config import Config
-from mijax.model.norm import Norm, normalise
+from mijax.model.norm import Norm, normalised
 from mijax.model.numerics import einsum
 from mijax.model.position import Frame, rotate
 from mijax.model.tap import Visit
@@ -47,7 +47,7 @@ def attention(
 ) -> tuple[Asked, Any]:
     """What attention adds to the residual stream `x`, at the tokens that the frame reads; and the tap's state."""
     frame, rotary = visit.frame, config.positions == "rotary"
-    normed, state = normalise(config, ln1, x, "ln1", visit, state)
+    normed, state = normalised(config, ln1, x, "ln1", visit, state)
     branch = Branch(ln1, x, normed)
     k, state = _project(config, branch, params.W_K, params.b_K, "k", visit, state)
     v, state = _project(config, branch, params.W_V, params.b_V, "v", visit, state)
@@ -114,7 +114,7 @@ def _project(
         before = jnp.broadcast_to(branch.stream[:, :, None], (*branch.stream.shape[:2], heads.size, config.d_model))
         after, state = visit(f"{name}_input", before, state, heads)
         copy = visit._replace(copy=True)
-        norm = jax.vmap(lambda x: normalise(config, branch.params, x, "ln1", copy, state)[0], in_axes=2, out_axes=2)
+        norm = jax.vmap(lambda x: normalised(config, branch.params, x, "ln1", copy, state)[0], in_axes=2, out_axes=2)
         change = einsum("bpjd,dje->bpje", norm(after) - branch.normed[:, :, None], W[:, heads])
         out = out.at[:, :, heads].add(jnp.where(_first_of_each(heads), change, 0.0))
     return visit(name, out, state)

@@ -7,7 +7,7 @@ import jax
 
 from mijax._types import Array, Float, Stream
 from mijax.model.config import Config
-from mijax.model.norm import Norm, normalise
+from mijax.model.norm import Norm, normalised
 from mijax.model.numerics import einsum
 from mijax.model.tap import Visit
 
@@ -33,7 +33,7 @@ class MLP(eqx.Module):
 def mlp(config: Config, params: MLP, ln2: Norm, x: Stream, visit: Visit, state: Any) -> tuple[Stream, Any]:
     """What the MLP adds to the residual stream, of which it sees `x`; and the tap's state."""
     x, state = visit("mlp_in", x, state)
-    x, state = normalise(config, ln2, x, "ln2", visit, state)
+    x, state = normalised(config, ln2, x, "ln2", visit, state)
     activation, linear = ACTIVATIONS[config.activation], _affine(x, params.W_in, params.b_in)
     if config.mlp == "gated":
         assert params.W_gate is not None

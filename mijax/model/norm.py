@@ -26,7 +26,7 @@ class Norm(eqx.Module):
         )
 
 
-def normalise(
+def normalised(
     config: Config, norm: Norm, x: Float[Array, "*axes d_model"], name: str, visit: Visit, state: Any
 ) -> tuple[Float[Array, "*axes d_model"], Any]:
     """Centre (LayerNorm), divide by the scale, apply the affine part."""

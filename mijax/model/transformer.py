@@ -13,7 +13,7 @@ from mijax.model.block import Block
 from mijax.model.config import Config
 from mijax.model.mlp import MLP
 from mijax.model.model import LayeredModel
-from mijax.model.norm import Norm, normalise
+from mijax.model.norm import Norm, normalised
 from mijax.model.numerics import accumulator
 from mijax.model.parameters import check_fit
 from mijax.model.position import Columns, Frame, Whole, frame, frame_of
@@ -133,7 +133,7 @@ class Transformer(LayeredModel):
         """The stream as the unembedding reads it, and the tap's state."""
         visit = Visit(tap, self.sites, frame)
         x, state = visit("final_in", x, state)
-        return normalise(self.config, self.ln_final, x, "ln_final", visit, state)
+        return normalised(self.config, self.ln_final, x, "ln_final", visit, state)
 
     def readout(self, final: Stream, tokens: Tokens) -> Readout:
         """The final stream of a batch with the unembedding."""

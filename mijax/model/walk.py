@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 
 from mijax._types import Array, Asked, Bool, Int, Stream
 from mijax.model.attention import KVCache
@@ -71,10 +72,14 @@ def walk(
         return body(Layer(config, index, jax.tree.map(take, blocks)), carry, jax.tree.map(take, xs))
 
     def ranged(carry: Any, index: Int[Array, ""]) -> tuple[Any, Any]:
-        _, empty = jax.eval_shape(sliced, carry, index)
+        program, (_, empty) = jax.make_jaxpr(sliced, return_shape=True)(carry, index)  # traced once for both branches
+        structure = jax.tree.structure((carry, empty))
+
+        def take(carry: Any) -> Any:
+            return jax.tree.unflatten(structure, jaxpr_as_fun(program)(*jax.tree.leaves((carry, index))))
+
         skip = lambda carry: (carry, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), empty))
-        inside = (index >= first) & (index < last)
-        return jax.lax.cond(inside, lambda carry: sliced(carry, index), skip, carry)
+        return jax.lax.cond((index >= first) & (index < last), take, skip, carry)
 
     numbers = jnp.arange(n, dtype=jnp.int32)
     if not whole:  # parameters are sliced in the branch that is taken, so that a skipped layer costs nothing

@@ -40,7 +40,7 @@ class Programs(NamedTuple):
     judged: Converted
 
 
-class Job(NamedTuple):
+class TrainingJob(NamedTuple):
     """Everything of a training but its settings."""
 
     toy: Callable[..., Toy]
@@ -190,7 +190,7 @@ def judge(programs: Programs, mesh: Mesh | None, settings: Settings, seeds: Any,
     return _run(_judge, programs.judged, mesh, settings, seeds, state)
 
 
-def model_bytes(job: Job, settings: Settings, seed: Any, state: State) -> int:
+def model_bytes(job: TrainingJob, settings: Settings, seed: Any, state: State) -> int:
     """The bytes that one model takes at most: its state, and all that its loss computes, kept for the backward pass."""
     made = jax.make_jaxpr(lambda *own: job.loss(own[2].params, job.made(*own[:2])[0], own[1], 0))(settings, seed, state)
     size = lambda v: (

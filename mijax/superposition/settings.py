@@ -11,7 +11,7 @@ import numpy as np
 from mijax._types import ArrayLike
 
 
-class Grid(NamedTuple):
+class SettingsGrid(NamedTuple):
     """All axes as they were given, the settings of all cells `[cell]`, and the seeds, each of which every cell has."""
 
     axes: dict[str, np.ndarray]
@@ -44,7 +44,7 @@ class Grid(NamedTuple):
         )
 
 
-def grid_of(over: Mapping[str, ArrayLike], takers: Mapping[str, Callable]) -> Grid:
+def grid_of(over: Mapping[str, ArrayLike], takers: Mapping[str, Callable]) -> SettingsGrid:
     """The product of all settings; `ValueError` for one that no taker takes, or that a taker lacks."""
     axes = {name: np.asarray(values) for name, values in over.items()}
     for name, values in axes.items():
@@ -78,4 +78,4 @@ def grid_of(over: Mapping[str, ArrayLike], takers: Mapping[str, Callable]) -> Gr
         raise ValueError("; ".join(faults))
     others = {name: values for name, values in axes.items() if name != "seed"}
     columns = zip(*itertools.product(*others.values()))
-    return Grid(axes, {name: np.array(c, others[name].dtype) for name, c in zip(others, columns)}, seeds)
+    return SettingsGrid(axes, {name: np.array(c, others[name].dtype) for name, c in zip(others, columns)}, seeds)

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from mijax import chunks
 from mijax._types import Array, ArrayLike
 from mijax.memory import PeakMemory, default_memory
-from mijax.superposition.job import Job, Programs, State, advance, begin, judge, model_bytes
+from mijax.superposition.job import Programs, State, TrainingJob, advance, begin, judge, model_bytes
 from mijax.superposition.loss import Toy
 from mijax.superposition.model import Params
-from mijax.superposition.settings import Grid, grid_of
+from mijax.superposition.settings import SettingsGrid, grid_of
 
 if TYPE_CHECKING:
     import optax
@@ -76,7 +76,7 @@ def train(
     optimizer, mesh = optimizer or _adam, None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
     grid = grid_of(over, {"toy": toy, "optimizer": optimizer})
     log_at = sorted({int(step) for step in log_at})
-    job = Job(toy, optimizer, batch, judged_on, tuple((log or {}).items()))
+    job = TrainingJob(toy, optimizer, batch, judged_on, tuple((log or {}).items()))
     programs = chunks.repeatable(lambda: _checked(job, grid, steps, log_at), save)
     each = model_bytes(job, *_example(grid), programs.begin.out)
     budget = _default_memory(each) if memory is None else memory
@@ -106,11 +106,11 @@ def _adam() -> "optax.GradientTransformation":
     return optax.adam(1e-3)
 
 
-def _example(grid: Grid) -> tuple[dict[str, Any], Any]:
+def _example(grid: SettingsGrid) -> tuple[dict[str, Any], Any]:
     return {name: own[0] for name, own in grid.at(np.zeros(1, int)).items()}, np.uint32(grid.seeds[0])
 
 
-def _checked(job: Job, grid: Grid, steps: int, log_at: list[int]) -> Programs:
+def _checked(job: TrainingJob, grid: SettingsGrid, steps: int, log_at: list[int]) -> Programs:
     """What is computed for one cell; raises for what cannot be trained, before anything is."""
     if steps < 0 or (job.batch is not None and job.batch < 1) or (job.judge is not None and job.judge < 1):
         raise ValueError(f"steps={steps}, batch={job.batch}, judged_on={job.judge}: positive numbers are expected")
@@ -127,7 +127,7 @@ def _checked(job: Job, grid: Grid, steps: int, log_at: list[int]) -> Programs:
     return programs
 
 
-def _check_names(job: Job, grid: Grid, state: State, log_at: list[int]) -> None:
+def _check_names(job: TrainingJob, grid: SettingsGrid, state: State, log_at: list[int]) -> None:
     """Every name of the result stands for one thing."""
     logged = ["loss", *(name for name, _ in job.log)]
     dims = {dim for own in _dims(job, grid).values() for dim in own} | ({"step"} if log_at else set())
@@ -146,7 +146,7 @@ def _check_names(job: Job, grid: Grid, state: State, log_at: list[int]) -> None:
         )
 
 
-def _check_values(job: Job, grid: Grid) -> None:
+def _check_values(job: TrainingJob, grid: SettingsGrid) -> None:
     """Probabilities, importances and used sizes of all cells and seeds are such."""
 
     def told(settings, seed):
@@ -174,7 +174,7 @@ def _check_values(job: Job, grid: Grid) -> None:
         raise ValueError(f"{label(at)}: the used sizes are not among the features and hidden dimensions that there are")
 
 
-def _parts(grid: Grid, models: int, width: int) -> dict[str, np.ndarray] | None:
+def _parts(grid: SettingsGrid, models: int, width: int) -> dict[str, np.ndarray] | None:
     """The cells and the seeds of each chunk: all of the same size, as few as hold `models` on each device.
 
     Many cells come before many seeds, since they share what is drawn.
@@ -196,9 +196,9 @@ def _equal(count: int, most: int, multiple: int) -> np.ndarray:
 
 def _store(
     save: Any,
-    job: Job,
+    job: TrainingJob,
     programs: Programs,
-    grid: Grid,
+    grid: SettingsGrid,
     steps: int,
     log_at: list[int],
     parts: dict[str, np.ndarray],
@@ -224,7 +224,7 @@ class _Run:
     """A grid's chunks, each in turns of some steps: called by `chunks.run_chunks` with a turn's number, in order."""
 
     def __init__(
-        self, job: Job, programs: Programs, grid: Grid, parts: Mapping[str, np.ndarray], steps: int, log_at: list[int],
+        self, job: TrainingJob, programs: Programs, grid: SettingsGrid, parts: Mapping[str, np.ndarray], steps: int, log_at: list[int],
         store: chunks.Store | None, mesh: Mesh | None, strict: bool,
     ):  # fmt: skip
         self.job, self.grid, self.log_at, self.store, self.mesh, self.strict = job, grid, log_at, store, mesh, strict
@@ -326,7 +326,7 @@ def _labelled(run: _Run, told: dict[str, float]) -> "xr.Dataset":
     return xr.Dataset(variables, coords, attrs)
 
 
-def _dims(job: Job, grid: Grid) -> dict[str, tuple[str, ...]]:
+def _dims(job: TrainingJob, grid: SettingsGrid) -> dict[str, tuple[str, ...]]:
     """The names of the parameters' dimensions, as the model tells them."""
     found = {}
     jax.eval_shape(lambda *given: found.update(job.made(*given)[0].model.dims or {}), *_example(grid))
