@@ -21,7 +21,7 @@ import xarray as xr
 
 import mijax as mj
 from experiments import capitals, ioi_prompts, record
-from mijax.plots import save_scatter
+from mijax import plots
 
 METHODS: dict[str, Any] = {
     "AtP": mj.AtP(),
@@ -195,7 +195,7 @@ def draw(found: dict[str, xr.Dataset], settings: Settings) -> None:
     title = (
         f"{settings.model}: estimated and exact normalised effects of patching (denoising, {settings.prompts} prompts)"
     )
-    save_scatter(pairs, settings.out / "attribution_vs_patching.png", title=title, notes=notes)
+    plots.save(plots.scatter(pairs, title=title, notes=notes), settings.out / "attribution_vs_patching.png")
 
 
 if __name__ == "__main__":

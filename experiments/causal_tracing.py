@@ -21,7 +21,7 @@ import xarray as xr
 import mijax as mj
 from experiments import record
 from experiments.facts import FACTS, Fact, Facts, make
-from mijax.plots import save_heatmaps
+from mijax import plots
 from mijax.sweeps.trace import Severed
 
 KINDS = {"hidden state": "resid_post", "MLPs": "mlp_out", "attention": "attn_out"}
@@ -150,8 +150,10 @@ def draw_average(results: xr.Dataset, settings: Settings) -> None:
         "severed": {"hidden state": panel("hidden state"), **{kind.split(", ")[1]: panel(kind) for kind in SEVERED}},
     }
     title = f"{settings.model}: average indirect effect on p(answer), {results.sizes['batch']} facts, {settings.draws} draws of noise"
-    files = (settings.out / f"causal_tracing.{kind}" for kind in ("png", "html"))
-    save_heatmaps(panels, *files, title=title, label="average indirect effect")
+    for plot, suffix in ((plots.heatmaps, "png"), (plots.heatmap_page, "html")):
+        plots.save(
+            plot(panels, title=title, label="average indirect effect"), settings.out / f"causal_tracing.{suffix}"
+        )
 
 
 def draw_fact(fact: xr.Dataset, settings: Settings, path: Path) -> None:
@@ -159,7 +161,7 @@ def draw_fact(fact: xr.Dataset, settings: Settings, path: Path) -> None:
     probabilities = f"p {float(fact.clean):.2f}, corrupted {float(fact.corrupted.mean()):.2f}"
     panels = {"indirect effect": {kind: fact.indirect.sel(kind=kind, drop=True) for kind in fact.kind.values}}
     title = f"{settings.model}: {fact.fact.item()} ({probabilities})"
-    save_heatmaps(panels, path, title=title, label="indirect effect")
+    plots.save(plots.heatmaps(panels, title=title, label="indirect effect"), path)
 
 
 def draw_tokens(one: xr.Dataset, fact: Facts, settings: Settings, path: Path) -> None:
@@ -171,7 +173,7 @@ def draw_tokens(one: xr.Dataset, fact: Facts, settings: Settings, path: Path) ->
     panels = {"restored": {kind: effects.sel(kind=kind, drop=True) for kind in KINDS}}
     probabilities = f"p {float(one.clean[0]):.2f}, corrupted {float(one.corrupted.mean()):.2f}"
     title = f"{settings.model}: {fact.texts[0]}{fact.objects[0]} ({probabilities})"
-    save_heatmaps(panels, path, title=title, label="indirect effect")
+    plots.save(plots.heatmaps(panels, title=title, label="indirect effect"), path)
 
 
 if __name__ == "__main__":

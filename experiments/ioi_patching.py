@@ -2,10 +2,10 @@
 
 Indirect object identification (Wang et al. 2022, "Interpretability in the Wild"): the model should name
 the indirect object (Mary), not the subject that is repeated (John). Each prompt is run beside one
-whose answer differs, and activations are patched from one run into the other: the residual stream, and what
-attention and MLPs add to it, over layer x role of the token (or position); and the output of each head, its queries,
-keys, values and pattern, and its output at each role. The effect is normalised: 0 where patching changes nothing, 1 where
-it does as much as exchanging the prompts.
+whose answer differs, and activations are patched from one run into the other: the residual stream first, over layer x role
+of the token (or position), then the output of each head, then what attention and MLPs add to the stream; with `--full` also
+each head's queries, keys, values and pattern, and its output at each role, for twice as many prompts. The figure is drawn again
+after every grid. The effect is normalised: 0 where patching changes nothing, 1 where it does as much as exchanging the prompts.
 
     python -m experiments.ioi_patching --help
 """
@@ -23,9 +23,9 @@ import mijax as mj
 from experiments import record
 from experiments.ioi_prompts import IOI, Counterfactual, make
 from mijax.engine.pairs import Direction
-from mijax.plots import save_heatmaps
+from mijax import plots
 
-COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
+PICTURE, PAGE = "ioi_patching.png", "ioi_patching.html"
 DIRECTIONS: dict[Direction, str] = {
     "denoise": "denoising: clean into corrupted",
     "noise": "noising: corrupted into clean",
@@ -36,8 +36,10 @@ DIRECTIONS: dict[Direction, str] = {
 class Settings(record.Study):
     """Activation patching of indirect object identification."""
 
-    prompts: int = 64
-    """How many prompts; a multiple of 4."""
+    full: bool = False
+    """The whole study: 64 prompts, and also `--projections` and `--heads-by-position`."""
+    prompts: int | None = None
+    """How many prompts, a multiple of 4; by default 32, of the whole study 64."""
     counterfactual: Counterfactual = "flip"
     """Make the second subject the other name, or put three other names everywhere."""
     seed: int = 0
@@ -59,18 +61,21 @@ class Settings(record.Study):
 def main(settings: Settings) -> xr.Dataset:
     """Run the study, print what it finds, and write it all under `settings.out`."""
     started = time.perf_counter()
+    settings = settled(settings)
+    print(f"loading {settings.model} ...", flush=True)
     model, tokenizer = record.load(settings.model)
     loaded = time.perf_counter()
     ioi = make(tokenizer, settings.prompts, counterfactual=settings.counterfactual, seed=settings.seed)
+    print(f"{len(ioi.texts)} prompts, such as {ioi.texts[0]!r} beside {ioi.corrupted_texts[0]!r}", flush=True)
     behaviour = baseline(model, ioi)
-    print(f"{settings.model}: {len(ioi.texts)} prompts, such as {ioi.texts[0]!r} beside {ioi.corrupted_texts[0]!r}")
     print(
         f"indirect object above subject in {behaviour['accuracy']:.0%} of the prompts (first of all tokens in"
         f" {behaviour['top']:.0%}); mean logit difference {behaviour['logit_diff']:.2f}, corrupted"
-        f" {behaviour['corrupted_logit_diff']:.2f}"
+        f" {behaviour['corrupted_logit_diff']:.2f}",
+        flush=True,
     )
-    results = study(model, ioi, settings)
-    effects = {d: {s: mj.normalise(results[s].sel(direction=d)) for s in results} for d in DIRECTIONS}
+    patched = study(model, ioi, settings, started)
+    results = as_dataset(patched, ioi)
     tested = {d: corrected(results["z"].sel(direction=d), ioi.pair) for d in DIRECTIONS}
     table = strongest(results["z"], tested, settings.top)
     significant = int((tested["denoise"] < 0.05).sum())
@@ -79,13 +84,18 @@ def main(settings: Settings) -> xr.Dataset:
         f" heads {significant} have p < 0.05, family-wise over all heads):\n\n{table}"
     )
     seconds = {"load": loaded - started, "all": time.perf_counter() - started}
-    write(
-        settings, results, effects, {"behaviour": behaviour, "seconds": seconds, "prompts": ioi.texts, "heads": table}
-    )
-    print(
-        f"\nwrote {settings.out}/: ioi_patching.png, ioi_patching.html, results.nc, record.json ({seconds['all']:.0f} s)"
-    )
+    plots.save(plots.heatmap_page(panels(patched), title=title(settings, ioi), limit=1.0), settings.out / PAGE)
+    told = {"behaviour": behaviour, "seconds": seconds, "prompts": ioi.texts, "heads": table}
+    record.save(settings.out, settings, results, **told)
+    print(f"\nwrote {settings.out}/: {PICTURE}, {PAGE}, results.nc, record.json ({seconds['all']:.0f} s)")
     return results
+
+
+def settled(settings: Settings) -> Settings:
+    """The settings with what `full` and `prompts` stand for."""
+    prompts = settings.prompts if settings.prompts is not None else 64 if settings.full else 32
+    more = {"projections": True, "heads_by_position": True} if settings.full else {}
+    return dataclasses.replace(settings, prompts=prompts, **more)
 
 
 def baseline(model: mj.Transformer, ioi: IOI) -> dict[str, float]:
@@ -101,31 +111,44 @@ def baseline(model: mj.Transformer, ioi: IOI) -> dict[str, float]:
     }
 
 
-def study(model: mj.Transformer, ioi: IOI, settings: Settings) -> xr.Dataset:
-    """Patch everything in both directions: one variable per site, `direction` in front."""
-    metric, found = mj.metrics.logit_diff(ioi.io, ioi.subject), {}
-    for name, (site, over) in grids(model, ioi, settings).items():
-        patched = []
-        for direction in DIRECTIONS:
-            folder = None if settings.save is None else settings.save / f"{name}_{direction}"
-            patched.append(
-                mj.patch(
-                    model,
-                    clean=ioi.clean,
-                    corrupted=ioi.corrupted,
-                    site=site,
-                    over=over,
-                    metric=metric,
-                    direction=direction,
-                    memory=settings.memory,
-                    save=folder,
-                )
-            )
-        found[name] = xr.concat(
-            patched, xr.Variable("direction", list(DIRECTIONS)), combine_attrs="drop_conflicts", join="exact"
+def study(model: mj.Transformer, ioi: IOI, settings: Settings, started: float) -> dict[str, dict[str, xr.DataArray]]:
+    """Patch each grid in both directions, `{name: {direction: metrics}}`, and draw the figure after each."""
+    metric, patched = mj.metrics.logit_diff(ioi.io, ioi.subject), {}
+    wanted = [(name, direction) for name in grids(model, ioi, settings) for direction in DIRECTIONS]
+    print(f"{len(wanted)} grids; {settings.out / PICTURE} is drawn after each", flush=True)
+    for number, (name, direction) in enumerate(wanted, 1):
+        site, over = grids(model, ioi, settings)[name]
+        began = time.perf_counter()
+        patched.setdefault(name, {})[direction] = mj.patch(
+            model,
+            clean=ioi.clean,
+            corrupted=ioi.corrupted,
+            site=site,
+            over=over,
+            metric=metric,
+            direction=direction,
+            memory=settings.memory,
+            save=None if settings.save is None else settings.save / f"{name}_{direction}",
         )
-    told = ("sites", "memory_estimate", "memory_peak", "prompts_together")
-    results = xr.Dataset(found, attrs={k: v for k, v in found["z"].attrs.items() if k not in told})
+        plots.save(plots.heatmaps(panels(patched), title=title(settings, ioi), limit=1.0), settings.out / PICTURE)
+        now = time.perf_counter()
+        print(
+            f"[{number}/{len(wanted)}] {name}, {DIRECTIONS[direction]}: {now - began:.0f} s, {now - started:.0f} s in all;"
+            f" drawn in {settings.out / PICTURE}",
+            flush=True,
+        )
+    return patched
+
+
+def as_dataset(patched: dict[str, dict[str, xr.DataArray]], ioi: IOI) -> xr.Dataset:
+    """One variable per grid, `direction` in front."""
+    along = xr.Variable("direction", list(DIRECTIONS))
+    joined = {
+        name: xr.concat([by[d] for d in DIRECTIONS], along, combine_attrs="drop_conflicts", join="exact")
+        for name, by in patched.items()
+    }
+    of_each = ("sites", "memory_estimate", "memory_peak", "prompts_together")
+    results = xr.Dataset(joined, attrs={k: v for k, v in joined["z"].attrs.items() if k not in of_each})
     return results.assign_coords(prompt=("batch", ioi.texts))
 
 
@@ -134,7 +157,8 @@ def grids(model: mj.Transformer, ioi: IOI, settings: Settings) -> dict[str, tupl
     c, heads, kv_heads = model.config, ("layer", "head"), ("layer", "kv_head")
     roles = mj.grid(layer=range(c.n_layers), pos=ioi.roles)
     places = ("layer", "pos") if settings.positions else roles
-    wanted: dict[str, tuple[str, Any]] = {site: (site, places) for site in COMPONENTS} | {"z": ("z", heads)}
+    wanted: dict[str, tuple[str, Any]] = {"resid_pre": ("resid_pre", places), "z": ("z", heads)}
+    wanted |= {"attn_out": ("attn_out", places), "mlp_out": ("mlp_out", places)}
     if settings.projections:
         wanted |= {"q": ("q", heads), "k": ("k", kv_heads), "v": ("v", kv_heads), "pattern": ("pattern", heads)}
     if settings.heads_by_position:
@@ -168,13 +192,17 @@ def strongest(patched: xr.DataArray, tested: dict[str, xr.DataArray], count: int
     return "\n".join(rows)
 
 
-def write(settings: Settings, results: xr.Dataset, effects: dict, told: dict) -> None:
-    """Figures, labelled data and a record of what was done with what."""
-    out = settings.out
-    title = f"{settings.model}: patching indirect object identification ({len(results.batch)} prompts, {settings.counterfactual})"
-    panels = {DIRECTIONS[d]: {s: _strongest_head(e) for s, e in own.items()} for d, own in effects.items()}
-    save_heatmaps(panels, out / "ioi_patching.png", out / "ioi_patching.html", title=title, limit=1.0)
-    record.save(out, settings, results, **told)
+def panels(patched: dict[str, dict[str, xr.DataArray]]) -> plots.Panels:
+    """Normalised effects of what has been patched so far: a row for each direction, a panel for each grid."""
+    effects = lambda direction: {
+        name: _strongest_head(mj.normalise(by[direction])) for name, by in patched.items() if direction in by
+    }
+    return {DIRECTIONS[d]: effects(d) for d in DIRECTIONS if effects(d)}
+
+
+def title(settings: Settings, ioi: IOI) -> str:
+    """The figure's."""
+    return f"{settings.model}: patching indirect object identification ({len(ioi.texts)} prompts, {settings.counterfactual})"
 
 
 def _strongest_head(effects: xr.DataArray) -> xr.DataArray:

@@ -20,7 +20,7 @@ import xarray as xr
 import mijax as mj
 from experiments import record
 from experiments.pronoun_prompts import FEMALE, TEMPLATES, Pronouns, make
-from mijax.plots import save_heatmaps
+from mijax import plots
 
 EFFECTS = ("indirect", "direct")
 
@@ -107,8 +107,8 @@ def draw(results: xr.Dataset, settings: Settings) -> None:
         share = lambda name, own=own: own[name].mean("batch") / own.total.mean("batch")
         panels[f"stereotypically {kind}"] = {s: share(f"{s}.indirect") for s in ("z", "attn_out", "mlp_out")}
     title = f"{settings.model}: indirect effects as parts of the total"
-    files = (settings.out / f"pronouns.{kind}" for kind in ("png", "html"))
-    save_heatmaps(panels, *files, title=title, label="indirect / total effect")
+    for plot, suffix in ((plots.heatmaps, "png"), (plots.heatmap_page, "html")):
+        plots.save(plot(panels, title=title, label="indirect / total effect"), settings.out / f"pronouns.{suffix}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import xarray as xr
 
 import mijax as mj
 from experiments import record
+from mijax import plots
 from mijax.files import atomic
 
 POSITIVE = (
@@ -164,8 +165,7 @@ def _write(settings: Settings, results: xr.Dataset) -> None:
         axis.set(xlabel=f"dose (times the difference of means, layer {settings.layer})", ylabel=label)
     figure.axes[0].legend(title="mean and standard error over prompts", title_fontsize="small")
     figure.suptitle(f"{settings.model}: steering while generating")
-    with atomic(settings.out / "steering.png") as scratch:
-        figure.savefig(scratch, dpi=120)
+    plots.save(figure, settings.out / "steering.png")
     with atomic(settings.out / "results.nc") as scratch:
         results.to_netcdf(scratch, engine="scipy")
     samples = {

@@ -24,6 +24,7 @@ import tyro
 from tqdm import tqdm
 
 import mijax as mj
+from mijax import plots
 from mijax.files import atomic
 
 
@@ -192,8 +193,7 @@ def _figure(settings: Settings, log: list[dict], file: Path) -> None:
     right.set(xlabel="step", ylabel="induction accuracy", ylim=(0, 1))
     right.legend()
     figure.suptitle(f"{settings.layers} attention layer(s) on repeated random sequences")
-    with atomic(file) as scratch:
-        figure.savefig(scratch, dpi=120)
+    plots.save(figure, file)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-from mijax import metrics, superposition
+from mijax import metrics, plots, superposition
 from mijax.attribution.atp_star import AtPStar
 from mijax.attribution.attribute import attribute
 from mijax.attribution.concepts import Gradients, concept, gradients
@@ -90,6 +90,7 @@ __all__ = [
     "new_tokens",
     "normalise",
     "patch",
+    "plots",
     "processing",
     "prompt_tokens",
     "run",

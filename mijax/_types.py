@@ -1,4 +1,4 @@
-"""Array types that every floor uses."""
+"""Array types that all of mijax uses."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Real
 
 ArrayLike: TypeAlias = Array | np.ndarray | np.generic | float | int | bool | Sequence[Any]
-"""What `numpy.asarray` makes an array of: arrays, numbers, and lists of them."""
+"""Anything that `numpy.asarray` converts: arrays, numbers, and lists of them."""
 
 Ids: TypeAlias = Int[Array, "batch pos"]
 """Token ids."""
@@ -16,10 +16,10 @@ Mask: TypeAlias = Bool[Array, "batch pos"]
 """True where a token is real, False where it is padding."""
 
 Stream: TypeAlias = Float[Array, "batch pos d_model"]
-"""The residual stream, or something that is added to it."""
+"""The residual stream, or a term that is added to it."""
 
 Asked: TypeAlias = Float[Array, "batch asked d_model"]
-"""As `Stream`, at those positions of which more than keys and values is needed: most often all."""
+"""A `Stream` at those positions where a layer computes more than keys and values: usually all positions."""
 
 Scores: TypeAlias = Float[Array, "batch head query key"]
 """Attention scores or attention patterns."""
@@ -31,7 +31,7 @@ KVHeads: TypeAlias = Float[Array, "batch key kv_head d_head"]
 """One vector per position and key/value head."""
 
 Logits: TypeAlias = Float[Array, "batch *pos_vocab"]
-"""Logits for some positions and some tokens; an axis of which one entry was asked for is dropped."""
+"""Logits for some positions and some tokens; an axis that a single (0-d) index selects from is dropped."""
 
 __all__ = [
     "Array",

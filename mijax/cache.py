@@ -1,4 +1,4 @@
-"""The folder of what is made once: converted models, and compiled programs where a user asks for that."""
+"""The cache folder: converted models, and compiled programs where a user asks for them to be kept."""
 
 import os
 from pathlib import Path
@@ -7,18 +7,27 @@ import jax
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$MIJAX_CACHE`, or `mijax` in the user's cache folder."""
+    """The folder of converted models: `$MIJAX_CACHE`, or `mijax` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mijax"
     return Path(os.environ.get("MIJAX_CACHE") or default).expanduser()
 
 
 def compilation_cache(folder: str | os.PathLike | None = None) -> Path:
-    """Keep what JAX compiles in a folder, for later processes; by default beside the converted models.
+    """Keep the programs that JAX compiles in a folder, for later processes.
 
-    The folder is `$MIJAX_CACHE/compiled`, or `~/.cache/mijax/compiled`. This sets three settings of JAX for the process
-    (which importing mijax never does): the folder, and that programs are kept however quickly they
-    compiled and however small they are, where JAX by default keeps nothing that compiles in under a second. Call it before
-    anything is compiled, as the experiments do: `mijax.compilation_cache()`.
+    This changes three settings of JAX for the process (which importing mijax never does): the folder, and that
+    programs are kept however quickly they compiled and however small they are. By default JAX keeps nothing that
+    compiles in under a second. Call the function before anything is compiled, as the experiments do.
+
+    Args:
+        folder: the folder; by default `compiled` beside the converted models, `$MIJAX_CACHE/compiled` or
+            `~/.cache/mijax/compiled`.
+
+    Returns:
+        The folder, which is created.
+
+    >>> compilation_cache("compiled")  # doctest: +SKIP
+    PosixPath('compiled')
     """
     path = cache_folder() / "compiled" if folder is None else Path(folder)
     path.mkdir(parents=True, exist_ok=True)

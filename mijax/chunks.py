@@ -1,4 +1,4 @@
-"""Many small jobs in memory-bounded chunks of equal size: with progress, saved as they finish, over many devices."""
+"""Many small jobs in memory-bounded chunks of equal size: with progress, saved as they finish, on many devices."""
 
 import collections
 import functools
@@ -20,30 +20,43 @@ import numpy as np
 from mijax.files import atomic
 from mijax.memory import compiler_memory_freed
 from mijax.programs.convert import Converted
-from mijax.programs.key import text_of
+from mijax.programs.key import LIBRARIES, text_of
 
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile)
-"""What is raised by reading a file that is damaged."""
+"""The exceptions that reading a damaged file raises."""
 
 
 def full_rows() -> int:
-    """How many rows of a matrix product fill the device; more in one chunk would only blur where jobs begin."""
+    """The number of rows of a matrix product that keep the device busy.
+
+    A larger chunk would not run faster, and would mix jobs that could begin at different layers.
+    """
     return 2048 if jax.default_backend() == "cpu" else 16384
 
 
 def long_work() -> float:
-    """Floating-point operations from which on a compilation (a few seconds) is worth a tenth less of them."""
+    """The number of floating-point operations above which saving a tenth is worth a compilation (a few seconds)."""
     return 1e12 if jax.default_backend() == "cpu" else 1e14
 
 
 class Store:
-    """A folder of finished chunks: what the job is, its plan, and one file for each chunk.
+    """A folder of finished chunks: the identity of the job, its plan, and one file for each chunk.
 
-    Every file has a checksum of what it holds and of its place (job, plan, number of the chunk); what does not fit is made
-    again, with a warning. Opening a folder writes nothing; it raises `ValueError` where `identity`, which names the parts of the job by
-    their fingerprints, is not that with which the folder was begun. `plan` is the one that it was begun with, `None` where it is new.
+    Every file has a checksum of its arrays and of its place (job, plan, number of the chunk). A chunk whose
+    checksum differs is computed again, with a warning. Opening a folder writes nothing.
+
+    Args:
+        folder: the folder, new, empty, or that of the same job.
+        identity: the parts of the job by name, as fingerprints.
+
+    Attributes:
+        plan: the plan with which the folder was begun; `None` where it is new.
+
+    Raises:
+        ValueError: where the folder was begun with another `identity` (or version of mijax or JAX, device or
+            precision), is a file, or holds other files.
     """
 
     def __init__(self, folder: str | os.PathLike, identity: Mapping[str, str]):
@@ -59,7 +72,15 @@ class Store:
         self._place = self._placed()
 
     def begin(self, plan: Arrays, labels: Mapping[str, Any]) -> Arrays:
-        """The plan that the folder was begun with, whatever would be planned now; in a new one, `plan`, which is written."""
+        """Begin the folder, if it is new, by writing its plan.
+
+        Args:
+            plan: the plan of a new folder.
+            labels: further entries of `job.json`, for readers.
+
+        Returns:
+            The plan with which the folder was begun, which may differ from `plan` where it is not new.
+        """
         if self.plan is None:
             self.plan = plan
             self._place = self._placed()
@@ -72,7 +93,11 @@ class Store:
         return self.plan
 
     def inside(self, name: str) -> "Store":
-        """A folder within this one, for a part of the same job."""
+        """A folder within this one, for a part of the same job.
+
+        Args:
+            name: the name of the part and of its folder.
+        """
         return Store(self.folder / name, {**self.identity, "part": name})
 
     def _placed(self) -> str:
@@ -82,7 +107,15 @@ class Store:
         return path.name != self._arrays.name and not path.name.startswith(".")
 
     def load(self, number: int) -> Arrays | None:
-        """A finished chunk; `None` where there is none, or where it is damaged or another's."""
+        """The arrays of a finished chunk.
+
+        Args:
+            number: the number of the chunk.
+
+        Returns:
+            The arrays by name; `None` where there is no file, and, with a warning, where it is damaged or belongs
+            to another job, plan or chunk.
+        """
         path = self._path(number)
         if not path.exists():
             return None
@@ -100,7 +133,12 @@ class Store:
         return None
 
     def save(self, number: int, arrays: Arrays) -> None:
-        """Write a finished chunk, whole or not at all."""
+        """Write a finished chunk, completely or not at all.
+
+        Args:
+            number: the number of the chunk.
+            arrays: its results by name.
+        """
         with atomic(self._path(number)) as scratch, scratch.open("wb") as file:
             np.savez(file, checksum=np.asarray(self._checksum(number, arrays)), **arrays)  # pyright: ignore[reportArgumentType]
 
@@ -112,12 +150,16 @@ class Store:
 
 
 def is_begun(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds a job."""
+    """Whether a folder holds a job.
+
+    Args:
+        folder: any path.
+    """
     return Path(folder, "job.json").exists()
 
 
 def _kept_plan(about: Path, arrays: Path, identity: Mapping[str, str]) -> Arrays | None:
-    """The plan of a folder that was begun before; `None` where it cannot be read any more."""
+    """The plan of a folder that was begun before; `None`, with a warning, where its files cannot be read."""
     try:
         job = json.loads(about.read_text())
         begun_with, checksum = dict(job["identity"]), str(job["plan"])
@@ -146,11 +188,11 @@ def _kept_plan(about: Path, arrays: Path, identity: Mapping[str, str]) -> Arrays
 
 
 def _environment() -> dict[str, str]:
-    """What else decides the numbers of any job."""
+    """What the numbers of any job depend on: versions of mijax and of libraries known by name, device, precision."""
     precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return {
         "version of mijax": _source(),
-        "version of jax": jax.__version__,
+        **{f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES if name != "mijax"},
         "device": jax.devices()[0].device_kind,
         "precision": f"{jnp.result_type(float)}, {precision or 'default'}",
     }
@@ -158,7 +200,7 @@ def _environment() -> dict[str, str]:
 
 @functools.cache
 def _source() -> str:
-    """mijax's version; in a checkout, where that says little, a checksum of its code."""
+    """The version of mijax; in a git checkout, where versions do not tell changes apart, a checksum of its code."""
     package = Path(__file__).parent
     if not (package.parent / ".git").exists():
         return importlib.metadata.version("mijax")
@@ -167,7 +209,14 @@ def _source() -> str:
 
 
 def progress_bar(jobs: int, label: str, unit: str, progress: bool) -> Any:
-    """A bar, to be used by `with`, that appears where the work takes more than a second."""
+    """A progress bar, a context manager, that appears where the work takes more than a second.
+
+    Args:
+        jobs: the number of jobs.
+        label: the text before the bar.
+        unit: the name of a job.
+        progress: whether to show the bar.
+    """
     from tqdm import tqdm
 
     return tqdm(total=jobs, desc=label, unit=unit, delay=1.0, disable=not progress, leave=False)
@@ -182,30 +231,38 @@ def run_chunks(
     width: int | None = None,
     store: Store | None = None,
 ) -> None:
-    """Run all chunks and hand the results of each to `keep`, which says how many jobs they were: by so many `bar` moves on.
+    """Run all chunks and hand over the results of each.
 
-    `run` is given one chunk's number; or, with `width`, up to that many, and its results have an axis of them in front. Chunks that `store` holds are not run again.
+    Args:
+        run: called with a list of chunk numbers, returns arrays by name. The list has one number; with `width`, up
+            to `width` numbers, and the arrays have an axis of chunks in front.
+        keep: called with a chunk's number and its arrays, first for all saved chunks, then for the others in order;
+            returns how many jobs the chunk held.
+        chunks: the number of chunks.
+        bar: the progress bar, advanced by the number of jobs.
+        width: how many chunks run at once, on as many devices; `None` for one, without an axis of chunks.
+        store: where finished chunks are saved; chunks that it holds are not run again.
     """
     with compiler_memory_freed():
-        left = []
+        pending = []
         for number in range(chunks):
-            held = store.load(number) if store else None
-            if held is None:
-                left.append(number)
+            saved = store.load(number) if store else None
+            if saved is None:
+                pending.append(number)
             else:
-                bar.update(keep(number, held))
-        groups = [left[i : i + (width or 1)] for i in range(0, len(left), width or 1)]
-        for group, found in _in_flight(run, groups):
-            arrays = {name: np.asarray(value) for name, value in found.items()}
+                bar.update(keep(number, saved))
+        groups = [pending[i : i + (width or 1)] for i in range(0, len(pending), width or 1)]
+        for group, results in _in_flight(run, groups):
+            arrays = {name: np.asarray(value) for name, value in results.items()}
             for i, number in enumerate(group):
-                own = arrays if width is None else {name: value[i] for name, value in arrays.items()}
+                chunk = arrays if width is None else {name: value[i] for name, value in arrays.items()}
                 if store:
-                    store.save(number, own)
-                bar.update(keep(number, own))
+                    store.save(number, chunk)
+                bar.update(keep(number, chunk))
 
 
 def _in_flight(run: Callable, groups: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], Mapping[str, Any]]]:
-    """Results in order, the next ones dispatched before the last are waited for."""
+    """The results of the groups in order; the next group is dispatched before the results of one are waited for."""
     waiting: collections.deque = collections.deque()
     for group in groups:
         waiting.append((group, run(group)))
@@ -215,10 +272,24 @@ def _in_flight(run: Callable, groups: Sequence[Sequence[int]]) -> Iterator[tuple
 
 
 def fingerprint(tree: Any) -> str:
-    """A checksum of a pytree that is the same in every process: its structure, arrays by their numbers, converted functions by
-    their programs and the arrays that these reach.
+    """A checksum of a pytree that is the same in every process.
 
-    Raises `TypeError` for a function that is not converted, or whose program no checksum can tell.
+    It covers the tree's structure, arrays by their values, and converted functions by their programs and the arrays
+    that these reach.
+
+    Args:
+        tree: the pytree.
+
+    Returns:
+        A hexadecimal SHA-256 digest.
+
+    Raises:
+        TypeError: for a function that is not converted, or whose program has a part that no checksum can cover.
+
+    >>> fingerprint({"x": np.arange(3)}) == fingerprint({"x": np.arange(3)})
+    True
+    >>> fingerprint({"x": np.arange(3)}) == fingerprint({"x": np.arange(4)})
+    False
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_converted)
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(treedef)).encode())
@@ -229,16 +300,26 @@ def fingerprint(tree: Any) -> str:
         elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
             array = _numbers(leaf)
             digest.update(f"{leaf.dtype}{array.shape}".encode())
-            digest.update(array.reshape(-1).view(np.uint8).data)  # (a buffer of bfloat16 is none to Python)
+            digest.update(array.reshape(-1).view(np.uint8).data)  # as bytes: Python's buffer protocol has no bfloat16
         else:
             digest.update(text_of(leaf).encode())
     return digest.hexdigest()
 
 
 def repeatable(convert: Callable[[], T], save: Any) -> T:
-    """What `convert()` makes of users' functions; where it is for a folder `save`, the same a second time.
+    """The result of `convert()`, checked for being the same a second time where it is to be saved.
 
-    Raises `ValueError` where it is not: a function that draws numbers, or reads a clock, has no result to go on from.
+    A function that draws random numbers or reads a clock has no result that a later process could continue.
+
+    Args:
+        convert: converts users' functions; returns a pytree of them.
+        save: the folder of the job; `None` for no folder and no check.
+
+    Raises:
+        ValueError: where a second conversion differs from the first.
+
+    >>> repeatable(lambda: {"x": np.ones(2)}, None)
+    {'x': array([1., 1.])}
     """
     result = convert()
     if save is not None and fingerprint(result) != fingerprint(convert()):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import contextlib
 import os
@@ -9,7 +9,13 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path`, with its suffix, which becomes `path` if nothing is raised.
+    """A context that gives a temporary path, which replaces `path` on exit if nothing is raised.
+
+    The temporary file has the name of `path` and stands in a temporary folder beside it, so that the replacement is
+    atomic. Parent folders are created.
+
+    Args:
+        path: the file to be written.
 
     >>> import tempfile, pathlib
     >>> target = pathlib.Path(tempfile.mkdtemp()) / "new" / "note.txt"

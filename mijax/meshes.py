@@ -1,7 +1,8 @@
-"""Arrays on meshes of explicit axis type (the default of `jax.make_mesh`), where every product would have to say how it is sharded.
+"""Arrays on meshes of explicit axis type (the default of `jax.make_mesh`), where products must state their sharding.
 
-mijax leaves that to the compiler: a pure function runs with these axes as automatic ones and gives results that are explicitly
-sharded along the batch; a driver moves what it is given to the same devices' automatic mesh.
+mijax leaves the sharding of products to the compiler: a pure function runs with explicit axes as automatic ones and
+gives results that are explicitly sharded along the batch; a driver moves its inputs to the automatic mesh of the
+same devices.
 """
 
 from collections.abc import Callable
@@ -13,14 +14,28 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def automatic(tree: Any) -> Any:
-    """The tree with every array on an explicit mesh, and every such mesh, on the automatic one of the same devices."""
+    """Move arrays from meshes with explicit axes to meshes of the same devices with automatic axes.
+
+    Args:
+        tree: a pytree of arrays and meshes.
+
+    Returns:
+        The tree, with every mesh replaced by the automatic one; arrays without explicit axes are unchanged.
+    """
     return jax.tree.map(_moved, tree, is_leaf=lambda x: isinstance(x, Mesh))
 
 
 def with_automatic_axes(function: Callable, *arguments: Any, like: Any, out_axes: Callable[[Any], Any]) -> Any:
-    """`function(*arguments)`; where arrays of the arguments have explicit axes, these are automatic inside.
+    """`function(*arguments)`, with the explicit axes of the arguments' mesh as automatic axes inside.
 
-    `out_axes(b)` gives the result's partition specs, with `b` for the axis of examples: that of the first axis of `like`.
+    Where no argument has explicit axes, the function is called directly.
+
+    Args:
+        function: the function.
+        arguments: pytrees of its arguments.
+        like: the array whose first axis is the axis of examples, and tells how the examples are sharded.
+        out_axes: `out_axes(b)` returns the partition specs of the result, `b` being the mesh axis of the examples,
+            `None` where they are not sharded.
     """
     mesh = next((jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arguments) if _is_explicit(x)), None)
     if mesh is None:
@@ -45,5 +60,13 @@ def _moved(x: Any) -> Any:
 
 
 def batch_spec(axes: tuple[str, ...], batch: Any) -> PartitionSpec:
-    """The partition of an array with these axes whose examples are along `batch`."""
+    """The partition spec of an array that is sharded along its axis of examples.
+
+    Args:
+        axes: the names of the array's axes.
+        batch: the mesh axis along which the axis `batch` is sharded; `None` for none.
+
+    >>> tuple(batch_spec(("layer", "batch", "pos"), "data"))
+    (None, 'data', None)
+    """
     return PartitionSpec(*(batch if axis == "batch" else None for axis in axes))

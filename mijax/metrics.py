@@ -1,7 +1,8 @@
 """Metrics: functions of a run's output to one number per example, with their answers as array leaves.
 
-Each computes only the logits that it needs. New answers of the same shape never recompile. A metric of your own is any
-function of the `Out`; give it to `Function` where it reads activations, or make it a subclass of `Metric` where it holds arrays.
+Each metric computes only the logits that it needs. New answers of the same shape never recompile. A user's metric
+is any function of the `Out`; wrap it in `Function` where it reads activations, or subclass `Metric` where it holds
+arrays.
 """
 
 import abc
@@ -21,17 +22,22 @@ from mijax.model.tokens import Tokens, as_tokens, integers, is_concrete
 from mijax.run import Out, as_captures
 
 AnyMetric: TypeAlias = Callable[[Out], Array]
-"""A function of a run's output to one number per example. What `Metric` says of itself any function may, by attributes of the
-same names."""
+"""A function of a run's output to one number per example. Any function may declare what `Metric` declares (`name`,
+`sites`, `pos`, `per_example`), by attributes of the same names."""
 
 
 class Metric(eqx.Module):
     """One number per example of a run's output; abstract.
 
-    `name` is its name in results. `sites` are the activations that it finds in `out.acts`, as `capture` names them in
-    `mijax.run`; there are no others. `pos` is the position at which it reads the final stream, one, or one per example as
-    `[batch, 1]`: a sweep computes no other positions' final stream, and it finds NaN there; `None` is any. Where `per_example`
-    is true, every array of rank 1 or more has the examples in front, and sweeps and attribution can split a batch.
+    Attributes:
+        name: the metric's name in results.
+        sites: the activations that the metric reads in `out.acts`, named as by `capture` in `mijax.run`; `out.acts`
+            holds no others.
+        pos: the position at which the metric reads the final stream: one, or one per example as `[batch, 1]`. A
+            sweep computes the final stream at no other position, and the metric reads NaN there. `None`: any
+            position.
+        per_example: whether every array of rank 1 or more has the examples in front, so that sweeps and attribution
+            can split a batch.
     """
 
     name = ""
@@ -41,29 +47,55 @@ class Metric(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, out: Out) -> Float[Array, " batch"]:
-        """One number per example."""
+        """Measure a run.
+
+        Args:
+            out: the run's output.
+
+        Returns:
+            `[batch]`, one number per example.
+        """
 
     def take(self, examples: Int[Array, " k"] | Int[np.ndarray, " k"]) -> "Metric":
-        """The metric of some of the examples; `ValueError` where it is not said which arrays are theirs."""
+        """The same metric for a subset of the examples.
+
+        Args:
+            examples: indices of the examples.
+
+        Returns:
+            The metric with its arrays of rank 1 or more narrowed to these examples.
+
+        Raises:
+            ValueError: where `per_example` is false, so that it is not known which arrays have the examples in
+                front.
+        """
         if not self.per_example:
             raise ValueError(f"metric {self.name!r} does not say that its arrays are per example")
         return jax.tree.map(lambda a: a[examples] if jnp.ndim(a) else a, self)
 
 
 def position(pos: ArrayLike) -> Int[Array, "..."]:
-    """The position that a metric reads: one, or one per example, `[batch, 1]`.
+    """Convert and check the position that a metric reads.
 
-    Raises `ValueError` for a list `[k]`, which in `Where` means k positions of every example, and for any other rank.
+    Args:
+        pos: one position, or one per example as `[batch, 1]`; negative from the end.
+
+    Returns:
+        The position as an integer array, `[]` or `[batch, 1]`.
+
+    Raises:
+        ValueError: for a list `[k]`, which in `Where` means k positions of every example, for any other rank, and
+            for a boolean mask.
 
     >>> position([[3], [5]]).shape
     (2, 1)
     """
     index = jnp.asarray(integers(pos, "positions of a metric"))
     if index.ndim == 1:
-        one_each = f"pos={[[int(p)] for p in index] if is_concrete(index) else 'pos[:, None]'}"
+        per_example = f"pos={[[int(p)] for p in index] if is_concrete(index) else 'pos[:, None]'}"
         raise ValueError(
             f"pos of shape {index.shape} could be {index.size} positions of every example, as in mijax.Where, or one per example:"
-            f" a metric reads one, pos=-1 say; one per example is [batch, 1], {one_each}"
+            f" a metric reads one, pos=-1 say; one per example is [batch, 1], {per_example}"
         )
     if index.ndim > 2 or index.shape[1:] not in ((), (1,)) or index.dtype == bool:
         raise ValueError(f"pos must be one position, or one per example as [batch, 1], given shape {index.shape}")
@@ -78,13 +110,13 @@ def _ids(value: ArrayLike) -> Int[Array, "..."]:
 
 
 def _at(readout: Readout, pos: Int[Array, "..."], *answers: Int[Array, "..."]) -> Logits:
-    """Logits `[batch, n]` of the answers (of the whole vocabulary, without any) at one position each."""
+    """Logits `[batch, n]` of `n` answers (of the whole vocabulary, without answers) at one position of each example."""
     batch = readout.final.shape[0]
     for index in (pos, *answers):
         if index.ndim and index.shape[0] != batch:
             raise ValueError(f"the metric has {index.shape[0]} answers or positions, the batch {batch} examples")
-    each = lambda index: jnp.broadcast_to(index, (batch,))[:, None]
-    tokens = jnp.concatenate([each(a) for a in answers], axis=1) if answers else None
+    column = lambda index: jnp.broadcast_to(index, (batch,))[:, None]
+    tokens = jnp.concatenate([column(a) for a in answers], axis=1) if answers else None
     return readout.logits(pos=pos, tokens=tokens).reshape(batch, -1)
 
 
@@ -92,15 +124,18 @@ def _at(readout: Readout, pos: Int[Array, "..."], *answers: Int[Array, "..."]) -
 class Logit(Metric):
     """The logit of `answer` at `pos`.
 
-    `answer` is one token id, or one per example (`[batch]`); `pos` one position, negative from the end, or one per example,
-    as `Where` takes it: `[batch, 1]`. Raises `ValueError` for other ranks.
+    Args:
+        answer: one token id, or one per example (`[batch]`).
+        pos: one position, negative from the end; or one per example, shaped `[batch, 1]` as in `Where`.
 
+    Raises:
+        ValueError: for an answer or a position of another rank.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
     >>> out = mj.run(model, [[1, 2, 3], [4, 5, 6]])
-    >>> given, wanted = mj.metrics.logit([7, 8])(out), out.readout.logits(pos=-1)[jax.numpy.arange(2), jax.numpy.array([7, 8])]
-    >>> bool(jax.numpy.allclose(given, wanted))
+    >>> values, last = mj.metrics.logit([7, 8])(out), out.readout.logits(pos=-1)
+    >>> bool(jax.numpy.allclose(values, last[jax.numpy.arange(2), jax.numpy.array([7, 8])]))
     True
     """
 
@@ -110,14 +145,21 @@ class Logit(Metric):
     pos: Any = eqx.field(converter=position, default=-1)
 
     def __call__(self, out: Out) -> Float[Array, " batch"]:
-        """`[batch]`."""
+        """`[batch]` logits."""
         return _at(_readout(self, out), self.pos, self.answer)[:, 0]
 
 
 @final
 class LogitDiff(Metric):
-    """The logit of `correct` minus that of `wrong`; indices as in `logit`.
+    """The logit of `correct` minus that of `wrong`, at `pos`.
 
+    Args:
+        correct: one token id, or one per example (`[batch]`).
+        wrong: the token id, or ids, of which the logit is subtracted.
+        pos: as in `logit`.
+
+    Raises:
+        ValueError: for an answer or a position of another rank.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -132,15 +174,21 @@ class LogitDiff(Metric):
     pos: Any = eqx.field(converter=position, default=-1)
 
     def __call__(self, out: Out) -> Float[Array, " batch"]:
-        """`[batch]`."""
+        """`[batch]` differences of logits."""
         logits = _at(_readout(self, out), self.pos, self.correct, self.wrong)
         return logits[:, 0] - logits[:, 1]
 
 
 @final
 class LogProb(Metric):
-    """The natural logarithm of the probability of `answer`; indices as in `logit`.
+    """The natural logarithm of the probability of `answer` at `pos`.
 
+    Args:
+        answer: one token id, or one per example (`[batch]`).
+        pos: as in `logit`.
+
+    Raises:
+        ValueError: for an answer or a position of another rank.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -154,14 +202,20 @@ class LogProb(Metric):
     pos: Any = eqx.field(converter=position, default=-1)
 
     def __call__(self, out: Out) -> Float[Array, " batch"]:
-        """`[batch]`."""
+        """`[batch]` log-probabilities, in nats."""
         return _log_prob(_readout(self, out), self.answer, self.pos)
 
 
 @final
 class Prob(Metric):
-    """The probability of `answer`; indices as in `logit`.
+    """The probability of `answer` at `pos`.
 
+    Args:
+        answer: one token id, or one per example (`[batch]`).
+        pos: as in `logit`.
+
+    Raises:
+        ValueError: for an answer or a position of another rank.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -175,14 +229,20 @@ class Prob(Metric):
     pos: Any = eqx.field(converter=position, default=-1)
 
     def __call__(self, out: Out) -> Float[Array, " batch"]:
-        """`[batch]`."""
+        """`[batch]` probabilities."""
         return jnp.exp(_log_prob(_readout(self, out), self.answer, self.pos))
 
 
 @final
 class Rank(Metric):
-    """How many tokens have a larger logit than `answer` (0: it is on top); indices as in `logit`.
+    """The number of tokens that have a larger logit than `answer` at `pos` (0: the answer is on top).
 
+    Args:
+        answer: one token id, or one per example (`[batch]`).
+        pos: as in `logit`.
+
+    Raises:
+        ValueError: for an answer or a position of another rank.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -196,14 +256,20 @@ class Rank(Metric):
     pos: Any = eqx.field(converter=position, default=-1)
 
     def __call__(self, out: Out) -> Float[Array, " batch"]:
-        """`[batch]`."""
+        """`[batch]` ranks as floats, NaN where a logit is NaN."""
         return _rank(_readout(self, out), self.answer, self.pos)
 
 
 @final
 class Accuracy(Metric):
-    """1 where no token has a larger logit than `answer`, else 0; indices as in `logit`.
+    """1 where no token has a larger logit than `answer` at `pos`, else 0.
 
+    Args:
+        answer: one token id, or one per example (`[batch]`).
+        pos: as in `logit`.
+
+    Raises:
+        ValueError: for an answer or a position of another rank.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -217,18 +283,22 @@ class Accuracy(Metric):
     pos: Any = eqx.field(converter=position, default=-1)
 
     def __call__(self, out: Out) -> Float[Array, " batch"]:
-        """`[batch]`."""
+        """`[batch]` zeros and ones as floats, NaN where a logit is NaN."""
         larger = _rank(_readout(self, out), self.answer, self.pos)
         return jnp.where(jnp.isnan(larger), larger, jnp.where(larger == 0, 1.0, 0.0).astype(larger.dtype))
 
 
 @final
 class KL(Metric):
-    """The divergence KL(reference || run) in nats of the next-token distributions.
+    """The divergence KL(reference || run), in nats, of the next-token distributions.
 
-    `reference` are logits (or log-probabilities): `[batch, vocab]` with `pos` as in `logit`; or
-    `[batch, pos, vocab]` with `pos=None`, which gives the mean over real tokens.
+    Args:
+        reference: logits or log-probabilities: `[batch, vocab]` for one position, `[batch, pos, vocab]` with
+            `pos=None`.
+        pos: as in `logit`; or `None`, which gives the mean over real tokens.
 
+    Raises:
+        ValueError: for a reference whose rank does not go with `pos`, or a position of another rank.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -245,22 +315,27 @@ class KL(Metric):
     def __check_init__(self):
         expected = 3 if self.pos is None else 2
         if self.reference.ndim != expected:
-            given = "None" if self.pos is None else "one position"
+            shown = "None" if self.pos is None else "one position"
             raise ValueError(
-                f"with pos={given}, reference must be logits of rank {expected}, given shape {self.reference.shape}"
+                f"with pos={shown}, reference must be logits of rank {expected}, given shape {self.reference.shape}"
             )
 
     def __call__(self, out: Out) -> Float[Array, " batch"]:
-        """`[batch]`."""
+        """`[batch]` divergences, in nats."""
         return _kl(_readout(self, out), self.reference, self.pos)
 
 
 @final
 class CrossEntropy(Metric):
-    """The mean loss in nats over the prompt's own next tokens; padding, at either end or between tokens, excluded.
+    """The mean loss, in nats, of predicting each prompt's next tokens.
 
-    Raises `ValueError` for a prompt of fewer than two real tokens, which has no next token.
+    Padding is excluded, at either end or between tokens.
 
+    Args:
+        tokens: the prompts of the run.
+
+    Raises:
+        ValueError: for a prompt of fewer than two real tokens, which has no next token.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -279,15 +354,23 @@ class CrossEntropy(Metric):
                 raise ValueError(f"example {int(np.argmin(lengths))} has fewer than two tokens, so none to predict")
 
     def __call__(self, out: Out) -> Float[Array, " batch"]:
-        """`[batch]`."""
+        """`[batch]` mean losses, in nats."""
         return _cross_entropy(_readout(self, out), self.tokens)
 
 
 @final
 class Function(Metric):
-    """A function of your own with what it reads: `function(out)` gives one number per example.
+    """A user's function of a run's output, with the activations and the position that it reads.
 
-    `sites`, `pos` and `per_example` are as `Metric` tells of them, `name` is that of the function by default.
+    Args:
+        function: `function(out)` gives one number per example, `[batch]`.
+        sites: the activations that it reads, as in `Metric`.
+        pos: the position at which it reads the final stream, as in `Metric`.
+        name: its name in results; by default that of the function.
+        per_example: whether the batch can be split, as in `Metric`.
+
+    Raises:
+        ValueError: for a position of another rank.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -305,27 +388,27 @@ class Function(Metric):
     per_example: bool = eqx.field(static=True, default=False)
 
     def __call__(self, out: Out) -> Float[Array, " batch"]:
-        """What the function gives."""
+        """`[batch]`, the function's result."""
         return self.function(out)
 
     def take(self, examples):
-        """The function must know of no example by itself; positions of each example in `sites` and `pos` are narrowed."""
+        """The same function (which may hold no data of single examples), its per-example positions narrowed."""
         if not self.per_example:
             raise ValueError(f"metric {self.name!r} does not say that its arrays are per example")
-        some = lambda where: where and of_examples(where, Where(), np.asarray(examples), 0)
+        narrowed = lambda where: where and of_examples(where, Where(), np.asarray(examples), 0)
         pos = self.pos[examples] if self.pos is not None and self.pos.ndim else self.pos
-        sites = {site: some(where) for site, where in self.sites.items()}
+        sites = {site: narrowed(where) for site, where in self.sites.items()}
         return Function(self.function, sites, pos, self.name, self.per_example)
 
 
 logit, logit_diff, log_prob, prob, rank = Logit, LogitDiff, LogProb, Prob, Rank
 accuracy, kl, cross_entropy = Accuracy, KL, CrossEntropy
 OWN = (Logit, LogitDiff, LogProb, Prob, Rank, Accuracy, KL, CrossEntropy)
-"""The metrics that read nothing but their own arrays and the run."""
+"""The metrics whose result depends only on their arrays and on the run's output."""
 
 
 def _readout(metric: Metric, out: Any) -> Readout:
-    """Of a run's output; a readout alone will do, where logits are all that is read."""
+    """The readout of a run's output; a bare readout is accepted too, since these metrics read only logits."""
     readout = out if isinstance(out, Readout) else getattr(out, "readout", None)
     if not isinstance(readout, Readout):
         raise TypeError(f"metric {metric.name!r} reads a run's output, mijax.run(...), given {type(out).__name__}")
@@ -339,9 +422,9 @@ def _log_prob(readout: Readout, answer: Array, pos: Array) -> Float[Array, " bat
 def _rank(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
     logits = _at(readout, pos)
     failed = jnp.isnan(_at(readout, pos, answer)[:, 0]) | jnp.any(jnp.isnan(logits), axis=-1)
-    own = jnp.take_along_axis(logits, jnp.broadcast_to(answer, logits.shape[:1])[:, None], axis=1, mode="clip")
-    larger = jnp.sum(logits > own, axis=-1).astype(logits.dtype)
-    # A comparison with NaN is False, which would make a failed run the best of all.
+    answer_logit = jnp.take_along_axis(logits, jnp.broadcast_to(answer, logits.shape[:1])[:, None], axis=1, mode="clip")
+    larger = jnp.sum(logits > answer_logit, axis=-1).astype(logits.dtype)
+    # A comparison with NaN is False: without this, a failed run would have the best rank.
     return jnp.where(failed, jnp.nan, larger)
 
 
@@ -351,7 +434,7 @@ def _kl(readout: Readout, reference: Logits, pos: Array | None) -> Float[Array, 
         raise ValueError(f"kl's reference has shape {reference.shape}, the run's logits {logits.shape}")
     log_q, log_p = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference.astype(logits.dtype))
     p = jnp.exp(log_p)
-    divergence = jnp.sum(jnp.where(p == 0, 0.0, p * (log_p - log_q)), axis=-1)  # NaN stays NaN
+    divergence = jnp.sum(jnp.where(p == 0, 0.0, p * (log_p - log_q)), axis=-1)  # p = NaN is not 0, and stays NaN
     return _mean(divergence, jnp.asarray(readout.tokens.mask)) if pos is None else divergence
 
 

@@ -1,4 +1,4 @@
-"""The waist: one pure function from (model, tokens, interventions) to a readout and activations."""
+"""The waist: one pure function from (model, tokens, interventions) to a readout and activations. All methods use it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -31,9 +31,12 @@ Captures: TypeAlias = dict[str, Where | None]
 
 
 class Out(NamedTuple):
-    """What a run gives: the readout, the captured activations by site, and what each of the run's taps kept.
+    """The output of a run.
 
-    `readout` is `None` of a run without it.
+    Attributes:
+        readout: the final stream with the unembedding; `None` for a run with `readout=False`.
+        acts: the captured activations by site.
+        taps: the result of each of the run's taps.
     """
 
     readout: Readout
@@ -42,7 +45,11 @@ class Out(NamedTuple):
 
     @property
     def logits(self) -> Logits:
-        """`[batch, pos, vocab]`, NaN at padding, computed when asked for; `readout.logits` computes fewer."""
+        """`[batch, pos, vocab]`, NaN at padding, computed at each access; `readout.logits` computes a part of them.
+
+        Raises:
+            ValueError: for a run with `readout=False`.
+        """
         if self.readout is None:
             raise ValueError("this run was made with readout=False: it has no logits")
         return self.readout.logits()
@@ -59,21 +66,30 @@ def run(
 ) -> Out:
     """Run `model` on `tokens` under `interventions`, keeping the activations named in `capture`.
 
-    A pure function of data: use it under `jit`, `vmap`, `grad`, `scan`, `checkpoint`, `shard_map`.
-    Inside a function to be vmapped, return what you need of the result, not all of it.
+    A pure function of data: use it under `jit`, `vmap`, `grad`, `scan`, `checkpoint`, `shard_map`. Inside a
+    function to be vmapped, return the needed parts of the result, not all of it. Where an index that is known only
+    inside a trace is out of range, the result is NaN.
 
-    `interventions` maps sites to an edit, or to several that act in order. What is captured at a site
-    is what stands there after its edits. `capture` names sites, or maps them to a `Where` that says
-    which entries to keep, axis by axis (`{"z": Where(layer=[3, 9], pos=-1)}` keeps the last position
-    of two layers); no axis is ever dropped, so that what was kept of one place broadcasts to it again.
+    Args:
+        model: the model.
+        tokens: the prompts, `mijax.Tokens` or plain ids `[batch, pos]`.
+        interventions: sites mapped to an edit, or to several edits that act in order.
+        capture: names of sites; or sites mapped to a `Where` that says which entries to keep, axis by axis (`{"z":
+            Where(layer=[3, 9], pos=-1)}` keeps the last position of two layers), or to `None` for all. The
+            activation after the edits of its site is captured. No axis is dropped, so that the activations captured
+            at a place broadcast to that place in another run.
+        taps: `mijax.Tap`s of the user's; at each site they act after the edits and before the capture.
+        readout: whether to compute the final stream. With `False`, only what `capture` needs is computed: no layer
+            above the last one that it names (all layers, where there are taps), and no final norm.
 
-    `taps` are your own `mijax.Tap`s: at each site they act after the edits and before what is captured. With
-    `readout=False` only what is captured is computed: no layer above the last one that is named there, and no final norm.
+    Returns:
+        The readout, the captured activations by site, and the result of each tap.
 
-    Raises `ValueError` for a site that does not exist, an axis that a site lacks, shapes that do not
-    fit, an index out of range, a mask that selects nothing, a token outside the vocabulary, a prompt longer than the context, an
-    edit in what `readout=False` leaves out, a tap that gives another shape than it takes; `TypeError` for what is no tap.
-    Where an index is out of range that is known only inside a trace, the result is NaN.
+    Raises:
+        ValueError: for a site that does not exist, an axis that a site lacks, shapes that do not fit, an index out
+            of range, a mask that selects nothing, a token outside the vocabulary, a prompt longer than the context,
+            an edit in the part that `readout=False` leaves out, a tap that returns another shape than it takes.
+        TypeError: for an element of `taps` that is no tap.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -87,22 +103,22 @@ def run(
     prompts, edits, captures = model.inputs(tokens), as_edits(interventions), as_captures(capture)
     check(model, prompts, edits, captures)
     check_selects(edits)
-    check_taps(model, taps)
+    _check_taps(model, taps)
     if not (readout or taps) and isinstance(model, LayeredModel):
         _check_reached(model, edits, captures)
     prompts, edits, captures = on_device((prompts, of_prompts(model, prompts, edits), captures))
-    result, acts, kept = with_automatic_axes(
+    result, acts, tap_results = with_automatic_axes(
         _run, model, prompts, edits, captures, tuple(taps), readout,
         like=prompts.ids, out_axes=_out_axes(model, captures),
     )  # fmt: skip
-    # With the parameters as they are, not as copies from a compiled program.
+    # Outside the compiled program, so that the readout refers to the model's parameters and not to copies of them.
     if readout and isinstance(model, LayeredModel):
         result = model.readout(result, prompts)  # pyright: ignore[reportArgumentType]
-    return Out(result, acts, kept)  # pyright: ignore[reportArgumentType]
+    return Out(result, acts, tap_results)  # pyright: ignore[reportArgumentType]
 
 
-def check_taps(model: Model, taps: Sequence[Any]) -> None:
-    """Raise for what is no tap, or one that names a site that the model has not."""
+def _check_taps(model: Model, taps: Sequence[Any]) -> None:
+    """Raise `TypeError` for an element that is no tap, `ValueError` for a tap at a site that the model lacks."""
     if isinstance(taps, Tap) or not isinstance(taps, Sequence):
         raise TypeError(f"taps must be a sequence of mijax.Tap, given {type(taps).__name__}")
     for tap in taps:
@@ -115,13 +131,13 @@ def check_taps(model: Model, taps: Sequence[Any]) -> None:
 
 
 def _check_reached(model: LayeredModel, edits: Edits, captures: Captures) -> None:
-    """Raise `ValueError` for an edit above the last layer of which something is captured: it would never act, without a word."""
+    """Raise `ValueError` for an edit above the last captured layer, which would silently never act."""
     last = _last(model, captures)
     if last is None or not is_concrete(last):
         return
-    for name, several in edits.items():
+    for name, site_edits in edits.items():
         site = model.sites[name]
-        for edit in several:
+        for edit in site_edits:
             layers = edit.where.layers(model.n_layers) if site.has_layer else site.layers
             first = 0 if layers is None or not is_concrete(layers) else int(np.min(np.asarray(layers)))
             if site.part == "final" or (site.is_inside and first >= int(last)):
@@ -131,9 +147,16 @@ def _check_reached(model: LayeredModel, edits: Edits, captures: Captures) -> Non
 
 
 def check_selects(edits: Edits) -> None:
-    """Raise `ValueError` for an edit that is known to select nothing: it would never act, without a word."""
-    for name, several in edits.items():
-        for edit in several:
+    """Check that edits select something.
+
+    Args:
+        edits: edits by site.
+
+    Raises:
+        ValueError: for an edit with an empty mask whose values are known: it would silently never act.
+    """
+    for name, site_edits in edits.items():
+        for edit in site_edits:
             for field, mask in edit.where.masks.items():
                 if is_concrete(mask) and not np.asarray(mask).any():
                     raise ValueError(
@@ -142,38 +165,91 @@ def check_selects(edits: Edits) -> None:
 
 
 def on_device(tree: Any) -> Any:
-    """The tree with host arrays moved to the device here, where `jax.transfer_guard` can see that it is meant."""
+    """Move the host arrays of a tree to the device.
+
+    The transfer is explicit, so that `jax.transfer_guard` accepts it.
+
+    Args:
+        tree: any pytree.
+
+    Returns:
+        The tree with JAX arrays in place of its NumPy arrays.
+    """
     return jax.tree.map(lambda x: jax.device_put(x) if isinstance(x, np.ndarray) else x, tree)
 
 
 def _out_axes(model: Model, captures: Captures) -> Any:
-    """How a run's results are sharded where the examples are explicitly so."""
-    kept = {name: model.sites[name].axes for name in captures}
+    """The sharding of a run's results where the batch axis has explicit sharding."""
+    axes_by_site = {name: model.sites[name].axes for name in captures}
     whole = lambda name: captures[name] is None or captures[name].batch is None  # pyright: ignore[reportOptionalMemberAccess]
-    acts = lambda batch: {name: batch_spec(axes, batch if whole(name) else None) for name, axes in kept.items()}
+    acts = lambda batch: {name: batch_spec(axes, batch if whole(name) else None) for name, axes in axes_by_site.items()}
     return lambda batch: (batch_spec(("batch",), batch), acts(batch), PartitionSpec())
 
 
 def of_prompts(model: Model, tokens: Inputs, edits: Edits) -> Edits:
-    """Checked edits in canonical form, with users' functions as they are now, for a run of all of `tokens`."""
+    """Prepare checked edits for a run of all of `tokens`.
+
+    Args:
+        model: what is run.
+        tokens: its inputs.
+        edits: edits that `check` accepts.
+
+    Returns:
+        The edits in canonical form, each of the user's functions converted to the program that it computes at this
+        call.
+    """
     batch, pos = tokens.ids.shape
     edits = in_canonical_form(model, edits)
     return convert_edits(model, edits, batch, pos, pos, (model, tokens))
 
 
 def in_canonical_form(model: Model, edits: Edits) -> Edits:
-    """Checked edits with all axes of their sites in their operands."""
-    return {name: tuple(canonical(edit, model.sites[name]) for edit in several) for name, several in edits.items()}
+    """Give the operands of checked edits an axis for each axis of their site.
+
+    Args:
+        model: whose sites are edited.
+        edits: edits that `check` accepts.
+
+    Returns:
+        The edits by site.
+    """
+    return {
+        name: tuple(canonical(edit, model.sites[name]) for edit in site_edits) for name, site_edits in edits.items()
+    }
 
 
 def check(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> None:
-    """Raise for whatever is wrong and can be known before anything runs."""
+    """Check inputs, edits and captures, as far as is possible before anything runs.
+
+    Args:
+        model: what is run.
+        tokens: its inputs.
+        edits: edits by site.
+        captures: what to keep by site.
+
+    Raises:
+        ValueError: for inputs that the model does not take, and for what `check_places` refuses.
+        TypeError: for what `check_places` refuses.
+    """
     model.check_inputs(tokens)
     check_places(model, tokens, edits, captures)
 
 
 def check_places(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> None:
-    """Raise `ValueError` or `TypeError` for sites, places and operands that do not fit a text like `tokens`."""
+    """Check that sites, places and operands fit inputs of the shape and padding of `tokens`.
+
+    Args:
+        model: what is run.
+        tokens: inputs, of which ids are not read.
+        edits: edits by site.
+        captures: what to keep by site.
+
+    Raises:
+        ValueError: for a site that the model lacks, an axis that a site lacks, an index out of range, an operand
+            that does not broadcast to its site, a capture narrowed by a mask or by different layers for each
+            example.
+        TypeError: for a place that is no `Where`.
+    """
     for name in (*edits, *captures):
         site = site_of(name, model.sites)
         shape = site.shape(*tokens.ids.shape)
@@ -186,16 +262,16 @@ def check_places(model: Model, tokens: Inputs, edits: Edits, captures: Captures)
             check_structure(edit.where, name, site.axes, sizes)
             check_range(edit.where, name, fields)
             check_shapes(edit, site, shape)
-        kept = captures.get(name)
-        if kept is not None:
-            if kept.masks:
+        captured = captures.get(name)
+        if captured is not None:
+            if captured.masks:
                 raise ValueError(f"capture at site {name!r} must be narrowed by indices: a mask has no fixed size")
-            if np.ndim(kept.layer) == 2:
+            if np.ndim(captured.layer) == 2:
                 raise ValueError(
                     f"capture at site {name!r} keeps the same layers of every example: give them as one list"
                 )
-            check_structure(kept, name, site.axes, sizes, zipped=False)
-            check_range(kept, name, fields)
+            check_structure(captured, name, site.axes, sizes, zipped=False)
+            check_range(captured, name, fields)
 
 
 @JitNow
@@ -207,32 +283,44 @@ def _run(
     if not isinstance(model, LayeredModel):
         zero = zero_varying_like((model, inputs, tap), model.dtype)
         out, state = model.forward(inputs, frame, tap, tap.init(model.sites, frame, zero))
-        _, *kept, acts = tap.result(*tap.close(state))  # as of a single layer
+        _, *tap_results, acts = tap.result(*tap.close(state))  # the whole forward pass counts as one layer
         out, acts = jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), (out, acts))
-        return (out if readout else None), acts, tuple(kept)
+        return (out if readout else None), acts, tuple(tap_results)
     last = None if readout or taps else _last(model, captures)
     ids: Any = jnp.asarray(inputs.ids)
-    x, (_, *kept, acts) = forward(model, ids, frame, tap, bad, last=last, readout=readout)
-    return x, nan_where(bad, acts, model), tuple(kept)
+    x, (_, *tap_results, acts) = forward(model, ids, frame, tap, bad, last=last, readout=readout)
+    return x, nan_where(bad, acts, model), tuple(tap_results)
 
 
 def nan_where(bad: Bool[Array, ""], acts: dict[str, Array], model: Model) -> dict[str, Array]:
-    """Activations, NaN where `bad`: NaN goes through the layers, but for what is zero at padding whatever its queries are."""
-    stays = lambda site: site.is_inside and not site.zero_at_padding
-    return {name: act if stays(model.sites[name]) else jnp.where(bad, jnp.nan, act) for name, act in acts.items()}
+    """Make captured activations NaN where `bad`.
+
+    A NaN in the embeddings spreads through the layers to most sites by itself. The others, before and after the
+    layers or zero at padding whatever the queries are, are set here.
+
+    Args:
+        bad: whether the run is invalid.
+        acts: activations by site, of a run whose embeddings are NaN where `bad`.
+        model: what was run.
+
+    Returns:
+        The activations by site.
+    """
+    is_nan = lambda site: site.is_inside and not site.zero_at_padding
+    return {name: act if is_nan(model.sites[name]) else jnp.where(bad, jnp.nan, act) for name, act in acts.items()}
 
 
 def _last(model: LayeredModel, captures: Captures) -> Any:
-    """One more than the last layer of which something is captured; `None` where it is the last layer, or may be."""
+    """One more than the last captured layer; `None` where that is the model's last layer, or may be."""
     ends = [jnp.int32(0)]
     for name, where in captures.items():
         site = model.sites[name]
         if site.part == "embedding":
             continue
-        some = where.layers(model.n_layers) if where is not None and site.has_layer else site.layers
-        if some is None or not site.is_inside:
+        layers = where.layers(model.n_layers) if where is not None and site.has_layer else site.layers
+        if layers is None or not site.is_inside:
             return None
-        ends.append(jnp.max(jnp.asarray(some, jnp.int32)) + 1)
+        ends.append(jnp.max(jnp.asarray(layers, jnp.int32)) + 1)
     return jnp.max(jnp.stack(ends))
 
 
@@ -247,10 +335,22 @@ def forward(
     last: Int[Array, ""] | None = None,
     readout: bool = True,
 ) -> tuple[Stream | None, Any]:
-    """The final stream of the tokens `ids`, which stand in `frame`, NaN where `bad`; and what the tap gives.
+    """Run the embedding, the layers and the final norm on some tokens, under a tap.
 
-    Where these are some of a batch's tokens only, `held` are all layers' keys and values of the others. Layers from `last` on
-    are not run; without `readout` neither is the final norm, and there is no final stream unless something is kept there.
+    Args:
+        model: what is run.
+        ids: the ids of the tokens to compute.
+        frame: their positions.
+        tap: what is called at the sites.
+        bad: whether the run is invalid; its stream is then NaN.
+        held: the keys and values of the batch's other tokens in all layers, where `ids` are only a part of the
+            tokens.
+        last: the number of layers to run; `None` for all.
+        readout: whether to return the final stream. Without it the final norm is run only where the tap is called
+            there.
+
+    Returns:
+        The final stream `[batch, pos, d_model]` (`None` without `readout`), and the tap's result.
     """
     zero = zero_varying_like((model, ids, tap, held), model.dtype)
     state = tap.init(model.sites, frame, zero)
@@ -259,11 +359,11 @@ def forward(
     layered, rest = tap.per_layer(model.sites)
 
     def body(layer: Any, carry: Any, xs: Any) -> Any:
-        (x, state), (own, held) = carry, xs
-        x, after = layer(x, frame, eqx.combine(own, rest), state, held)
-        after, kept = tap.close(after)
-        _check_state(tap, state, after)
-        return (x, after), kept
+        (x, state), (tap_arrays, cache) = carry, xs
+        x, new_state = layer(x, frame, eqx.combine(tap_arrays, rest), state, cache)
+        new_state, stored = tap.close(new_state)
+        _check_state(tap, state, new_state)
+        return (x, new_state), stored
 
     (x, state), stacked = model.walk(body, (x, state), (layered, held), last=last)
     final = readout or any(site.part == "final" for name, site in model.sites.items() if name in tap.sites)
@@ -274,18 +374,30 @@ def forward(
 
 def _check_state(tap: Tap, before: Any, after: Any) -> None:
     """Raise `ValueError` for a tap whose state has another structure after a layer than before."""
-    for one, *states in zip(tap.taps, before, after) if isinstance(tap, Chain) else [(tap, before, after)]:
-        kinds = [(jax.tree.structure(state), [(a.shape, a.dtype) for a in jax.tree.leaves(state)]) for state in states]
-        if kinds[0] != kinds[1]:
-            shown = [jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", state) for state in states]
+    for part, *states in zip(tap.taps, before, after) if isinstance(tap, Chain) else [(tap, before, after)]:
+        structures = [
+            (jax.tree.structure(state), [(a.shape, a.dtype) for a in jax.tree.leaves(state)]) for state in states
+        ]
+        if structures[0] != structures[1]:
+            shapes = [jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", state) for state in states]
             raise ValueError(
-                f"the state of {type(one).__name__} must have one structure whenever a layer begins: it was {shown[0]}, and is"
-                f" {shown[1]} after the layer"
+                f"the state of {type(part).__name__} must have one structure whenever a layer begins: it was {shapes[0]}, and is"
+                f" {shapes[1]} after the layer"
             )
 
 
 def as_captures(capture: Capture) -> Captures:
-    """What to keep by site: `None` for all of it."""
+    """Read a `capture` argument.
+
+    Args:
+        capture: names of sites, or sites mapped to a `Where` or to `None`.
+
+    Returns:
+        The place to keep by site; `None` is all of the site.
+
+    Raises:
+        TypeError: for a bare string, or a site that is mapped to anything but a `Where` or `None`.
+    """
     if isinstance(capture, str):
         raise TypeError(f"capture must be a sequence of sites, given the string {capture!r}; write ({capture!r},)")
     if not isinstance(capture, Mapping):
@@ -299,13 +411,31 @@ def as_captures(capture: Capture) -> Captures:
 
 
 def field_lengths(site: Site, tokens: Inputs) -> dict[str, Any]:
-    """How many entries each field of `Where` chooses from at a site: a number, or `[batch]` lengths of prompts."""
+    """The number of entries that each field of `Where` indexes at a site.
+
+    Args:
+        site: the site.
+        tokens: the inputs.
+
+    Returns:
+        The number by field; along positions the lengths of the prompts, `[batch]`.
+    """
     sizes = zip(site.axes, site.shape(*tokens.ids.shape))
     return {field_of(axis): tokens.lengths if axis in site.position_axes else size for axis, size in sizes}
 
 
 def faulty(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> Bool[Array, ""]:
-    """Whether an index is out of range, or an input none that the model takes, once values are known."""
+    """Find, inside a trace, the faults that depend on values.
+
+    Args:
+        model: what is run.
+        tokens: its inputs.
+        edits: edits by site.
+        captures: what to keep by site.
+
+    Returns:
+        Whether an index is out of range, or an input is one that the model does not take.
+    """
     bad = model.bad_inputs(tokens)
     for name in (*edits, *captures):
         fields = field_lengths(model.sites[name], tokens)
@@ -316,9 +446,17 @@ def faulty(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> Bo
 
 
 def zero_varying_like(tree: Any, dtype) -> Float[Array, "1 1 1"]:
-    """Zero, marked by `shard_map` as varying over whatever mesh axes the tree's arrays vary over.
+    """Zero, marked inside `shard_map` as varying over the mesh axes over which the tree's arrays vary.
 
-    The scan over layers must begin with a stream that varies as it will after the first edit.
+    The carry of the scan over layers must have one type: the stream before the first layer must vary over the axes
+    over which it varies after the first edit.
+
+    Args:
+        tree: any pytree.
+        dtype: the dtype of the zero.
+
+    Returns:
+        The zero.
     """
     zeros = [jax.lax.full_like(a, 0, dtype, (1, 1, 1)) for a in jax.tree.leaves(tree) if eqx.is_array(a)]
     return sum(zeros, jnp.zeros((1, 1, 1), dtype))

@@ -28,7 +28,6 @@ from experiments import (
     steering,
     train_tiny,
 )
-from mijax.plots import save_heatmaps
 
 
 @pytest.fixture(autouse=True)
@@ -196,15 +195,6 @@ def test_help():
         [sys.executable, "-m", "experiments.ioi_patching", "--help"], capture_output=True, text=True, check=True
     )
     assert "--counterfactual" in done.stdout and "multiple of 4" in done.stdout
-
-
-def test_an_interrupted_figure_leaves_nothing(tmp_path):
-    bad = {"row": {"panel": xr.DataArray(np.ones((2, 2)), dims=("layer", "head"))}}
-    with pytest.raises(ValueError, match="format"):
-        save_heatmaps(bad, tmp_path / "figure.nonsense")
-    assert list(tmp_path.iterdir()) == []
-    save_heatmaps(bad, tmp_path / "page.html")
-    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
 TRAIN = """

@@ -22,9 +22,9 @@ from scipy.stats import spearmanr
 
 import mijax as mj
 from experiments.superposition.study import Study, at_least, finish
+from mijax import plots
 from mijax import superposition as sp
 from mijax._types import Array, Float
-from mijax.plots import save_curves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +71,15 @@ def main(settings: Settings) -> xr.Dataset:
         at_least(f"vulnerability at {crowd[-1]:.3g} features per dimension, relative to dense", 3, found[-1]),
         at_least("rank correlation of vulnerability and features per dimension", 0.9, spearmanr(crowd, found)[0]),
     ]
-    save_curves(
+    figure = plots.curves(
         {
             "vulnerability, relative to dense": {"|W|² / m": (crowd, found)},
             "loss under attack / loss": {"|W|² / m": (crowd, share)},
         },
-        settings.folder / "adversarial.png",
         title="Vulnerability follows superposition",
         xlabel="features per dimension",
     )
+    plots.save(figure, settings.folder / "adversarial.png")
     return finish(settings, results, claims)
 
 

@@ -25,8 +25,8 @@ import xarray as xr
 
 import mijax as mj
 from experiments.superposition.study import Claim, Study, at_least, at_most, finish, near
+from mijax import plots
 from mijax import superposition as sp
-from mijax.plots import save_directions, save_models
 from mijax.superposition import geometry, theory
 
 
@@ -80,17 +80,17 @@ def main(settings: Settings) -> xr.Dataset:
         for name, values in models[[k for k in ("W", "W1", "W2", "b", "loss") if k in models]].items():
             found[f"{own}: {name}"] = values.rename({k: f"{k}_{own}" for k in values.dims})
     claims += compare_plane(plane) + compare_motif(absolute)
-    save_models(
+    figure = plots.models(
         pictures,
-        settings.folder / "basic.png",
         title="W^T W, b, and |W_i| (yellow: shares its dimension)",
         columns=len(SPARSITY),
     )
-    save_directions(
+    plots.save(figure, settings.folder / "basic.png")
+    figure = plots.directions(
         {f"1 - S = {float(p):.2g}": w for p, w in zip(plane.density, plane.W.values)},
-        settings.folder / "basic_intro.png",
         title="n=5, m=2, I=.9^i: from the most important two to a pentagon",
     )
+    plots.save(figure, settings.folder / "basic_intro.png")
     results = xr.Dataset({name: values.reset_coords(drop=True) for name, values in found.items()})
     return finish(settings, results, claims)
 

@@ -22,8 +22,8 @@ import xarray as xr
 
 import mijax as mj
 from experiments.superposition.study import Study, at_least, at_most, finish
+from mijax import plots
 from mijax import superposition as sp
-from mijax.plots import save_curves
 from mijax.superposition import geometry
 
 
@@ -115,7 +115,7 @@ def save(settings: Settings, results: xr.Dataset) -> None:
     """Draw the losses of the small models in order, and the neurons of the large ones over density."""
     losses = np.sort(results["n=3, m=6: loss"].values)
     sparsity = 1 / results.density.values
-    save_curves(
+    figure = plots.curves(
         {
             "n=3, m=6: loss, seeds in order": {"loss": (np.linspace(0, 1, len(losses)), losses)},
             f"n={N}, m={M}: share of neurons, over 1 - density": {
@@ -123,9 +123,9 @@ def save(settings: Settings, results: xr.Dataset) -> None:
                 for name in ("monosemantic", "polysemantic")
             },
         },
-        settings.folder / "computation.png",
         title="The absolute value in ReLU neurons",
     )
+    plots.save(figure, settings.folder / "computation.png")
 
 
 if __name__ == "__main__":

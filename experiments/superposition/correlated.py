@@ -20,8 +20,8 @@ import xarray as xr
 
 import mijax as mj
 from experiments.superposition.study import Claim, Study, at_least, at_most, finish, near
+from mijax import plots
 from mijax import superposition as sp
-from mijax.plots import save_directions
 from mijax.superposition import theory
 
 
@@ -60,13 +60,13 @@ def main(settings: Settings) -> xr.Dataset:
     linear = train(settings, "linear", sp.linear, sp.correlated, 6, np.array(list(COLLAPSED)))
     found["linear"] = linear.W.drop_vars("seed").rename(feature="feature_6")
     claims += principal(dense, linear)
-    save_directions(
+    figure = plots.directions(
         panels,
-        settings.folder / "correlated.png",
         title="Pairs of features in a plane; each pair has one colour",
         columns=4,
         groups=[0, 0, 1, 1, 2, 2],
     )
+    plots.save(figure, settings.folder / "correlated.png")
     return finish(settings, xr.Dataset(found), claims)
 
 

@@ -21,9 +21,9 @@ import xarray as xr
 
 import mijax as mj
 from experiments.superposition.study import Claim, Study, at_least, finish
+from mijax import plots
 from mijax import superposition as sp
 from mijax._types import Array, Float
-from mijax.plots import save_curves, save_directions
 from mijax.superposition import geometry
 
 
@@ -130,30 +130,30 @@ def long_columns(w: Float[np.ndarray, "hidden feature"]) -> np.ndarray:
 def save(settings: Settings, results: xr.Dataset, hidden: dict[int, np.ndarray]) -> None:
     """Draw losses over the number of examples, and on a second page hidden vectors of examples above columns of W."""
     sizes = results.examples.values
-    save_curves(
+    figure = plots.curves(
         {
             "sum of squared errors": {
                 "test": (sizes, results.test_loss.values),
                 "training": (sizes, np.maximum(results.loss.values, 1e-4)),
             }
         },
-        settings.folder / "double_descent.png",
         title="Double descent",
         xlabel="examples",
         xscale="log",
         yscale="log",
         lines={"gives nothing": 1.0},
     )
+    plots.save(figure, settings.folder / "double_descent.png")
     shown = [i for i, size in enumerate(sizes) if size <= 16 or size in (128, sizes[-1])]
     longest = lambda v: v / geometry.norms(v).max()
     pages = {f"T={sizes[i]}: W x": longest(hidden[int(sizes[i])][:, :200]) for i in shown}
     pages |= {f"T={sizes[i]}: W": longest(results.W.values[i]) for i in shown}
-    save_directions(
+    figure = plots.directions(
         pages,
-        settings.folder / "double_descent_directions.png",
         title="Examples (above) and features (below), relative to the longest",
         columns=len(shown),
     )
+    plots.save(figure, settings.folder / "double_descent_directions.png")
 
 
 if __name__ == "__main__":

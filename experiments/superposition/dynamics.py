@@ -19,8 +19,8 @@ from scipy.stats import spearmanr
 
 import mijax as mj
 from experiments.superposition.study import Claim, Study, at_least, at_most, finish
+from mijax import plots
 from mijax import superposition as sp
-from mijax.plots import save_curves
 from mijax.superposition import geometry
 
 
@@ -125,13 +125,13 @@ def draw(settings: Settings, results: xr.Dataset, runs: list[str]) -> None:
         panels[f"{own}: loss"] = {"loss": (step, results[f"{own}: loss"].values)}
         each = results[f"{own}: dimensionality"].values.T
         panels[f"{own}: D_i"] = {f"feature {i}": (step, d) for i, d in enumerate(each)}
-    save_curves(
+    figure = plots.curves(
         panels,
-        settings.folder / "dynamics.png",
         title="The loss drops where dimensionalities jump",
         xlabel="step",
         xscale="log",
     )
+    plots.save(figure, settings.folder / "dynamics.png")
 
 
 if __name__ == "__main__":

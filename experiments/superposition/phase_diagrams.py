@@ -20,8 +20,8 @@ import xarray as xr
 
 import mijax as mj
 from experiments.superposition.study import Claim, Study, at_least, at_most, finish
+from mijax import plots
 from mijax import superposition as sp
-from mijax.plots import save_phases
 from mijax.superposition import geometry, phase
 
 
@@ -65,11 +65,11 @@ def main(settings: Settings) -> xr.Dataset:
             for name, values in (("role", roles), ("loss", trained.loss.values), ("W", trained.W.values)):
                 results[f"{own}: trained, {kind}: {name}"] = along(axes, values)
             claims += compare(own, kind, theories, roles, trained.loss.values)
-    save_phases(
+    figure = plots.phases(
         panels,
-        settings.folder / "phase_diagrams.png",
         title="The last feature: ignored, sharing a dimension, dedicated",
     )
+    plots.save(figure, settings.folder / "phase_diagrams.png")
     return finish(settings, results, claims)
 
 

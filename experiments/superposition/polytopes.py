@@ -19,8 +19,8 @@ import xarray as xr
 
 import mijax as mj
 from experiments.superposition.study import Claim, Study, at_most, finish, near
+from mijax import plots
 from mijax import superposition as sp
-from mijax.plots import save_directions
 from mijax.superposition import bounds, geometry
 
 
@@ -140,12 +140,12 @@ def draw(settings: Settings, models: xr.Dataset) -> None:
     """The best model of each relative density."""
     own = [models.isel(relative=i) for i in range(models.sizes["relative"])]
     name = lambda m: f"{float(m.relative):.2f}: {'digons' if are_digons(m.W.values) else 'pentagon'}"
-    save_directions(
+    figure = plots.directions(
         {name(m): m.W.values for m in own},
-        settings.folder / "polytopes.png",
         title="Five features in a plane, the fifth's relative density",
         columns=6,
     )
+    plots.save(figure, settings.folder / "polytopes.png")
 
 
 if __name__ == "__main__":

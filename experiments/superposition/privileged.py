@@ -23,8 +23,8 @@ from scipy.stats import ortho_group
 
 import mijax as mj
 from experiments.superposition.study import Study, at_least, at_most, finish
+from mijax import plots
 from mijax import superposition as sp
-from mijax.plots import save_curves
 from mijax.superposition import geometry
 
 
@@ -130,14 +130,14 @@ def save(settings: Settings, results: xr.Dataset) -> None:
         }
         for kind in MODELS
     }
-    save_curves(
+    figure = plots.curves(
         panels,
-        settings.folder / "privileged.png",
         title=f"Neurons of the best models, of {M}",
         xlabel="1 / density",
         ylabel="neurons",
         xscale="log",
     )
+    plots.save(figure, settings.folder / "privileged.png")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ from jaxtyping import PRNGKeyArray
 
 import mijax as mj
 from experiments.superposition.study import Claim, Study, at_least, at_most, finish, near
+from mijax import plots
 from mijax import superposition as sp
 from mijax._types import Array, Float
-from mijax.plots import save_curves, save_directions
 from mijax.superposition import geometry, kgons
 
 
@@ -226,34 +226,34 @@ def draw(settings: Settings, results: xr.Dataset, losses: np.ndarray) -> None:
     """Trajectories with critical losses, the posterior's shares, and one model of each final level."""
     late = results.step.values > EARLY * results.step.values[-1]
     step, shown = results.step.values[late], losses[:20, late]
-    save_curves(
+    figure = plots.curves(
         {"gradient descent: loss": {str(i): (step, row) for i, row in enumerate(shown)}},
-        settings.folder / "transitions_1_dynamical.png",
         title="Gradient descent rests at k-gons",
         xlabel="step",
         lines=LEVELS,
         xscale="log",
     )
+    plots.save(figure, settings.folder / "transitions_1_dynamical.png")
     share = results.share
-    save_curves(
+    figure = plots.curves(
         {"posterior": {f"{k} corners": (results.examples.values, share.sel(corners=k).values) for k in (3, 4, 5, 6)}},
-        settings.folder / "transitions_2_bayesian.png",
         title="The posterior's polygons",
         xlabel="examples",
         ylabel="share of particles",
         xscale="log",
     )
+    plots.save(figure, settings.folder / "transitions_2_bayesian.png")
     level = results["learnt: level"].values
     one = {name: np.flatnonzero(level == i) for i, name in enumerate(LEVELS)}
-    save_directions(
+    figure = plots.directions(
         {
             f"{name}: {len(which)} models": results["learnt: W"].values[which[0]]
             for name, which in one.items()
             if len(which)
         },
-        settings.folder / "transitions_3_ends.png",
         title="Where gradient descent ends",
     )
+    plots.save(figure, settings.folder / "transitions_3_ends.png")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import xarray as xr
 
 import mijax as mj
 from experiments.superposition.study import Claim, Study, at_most, finish
+from mijax import plots
 from mijax import superposition as sp
-from mijax.plots import save_curves
 from mijax.superposition import geometry
 
 
@@ -88,18 +88,18 @@ def draw(settings: Settings, results: xr.Dataset, sizes: str) -> None:
     sparser = 1 / results.density.values
     shown = results.norm.values > 0.5
     dots = np.broadcast_to(sparser[:, None], shown.shape)[shown], results.dimensionality.values[shown]
-    save_curves(
+    figure = plots.curves(
         {
             "D* = m / |W|²": {"D*": (sparser, results.dimensions_per_feature.values)},
             "D_i of features with |W_i| > 1/2": {"D_i": dots},
         },
-        settings.folder / "uniform.png",
         title=f"Dimensions per feature, {sizes}",
         xlabel="1 / (1 - S)",
         lines=FRACTIONS,
         dots=True,
         xscale="log",
     )
+    plots.save(figure, settings.folder / "uniform.png")
 
 
 if __name__ == "__main__":

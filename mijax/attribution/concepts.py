@@ -1,4 +1,4 @@
-"""A concept three ways: as a gradient, as a difference between counterfactuals, and as a probe's direction."""
+"""A concept as three directions: a gradient, a difference between counterfactuals, and a probe."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -28,7 +28,13 @@ KINDS = ("gradient", "difference", "probe")
 
 
 class Gradients(NamedTuple):
-    """A metric of each example, activations by site, and the metric's gradient with respect to them."""
+    """A metric, activations, and the metric's gradient with respect to them.
+
+    Attributes:
+        values: the metric of each example, `[batch]`.
+        acts: the activations by site, shaped as `run` captures them.
+        grads: the gradient by site, of the same shapes.
+    """
 
     values: Float[Array, " batch"]
     acts: dict[str, Array]
@@ -42,16 +48,29 @@ def gradients(
     sites: tuple[str, ...],
     pos: ArrayLike | None = None,
 ) -> Gradients:
-    """The gradient of each example's metric with respect to every activation of some sites, beside the activations.
+    """The activations of some sites, and the gradient of each example's metric with respect to them.
 
-    A pure function, as `mijax.run` is. With `pos` (one position, or one per example as `[batch, 1]`), only there: the position axis then has
-    size 1. Both arrays have the shapes that `run` captures. Raises `TypeError` for a metric without gradient; what it says of an
-    example must depend on that example alone.
+    A pure function, as `mijax.run` is.
+
+    Args:
+        model: the model.
+        tokens: the prompts, `mijax.Tokens` or plain ids `[batch, pos]`.
+        metric: one metric; its value for an example must depend on that example alone.
+        sites: names of sites.
+        pos: one position, or one per example as `[batch, 1]`: only activations there, with a position axis of size
+            1. By default all positions.
+
+    Returns:
+        The metric `[batch]`; activations and gradients by site, shaped as `run` captures them.
+
+    Raises:
+        TypeError: for several metrics, or one without a gradient.
+        ValueError: for an unknown site, and with `pos` for a site without an axis of positions.
 
     >>> import mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
-    >>> found = mj.gradients(model, [[1, 2, 3]], mj.metrics.logit(7), ("resid_post", "post"), pos=-1)
-    >>> found.grads["resid_post"].shape, found.grads["post"].shape
+    >>> result = mj.gradients(model, [[1, 2, 3]], mj.metrics.logit(7), ("resid_post", "post"), pos=-1)
+    >>> result.grads["resid_post"].shape, result.grads["post"].shape
     ((2, 1, 1, 8), (2, 1, 1, 32))
     """
     check_layered(model)
@@ -61,13 +80,13 @@ def gradients(
     check_gradient(model, tokens, name, program)
     where = Where() if pos is None else Where(pos=position(pos))
     capture = {site: None if pos is None else where for site in sites}
-    # Inside `shard_map`, what does not vary over the mesh has a gradient that is summed over it: another device's examples.
+    # Inside `shard_map`, the gradient of an array that does not vary over the mesh would be a sum over all devices.
     zero, zeros = zero_varying_like((model, tokens, program), model.dtype).reshape(()), {}
     for site in sites:
-        found = site_of(site, model.sites)
-        if pos is not None and "pos" not in found.axes:
-            raise ValueError(f"site {site!r} has no positions of its own, only {', '.join(found.axes)}")
-        shape = zip(found.axes, found.shape(*tokens.ids.shape))
+        entry = site_of(site, model.sites)
+        if pos is not None and "pos" not in entry.axes:
+            raise ValueError(f"site {site!r} has no positions of its own, only {', '.join(entry.axes)}")
+        shape = zip(entry.axes, entry.shape(*tokens.ids.shape))
         sizes = [1 if axis == "pos" and pos is not None else n for axis, n in shape]
         zeros[site] = jnp.broadcast_to(zero, sizes)
 
@@ -91,23 +110,37 @@ def concept(
     pos: ArrayLike = -1,
     probe: ArrayLike | None = None,
 ) -> "xr.Dataset":
-    """Compare a concept's three directions at a site of vectors, layer by layer: do they agree?
+    """Compare three directions of a concept at a site of vectors, layer by layer: do they agree?
 
-    `positive` and `negative` are pairs of prompts with and without the concept, `metric` says how much of it the model
-    expresses (the logit of its word, say). At `pos` of every prompt: the mean `gradient` of the metric over all prompts;
-    the mean `difference` of activations between the pairs; and the direction of a `probe` that tells
-    positive from negative (logistic regression with a small L2 penalty; or yours, of shape [*layer, *head, unit]).
+    At `pos` of every prompt: the mean `gradient` of the metric over all prompts; the mean `difference` of
+    activations between the pairs; and the direction of a `probe` that separates positive from negative. A gradient
+    says what the model would do with the concept; a difference and a probe say what can be read off: a probe can
+    find information that the model does not use.
 
-    Gives `direction` [kind, *layer, *head, unit] and `cosine` [kind, other, *layer, *head] between the kinds. A gradient says
-    what the model would do, a difference and a probe what is there to be seen: a probe can find what nothing uses.
+    Args:
+        model: the model.
+        positive: prompts with the concept.
+        negative: the same number of prompts without it, paired with `positive`.
+        site: a site of vectors.
+        metric: how much of the concept the model expresses (the logit of its word, say).
+        pos: one position, or one per example as `[batch, 1]`.
+        probe: the probe's direction, `[*layer, *head, unit]`; by default logistic regression with a small L2
+            penalty.
 
-    Raises `ValueError` where the batches differ in shape or padding, or the site has no vectors; `TypeError` for a
-    metric without gradient.
+    Returns:
+        `direction` [kind, *layer, *head, unit], and `cosine` [kind, other, *layer, *head] between the kinds.
+
+    Raises:
+        ValueError: where the batches differ in shape or padding, or the prompts of a pair do not differ; for a site
+            without vectors, a metric of an example that depends on others, a probe of another shape, a direction
+            that is not finite.
+        TypeError: for several metrics, or one without a gradient.
 
     >>> import mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
-    >>> found = mj.concept(model, positive=[[1, 2, 3]], negative=[[1, 4, 3]], site="resid_post", metric=mj.metrics.logit(7))
-    >>> dict(found.cosine.sizes)
+    >>> metric = mj.metrics.logit(7)
+    >>> result = mj.concept(model, positive=[[1, 2, 3]], negative=[[1, 4, 3]], site="resid_post", metric=metric)
+    >>> dict(result.cosine.sizes)
     {'kind': 3, 'other': 3, 'layer': 2}
     """
     import xarray as xr
@@ -116,10 +149,10 @@ def concept(
     positive, negative = model.inputs(positive), model.inputs(negative)
     check_pair(positive, negative)
     check_differ(positive, negative)
-    found = site_of(site, model.sites)
-    if not found.has_vectors or "pos" not in found.axes:
+    entry = site_of(site, model.sites)
+    if not entry.has_vectors or "pos" not in entry.axes:
         raise ValueError(
-            f"a concept has a direction at a site of vectors; {site!r} has the axes {', '.join(found.axes)}"
+            f"a concept has a direction at a site of vectors; {site!r} has the axes {', '.join(entry.axes)}"
         )
     name, program = _program(model, positive, metric)
     check_gradient(model, positive, name, program)
@@ -127,33 +160,34 @@ def concept(
         check_apart(model, positive, name, program)
     for tokens in (positive, negative):
         check(model, tokens, {}, {site: Where(pos=position(pos))})
-    yes, no = (_found(model, tokens, program, site, pos) for tokens in (positive, negative))
-    for own, what in ((yes, "positive"), (no, "negative")):
-        checked({name: own.values}, what)
-    axis = found.axes.index("batch")
-    acts, grads = ([np.moveaxis(np.asarray(getattr(own, of)[site]), axis, 0).squeeze(axis + 1) for own in (yes, no)]
-                   for of in ("acts", "grads"))  # fmt: skip
+    on_positive, on_negative = (_found(model, tokens, program, site, pos) for tokens in (positive, negative))
+    for result, what in ((on_positive, "positive"), (on_negative, "negative")):
+        checked({name: result.values}, what)
+    axis = entry.axes.index("batch")
+    acts, grads = ([np.moveaxis(np.asarray(getattr(result, field)[site]), axis, 0).squeeze(axis + 1)
+                    for result in (on_positive, on_negative)] for field in ("acts", "grads"))  # fmt: skip
     gradient, difference = np.concatenate(grads).mean(axis=0), (acts[0] - acts[1]).mean(axis=0)
-    direction = _probes(acts) if probe is None else np.asarray(probe, gradient.dtype)
-    if direction.shape != gradient.shape:
-        raise ValueError(f"the probe's direction has shape {direction.shape}, expected {gradient.shape}")
-    together = np.stack([gradient, difference, direction]).astype(np.float64)
-    for kind, own in zip(KINDS, together):
-        if not np.isfinite(own).all():
+    probe_direction = _probes(acts) if probe is None else np.asarray(probe, gradient.dtype)
+    if probe_direction.shape != gradient.shape:
+        raise ValueError(f"the probe's direction has shape {probe_direction.shape}, expected {gradient.shape}")
+    directions = np.stack([gradient, difference, probe_direction]).astype(np.float64)
+    for kind, direction in zip(KINDS, directions):
+        if not np.isfinite(direction).all():
             raise ValueError(f"the direction of the {kind} at {site!r} is not finite")
-    size = np.linalg.norm(together, axis=-1, keepdims=True)
-    unit = together / np.where(size > 0, size, 1.0)
-    dims = [("unit" if field_of(a) == "unit" else a) for a in found.axes if a not in ("batch", "pos")]
+    size = np.linalg.norm(directions, axis=-1, keepdims=True)
+    unit = directions / np.where(size > 0, size, 1.0)
+    dims = [("unit" if field_of(a) == "unit" else a) for a in entry.axes if a not in ("batch", "pos")]
     coords = {"kind": list(KINDS), **{dim: np.arange(n) for dim, n in zip(dims, gradient.shape)}}
     cosine = np.einsum("i...u,j...u->ij...", unit, unit)
-    told = {"site": site, "metric": name, "prompts": 2 * len(positive.ids), **described(model)}
-    between = xr.DataArray(
+    attrs = {"site": site, "metric": name, "prompts": 2 * len(positive.ids), **described(model)}
+    cosines = xr.DataArray(
         cosine.astype(np.float32),
         {**{d: c for d, c in coords.items() if d != "unit"}, "other": list(KINDS)},
         ("kind", "other", *dims[:-1]),
     )
     return xr.Dataset(
-        {"direction": xr.DataArray(together.astype(np.float32), coords, ("kind", *dims)), "cosine": between}, attrs=told
+        {"direction": xr.DataArray(directions.astype(np.float32), coords, ("kind", *dims)), "cosine": cosines},
+        attrs=attrs,
     )
 
 
@@ -163,32 +197,41 @@ def _found(model: LayeredModel, tokens: Tokens, metric: AnyMetric, site: str, po
 
 
 def _program(model: LayeredModel, tokens: Tokens, metric: Any) -> tuple[str, AnyMetric]:
-    """The one metric by its name, as it is now."""
+    """The name of the one metric, and the program that it computes at this call."""
     if isinstance(metric, Mapping):
         raise TypeError(f"one metric is taken here, given several: {', '.join(map(repr, metric))}")
     return next(iter(as_programs(model, tokens, named(metric)).items()))
 
 
 def _probes(acts: list[np.ndarray]) -> np.ndarray:
-    """A probe of each layer (and head)."""
+    """The direction of a probe for each layer (and head), from the activations of positive and negative prompts."""
     x, y = np.concatenate(acts), np.repeat([1.0, 0.0], [len(a) for a in acts])
     inner = x.shape[1:]
-    each = np.moveaxis(x.reshape(len(x), -1, inner[-1]), 1, 0)
-    return np.asarray(_fitted(jnp.asarray(each), jnp.asarray(y, each.dtype))).reshape(inner)
+    by_place = np.moveaxis(x.reshape(len(x), -1, inner[-1]), 1, 0)
+    return np.asarray(_fitted(jnp.asarray(by_place), jnp.asarray(y, by_place.dtype))).reshape(inner)
 
 
 @jax.jit
 def _fitted(x: Float[Array, "place example unit"], y: Float[Array, " example"]) -> Float[Array, "place unit"]:
-    return jax.lax.map(lambda own: logistic_probe(own, y), x)
+    return jax.lax.map(lambda at_place: logistic_probe(at_place, y), x)
 
 
 def logistic_probe(
     x: Float[Array, "example unit"], y: Float[Array, " example"], penalty: float = 1e-2, steps: int = 100
 ) -> Float[Array, " unit"]:
-    """The direction of logistic regression of `y` in {0, 1} on `x`, by L-BFGS; zero where `x` does not vary.
+    """The direction of a logistic regression, by L-BFGS.
 
-    Minimises the mean loss in nats plus `penalty` / 2 times the squared weights of inputs scaled to a mean square of 1; what separates
-    the classes is otherwise infinite.
+    It minimises the mean loss in nats, plus `penalty` / 2 times the squared weights of inputs scaled to a mean
+    square of 1. Without a penalty, the weights of a direction that separates the classes are infinite.
+
+    Args:
+        x: `[example, unit]`, the inputs.
+        y: `[example]`, the classes, 0 or 1.
+        penalty: the strength of the L2 penalty.
+        steps: the number of steps of L-BFGS.
+
+    Returns:
+        `[unit]` weights, zero where `x` does not vary.
 
     >>> x = jnp.array([[1.0, 0.5], [2.0, -0.5], [-1.0, 0.5], [-2.0, -0.5]])
     >>> w = logistic_probe(x, jnp.array([1.0, 1.0, 0.0, 0.0]))
@@ -199,7 +242,7 @@ def logistic_probe(
 
     centred = x - jnp.mean(x, axis=0, keepdims=True)
     scale, size = jnp.sqrt(jnp.mean(centred**2)), jnp.sqrt(jnp.mean(x**2))
-    varies = scale > 10 * jnp.finfo(x.dtype).eps * size  # else what there is to see is rounding
+    varies = scale > 10 * jnp.finfo(x.dtype).eps * size  # smaller differences are rounding errors
     scaled = centred / jnp.where(varies, scale, 1.0)
 
     def loss(w: Array) -> Array:

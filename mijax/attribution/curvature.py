@@ -1,4 +1,4 @@
-"""By how much a first-order estimate errs to second order: the diagonal of the gates' Hessian, by random probes."""
+"""The second-order error of a first-order estimate: the diagonal of the gates' Hessian, by random probes."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,12 @@ from mijax.attribution.taps import Path
 
 
 class Curvature(NamedTuple):
-    """Half the second derivative of each metric along each gate, and the standard error of the probes' mean."""
+    """The second-order terms, by metric and site.
+
+    Attributes:
+        half: half the second derivative of each metric along each gate.
+        standard_error: the standard error of `half`, a mean over probes.
+    """
 
     half: Terms
     standard_error: Terms
@@ -22,22 +27,32 @@ def curvature(
 ) -> Curvature:
     """Estimate the second-order term of every cell's effect with `probes` products of the Hessian and random signs.
 
-    E[v * Hv] is H's diagonal if the signs v are independent (Hutchinson 1990). The variance of one probe is the sum of the squares of
-    the row's other entries: the fewer sites are asked for together, the smaller. An example's signs follow from the key and
-    its number, whatever runs beside it.
+    E[v * Hv] is the diagonal of H if the signs v are independent (Hutchinson 1990). The variance of one probe is
+    the sum of the squares of the row's other entries, so that it is smaller the fewer sites are requested together.
+    The signs of an example depend only on the key and the example's number, not on the other examples of the batch.
+
+    Args:
+        measured: the metrics as a function of the gates.
+        gates: the gates by site, at which the derivatives are taken.
+        key: the random key.
+        examples: the numbers of the batch's examples among all prompts.
+        probes: the number of probes, at least two for a standard error.
+
+    Returns:
+        Half the diagonal, in the metrics' units, and its standard error.
     """
-    # Forwards, then backwards: the other way round JAX drops the derivatives of `taps.known` inside a scan.
+    # Forward mode, then reverse: in the other order JAX drops the derivatives of `taps.known` inside a scan.
     slope = lambda gates, along: jax.jvp(lambda g: measured(g, Path())[0], (gates,), (along,))[1]
 
     def probe(sums, key):
         signs = {site: _signs(jax.random.fold_in(key, i), g, examples) for i, (site, g) in enumerate(gates.items())}
         _, product = gate_gradients(lambda gates: (slope(gates, signs), {}), gates)
-        own = {name: {site: signs[site] * p for site, p in of.items()} for name, (of,) in product.items()}
-        return jax.tree.map(lambda s, new: (s[0] + new, s[1] + new**2), sums, own, is_leaf=_is_pair), None
+        terms = {name: {site: signs[site] * p for site, p in by_site.items()} for name, (by_site,) in product.items()}
+        return jax.tree.map(lambda s, new: (s[0] + new, s[1] + new**2), sums, terms, is_leaf=_is_pair), None
 
-    none = jax.tree.map(lambda g: (jnp.zeros_like(g), jnp.zeros_like(g)), gates)
-    zero = dict.fromkeys(jax.eval_shape(lambda g: measured(g, Path())[0], gates), none)
-    sums, _ = jax.lax.scan(probe, zero, jax.random.split(key, probes))
+    zeros = jax.tree.map(lambda g: (jnp.zeros_like(g), jnp.zeros_like(g)), gates)
+    init = dict.fromkeys(jax.eval_shape(lambda g: measured(g, Path())[0], gates), zeros)
+    sums, _ = jax.lax.scan(probe, init, jax.random.split(key, probes))
     half = jax.tree.map(lambda s: s[0] / (2 * probes), sums, is_leaf=_is_pair)
     error = lambda s: jnp.sqrt(jnp.maximum(s[1] - s[0] ** 2 / probes, 0.0) / (probes * (probes - 1))) / 2
     return Curvature(half, jax.tree.map(error, sums, is_leaf=_is_pair))

@@ -11,11 +11,12 @@ from mijax.model.sites import Site
 class AtP(Method):
     """The gradient with respect to a gate between the base's and the source's activations, at the base.
 
-    To first order in their difference, what patching it does: exact on a linear model, blind where attention is
-    saturated, and where several ways cancel. Without a source it is gradient x input, with the sign of an ablation.
+    It is the effect of patching to first order in the difference of the activations: exact on a linear model. It
+    misses effects where attention is saturated, and where those of several paths cancel. Without a source it is
+    gradient x input, with the sign of an ablation.
     """
 
     def __call__(self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site]) -> Estimates:
-        """Two forward passes and one backward."""
-        runs, found = gate_gradients(lambda gates: measured(gates, Path()), gates)
-        return Estimates(runs, {name: own for name, (own,) in found.items()})
+        """Take two forward passes and one backward."""
+        runs, grads = gate_gradients(lambda gates: measured(gates, Path()), gates)
+        return Estimates(runs, {name: terms for name, (terms,) in grads.items()})

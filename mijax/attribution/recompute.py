@@ -1,7 +1,8 @@
 """Attention with one query or one key exchanged, for all of them at once (Kramar et al. 2024, AtP*).
 
-Where attention is saturated, the pattern does not change with small changes of a query or key, and its gradient is
-honest and useless. The pattern with the query or key of the source run is cheap to compute exactly.
+Where attention is saturated, the pattern does not change with small changes of a query or key: its gradient is
+correct, but says nothing of a large change. The pattern with the query or key of the source run is cheap to compute
+exactly.
 """
 
 import jax
@@ -15,7 +16,19 @@ from mijax.model.position import Frame
 def queries_changed(
     frame: Frame, scale: float, k: KVHeads, pattern: Scores, source: Heads, gate: Float[Array, "batch #pos #head 1"]
 ) -> Scores:
-    """The gate of each query times what its row of the pattern changes by."""
+    """The change of the pattern where queries are exchanged, each weighted by its gate.
+
+    Args:
+        frame: the positions, with the mask of keys that a query may attend to.
+        scale: the factor of the query-key products.
+        k: the base run's keys.
+        pattern: the base run's pattern.
+        source: the source run's queries.
+        gate: one gate for each query.
+
+    Returns:
+        `[batch, head, query, key]`, the gate of each query times the change of its row.
+    """
     new = masked_softmax(scaled_scores(source, k, scale, source.dtype), frame)
     return jnp.moveaxis(gate[..., 0], 1, 2)[..., None] * (new - pattern)
 
@@ -29,30 +42,44 @@ def keys_changed(
     source: KVHeads,
     gate: Float[Array, "batch #key #kv_head 1"],
 ) -> Scores:
-    """The gate of each key times what the pattern changes by, summed over keys; where a gate stands for all keys,
-    they are exchanged together."""
+    """The change of the pattern where keys are exchanged, each weighted by its gate, summed over keys.
+
+    Args:
+        frame: the positions, with the mask of keys that a query may attend to.
+        scale: the factor of the query-key products.
+        q: the base run's queries.
+        scores: the base run's scores, before the mask.
+        pattern: the base run's pattern.
+        source: the source run's keys.
+        gate: one gate for each key, which are then exchanged one by one; or one for all keys, which are then
+            exchanged together.
+
+    Returns:
+        `[batch, head, query, key]`.
+    """
     new = scaled_scores(q, source, scale, source.dtype)
     gate = jnp.moveaxis(gate[..., 0], 1, 2)[:, :, None]  # [batch, kv_head, 1, key]
     if gate.shape[1] > 1:
         gate = jnp.repeat(gate, q.shape[2] // source.shape[2], axis=1)
     if gate.shape[3] == 1 and new.shape[3] > 1:
         return gate * (masked_softmax(new, frame) - pattern)
-    return one_key_changed(scores, new, frame, pattern, gate)
+    return _one_key_changed(scores, new, frame, pattern, gate)
 
 
-def one_key_changed(
+def _one_key_changed(
     scores: Scores, new: Scores, frame: Frame, pattern: Scores, gate: Float[Array, "batch #head 1 key"]
 ) -> Scores:
-    """Sum over keys t of gate[t] * (pattern with key t's score new - pattern), without the cube of positions.
+    """Sum over keys t of gate[t] * (pattern with key t's score new - pattern), without an array of query x key x key.
 
-    In a row with scores s and weights p, where t alone is exchanged, its weight becomes w[t] and the other keys share what
-    is left as they did before:
+    In a row with scores s and weights p, where key t alone is exchanged, its weight becomes w[t], and the other
+    keys share the remaining weight in their former proportions:
 
         w[t] = sigmoid(new[t] - log(sum over i != t of exp(s[i])))        p'[j] = p[j] (1 - w[t]) / (1 - p[t])
 
-    So key j gains `gate[j] (w[j] - p[j])` by its own exchange, and `p[j] gate[t] (p[t] - w[t]) / (1 - p[t])` by that of
-    each other key t. Where p[t] is near 1 that quotient is all rounding. Only the largest weight of a row can be over a half:
-    for it alone, the other keys' shares are computed as a softmax of their own.
+    So key j gains `gate[j] (w[j] - p[j])` from the exchange of j itself, and `p[j] gate[t] (p[t] - w[t]) / (1 -
+    p[t])` from that of each other key t. Where p[t] is near 1, rounding dominates that quotient. Only the largest
+    weight of a row can exceed 1/2: for this key alone, the shares of the other keys are computed as a softmax over
+    these.
     """
     allowed = frame.sight.allowed[:, None]
     scores = jnp.where(allowed, scores, -jnp.inf)
@@ -62,14 +89,14 @@ def one_key_changed(
     log_sum = lambda s: jax.nn.logsumexp(s, axis=-1, keepdims=True)
 
     smaller = jnp.where(largest, -jnp.inf, scores)
-    half = jnp.where(largest, 0.0, pattern)  # weights of at most a half
-    others = jnp.where(largest, log_sum(smaller), log_sum(scores) + jnp.log1p(-half))
-    w = jnp.where(allowed, jax.nn.sigmoid(new - others), 0.0)
+    small = jnp.where(largest, 0.0, pattern)  # weights of at most 1/2
+    log_others = jnp.where(largest, log_sum(smaller), log_sum(scores) + jnp.log1p(-small))
+    w = jnp.where(allowed, jax.nn.sigmoid(new - log_others), 0.0)
 
-    by_its_own = gate * (w - pattern)
-    growth = gate * jnp.where(largest | ~allowed, 0.0, (half - w) / (1 - half))
-    by_smaller = pattern * (jnp.sum(growth, axis=-1, keepdims=True) - growth)
+    from_itself = gate * (w - pattern)
+    growth = gate * jnp.where(largest | ~allowed, 0.0, (small - w) / (1 - small))
+    from_smaller = pattern * (jnp.sum(growth, axis=-1, keepdims=True) - growth)
     total = log_sum(smaller)
     shares = jnp.where(jnp.isfinite(total), jnp.exp(smaller - jnp.where(jnp.isfinite(total), total, 0.0)), 0.0)
-    by_largest = of_largest(gate) * jnp.where(largest, 0.0, (1 - of_largest(w)) * shares - pattern)
-    return by_its_own + by_smaller + by_largest
+    from_largest = of_largest(gate) * jnp.where(largest, 0.0, (1 - of_largest(w)) * shares - pattern)
+    return from_itself + from_smaller + from_largest

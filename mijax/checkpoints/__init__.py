@@ -1,1 +1,1 @@
-"""Files of the outside world, to our pytrees."""
+"""Checkpoint files (Hugging Face folders, GGUF) read into mijax's models and tokenizers, and written from them."""

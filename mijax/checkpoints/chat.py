@@ -1,4 +1,4 @@
-"""Chat templates: where a model's folder keeps them, and rendering them as `transformers` does."""
+"""Chat templates: reading them from a model's folder, and rendering them as `transformers` does."""
 
 import datetime
 import functools
@@ -20,12 +20,20 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """A folder's templates by name; `settings` is the content of its tokenizer_config.json.
+    """The chat templates of a folder.
 
-    Files of their own replace all that the settings hold. Processors kept theirs in chat_template.json, which is read
-    last.
+    Template files (chat_template.jinja, additional_chat_templates/*.jinja) replace all templates of
+    tokenizer_config.json. chat_template.json, in which older processors are saved, is read where neither has any.
 
-    Raises `ValueError` where the settings hold something else than templates.
+    Args:
+        folder: the model's folder.
+        settings: the contents of its tokenizer_config.json.
+
+    Returns:
+        Each template's text, by its name; empty where the folder has no template.
+
+    Raises:
+        ValueError: where `chat_template` is neither a text nor a collection of named texts.
     """
     files = {DEFAULT: folder / _FILE} if (folder / _FILE).exists() else {}
     files |= {path.stem: path for path in sorted((folder / _FOLDER).glob("*.jinja"))}
@@ -41,7 +49,7 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _templates(value: Any, path: Path) -> dict[str, str]:
-    """One template, a mapping of names, or a list of `{"name": ..., "template": ...}`."""
+    """Templates by name, from one text, a mapping of names to texts, or a list of `{"name": ..., "template": ...}`."""
     if isinstance(value, list) and all(isinstance(v, dict) and v.keys() >= {"name", "template"} for v in value):
         value = {entry["name"]: entry["template"] for entry in value}
     templates: dict[Any, Any] = value if isinstance(value, dict) else {DEFAULT: value}
@@ -51,7 +59,15 @@ def _templates(value: Any, path: Path) -> dict[str, str]:
 
 
 def write_templates(folder: Path, templates: Mapping[str, str]) -> None:
-    """Write what `read_templates` reads."""
+    """Write templates as files, from which `read_templates` reads them.
+
+    Args:
+        folder: the model's folder, which exists.
+        templates: each template's text, by its name.
+
+    Raises:
+        ValueError: for a name that cannot be the name of a file.
+    """
     for name, text in templates.items():
         path = folder / _FILE if name == DEFAULT else folder / _FOLDER / f"{name}.jinja"
         if path.name != f"{name}.jinja" and name != DEFAULT:
@@ -61,13 +77,29 @@ def write_templates(folder: Path, templates: Mapping[str, str]) -> None:
 
 
 def choose(templates: Mapping[str, str], name: str | None, tools: Any) -> str:
-    """The name of the template that is meant: the one named, else `tool_use` where tools are given, else `default`."""
-    wanted = name or (TOOL_USE if tools is not None and TOOL_USE in templates else DEFAULT)
+    """The name of the template to render.
+
+    Args:
+        templates: each template's text, by its name.
+        name: the template asked for. By default it is `tool_use` where there are tools and a template of that
+            name, else `default`.
+        tools: the tools of the conversation, or `None`.
+
+    Returns:
+        A key of `templates`.
+
+    Raises:
+        ValueError: where there is no template, or none of that name.
+
+    >>> choose({"default": "...", "tool_use": "..."}, None, tools=[])
+    'tool_use'
+    """
+    key = name or (TOOL_USE if tools is not None and TOOL_USE in templates else DEFAULT)
     if not templates:
         raise ValueError("this tokenizer comes without a chat template")
-    if wanted not in templates:
-        raise ValueError(f"this tokenizer has no chat template {wanted!r}; template= is one of {sorted(templates)}")
-    return wanted
+    if key not in templates:
+        raise ValueError(f"this tokenizer has no chat template {key!r}; template= is one of {sorted(templates)}")
+    return key
 
 
 def render(
@@ -77,10 +109,25 @@ def render(
     documents: Sequence[Mapping[str, Any]] | None,
     variables: Mapping[str, Any],
 ) -> str:
-    """Fill in a template, in a sandbox.
+    """Render a template, in a sandbox.
 
-    Raises `TypeError` for messages, tools or documents that are no mappings of plain values, `ValueError` for an empty
-    conversation and for whatever goes wrong in the template.
+    Args:
+        template: the text of the template, in jinja2.
+        messages: the conversation.
+        tools: JSON schemas of functions, or `None`.
+        documents: documents to answer from, or `None`.
+        variables: further variables of the template.
+
+    Returns:
+        The rendered text.
+
+    Raises:
+        TypeError: for messages, tools or documents that are not lists of mappings of plain values, and for
+            variables that are not plain values.
+        ValueError: for an empty conversation, and for any error that the template raises.
+
+    >>> render("{{ messages[0].content }}{{ end }}", [{"content": "hi"}], None, None, {"end": "</s>"})
+    'hi</s>'
     """
     if len(messages) == 0:
         raise ValueError("expected a conversation of at least one message, given an empty one")
@@ -93,11 +140,12 @@ def render(
         return _compiled(template).render(values)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses this conversation: {error}") from error
-    except Exception as error:  # a template is a program: it can fail in any way
+    except Exception as error:  # a template is a program and can raise any exception
         raise ValueError(f"the chat template fails on this conversation: {type(error).__name__}: {error}") from error
 
 
 def _mappings(kind: str, values: Any) -> list[Mapping[str, Any]]:
+    """The values as a list, checked to be mappings."""
     if isinstance(values, (str, Mapping)):
         raise TypeError(f"expected a list of {kind}s, given {type(values).__name__}")
     for i, value in enumerate(values):
@@ -109,20 +157,23 @@ def _mappings(kind: str, values: Any) -> list[Mapping[str, Any]]:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without its empty entries; its reasoning under each name that templates read it by."""
-    plain = {key: value for key, value in _plain(message, "message").items() if value is not None}
-    reasoning = next((plain[key] for key in _REASONING if key in plain), None)
-    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    """A message without entries of `None`, and with its reasoning under both names that templates read."""
+    entries = {key: value for key, value in _plain(message, "message").items() if value is not None}
+    reasoning = next((entries[key] for key in _REASONING if key in entries), None)
+    return entries if reasoning is None else {"thinking": reasoning, **entries, "reasoning_content": reasoning}
 
 
 def _plain(value: Any, place: str) -> Any:
-    """A copy out of JSON's types: templates come from strangers, and other objects have methods for them to call."""
+    """A copy made of JSON's types only.
+
+    Templates are code of unknown origin, and could call the methods of any other object.
+    """
     if value is None or isinstance(value, bool):
         return value
     bases: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
     for kind, base in bases.items():
         if isinstance(value, kind):
-            return base(value)  # without the methods of a subclass
+            return base(value)  # the base type: a subclass could bring methods of its own
     if isinstance(value, np.generic):
         return _plain(value.item(), place)
     if isinstance(value, Mapping):
@@ -134,11 +185,12 @@ def _plain(value: Any, place: str) -> Any:
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant says; rendering gives its content."""
+    """The tag `{% generation %}...{% endgeneration %}`, which marks the assistant's text; it renders as its content."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's declaration)
 
     def parse(self, parser: Any) -> nodes.Node:
+        """The node of the tag, which calls `_content` with the tag's body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
@@ -148,19 +200,20 @@ class _Generation(ext.Extension):
 
 
 class _Dict:
-    """`dict` in templates: the type itself would offer its class attributes to the template."""
+    """`dict` in templates, where the type itself would give access to its class attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict:
+        """As `dict.fromkeys`."""
         return dict.fromkeys(*args)
 
 
 class _Namespace(jinja2.utils.Namespace):
     """`namespace` in templates, without attributes that begin with an underscore."""
 
-    def __init__(*args: Any, **kwargs: Any):  # as jinja2's: `self` stays free as an attribute's name
+    def __init__(*args: Any, **kwargs: Any):  # no `self`, as in jinja2: an attribute may have that name
         for name in dict(*args[1:], **kwargs):
             _refuse_private(name)
         jinja2.utils.Namespace.__init__(*args, **kwargs)
@@ -186,7 +239,7 @@ def _to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it stands: jinja2's own filter escapes HTML and sorts keys."""
+    """The filter `tojson` of transformers: unlike that of jinja2, it does not escape HTML or sort keys."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -197,7 +250,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 @functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment that Hugging Face's templates are written for (transformers.utils.chat_template_utils)."""
+    """The environment for which Hugging Face's templates are written (transformers.utils.chat_template_utils)."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
     )

@@ -1,4 +1,4 @@
-"""What Hugging Face checkpoints call things: one table per family, from their names to ours."""
+"""Tables of architectures: the config entries and tensors of Hugging Face checkpoints, and their names in mijax."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -30,11 +30,13 @@ from mijax.model.transformer import init
 
 
 class Weight(NamedTuple):
-    """Where an array of ours stands in a checkpoint, and how its axes are arranged there.
+    """The tensor of a checkpoint that holds a parameter, and how its axes are arranged there.
 
-    `ours` are paths into `Transformer` (several where theirs is fused; `axes` then begins with an axis
-    that holds them). `theirs` has `{layer}` for arrays of the blocks. `axes` is an einops pattern
-    from their arrangement to ours, and read backwards from ours to theirs.
+    Attributes:
+        ours: dotted paths into `Transformer`; several where the checkpoint's tensor fuses several parameters.
+        theirs: the tensor's name in the checkpoint, with `{layer}` for parameters of the blocks.
+        axes: an einops pattern from the checkpoint's arrangement to mijax's; from right to left it gives the
+            inverse. Where the tensor is fused, mijax's side begins with an axis over `ours`.
     """
 
     ours: tuple[str, ...]
@@ -43,7 +45,13 @@ class Weight(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """A tensor without parameters that checkpoints may hold: dropped, once it is seen to say what the config says."""
+    """A tensor that checkpoints may hold beside parameters: dropped after a check that it repeats the config.
+
+    Attributes:
+        theirs: the tensor's name in the checkpoint, with `{layer}` where there is one per layer.
+        redundant: whether a tensor repeats what a config says.
+        meaning: what the tensor must be, for error messages.
+    """
 
     theirs: str
     redundant: Callable[[Config, np.ndarray], bool]
@@ -51,22 +59,33 @@ class Buffer(NamedTuple):
 
 
 class Family(NamedTuple):
-    """One architecture of `config.json`: how to read and write its config, and where its weights are.
+    """One architecture, a `model_type` of `config.json`: how its config is read and written, and where its weights are.
 
-    What `write` gives for a config need not be read back as the same one: then the family does not express it.
+    Attributes:
+        config: from the contents of a `config.json` to a `Config`.
+        write: from a `Config` to the entries of a `config.json`, or `None` where another family writes the same.
+            Where `config` reads them back as another `Config`, the family cannot express the given one.
+        keys: the keys that `config` reads.
+        harmless: the other keys that `config` accepts, and at which values.
+        prefix: the start of tensors' names, which checkpoints of the bare model leave out.
+        weights: the table of parameters for a `Config`, which may list some that the config does not have.
+        buffers: tensors that are checked and dropped.
+        head: the tensor of the unembedding, which a checkpoint may hold although the config ties it to the
+            embedding.
     """
 
     config: Callable[[Mapping[str, Any]], Config]
-    write: Callable[[Config], dict[str, Any]] | None  # None where another family writes the same
-    keys: frozenset[str]  # that `config` reads
-    harmless: Mapping[str, Harmless]  # the others that it accepts
-    prefix: str  # left out by checkpoints of the bare model
+    write: Callable[[Config], dict[str, Any]] | None
+    keys: frozenset[str]
+    harmless: Mapping[str, Harmless]
+    prefix: str
     weights: Callable[[Config], list[Weight]]
     buffers: tuple[Buffer, ...] = ()
-    head: str | None = None  # the unembedding, which files hold beside a tied embedding too
+    head: str | None = None
 
 
 def _vector(ours: str, theirs: str) -> list[Weight]:
+    """Weight and bias of a LayerNorm."""
     return [
         Weight((f"{ours}.weight",), f"{theirs}.weight", "d -> d"),
         Weight((f"{ours}.bias",), f"{theirs}.bias", "d -> d"),
@@ -90,7 +109,7 @@ _GPT2_HARMLESS = {
     "scale_attn_weights": only(True),
     "scale_attn_by_inverse_layer_idx": only(False),
     "reorder_and_upcast_attn": only(False),
-    # names that transformers takes for the same
+    # alternative names of keys, which transformers accepts
     "n_ctx": same_as("n_positions"),
     "max_position_embeddings": same_as("n_positions"),
     "hidden_size": same_as("n_embd"),
@@ -159,7 +178,7 @@ _LLAMA_HARMLESS = {
 _MISTRAL_HARMLESS = _LLAMA_HARMLESS | {
     "attention_bias": only(False),
     "mlp_bias": only(False),
-    # a window that no prompt is longer than
+    # a sliding window at least as long as the context has no effect
     "sliding_window": lambda value, c: value is None or (type(value) is int and value >= c["max_position_embeddings"]),
 }
 
@@ -179,6 +198,7 @@ _BIASES = ("qkv_bias", "attn_out_bias", "mlp_bias")
 
 
 def _rotary_rms_gated(c: Mapping[str, Any], fields: dict[str, Any]) -> Config:
+    """A `Config` of Llama's structure: rotary positions, RMSNorm and gated MLPs."""
     d_head = fields.get("d_head") or fields["d_model"] // fields["n_heads"]
     return Config(positions="rotary", norm="rms", mlp="gated", **fields, **read_rotary(c, d_head))
 
@@ -225,29 +245,29 @@ _OWN_HARMLESS = {key: HARMLESS[key] for key in ("model_type", "dtype")}
 
 
 def _own_weights(config: Config) -> list[Weight]:
-    empty = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    paths = [jax.tree_util.keystr(place).lstrip(".") for place, _ in jax.tree_util.tree_leaves_with_path(empty)]
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    paths = [jax.tree_util.keystr(place).lstrip(".") for place, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     return [Weight((path,), path, "... -> ...") for path in paths]
 
 
 def _is_causal_mask(config: Config, x: np.ndarray) -> bool:
-    """Ones in a lower triangle over the whole context, as GPT-2's checkpoints carry in every layer."""
+    """Whether it is a lower triangle of ones over the whole context, as in every layer of GPT-2's checkpoints."""
     return x.shape == (1, 1, config.n_ctx, config.n_ctx) and np.array_equal(x[0, 0], np.tri(config.n_ctx))
 
 
 def _is_masking_score(_: Config, x: np.ndarray) -> bool:
-    """The score of a key that the causal mask hides, far below any other: -10000, which bfloat16 rounds up."""
+    """Whether it is the score of masked keys, far below any other: -10000, which bfloat16 rounds to -9984."""
     return x.shape == () and float(x) <= -9_000
 
 
 def _is_of_config(config: Config, x: np.ndarray) -> bool:
-    """The rotary frequencies of the config, rounded to the buffer's dtype (after float32)."""
+    """Whether it holds the rotary frequencies of the config, rounded to float32 and then to the buffer's dtype."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return False
-    of_config = frequencies(config)
+    expected = frequencies(config)
     precision = jnp.finfo(x.dtype)
-    tolerance = 2e-6 * of_config + float(precision.eps) * of_config + float(precision.smallest_subnormal)
-    return x.shape == of_config.shape and bool((np.abs(x.astype(np.float64) - of_config) <= tolerance).all())
+    tolerance = 2e-6 * expected + float(precision.eps) * expected + float(precision.smallest_subnormal)
+    return x.shape == expected.shape and bool((np.abs(x.astype(np.float64) - expected) <= tolerance).all())
 
 
 _GPT2_BUFFERS = (
@@ -267,13 +287,25 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama": _llama(_llama_config, _llama_write, frozenset(_LLAMA_KEYS) | ROTARY_KEYS, _LLAMA_HARMLESS),
     "mistral": _llama(_mistral_config, None, frozenset(_MISTRAL_KEYS) | ROTARY_KEYS, _MISTRAL_HARMLESS),
-    # any Config, arrays as they are
+    # expresses any Config; tensors have the names and axes of the parameters
     "mijax": Family(_own_config, dataclasses.asdict, _OWN_KEYS, _OWN_HARMLESS, "", _own_weights),
 }  # fmt: skip
+"""The families by their `model_type`. `mijax.save` takes the first that expresses a model, so `mijax` comes last."""
 
 
 def family_of(config: Mapping[str, Any], source: str) -> Family:
-    """The family that `model_type` names; `ValueError` where there is none."""
+    """The family that a config's `model_type` names.
+
+    Args:
+        config: the contents of a `config.json`.
+        source: the name of the checkpoint in the error message.
+
+    Returns:
+        The family.
+
+    Raises:
+        ValueError: where `model_type` is missing or not supported.
+    """
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(f"{source}: unsupported model_type {kind!r}; supported are {', '.join(FAMILIES)}")

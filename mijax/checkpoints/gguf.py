@@ -1,4 +1,4 @@
-"""GGUF files: dequantised tensors, config and tokenizer, told as a Hugging Face checkpoint would."""
+"""GGUF files: dequantised tensors, config and tokenizer, in the form of a Hugging Face checkpoint."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from mijax.checkpoints.gguf_file import read_header
 from mijax.checkpoints.gguf_tokenizer import read_tokenizer
 from mijax.checkpoints.tokenizer import Tokenizer
 
+# from GGUF's names of modules (of a block: without its number) to Hugging Face's
 _TENSORS = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -27,20 +28,27 @@ _TENSORS = {
     "blk.ffn_up": "mlp.up_proj",
     "blk.ffn_down": "mlp.down_proj",
 }
+# the tensors that llama.cpp permutes, and the config's number of their heads
 _ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 
 
 class GGUF:
-    """An open GGUF file of the Llama family; tensors are dequantised one at a time.
+    """A GGUF file of the Llama family, of which the header is read; tensors are read and dequantised one at a time.
 
-    `config` holds the contents of the `config.json` that the model came from, as far as mijax reads it.
+    Args:
+        path: the file.
 
-    Raises `ValueError` for a file that is not GGUF, is truncated or corrupt, holds another architecture, or has tensors
-    or metadata that cannot be followed.
+    Attributes:
+        path: the file.
+        fields: its metadata, by key.
+        config: the contents of the `config.json` that the model came from, as far as mijax reads it.
+
+    Raises:
+        ValueError: for a file that is not GGUF, is truncated or corrupt, holds another architecture, or has
+            tensors or metadata that are not supported.
     """
 
     def __init__(self, path: Path):
-        """Read the file's header."""
         self.path = path
         self.fields, tensors = read_header(path)
         values = gguf_metadata.checked(self.fields, path)
@@ -56,11 +64,21 @@ class GGUF:
 
     @property
     def names(self) -> list[str]:
-        """The tensors, by their Hugging Face names."""
+        """The Hugging Face names of the tensors, in the file's order."""
         return list(self._tensors)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to float32, with the rows of q and k in Hugging Face's order."""
+        """Read one tensor.
+
+        Args:
+            name: its Hugging Face name.
+
+        Returns:
+            The tensor, dequantised to float32, with the rows of q and k in Hugging Face's order.
+
+        Raises:
+            ValueError: where the rows of q or k do not divide into heads of an even size.
+        """
         values = self._tensors[name].read(self.path)
         heads = _ROTATED.get(name.split(".")[-2])
         if heads is None:
@@ -70,33 +88,45 @@ class GGUF:
         return _unpermuted(values, self.config[heads])
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """All tensors in the file's order."""
+        """Read all tensors, one at a time.
+
+        Returns:
+            An iterator over names and tensors, in the file's order.
+        """
         return ((name, self.read(name)) for name in self.names)
 
     def tokenizer(self) -> Tokenizer:
         """Rebuild the tokenizer, a byte-level BPE, from the tokens and merges in the file.
 
-        Raises `ValueError` for another kind of tokenizer, an unknown way of splitting words, or metadata of it that
-        cannot be followed.
+        Returns:
+            The tokenizer.
+
+        Raises:
+            ValueError: for another kind of tokenizer, an unknown way of splitting text into words, or metadata of
+                the tokenizer that is not supported.
         """
         return read_tokenizer(self.fields, self.config["vocab_size"], self.path)
 
     def write_config(self, path: Path) -> None:
-        """Write `config.json`."""
+        """Write `config` as JSON.
+
+        Args:
+            path: the file to write.
+        """
         path.write_text(json.dumps(self.config, indent=2), encoding="utf-8")
 
 
 def _hf_name(name: str) -> str | None:
-    """A tensor's Hugging Face name; `None` for one that a Llama has not."""
+    """The Hugging Face name of a GGUF tensor; `None` for one that no Llama has."""
     match = re.fullmatch(r"(?:(blk)\.(0|[1-9]\d*)\.)?(\w+)\.(weight|bias)", name)
     block, layer, part, kind = match.groups() if match else (None, None, "", "")
-    theirs = _TENSORS.get(f"{block}.{part}" if block else part)
-    if theirs is None:
+    module = _TENSORS.get(f"{block}.{part}" if block else part)
+    if module is None:
         return None
-    return f"model.layers.{layer}.{theirs}.{kind}" if block else f"{theirs}.{kind}"
+    return f"model.layers.{layer}.{module}.{kind}" if block else f"{module}.{kind}"
 
 
 def _unpermuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp interleaves the two halves that rotary positions pair; put them one after the other."""
+    """Put the two halves of each head that rotary positions pair one after the other; llama.cpp interleaves them."""
     shape = rows.shape
     return rows.reshape(heads, shape[0] // heads // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: typed metadata, and where each tensor lies, with every length held against the file's."""
+"""The header of a GGUF file: typed metadata and the tensors' places. Lengths are checked against that of the file."""
 
 import mmap
 import struct
@@ -8,13 +8,32 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 10: "u8", 11: "i8", 12: "f8"}  # by GGUF type
+_NUMBERS = {
+    0: "u1",
+    1: "i1",
+    2: "u2",
+    3: "i2",
+    4: "u4",
+    5: "i4",
+    6: "f4",
+    10: "u8",
+    11: "i8",
+    12: "f8",
+}  # NumPy's dtypes of GGUF's number types
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_DIMENSIONS = 4
 
 
 class Tensor(NamedTuple):
-    """A tensor's place in the file: `start` and `size` in bytes, `shape` as NumPy's, its quantisation `kind`."""
+    """A tensor's place in the file.
+
+    Attributes:
+        name: its GGUF name.
+        shape: in NumPy's order of axes, the reverse of GGUF's.
+        kind: its type, a `gguf.GGMLQuantizationType`.
+        start: the place of its first byte in the file.
+        size: in bytes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -23,7 +42,14 @@ class Tensor(NamedTuple):
     size: int
 
     def read(self, path: Path) -> np.ndarray:
-        """Its values, dequantised to float32."""
+        """Read the tensor.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The values, of shape `shape`, dequantised to float32.
+        """
         from gguf import quants
 
         data = np.memmap(path, np.uint8, "r", self.start, (self.size,))
@@ -32,10 +58,20 @@ class Tensor(NamedTuple):
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    """Read metadata (as Python's int, float, bool, str, and lists of them) and the tensors' places.
+    """Read the metadata and the places of the tensors.
 
-    Raises `ValueError`, naming the file, where it is truncated or corrupt. Tensors must follow each other without gaps,
-    as llama.cpp demands, so that one that was moved or overlaps another is found.
+    Tensors must follow each other without gaps, as llama.cpp demands, so that a tensor that was moved or that
+    overlaps another is an error.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The metadata by key (values are int, float, bool, str, and lists of them), and the tensors in the file's
+        order.
+
+    Raises:
+        ValueError: naming the file, where it is truncated, corrupt or not GGUF.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -45,38 +81,45 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Tensor]]:
 
 
 class _Cursor:
-    """A place in the file's bytes that moves as they are read."""
+    """Reads values one after the other from the file's bytes; `at` is the place of the next byte."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.at = data, 0
 
     def take(self, size: int) -> bytes:
+        """The next `size` bytes."""
         if self.at + size > len(self.data):
             raise ValueError(f"{size} bytes are needed at {self.at}, the file has {len(self.data)} in all")
         self.at += size
         return self.data[self.at - size : self.at]
 
     def numbers(self, dtype: str, count: int) -> list[Any]:
+        """`count` numbers of a dtype of NumPy, in little-endian order."""
         dtype = f"<{dtype}"
         return np.frombuffer(self.take(count * np.dtype(dtype).itemsize), dtype).tolist()
 
     def count(self) -> int:
+        """A uint64: a length or an offset."""
         return struct.unpack("<Q", self.take(8))[0]
 
     def code(self) -> int:
+        """A uint32: a type, a version or a number of dimensions."""
         return struct.unpack("<I", self.take(4))[0]
 
     def text(self) -> str:
+        """A string: its length, then its bytes in UTF-8."""
         return self.take(self.count()).decode()
 
     def value(self, kind: int) -> Any:
+        """A metadata value of GGUF type `kind`."""
         if kind == _ARRAY:
             return self.values(self.code(), self.count())
         return self.values(kind, 1)[0]
 
     def values(self, kind: int, count: int) -> list[Any]:
+        """`count` metadata values of GGUF type `kind`, which is not that of arrays."""
         if kind == _STRING:
-            if count * 8 > len(self.data):  # each has a length of 8 bytes
+            if count * 8 > len(self.data):  # the length of each takes 8 bytes
                 raise ValueError(f"an array of {count} texts does not fit into the file")
             return [self.text() for _ in range(count)]
         if kind == _BOOL:
@@ -89,12 +132,13 @@ class _Cursor:
         return self.numbers(_NUMBERS[kind], count)
 
     def header(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """The metadata and the tensors' places."""
         if self.take(4) != b"GGUF":
             raise ValueError("it does not begin with 'GGUF'")
         version = self.code()
         if version not in (2, 3):
-            more = " (of a machine of the other byte order)" if version % 65536 == 0 else ""
-            raise ValueError(f"it is of version {version}{more}, supported are 2 and 3")
+            hint = " (of a machine of the other byte order)" if version % 65536 == 0 else ""
+            raise ValueError(f"it is of version {version}{hint}, supported are 2 and 3")
         n_tensors, n_fields = self.count(), self.count()
         fields: dict[str, Any] = {}
         for _ in range(n_fields):
@@ -109,6 +153,7 @@ class _Cursor:
         return fields, _placed(entries, -(-self.at // alignment) * alignment, alignment, len(self.data))
 
     def entry(self) -> tuple[str, tuple[int, ...], int, int]:
+        """A tensor's name, shape (in NumPy's order), type and offset."""
         name, n_dimensions = self.text(), self.code()
         if not 1 <= n_dimensions <= _MAX_DIMENSIONS:
             raise ValueError(f"tensor {name} has {n_dimensions} dimensions, expected 1 to {_MAX_DIMENSIONS}")
@@ -119,7 +164,7 @@ class _Cursor:
 def _placed(
     entries: Sequence[tuple[str, tuple[int, ...], int, int]], base: int, alignment: int, end: int
 ) -> list[Tensor]:
-    """The tensors of a file that ends at `end`, whose data begin at `base`."""
+    """The tensors of a file of `end` bytes, from which offsets count at `base`."""
     expected, tensors = 0, {}
     for name, shape, code, offset in entries:
         if name in tensors:
@@ -140,7 +185,7 @@ def _placed(
 
 
 def _quantisation(name: str, shape: tuple[int, ...], code: int) -> tuple[Any, int]:
-    """A tensor's kind, and its size in bytes."""
+    """A tensor's `GGMLQuantizationType`, and its size in bytes."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
     if code not in set(GGMLQuantizationType):

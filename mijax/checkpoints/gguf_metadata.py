@@ -1,6 +1,6 @@
-"""GGUF's metadata of Llama models: every key is read, or known to be harmless, or refused by name.
+"""GGUF's metadata of Llama models: every key is read, is known to be harmless, or is refused by name.
 
-What a missing key means is what it means in llama.cpp (llama-model.cpp, llama-hparams.h).
+A missing key has the default that llama.cpp gives it (llama-model.cpp, llama-hparams.h).
 """
 
 import math
@@ -13,20 +13,46 @@ import numpy as np
 
 
 class Rule(NamedTuple):
-    """What a key's value may be."""
+    """The values that a key may have.
+
+    Attributes:
+        expected: a description of these values, for error messages.
+        accepts: whether a value is one of them.
+    """
 
     expected: str
     accepts: Callable[[Any], bool]
 
 
 def only(*values: Any) -> Rule:
-    """The values of these types that leave the model as it is computed here."""
+    """A rule that accepts the listed values only, compared with their types.
+
+    Args:
+        values: the values, for a key that would change the computation at any other.
+
+    Returns:
+        The rule.
+
+    >>> only(0).accepts(0), only(0).accepts(False)
+    (True, False)
+    """
     known = [(type(value), value) for value in values]
     return Rule(" or ".join(map(repr, values)), lambda x: (type(x), x) in known)
 
 
 def array(kind: str, *types: type) -> Rule:
-    """A list whose entries are of these types."""
+    """A rule that accepts lists.
+
+    Args:
+        kind: the description of the entries, for error messages.
+        types: the types that the entries may have.
+
+    Returns:
+        The rule.
+
+    >>> array("texts", str).accepts(["a"]), array("texts", str).accepts([1])
+    (True, False)
+    """
     return Rule(f"an array of {kind}", lambda x: isinstance(x, list) and all(type(entry) in types for entry in x))
 
 
@@ -42,8 +68,9 @@ _REQUIRED = (
     "llama.block_count", "llama.context_length", "llama.embedding_length", "llama.feed_forward_length",
     "llama.attention.head_count", "llama.attention.layer_norm_rms_epsilon",
 )  # fmt: skip
+# keys that may have an array of one entry per layer
 _PER_LAYER = ("llama.feed_forward_length", "llama.attention.head_count", "llama.attention.head_count_kv")
-KEYS: dict[str, Rule] = {
+KEYS: dict[str, Rule] = {  # the model's keys that are read or whose value must be a certain one
     **dict.fromkeys(_REQUIRED, COUNT),
     "llama.attention.layer_norm_rms_epsilon": NOT_NEGATIVE,
     "llama.attention.head_count_kv": COUNT,
@@ -54,10 +81,10 @@ KEYS: dict[str, Rule] = {
     "llama.rope.freq_base": POSITIVE,
     "llama.rope.scaling.type": only("none", "linear"),
     "llama.rope.scaling.factor": POSITIVE,
-    "llama.rope.scale_linear": POSITIVE,  # the older name of the factor
+    "llama.rope.scale_linear": POSITIVE,  # the older name of rope.scaling.factor
     "llama.attention.scale": NOT_NEGATIVE,
     "llama.attention.sliding_window": NATURAL,
-    # what would change the computation, at the values where it does not
+    # not implemented here: accepted at the values at which they have no effect
     "llama.rope.scaling.attn_factor": only(1.0),
     "llama.attention.causal": only(True),
     "llama.attention.clamp_kqv": only(0.0),
@@ -79,41 +106,75 @@ KEYS: dict[str, Rule] = {
     "split.count": only(1, 0),
     "split.tensors.count": COUNT,
 }
-HARMLESS: dict[str, Rule] = {  # of the right type, and otherwise without effect
-    "llama.rope.scaling.original_context_length": COUNT,  # of YaRN
+HARMLESS: dict[str, Rule] = {  # checked for their type, without effect at any value
+    "llama.rope.scaling.original_context_length": COUNT,  # read for YaRN only, which is refused
     "llama.rope.scaling.finetuned": FLAG,
 }
-_HARMLESS_FAMILIES = ("general.", "quantize.imatrix.", "mradermacher.")  # where the file comes from
+_HARMLESS_FAMILIES = ("general.", "quantize.imatrix.", "mradermacher.")  # keys that describe the origin of the file
 _TOKENIZER = "tokenizer."
 
 
 def checked(fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The metadata beside the tokenizer's, with arrays of one entry per layer as that entry.
+    """Check the metadata of the model, which are all but those of the tokenizer.
 
-    Raises `ValueError` that names every key that is missing, unknown, or has a value that cannot be followed.
+    Args:
+        fields: all metadata of the file, by key.
+        path: the file, for error messages.
+
+    Returns:
+        The model's metadata by key. An array of one entry per layer is replaced by the entry that all layers
+        share.
+
+    Raises:
+        ValueError: for another architecture than Llama; else naming every key that is missing or unknown, or whose
+            value is not supported.
     """
     architecture = fields.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"{path}: unsupported GGUF architecture {architecture!r}; supported is llama")
     values = {key: value for key, value in fields.items() if not key.startswith(_TOKENIZER)}
-    uneven = []
+    differing = []
     for key in _PER_LAYER:
         entries = values.get(key)
         if isinstance(entries, list) and entries:
             values[key] = entries[0]
             if len(entries) != values.get("llama.block_count") or len(set(entries)) > 1:
-                uneven.append(f"{key} must be the same in each of the layers, given {reprlib.repr(entries)}")
-    refuse(path, [*missing(values, _REQUIRED), *faults(values, KEYS | HARMLESS, _HARMLESS_FAMILIES), *uneven])
+                differing.append(f"{key} must be the same in each of the layers, given {reprlib.repr(entries)}")
+    refuse(path, [*missing(values, _REQUIRED), *faults(values, KEYS | HARMLESS, _HARMLESS_FAMILIES), *differing])
     return values
 
 
 def missing(values: Mapping[str, Any], required: Sequence[str]) -> list[str]:
-    """A fault for each key that is not there."""
+    """Messages about missing keys.
+
+    Args:
+        values: metadata by key.
+        required: the keys that must be present.
+
+    Returns:
+        One message for each missing key.
+
+    >>> missing({"a": 1}, ["a", "b"])
+    ['the key b is missing']
+    """
     return [f"the key {key} is missing" for key in required if key not in values]
 
 
 def faults(values: Mapping[str, Any], rules: Mapping[str, Rule], families: tuple[str, ...] = ()) -> list[str]:
-    """A fault for each key that is in no rule and in no harmless family, or whose value its rule refuses."""
+    """Messages about unknown keys and unsupported values.
+
+    Args:
+        values: metadata by key.
+        rules: the rule of each known key.
+        families: prefixes of further keys, which may have any value.
+
+    Returns:
+        One message for each key that has neither a rule nor such a prefix, and for each value that its rule
+        refuses.
+
+    >>> faults({"a": 1, "b": 2, "c.d": 3}, {"a": only(0)}, ("c.",))
+    ['the key b (2) is not known', 'a must be 0, given 1']
+    """
     unknown = [k for k in values if k not in rules and not k.startswith(families)]
     wrong = [(k, rules[k].expected) for k in values if k in rules and not rules[k].accepts(values[k])]
     return [
@@ -123,7 +184,15 @@ def faults(values: Mapping[str, Any], rules: Mapping[str, Rule], families: tuple
 
 
 def refuse(path: Path, found: Sequence[str]) -> None:
-    """Raise one `ValueError` of all faults, if there are any."""
+    """Raise one error for all faults; do nothing where there are none.
+
+    Args:
+        path: the file, for the error message.
+        found: messages about the faults.
+
+    Raises:
+        ValueError: where `found` is not empty.
+    """
     if found:
         raise ValueError(f"{path}: unsupported GGUF metadata: {'; '.join(found)}")
 
@@ -131,9 +200,16 @@ def refuse(path: Path, found: Sequence[str]) -> None:
 def config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
     """The contents of the `config.json` that the model came from, as far as mijax reads it.
 
-    `values` are checked metadata, `shapes` those of the tensors by their Hugging Face names.
+    Args:
+        values: the model's metadata, as `checked` returns them.
+        shapes: the shape of each tensor, by its Hugging Face name.
+        path: the file, for error messages.
 
-    Raises `ValueError` for values that contradict each other or the tensors.
+    Returns:
+        The contents of a Llama's `config.json`.
+
+    Raises:
+        ValueError: for values that contradict each other or the tensors.
     """
     get = lambda key, default=None: values.get(f"llama.{key}", default)
     heads, d_model = get("attention.head_count"), get("embedding_length")
@@ -164,18 +240,18 @@ def config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], pat
 
 
 def _rope_scaling(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A factor alone scales linearly; the type `none` overrules one."""
+    """The entry `rope_scaling`: linear where there is a factor, unless the type is `none`."""
     factor = values.get("llama.rope.scaling.factor", values.get("llama.rope.scale_linear"))
     kind = values.get("llama.rope.scaling.type", "linear")
     return None if factor is None or kind == "none" else {"rope_type": kind, "factor": _decimal(factor)}
 
 
 def _contradictions(values: Mapping[str, Any], d_head: int) -> list[str]:
-    """What of attention and positions is told twice, and differently."""
+    """Messages about keys of attention and positions that contradict other keys."""
     get = lambda key, default=None: values.get(f"llama.{key}", default)
     heads, d_model, n_ctx = get("attention.head_count"), get("embedding_length"), get("context_length")
     scale, window, factor = get("attention.scale", 0.0), get("attention.sliding_window", 0), get("rope.scaling.factor")
-    found = [
+    checks = [
         (f"rope.dimension_count must be the head's size {d_head}", get("rope.dimension_count", d_head) != d_head),
         (f"attention.value_length must be the key's length {d_head}", get("attention.value_length", d_head) != d_head),
         (
@@ -189,15 +265,15 @@ def _contradictions(values: Mapping[str, Any], d_head: int) -> list[str]:
             factor and get("rope.scale_linear", factor) != factor,
         ),
     ]
-    return [f"llama.{text}, given {values[f'llama.{text.split()[0]}']}" for text, wrong in found if wrong]
+    return [f"llama.{text}, given {values[f'llama.{text.split()[0]}']}" for text, wrong in checks if wrong]
 
 
 def _counts(values: Mapping[str, Any], n_tensors: int, n_vocab: int) -> list[str]:
-    """Counts that the tensors contradict."""
-    found = {"llama.vocab_size": n_vocab, "split.tensors.count": n_tensors}
-    return [f"{k} is {values[k]}, the file has {n}" for k, n in found.items() if values.get(k, n) != n]
+    """Messages about counts in the metadata that differ from those of the tensors."""
+    counts = {"llama.vocab_size": n_vocab, "split.tensors.count": n_tensors}
+    return [f"{k} is {values[k]}, the file has {n}" for k, n in counts.items() if values.get(k, n) != n]
 
 
 def _decimal(x: float) -> float:
-    """The shortest decimal of a float32: 1e-05 for 9.999999747378752e-06."""
+    """The shortest decimal number that rounds to a float32: 1e-05 for 9.999999747378752e-06."""
     return float(np.float32(x).astype(str))

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file: a byte-level BPE, split into words and begun as llama.cpp does (llama-vocab.cpp)."""
+"""The tokenizer in a GGUF file: a byte-level BPE that splits text and adds tokens as in llama.cpp (llama-vocab.cpp)."""
 
 import collections
 import reprlib
@@ -17,10 +17,12 @@ _byte_level = lambda use_regex: pre_tokenizers.ByteLevel(add_prefix_space=False,
 
 
 class _Splitting(NamedTuple):
-    """How a text is split into words, and what llama.cpp takes for granted with it.
+    """How text is split into words, and the settings that llama.cpp derives from the name of the splitting.
 
-    `ignore_merges`: a word that is a token is not split further. `add_bos`: a text begins with the beginning token,
-    unless the file says otherwise.
+    Attributes:
+        pre_tokenizer: makes the step that splits text into words.
+        ignore_merges: whether a word that is a token is never split further.
+        add_bos: whether a text begins with the beginning token, unless the file says otherwise.
     """
 
     pre_tokenizer: Callable[[], pre_tokenizers.PreTokenizer]
@@ -42,12 +44,13 @@ _SPLITTINGS = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
 }
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # llama.cpp's types of tokens, beside 1 (normal) and 5 (unused)
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # llama.cpp's token types; the others are 1 (normal) and 5 (unused)
+# from GGUF's names of special tokens to Hugging Face's
 _NAMES = {
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token", "padding": "pad_token",
     "cls": "cls_token", "mask": "mask_token",
 }  # fmt: skip
-_END = ("eot", "eom")  # ends of a turn and of a message
+_END = ("eot", "eom")  # the tokens that end a turn and a message
 _INFILL = ("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle")
 
 KEYS = {
@@ -65,7 +68,7 @@ KEYS = {
     "tokenizer.ggml.add_space_prefix": only(False),
     "tokenizer.ggml.remove_extra_whitespaces": only(False),
 }
-HARMLESS = {  # of the right type, and otherwise without effect on a byte-level BPE
+HARMLESS = {  # checked for their type, without effect on a byte-level BPE at any value
     "tokenizer.ggml.scores": array("numbers", int, float),
     "tokenizer.huggingface.json": TEXT,
     **{f"tokenizer.ggml.{name}_token_id": NATURAL for name in _INFILL},
@@ -75,10 +78,19 @@ _TEMPLATE = "tokenizer.chat_template."
 
 
 def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Tokenizer:
-    """Rebuild the tokenizer of a file with this metadata, whose model has `n_vocab` tokens.
+    """Rebuild the tokenizer of a GGUF file.
 
-    Raises `ValueError` for another kind of tokenizer, an unknown way of splitting words, and metadata that is missing,
-    unknown or contradicts itself.
+    Args:
+        fields: the file's metadata, by key.
+        n_vocab: the number of tokens of the model.
+        path: the file, for error messages.
+
+    Returns:
+        The tokenizer, with its chat templates, special tokens and end tokens.
+
+    Raises:
+        ValueError: for another kind of tokenizer, an unknown way of splitting text into words, and metadata that
+            are missing, unknown or contradictory.
     """
     values = {key: value for key, value in fields.items() if key.startswith("tokenizer.")}
 
@@ -104,80 +116,84 @@ def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Token
         backend.post_processor = _surround(backend, begin, end)
     ids = {name: get(f"{key}_token_id") for key, name in _NAMES.items()}
     named = {n: tokens[i] for n, i in ids.items() if i is not None and kinds[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)}
-    ends = [get(f"{name}_token_id") for name in _END]
-    return Tokenizer(backend, _templates(values), named, end_tokens=[i for i in ends if i is not None])
+    end_ids = [get(f"{name}_token_id") for name in _END]
+    return Tokenizer(backend, _templates(values), named, end_tokens=[i for i in end_ids if i is not None])
 
 
 def _backend(
     tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[str], splitting: _Splitting
 ) -> tokenizers.Tokenizer:
+    """The byte-level BPE of these tokens (with their types) and merges."""
     pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, fuse_unk=False, ignore_merges=splitting.ignore_merges))
     backend.pre_tokenizer = splitting.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
-    of_kind = lambda *wanted: [token for token, kind in zip(tokens, kinds) if kind in wanted]
+    of_kind = lambda *accepted: [token for token, kind in zip(tokens, kinds) if kind in accepted]
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in of_kind(_UNKNOWN, _CONTROL)])
     backend.add_tokens([AddedToken(t, normalized=False) for t in of_kind(_USER_DEFINED)])
     return backend
 
 
 def _surround(backend: tokenizers.Tokenizer, begin: Sequence[str], end: Sequence[str]) -> processors.PostProcessor:
-    """What puts these tokens around a text. (Names of their own, since a token may hold the pattern's signs.)"""
-    special = {"begin": begin, "end": end}
+    """A post-processor that puts tokens around a text, under names: a token may contain the syntax of its pattern."""
+    groups = {"begin": begin, "end": end}
     return processors.TemplateProcessing(
         single=[*(["begin"] if begin else []), "$A", *(["end"] if end else [])],
         special_tokens=[
             {"id": name, "ids": [backend.token_to_id(t) for t in texts], "tokens": list(texts)}
-            for name, texts in special.items()
+            for name, texts in groups.items()
             if texts
         ],
     )
 
 
 def _templates(values: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates, by name."""
     default = values.get("tokenizer.chat_template")
     named = {key.removeprefix(_TEMPLATE): text for key, text in values.items() if key.startswith(_TEMPLATE)}
     return named if default is None else {"default": default} | named
 
 
 def _vocabulary_faults(values: Mapping[str, Any], n_vocab: int) -> list[str]:
-    """What is wrong with the lists of tokens, their types and merges."""
+    """Messages about the lists of tokens, token types, merges and chat templates."""
     tokens = values["tokenizer.ggml.tokens"]
-    found = [
+    messages = [
         f"{key} has {len(values[key])} entries, the model's vocabulary {n_vocab}"
         for key in (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores"))
         if key in values and len(values[key]) != n_vocab
     ]
     repeated = [token for token, n in collections.Counter(tokens).items() if n > 1]
     if repeated:
-        found.append(f"tokenizer.ggml.tokens has tokens more than once: {reprlib.repr(repeated)}")
-    kinds = set(values.get("tokenizer.ggml.token_type", [])) - {1, 2, 3, 4, 5}
-    if kinds:
-        found.append(f"tokenizer.ggml.token_type must be an array of 1, 2, 3, 4 or 5, given {reprlib.repr(kinds)}")
+        messages.append(f"tokenizer.ggml.tokens has tokens more than once: {reprlib.repr(repeated)}")
+    unknown = set(values.get("tokenizer.ggml.token_type", [])) - {1, 2, 3, 4, 5}
+    if unknown:
+        messages.append(f"tokenizer.ggml.token_type must be an array of 1, 2, 3, 4 or 5, given {reprlib.repr(unknown)}")
     merges = values["tokenizer.ggml.merges"]
-    known = set(tokens)
-    bad = [m for m in merges if len(m.split(" ")) != 2 or not {*m.split(" "), m.replace(" ", "")} <= known]
-    if bad:
-        found.append(f"tokenizer.ggml.merges must be two tokens each, that give a third; given {reprlib.repr(bad)}")
+    vocabulary = set(tokens)
+    invalid = [m for m in merges if len(m.split(" ")) != 2 or not {*m.split(" "), m.replace(" ", "")} <= vocabulary]
+    if invalid:
+        messages.append(
+            f"tokenizer.ggml.merges must be two tokens each, that give a third; given {reprlib.repr(invalid)}"
+        )
     if len(set(merges)) < len(merges):
-        found.append("tokenizer.ggml.merges has the same merge more than once")
-    names = set(values.get("tokenizer.chat_templates", [])) - {k.removeprefix(_TEMPLATE) for k in values}
-    if names:
-        found.append(f"tokenizer.chat_templates names {reprlib.repr(sorted(names))}, which the file lacks")
-    return found
+        messages.append("tokenizer.ggml.merges has the same merge more than once")
+    absent = set(values.get("tokenizer.chat_templates", [])) - {k.removeprefix(_TEMPLATE) for k in values}
+    if absent:
+        messages.append(f"tokenizer.chat_templates names {reprlib.repr(sorted(absent))}, which the file lacks")
+    return messages
 
 
 def _special_faults(values: Mapping[str, Any], kinds: Sequence[int], splitting: _Splitting) -> list[str]:
-    """What is wrong with the ids of special tokens."""
+    """Messages about the ids of special tokens."""
     ids = {key: value for key, value in values.items() if key.endswith("_token_id")}
-    found = [f"{k} is {i}, outside the vocabulary of {len(kinds)}" for k, i in ids.items() if i >= len(kinds)]
-    for name, added in (("bos", splitting.add_bos), ("eos", False)):
+    messages = [f"{k} is {i}, outside the vocabulary of {len(kinds)}" for k, i in ids.items() if i >= len(kinds)]
+    for name, default in (("bos", splitting.add_bos), ("eos", False)):
         key, flag = f"tokenizer.ggml.{name}_token_id", f"tokenizer.ggml.add_{name}_token"
-        if key not in ids and values.get(flag, added):
-            found.append(f"the key {key} is missing, although it is to be added to every text ({flag})")
+        if key not in ids and values.get(flag, default):
+            messages.append(f"the key {key} is missing, although it is to be added to every text ({flag})")
         if ids.get(key, len(kinds)) < len(kinds) and kinds[ids[key]] not in (_UNKNOWN, _CONTROL, _USER_DEFINED):
-            found.append(
+            messages.append(
                 f"{key} is {ids[key]}, a token of ordinary text (tokenizer.ggml.token_type), expected a control token"
             )
-    return found
+    return messages

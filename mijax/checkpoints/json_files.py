@@ -6,9 +6,16 @@ from typing import Any
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; empty where there is no such file.
+    """The object in a JSON file.
 
-    Raises `ValueError` for what is not JSON, or not an object.
+    Args:
+        path: the file, which may be missing.
+
+    Returns:
+        The object; an empty one where there is no such file.
+
+    Raises:
+        ValueError: where the file is not valid JSON, or holds something else than an object.
     """
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""The keys of a `config.json`: those that are read, those that do not matter, and an error for any other."""
+"""The keys of a `config.json`: those that are read, those that have no effect here, and an error for any other."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -6,13 +6,17 @@ from typing import Any, NamedTuple
 from mijax.model.config import Config, RotaryScaling, check_field
 
 REQUIRED = object()
+"""The `default` of a `Key` that must be in the file."""
 
 
 class Key(NamedTuple):
-    """A key that holds one or several fields of `Config`.
+    """A key of `config.json` that gives one or several fields of `Config`.
 
-    `default` is what transformers takes where the key is left out. Where it is `None`, `null` may stand in the file as
-    well, and leaves the field to be derived from the others. `spellings` are values that have another name here.
+    Attributes:
+        fields: the fields of `Config`, all of which get the key's value.
+        default: the value that transformers takes where the key is missing. Where it is `None`, the file may have
+            `null` as well, and the fields are derived from the others.
+        spellings: values that mijax calls by another name, and these names.
     """
 
     fields: tuple[str, ...]
@@ -21,16 +25,29 @@ class Key(NamedTuple):
 
 
 Harmless = Callable[[Any, Mapping[str, Any]], bool]
-"""Of a key's value and the whole file: whether what a model computes does not depend on the key at that value."""
+"""Of a key's value and the whole file: whether the key, at that value, has no effect on what the model computes."""
 
-_DERIVED_SIZES = ("d_head", "n_kv_heads", "d_mlp")  # 0 asks `Config` to derive them; in a file it is a mistake
+_DERIVED_SIZES = ("d_head", "n_kv_heads", "d_mlp")  # 0 makes `Config` derive them; in a file it is an error
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
+"""The `spellings` of activation functions."""
 
 
 def read_fields(c: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
-    """The fields of `Config` that the keys hold.
+    """The fields of `Config` that a `config.json` gives.
 
-    Raises `KeyError` for a key that is missing, `ValueError` for one whose type or range is wrong.
+    Args:
+        c: the contents of the file.
+        keys: the family's table of keys.
+
+    Returns:
+        The values of the fields, by their names, without those that `Config` derives.
+
+    Raises:
+        KeyError: for a required key that is missing.
+        ValueError: for a value whose type or range is wrong.
+
+    >>> read_fields({"n": 2}, {"n": Key(("n_layers",)), "eps": Key(("norm_eps",), 1e-6)})
+    {'n_layers': 2, 'norm_eps': 1e-06}
     """
     fields: dict[str, Any] = {}
     for key, (names, default, spellings) in keys.items():
@@ -46,14 +63,36 @@ def read_fields(c: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]
 
 
 def write_fields(config: Config, keys: Mapping[str, Key]) -> dict[str, Any]:
-    """What `read_fields` reads."""
+    """The entries of a `config.json` from which `read_fields` reads a config's fields.
+
+    Args:
+        config: the config to write.
+        keys: the family's table of keys.
+
+    Returns:
+        The value of each key.
+    """
     return {key: getattr(config, names[0]) for key, (names, _, _) in keys.items()}
 
 
 def check_keys(c: Mapping[str, Any], family: str, read: frozenset[str], harmless: Mapping[str, Harmless]) -> None:
     """Refuse a config with a key that is neither read nor harmless at its value.
 
-    `null` is taken for an unknown key's way to say that what it is about is not there.
+    An unknown key whose value is `null` is accepted: it is taken to say that the model lacks the feature.
+
+    Args:
+        c: the contents of `config.json`.
+        family: the `model_type`, for the error message.
+        read: the keys that are read.
+        harmless: the other known keys, with the values at which they have no effect.
+
+    Raises:
+        ValueError: naming every such key, or the key that announces quantised weights.
+
+    >>> check_keys({"n_layer": 2, "flash": None}, "gpt2", frozenset({"n_layer"}), {})
+    >>> check_keys({"is_decoder": False}, "gpt2", frozenset(), {"is_decoder": only(True)})
+    Traceback (most recent call last):
+    ValueError: unsupported gpt2 config: is_decoder=False
     """
     for key in QUANTISATION:
         if c.get(key) is not None:
@@ -71,29 +110,61 @@ def check_keys(c: Mapping[str, Any], family: str, read: frozenset[str], harmless
 
 
 QUANTISATION = ("quantization_config", "compression_config", "quantization")
+"""Keys that announce quantised weights."""
 
 
 def only(*values: Any) -> Harmless:
-    """Harmless at these values, type and all (`1` is not `true`)."""
+    """A key that is harmless at some values.
+
+    Args:
+        values: the values, which are compared with their types (`1` is not `true`).
+
+    Returns:
+        The entry for a table of harmless keys.
+
+    >>> only(1)(1, {}), only(1)(True, {})
+    (True, False)
+    """
     return lambda value, _: any(type(value) is type(v) and value == v for v in values)
 
 
 def same_as(key: str) -> Harmless:
-    """Harmless where it repeats another key."""
+    """A key that is harmless where it repeats another key, or where the file lacks the other key.
+
+    Args:
+        key: the other key.
+
+    Returns:
+        The entry for a table of harmless keys.
+
+    >>> same_as("n_embd")(8, {"n_embd": 8}), same_as("n_embd")(9, {"n_embd": 8})
+    (True, False)
+    """
     return lambda value, c: value == c.get(key, value)
 
 
 def architectures(*names: str) -> Harmless:
-    """Harmless where the model's class is one of these, or is not said."""
+    """The key `architectures`, which is harmless where it names none but known classes, or is `null`.
+
+    Args:
+        names: the names of the classes of models that mijax computes as transformers does.
+
+    Returns:
+        The entry for a table of harmless keys.
+
+    >>> architectures("GPT2Model")(["GPT2Model"], {}), architectures("GPT2Model")(["BertModel"], {})
+    (True, False)
+    """
     return lambda value, _: value is None or (isinstance(value, list) and set(map(str, value)) <= set(names))
 
 
 def _own_code(value: Any, _: Mapping[str, Any]) -> bool:
-    """Code that comes with a checkpoint is never run: harmless for tokenizers, not for models."""
+    """Whether `auto_map` names no code of a model: a checkpoint's code is never run, and only a model's code matters."""
     return isinstance(value, Mapping) and not any(str(key).startswith("AutoModel") for key in value)
 
 
 def _full_attention(value: Any, _: Mapping[str, Any]) -> bool:
+    """Whether `layer_types` gives every layer full attention."""
     return value is None or (isinstance(value, list) and all(kind == "full_attention" for kind in value))
 
 
@@ -113,7 +184,7 @@ _ANY_VALUE = """
     no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
     num_return_sequences output_scores prefix remove_invalid_values repetition_penalty return_dict_in_generate
     suppress_tokens temperature top_k top_p typical_p
-""".split()  # noqa: SIM905  (the second half: settings of text generation)
+""".split()  # noqa: SIM905  (the second half are settings of text generation)
 
 HARMLESS: Mapping[str, Harmless] = {
     **dict.fromkeys(_ANY_VALUE, lambda value, c: True),
@@ -126,7 +197,7 @@ HARMLESS: Mapping[str, Harmless] = {
     "pruned_heads": only({}, None),
     "tie_encoder_decoder": only(False),
 }
-"""Keys that every family's config may have."""
+"""Keys that the config of any family of Hugging Face may have, and the values at which they have no effect."""
 
 
 # ---- rotary positions
@@ -134,7 +205,7 @@ HARMLESS: Mapping[str, Harmless] = {
 ROTARY_KEYS = frozenset(
     {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings"}
 )
-_SCALINGS: dict[str, dict[str, str]] = {  # of each kind: the keys that it takes, and the fields of RotaryScaling
+_SCALINGS: dict[str, dict[str, str]] = {  # for each kind: its keys, and their fields of RotaryScaling
     "default": {},
     "linear": {"factor": "factor"},
     "llama3": {
@@ -147,20 +218,38 @@ _SCALINGS: dict[str, dict[str, str]] = {  # of each kind: the keys that it takes
 
 
 def read_rotary(c: Mapping[str, Any], d_head: int) -> dict[str, Any]:
-    """The fields of `Config` about rotary positions, from wherever in the file they stand.
+    """The fields of `Config` about rotary positions, from all places of a `config.json` that may hold them.
 
-    transformers 5 writes all of them into `rope_parameters`; before it was `rope_scaling`, with `rope_theta` and
-    `partial_rotary_factor` beside it. Raises `ValueError` where two places disagree.
+    transformers 5 writes all of them into `rope_parameters`. Earlier versions wrote `rope_scaling`, with
+    `rope_theta` and `partial_rotary_factor` at the top level of the file.
+
+    Args:
+        c: the contents of the file.
+        d_head: the size of an attention head.
+
+    Returns:
+        The fields `rotary_base`, `rotary_dim` and `rotary_scaling`.
+
+    Raises:
+        KeyError: where Llama 3's scaling needs `max_position_embeddings` and the file lacks it, or a scaling lacks
+            one of its keys.
+        ValueError: where two places disagree, for an unsupported kind of scaling, for a key that the kind does not
+            have, and for a value of wrong type or range.
+
+    >>> read_rotary({"rope_theta": 5000.0, "partial_rotary_factor": 0.5}, 8)
+    {'rotary_base': 5000.0, 'rotary_dim': 4, 'rotary_scaling': None}
     """
     rope = _merged_rotary(c)
     kind = rope.pop("rope_type", "default")
     if kind not in _SCALINGS:
         raise ValueError(f"unsupported rotary scaling {kind!r}; supported are {', '.join(_SCALINGS)}")
     base = check_field(Config, "rotary_base", rope.pop("rope_theta", 10_000.0), "rope_theta")
-    part = check_field(RotaryScaling, "factor", rope.pop("partial_rotary_factor", 1.0), "partial_rotary_factor")
-    rotary_dim = int(d_head * part)
-    if part > 1 or not rotary_dim:
-        raise ValueError(f"partial_rotary_factor={part} must leave between 1 and d_head={d_head} dimensions to rotate")
+    fraction = check_field(RotaryScaling, "factor", rope.pop("partial_rotary_factor", 1.0), "partial_rotary_factor")
+    rotary_dim = int(d_head * fraction)
+    if fraction > 1 or not rotary_dim:
+        raise ValueError(
+            f"partial_rotary_factor={fraction} must leave between 1 and d_head={d_head} dimensions to rotate"
+        )
     if kind == "llama3":
         rope.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
     unread = set(rope) - set(_SCALINGS[kind])
@@ -173,10 +262,11 @@ def read_rotary(c: Mapping[str, Any], d_head: int) -> dict[str, Any]:
 
 
 def _merged_rotary(c: Mapping[str, Any]) -> dict[str, Any]:
-    beside = {key: c[key] for key in ROTARY_KEYS - {"rope_scaling", "rope_parameters"} if c.get(key) is not None}
+    """The entries about rotary positions: of `rope_parameters`, of `rope_scaling` and of the file's top level."""
+    top_level = {key: c[key] for key in ROTARY_KEYS - {"rope_scaling", "rope_parameters"} if c.get(key) is not None}
     rope: dict[str, Any] = {}
     for place in ("rope_parameters", "rope_scaling", "config.json"):
-        values = beside if place == "config.json" else c.get(place)
+        values = top_level if place == "config.json" else c.get(place)
         if values is not None and not isinstance(values, Mapping):
             raise ValueError(f"{place}={values!r} must be an object or null")
         for key, value in (values or {}).items():
@@ -190,7 +280,16 @@ def _merged_rotary(c: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_rotary(config: Config) -> dict[str, Any]:
-    """What `read_rotary` reads, without the part of a head that is rotated, which transformers' Llama takes as all."""
+    """The entries of a `config.json` from which `read_rotary` reads a config's rotary positions.
+
+    `partial_rotary_factor` is left out, since Llama in transformers always rotates all dimensions of a head.
+
+    Args:
+        config: the config to write.
+
+    Returns:
+        The entry `rope_parameters`.
+    """
     scaling = config.rotary_scaling
     rope: dict[str, Any] = {"rope_type": scaling.kind if scaling else "default", "rope_theta": config.rotary_base}
     rope |= {key: getattr(scaling, name) for key, name in _SCALINGS[rope["rope_type"]].items()}

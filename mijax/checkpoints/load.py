@@ -1,4 +1,4 @@
-"""`mijax.load`: a name, a hub id, a folder or a GGUF file, to a model and its tokenizer."""
+"""`mijax.load`: a model and its tokenizer from a bundled name, a hub id, a folder or a GGUF file."""
 
 import dataclasses
 import os
@@ -22,21 +22,40 @@ from mijax.model.transformer import Transformer
 def load(
     source: str | os.PathLike, *, dtype: Any = jnp.float32, revision: str | None = None, tokenizer: bool = True
 ) -> tuple[Transformer, Tokenizer | None]:
-    """Load a pretrained model and its tokenizer (`None` where the folder holds none).
+    """Load a pretrained model and its tokenizer.
 
-    `source` is `"smollm2-135m-instruct"`, which always means the same bytes; a local path to a
-    Hugging Face folder (config.json with safetensors) or to a GGUF file; or an id on the Hugging Face
-    hub (`"gpt2"`, `"owner/name"`), of which `revision` picks a branch, tag or commit. `dtype` is that of
-    the parameters. With `tokenizer=False` the second value is `None`.
-
-    What is fetched is cached: hub models where `huggingface_hub` keeps them, the bundled model under
+    Files that are fetched are cached: hub models in the cache of `huggingface_hub`, the bundled model under
     `$MIJAX_CACHE` (default `~/.cache/mijax`).
 
-    Raises `FileNotFoundError` for a missing file, `ConnectionError` where nothing is cached and nothing
-    can be fetched, `ValueError` for files that are corrupt, quantised (but for GGUF) or of an unsupported architecture. That
-    includes a tensor that would not be used, and a key of config.json that is not read and may change what the model
-    computes: both are named. A `UserWarning` says where a head differs from the embedding to which the config ties it (the
-    head is used), and where the kept conversion of the bundled model had changed (it is made again).
+    A `UserWarning` is given where the unembedding differs from the embedding to which the config ties it (the
+    unembedding is used), and where the cached conversion of the bundled model has changed (it is made again).
+
+    Args:
+        source: `"smollm2-135m-instruct"`, which always means the same bytes; a local path to a Hugging Face folder
+            (config.json with safetensors) or to a GGUF file; or an id on the Hugging Face hub (`"gpt2"`,
+            `"owner/name"`).
+        dtype: of the parameters.
+        revision: a branch, tag or commit of a model on the hub.
+        tokenizer: whether to load the tokenizer too.
+
+    Returns:
+        The model, and its tokenizer: `None` where the folder has none, and with `tokenizer=False`.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        ConnectionError: where a model is not cached and cannot be fetched.
+        ValueError: for files that are corrupt, quantised (except GGUF) or of an unsupported architecture. This
+            includes a tensor that would not be used, and a key of config.json that is not read and may change what
+            the model computes: both are named.
+        TypeError: for a `dtype` that is not floating point.
+
+    >>> import tempfile, jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> folder = tempfile.mkdtemp() + "/mine"
+    >>> kind = mj.save(model, folder)
+    >>> model, tokenizer = mj.load(folder)
+    >>> model.config.name, tokenizer
+    ('mine', None)
     """
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -45,7 +64,7 @@ def load(
     path = Path(source).expanduser()
     if not name:
         raise ValueError("expected a name, a path or a hub id, given an empty string")
-    if isinstance(source, str) and name in bundled.MODELS:  # whatever stands in the current folder
+    if isinstance(source, str) and name in bundled.MODELS:  # even where the current folder holds a file of that name
         path = bundled.fetch(name)
     elif path.exists():
         name = path.resolve().stem if path.is_file() else path.resolve().name
@@ -60,22 +79,23 @@ def load(
         path = _from_hub(name, revision)
     if path.is_file():
         gguf = GGUF(path)
-        text = gguf.tokenizer() if tokenizer else None  # first: one that is not supported is no matter of minutes
+        encoder = gguf.tokenizer() if tokenizer else None  # first, to refuse an unsupported one before the slow part
         tensors = Tensors(dict.fromkeys(gguf.names, "F32"), gguf.read)
-        return _build(gguf.config, tensors, dtype, name, str(path)), text
+        return _build(gguf.config, tensors, dtype, name, str(path)), encoder
     config = _read_json(path / "config.json")
     _check_adapter(path)
-    text = Tokenizer.from_folder(path) if tokenizer else None
-    return _build(config, _safetensors(path), dtype, name, str(path)), text
+    encoder = Tokenizer.from_folder(path) if tokenizer else None
+    return _build(config, _safetensors(path), dtype, name, str(path)), encoder
 
 
 def _build(config: dict, tensors: Tensors, dtype: Any, name: str, source: str) -> Transformer:
-    family, ours = _described(config, source)
-    return build(dataclasses.replace(ours, name=name), family, tensors, dtype, source)
+    """The model of a checkpoint, whose config gets the name `name`."""
+    family, model_config = _described(config, source)
+    return build(dataclasses.replace(model_config, name=name), family, tensors, dtype, source)
 
 
 def _described(config: dict, source: str) -> tuple[Family, Config]:
-    """What a config.json describes; `ValueError` where that is nothing that mijax runs."""
+    """The family and the `Config` that a config.json describes; `ValueError` where they are not supported."""
     family = family_of(config, source)
     try:
         return family, family.config(config)
@@ -86,6 +106,7 @@ def _described(config: dict, source: str) -> tuple[Family, Config]:
 
 
 def _check_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter."""
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder} holds an adapter (adapter_config.json), which mijax does not apply: merge it into the weights,"
@@ -94,63 +115,70 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _safetensors(folder: Path) -> Tensors:
-    """A folder's tensors. (For each that is read the file is mapped anew: what was read of a map counts as this
-    process's memory until it is closed.)"""
+    """A folder's tensors.
+
+    Each read opens the file anew: pages of a memory map that were read count as memory of this process until the
+    map is closed.
+    """
     import safetensors
 
-    where, dtypes = {}, {}
-    shards, placed = _shards(folder)
+    shard_of, dtypes = {}, {}
+    shards, weight_map = _shards(folder)
     for shard in shards:
         try:
             with safetensors.safe_open(folder / shard, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if where.setdefault(name, shard) != shard:
-                        raise ValueError(f"{folder} holds {name} twice: in {where[name]} and in {shard}")
+                    if shard_of.setdefault(name, shard) != shard:
+                        raise ValueError(f"{folder} holds {name} twice: in {shard_of[name]} and in {shard}")
                     dtypes[name] = file.get_slice(name).get_dtype()
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{folder / shard} is not a readable safetensors file (truncated?): {error}") from error
-    off = [name for name in sorted({**where, **placed}) if placed and where.get(name) != placed.get(name)]
-    if off:
-        shown = ", ".join(
-            f"{n} (in {where.get(n, 'no file')}, by the index in {placed.get(n, 'none')})" for n in off[:8]
+    misplaced = [
+        name for name in sorted({**shard_of, **weight_map}) if weight_map and shard_of.get(name) != weight_map.get(name)
+    ]
+    if misplaced:
+        summary = ", ".join(
+            f"{n} (in {shard_of.get(n, 'no file')}, by the index in {weight_map.get(n, 'none')})" for n in misplaced[:8]
         )
-        raise ValueError(f"{folder}: the index of shards does not fit them: {shown}")
+        raise ValueError(f"{folder}: the index of shards does not fit them: {summary}")
 
     def read(name: str) -> np.ndarray:
-        with safetensors.safe_open(folder / where[name], framework="numpy") as file:
+        with safetensors.safe_open(folder / shard_of[name], framework="numpy") as file:
             return file.get_tensor(name)
 
     return Tensors(dtypes, read)
 
 
 def _shards(folder: Path) -> tuple[Sequence[str], Mapping[str, str]]:
-    """The names of the files of weights, and in which of them the index, if there is one, places each tensor."""
+    """The names of the safetensors files, and the index's map from tensors to files (empty without an index)."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if not index.exists():
         if single.exists():
             return [single.name], {}
-        present = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{folder} holds no model.safetensors, nor an index of shards; it holds {present}")
-    placed = _read_json(index).get("weight_map")
-    if not isinstance(placed, Mapping) or not all(isinstance(shard, str) for shard in placed.values()):
+        contents = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise FileNotFoundError(f"{folder} holds no model.safetensors, nor an index of shards; it holds {contents}")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} must hold a weight_map from names of tensors to names of files")
-    shards = sorted(set(placed.values()))
+    shards = sorted(set(weight_map.values()))
     if single.exists() and single.name not in shards:
         raise ValueError(f"{folder} holds both {single.name} and an index of other files; remove one of the two")
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks the shards {', '.join(missing)} that its index names")
-    return shards, placed
+    return shards, weight_map
 
 
 def _read_json(path: Path) -> dict:
+    """The object in a JSON file that must exist."""
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}")
     return read_object(path)
 
 
-_HUB_FILES = (  # patterns of what is fetched, and of what is not, in this order: the config is checked before the rest
+# stages of a fetch: patterns of files to fetch, and to leave out; the config is checked after the first stage
+_HUB_FILES = (
     (["config.json", "adapter_config.json"], "*/*"),
     (["model*.safetensors", "model.safetensors.index.json", *(f for f in FILES if "/" not in f)], "*/*"),
     ([f for f in FILES if "/" in f], None),
@@ -158,7 +186,7 @@ _HUB_FILES = (  # patterns of what is fetched, and of what is not, in this order
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    """The folder where `huggingface_hub` keeps a model, of which what is not there yet is fetched."""
+    """The folder of a model in the cache of `huggingface_hub`, to which missing files are fetched."""
     config_only, *rest = _HUB_FILES
     folder = _fetch(name, revision, *config_only)
     _check_adapter(folder)
@@ -169,6 +197,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _fetch(name: str, revision: str | None, allowed: list[str], ignored: str | None) -> Path:
+    """Fetch the files of a model that match the patterns, where they are not cached; returns the model's folder."""
     import huggingface_hub
     from huggingface_hub.errors import (
         HfHubHTTPError,

@@ -1,4 +1,4 @@
-"""`mijax.save`: a model to a folder that `mijax.load`, and where it can be transformers, read back."""
+"""`mijax.save`: writes a model to a folder that `mijax.load`, and where possible transformers, can read."""
 
 import json
 import tempfile
@@ -22,15 +22,27 @@ from mijax.model.transformer import Transformer, check_parameters
 def save(
     model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None, *, shard_bytes: int = 2 * 10**9
 ) -> str:
-    """Write config.json, safetensors (in several files past `shard_bytes`) and the tokenizer into a new folder.
+    """Write a model and its tokenizer into a new folder, in Hugging Face's format.
 
-    Gives the `model_type` that was written: the Hugging Face architecture that expresses the model exactly
-    (`"gpt2"`, `"llama"`), which transformers reads too; else `"mijax"`, of which a warning tells, since only
-    `mijax.load` reads that. The folder appears whole or not at all.
+    The folder appears whole or not at all. It holds config.json, the parameters as safetensors and the tokenizer's
+    files.
 
-    Raises `FileExistsError` where `path` exists, `ValueError` for parameters that are not those that the config
-    announces (`mijax.model.transformer.check_parameters`), not finite or not in memory, and what the file system raises
-    where it cannot be written.
+    Args:
+        model: the model.
+        path: the folder, which must not exist.
+        tokenizer: the model's tokenizer, if any.
+        shard_bytes: the size at which parameters are split into several files.
+
+    Returns:
+        The `model_type` that was written. It is the Hugging Face architecture that expresses the model exactly
+        (`"gpt2"`, `"llama"`), which transformers reads too; else `"mijax"`, with a `UserWarning`, since only
+        `mijax.load` reads that.
+
+    Raises:
+        FileExistsError: where `path` exists.
+        ValueError: for parameters that do not fit the config (`mijax.model.transformer.check_parameters`), are not
+            finite or are not in memory.
+        OSError: where the folder cannot be written.
 
     >>> import tempfile, jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -63,19 +75,19 @@ def save(
 
 
 def _expressed(config: Config) -> tuple[str, Family, dict[str, Any]]:
-    """The family whose config file, read back, gives this very config: `mijax` always does, and comes last."""
+    """The first family whose config.json reads back as this config; the last one, `mijax`, expresses every config."""
     for kind, family in FAMILIES.items():
-        written = {"model_type": kind, **family.write(config)} if family.write else None
+        entries = {"model_type": kind, **family.write(config)} if family.write else None
         try:
-            if written is not None and family.config(written) == config:
-                return kind, family, written
+            if entries is not None and family.config(entries) == config:
+                return kind, family, entries
         except (KeyError, ValueError):
-            continue  # what this family writes for it, it would not read
+            continue  # the family cannot read what it writes for this config
     raise AssertionError("mijax's own format holds every config")
 
 
 def _tensors(model: Transformer, family: Family) -> Iterator[tuple[str, int, Any]]:
-    """Each tensor's name, its bytes, and a function that makes it."""
+    """Each tensor's name, its size in bytes, and a function that returns it in the family's arrangement of axes."""
     for weight in family.weights(model.config):
         arrays = [get(model, ours) for ours in weight.ours]
         if arrays[0] is None:
@@ -85,8 +97,8 @@ def _tensors(model: Transformer, family: Family) -> Iterator[tuple[str, int, Any
         for i, name in enumerate(names):
 
             def make(i=i, arrays=arrays, ours=ours, theirs=theirs, weight=weight):
-                own = [np.asarray(a[i] if "{layer}" in weight.theirs else a) for a in arrays]
-                host = np.stack(own) if len(own) > 1 else own[0]
+                parts = [np.asarray(a[i] if "{layer}" in weight.theirs else a) for a in arrays]
+                host = np.stack(parts) if len(parts) > 1 else parts[0]
                 return np.ascontiguousarray(
                     einops.rearrange(host, f"{ours} -> {theirs}", **axis_sizes(weight, model.config))
                 )
@@ -95,14 +107,15 @@ def _tensors(model: Transformer, family: Family) -> Iterator[tuple[str, int, Any
 
 
 def _write_shards(model: Transformer, family: Family, folder: Path, shard_bytes: int) -> None:
+    """Write the parameters, in several files with an index where they take more than `shard_bytes`."""
     from safetensors.numpy import save_file
 
-    shards, filled = [[]], 0
+    shards, shard_size = [[]], 0
     for name, size, make in _tensors(model, family):
-        if shards[-1] and filled + size > shard_bytes:
-            shards, filled = [*shards, []], 0
+        if shards[-1] and shard_size + size > shard_bytes:
+            shards, shard_size = [*shards, []], 0
         shards[-1].append((name, make))
-        filled += size
+        shard_size += size
     label = lambda i: "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
     for i, shard in enumerate(shards):
         save_file({name: make() for name, make in shard}, folder / label(i), metadata={"format": "pt"})
@@ -116,8 +129,9 @@ def _write_shards(model: Transformer, family: Family, folder: Path, shard_bytes:
 
 
 def _check_values(model: Transformer) -> None:
-    for place, leaf in jax.tree_util.tree_leaves_with_path(model):
-        name = jax.tree_util.keystr(place)
+    """Refuse parameters that are not in memory or not finite."""
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = jax.tree_util.keystr(key_path)
         if not is_concrete(leaf) or not isinstance(leaf, (jax.Array, np.ndarray)):
             raise ValueError(f"the model's {name} is not in memory: it is a {type(leaf).__name__}")
         if not np.isfinite(np.asarray(leaf, np.float64 if leaf.dtype.itemsize > 4 else np.float32)).all():

@@ -1,4 +1,4 @@
-"""Special tokens (beginning, end, padding, ...) out of a Hugging Face folder's files, as `transformers` reads them."""
+"""Special tokens (beginning, end, padding, ...) of a Hugging Face folder, read as `transformers` reads them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,26 +10,43 @@ from tokenizers import AddedToken
 from mijax.checkpoints.json_files import read_object
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The standard names of special tokens."""
+
 _EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
 _MODEL_SPECIFIC = "model_specific_special_tokens"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 class SpecialTokens(NamedTuple):
-    """Tokens by name (`bos_token`, ..., and a model's own such as `image_token`), and those without one."""
+    """The special tokens of a tokenizer.
+
+    Attributes:
+        named: the text of each token that has a name: a standard name (`bos_token`, ...) or one of this model
+            (`image_token`, ...).
+        extra: the texts of the tokens without a name.
+    """
 
     named: dict[str, str]
     extra: tuple[str, ...]
 
 
 def read_special_tokens(folder: Path, settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> SpecialTokens:
-    """Read a folder's special tokens, and add to `backend` those that it does not know as such.
+    """Read a folder's special tokens, and add those to `backend` that it does not know as special.
 
-    `settings` is the content of tokenizer_config.json. special_tokens_map.json and added_tokens.json count only where
-    the settings have no `added_tokens_decoder`; then the former goes before the settings. What tokenizer.json pads with
-    is the padding token of last resort.
+    special_tokens_map.json and added_tokens.json are read only where tokenizer_config.json has no
+    `added_tokens_decoder`; then special_tokens_map.json takes precedence over tokenizer_config.json. Where no file
+    names a padding token, it is the one with which tokenizer.json pads.
 
-    Raises `ValueError`, naming the file and the entry, for a token that is neither a text nor an object with one.
+    Args:
+        folder: the model's folder.
+        settings: the contents of tokenizer_config.json.
+        backend: the tokenizer of tokenizer.json, which is changed in place.
+
+    Returns:
+        The special tokens.
+
+    Raises:
+        ValueError: naming the file and the entry, for a token that is neither a text nor an object with one.
     """
     main, overrides = _Entries.read(settings, folder / "tokenizer_config.json"), _Entries({}, {}, [], [])
     if "added_tokens_decoder" not in settings:
@@ -47,14 +64,31 @@ def read_special_tokens(folder: Path, settings: Mapping[str, Any], backend: toke
 
 
 def settings_of(tokens: SpecialTokens) -> dict[str, Any]:
-    """The entries of tokenizer_config.json that read back as these tokens."""
+    """The entries of tokenizer_config.json from which `read_special_tokens` reads these tokens.
+
+    Args:
+        tokens: the special tokens.
+
+    Returns:
+        The entries; lists and mappings that would be empty are left out.
+
+    >>> settings_of(SpecialTokens({"eos_token": "</s>", "image_token": "<image>"}, ()))
+    {'eos_token': '</s>', 'extra_special_tokens': {'image_token': '<image>'}}
+    """
     standard = {name: text for name, text in tokens.named.items() if name in NAMES}
     specific = {name: text for name, text in tokens.named.items() if name not in NAMES}
     return standard | {k: v for k, v in {_EXTRA: specific, _OLD_EXTRA: list(tokens.extra)}.items() if v}
 
 
 class _Entries(NamedTuple):
-    """The special tokens of one file: those of `NAMES` (null takes one away), a model's own named ones, and lists."""
+    """The special tokens of one file.
+
+    Attributes:
+        standard: those with a name in `NAMES`; `None` (`null` in the file) removes the token.
+        specific: those with a name of this model.
+        extra: those without a name.
+        old_extra: those without a name under the key of earlier versions of transformers.
+    """
 
     standard: dict[str, AddedToken | None]
     specific: dict[str, AddedToken]
@@ -63,6 +97,7 @@ class _Entries(NamedTuple):
 
     @classmethod
     def read(cls, entries: Mapping[str, Any], path: Path) -> "_Entries":
+        """From the contents of the file at `path`."""
         names = [key for key in entries if key.endswith("_token") and isinstance(entries[key], (str, dict))]
         specific: Mapping[str, Any] = {key: entries[key] for key in names if key not in NAMES}
         if isinstance(entries.get(_EXTRA), dict):
@@ -81,6 +116,7 @@ class _Entries(NamedTuple):
 
 
 def _token(value: Any, key: str, path: Path) -> AddedToken:
+    """A token from its entry: a text, or an object with `content` and flags."""
     if isinstance(value, Mapping) and isinstance(value.get("content"), str):
         return AddedToken(value["content"], special=True, **{k: value[k] for k in _FLAGS if k in value})
     if isinstance(value, str):
@@ -91,7 +127,7 @@ def _token(value: Any, key: str, path: Path) -> AddedToken:
 def _added_tokens(
     folder: Path, settings: Mapping[str, Any], backend: tokenizers.Tokenizer, special: set[str]
 ) -> list[AddedToken]:
-    """The added tokens that stand outside tokenizer.json, by their ids."""
+    """The added tokens that other files than tokenizer.json list, in the order of their ids."""
     path = folder / "tokenizer_config.json"
     if "added_tokens_decoder" in settings:
         try:
@@ -103,15 +139,15 @@ def _added_tokens(
             raise ValueError(f"{path}: added_tokens_decoder must map ids to tokens: {error}") from error
     else:
         present = backend.get_added_tokens_decoder()
-        old = {i: text for text, i in read_object(folder / "added_tokens.json").items() if i not in present}
-        tokens = {i: AddedToken(t, normalized=t not in special, special=t in special) for i, t in old.items()}
+        texts = {i: text for text, i in read_object(folder / "added_tokens.json").items() if i not in present}
+        tokens = {i: AddedToken(t, normalized=t not in special, special=t in special) for i, t in texts.items()}
     return [tokens[i] for i in sorted(tokens)]
 
 
 def _add(
     backend: tokenizers.Tokenizer, added: Sequence[AddedToken], special: Sequence[AddedToken], named: set[str]
 ) -> None:
-    """Make the backend cut these tokens out of a text before anything else."""
+    """Add tokens to the backend, which then finds them in a text before it splits the text in any other way."""
     present = list(backend.get_added_tokens_decoder().values())
     known = set(map(repr, present))
     new = [token for token in added if repr(token) not in known]

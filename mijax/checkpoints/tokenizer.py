@@ -1,4 +1,4 @@
-"""Text to tokens and back, by the `tokenizers` library."""
+"""From text to tokens and back, with the `tokenizers` library."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,25 @@ FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-"""What `Tokenizer.from_folder` reads of a folder, beside config.json."""
+"""The files that `Tokenizer.from_folder` reads, beside config.json."""
 
 
 class Tokenizer:
-    """A model's tokenizer: `tokenizer(["some", "prompts"])` gives a padded batch of `Tokens`."""
+    """A model's tokenizer: `tokenizer(["some", "prompts"])` returns a padded batch of `Tokens`.
+
+    Args:
+        backend: the tokenizer of the `tokenizers` library. Its padding and truncation are switched off.
+        chat_template: the model's template in jinja2, or several by name.
+        special_tokens: the tokens that the template may use by name (`bos_token`, `eos_token`, ...).
+        extra_special_tokens: special tokens without a name.
+        end_tokens: ids that end the model's answers, beside that of `eos_token`.
+
+    >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    >>> backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    >>> tokens = Tokenizer(backend)(["a b", "b"])
+    >>> tokens.ids.tolist(), tokens.mask.tolist()
+    ([[0, 1], [1, 0]], [[True, True], [True, False]])
+    """
 
     def __init__(
         self,
@@ -32,16 +46,10 @@ class Tokenizer:
         extra_special_tokens: Sequence[str] = (),
         end_tokens: Sequence[int] = (),
     ):
-        """Wrap `backend`, the library's own tokenizer.
-
-        `chat_template` is the model's own, in jinja2, or several by name. `special_tokens` are those that it may use by
-        name (`bos_token`, `eos_token`, ...), `extra_special_tokens` those without one. `end_tokens` are the ids that
-        end the model's answers, beside that of `eos_token`.
-        """
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
-        if isinstance(chat_template, Mapping):  # one template is its text, none is None
+        if isinstance(chat_template, Mapping):  # a single template is stored as its text, none as None
             chat_template = dict(chat_template) if chat_template.keys() - {"default"} else chat_template.get("default")
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
@@ -50,9 +58,16 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer | None":
-        """Read `tokenizer.json`, with what stands beside it; `None` where there is none.
+        """Read a tokenizer from `tokenizer.json` and the other files of `FILES`.
 
-        Raises `ValueError`, naming the file, where one cannot be read or holds something else than it should.
+        Args:
+            folder: the model's folder.
+
+        Returns:
+            The tokenizer; `None` where the folder has no `tokenizer.json`.
+
+        Raises:
+            ValueError: naming the file, where one cannot be read or has contents of another form than expected.
         """
         from mijax.checkpoints import chat
 
@@ -75,7 +90,14 @@ class Tokenizer:
         )
 
     def save(self, folder: Path) -> None:
-        """Write what `from_folder` reads, as Hugging Face does."""
+        """Write the tokenizer in Hugging Face's format, which `from_folder` reads.
+
+        Args:
+            folder: the model's folder, which exists.
+
+        Raises:
+            ValueError: for a chat template whose name cannot be the name of a file.
+        """
         from mijax.checkpoints import chat
 
         write = lambda name, content: (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -91,7 +113,7 @@ class Tokenizer:
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """The ids of the tokens that end what the model says: that of `eos_token`, then those of its configuration."""
+        """The ids of the tokens that end the model's answers: that of `eos_token`, then the constructor's `end_tokens`."""
         name = self.special_tokens.get("eos_token")
         eos = None if name is None else self.backend.token_to_id(name)
         return tuple(dict.fromkeys((*(() if eos is None else (eos,)), *self._end_tokens)))
@@ -101,8 +123,18 @@ class Tokenizer:
     ) -> Tokens:
         """Encode prompts as one batch, padded to the longest.
 
-        `special` lets the tokenizer add what its model expects (a beginning-of-sequence token, say).
-        Raises `TypeError` for anything but strings, `ValueError` for no prompt or an empty one.
+        Args:
+            texts: the prompts, or one prompt.
+            padding: the side on which shorter prompts are padded.
+            special: whether the tokenizer adds the special tokens that its model expects (a beginning-of-sequence
+                token, say).
+
+        Returns:
+            The batch, `[batch, pos]`, with the mask of real tokens, the tokens as text and the model's end tokens.
+
+        Raises:
+            TypeError: for prompts that are not strings.
+            ValueError: for no prompt, a prompt without tokens, or an unknown side of padding.
         """
         if padding not in ("left", "right"):
             raise ValueError(f"padding must be 'left' or 'right', given {padding!r}")
@@ -112,13 +144,13 @@ class Tokenizer:
                 raise TypeError(f"prompts must be strings, given {type(text).__name__} at {i}")
         encoded = [self.backend.encode(text, add_special_tokens=special).ids for text in texts]
         if not encoded or not all(encoded):
-            at = next((f" at {i}: {texts[i]!r}" for i, ids in enumerate(encoded) if not ids), "")
-            raise ValueError(f"expected at least one prompt with at least one token, given {len(texts)} prompts{at}")
+            where = next((f" at {i}: {texts[i]!r}" for i, ids in enumerate(encoded) if not ids), "")
+            raise ValueError(f"expected at least one prompt with at least one token, given {len(texts)} prompts{where}")
         width = max(map(len, encoded))
         ids, mask = np.zeros((len(texts), width), np.int32), np.zeros((len(texts), width), bool)
         for row, tokens in enumerate(encoded):
-            place = slice(width - len(tokens), None) if padding == "left" else slice(len(tokens))
-            ids[row, place], mask[row, place] = tokens, True
+            columns = slice(width - len(tokens), None) if padding == "left" else slice(len(tokens))
+            ids[row, columns], mask[row, columns] = tokens, True
         strings = [[s if real else "" for s, real in zip(self.strings(i), m)] for i, m in zip(ids, mask)]
         return Tokens(ids, mask, strings, self.end_tokens)
 
@@ -133,19 +165,32 @@ class Tokenizer:
         padding: Literal["left", "right"] = "right",
         **variables: Any,
     ) -> Tokens:
-        """Render conversations by the model's own template and encode them as one batch.
+        """Render conversations with the model's chat template and encode them as one batch.
 
-        Each conversation is a list of `{"role": "user", "content": "..."}`; `padding` is as in `tokenizer(...)`, and
-        the other arguments are as in `render`. Special tokens are those that the template writes, and no others.
+        Only the special tokens that the template writes are added.
 
-        Raises what `render` raises, and `TypeError` for one conversation in place of a list of them.
+        Args:
+            conversations: each is a list of messages, `{"role": "user", "content": "..."}`.
+            prompt: as in `render`.
+            tools: as in `render`.
+            documents: as in `render`.
+            template: as in `render`.
+            padding: the side on which shorter conversations are padded.
+            variables: as in `render`.
+
+        Returns:
+            The batch, `[batch, pos]`.
+
+        Raises:
+            TypeError: for one conversation in place of a list of conversations, and where `render` raises it.
+            ValueError: where `render` raises it, and for no conversation.
         """
         if isinstance(conversations, (str, Mapping)) or any(isinstance(c, (str, Mapping)) for c in conversations):
             raise TypeError(
                 "chat takes a list of conversations, each a list of messages; given one of messages or texts"
             )
-        shared = {"prompt": prompt, "tools": tools, "documents": documents, "template": template, **variables}
-        return self([self.render(c, **shared) for c in conversations], padding=padding, special=False)
+        options = {"prompt": prompt, "tools": tools, "documents": documents, "template": template, **variables}
+        return self([self.render(c, **options) for c in conversations], padding=padding, special=False)
 
     def render(
         self,
@@ -157,15 +202,28 @@ class Tokenizer:
         template: str | None = None,
         **variables: Any,
     ) -> str:
-        """The text that `chat` encodes, equal to that of `apply_chat_template` in `transformers`.
+        """Render a conversation as text, with the model's chat template.
 
-        `prompt` ends the text with the words that make the model answer. `tools` are JSON schemas of functions,
-        `documents` texts to answer from. `template` names one of several templates: by default it is `tool_use` where
-        tools are given and there is one, else `default`. `variables` are further ones that the template knows
-        (`enable_thinking=False`); they go before special tokens.
+        The text is that of `apply_chat_template` in `transformers`; `chat` encodes it.
 
-        Raises `ValueError` where there is no such template, or it refuses the conversation or fails on it; `TypeError`
-        for messages or tools that are no mappings of plain values.
+        Args:
+            conversation: a list of messages, `{"role": "user", "content": "..."}`.
+            prompt: whether to end the text with the template's start of an answer.
+            tools: JSON schemas of functions that the model may call.
+            documents: texts to answer from.
+            template: the name of a template, where there are several. By default it is `tool_use` where there are
+                tools and a template of that name, else `default`.
+            variables: further variables that the template reads (`enable_thinking=False`); they take precedence
+                over special tokens of the same name.
+
+        Returns:
+            The text.
+
+        Raises:
+            ValueError: where there is no such template, the template refuses the conversation or fails on it, and
+                for an empty conversation.
+            TypeError: for messages, tools, documents or variables that are not plain values, and for variables
+                that `conversation` and `prompt` set.
 
         >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
         >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -184,7 +242,17 @@ class Tokenizer:
         return chat.render(text, conversation, tools, documents, variables)
 
     def decode(self, ids: ArrayLike, mask: ArrayLike | None = None) -> str:
-        """The text of a list of token ids, special tokens included; with a `mask`, of those where it is true.
+        """The text of token ids, special tokens included.
+
+        Args:
+            ids: the ids, of any shape; they are decoded in the order of the flattened array.
+            mask: of the shape of `ids`; only ids where it is true are decoded.
+
+        Returns:
+            The text.
+
+        Raises:
+            ValueError: for a mask that is not boolean or not of the shape of `ids`.
 
         >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
         >>> Tokenizer(backend).decode([0, 1, 0], [False, True, True])
@@ -199,11 +267,36 @@ class Tokenizer:
         return self.backend.decode(ids.reshape(-1).tolist(), skip_special_tokens=False)
 
     def strings(self, ids: ArrayLike) -> list[str]:
-        """Each token as text, for labels."""
+        """Each token as text, for labels.
+
+        Args:
+            ids: token ids, of any shape.
+
+        Returns:
+            One text per id, in the order of the flattened array.
+
+        >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+        >>> Tokenizer(backend).strings([0, 1, 0])
+        ['a', 'b', 'a']
+        """
         return [self.decode([i]) for i in np.asarray(ids).reshape(-1).tolist()]
 
     def token_id(self, text: str) -> int:
-        """The id of a text that is one token; `ValueError`, showing how it is split, where it is not."""
+        """The id of a text that is a single token.
+
+        Args:
+            text: the text, with its leading space where the token has one (`" Mary"`).
+
+        Returns:
+            The id.
+
+        Raises:
+            ValueError: showing how the text is split, where it is not a single token.
+
+        >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+        >>> Tokenizer(backend).token_id("b")
+        1
+        """
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if len(ids) != 1:
             raise ValueError(f"{text!r} is not a single token: it is split into {self.strings(ids)}")
@@ -211,11 +304,12 @@ class Tokenizer:
 
     @property
     def _templates(self) -> Mapping[str, str]:
+        """The chat templates, by name."""
         return {"default": self.chat_template} if isinstance(self.chat_template, str) else self.chat_template or {}
 
 
 def _read_end_tokens(folder: Path) -> list[int]:
-    """`eos_token_id` of generation_config.json, or of config.json where that has none."""
+    """The ids in `eos_token_id` of generation_config.json, or of config.json where the former has none."""
     for name in ("generation_config.json", "config.json"):
         value = read_object(folder / name).get("eos_token_id")
         if value is not None:

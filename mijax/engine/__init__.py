@@ -1,1 +1,1 @@
-"""What sweeps and other families of methods run on: grids, cells, the plan of a sweep and what runs it, labels, statistics."""
+"""The engine of sweeps and other methods: grids, cells, the plan of a sweep and its execution, labels, statistics."""

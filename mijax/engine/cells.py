@@ -1,4 +1,4 @@
-"""The cells of a sweep: grids and stacks of interventions as one pytree whose arrays have a leading axis of choices."""
+"""The cells of a sweep: grids and stacks of interventions as one pytree with a leading axis of choices."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,14 @@ from mijax.run import check, field_lengths, of_prompts
 
 
 class Stack(NamedTuple):
-    """Interventions of one structure, one for each label along `dim`, their arrays stacked along a leading axis."""
+    """Interventions of one structure, one for each label, with their arrays stacked along a leading axis.
+
+    Attributes:
+        dim: name of the dimension along which the interventions are stacked.
+        labels: the label of each intervention.
+        interventions: the stacked edits by site.
+        varies: the same structure, with true for each array (which is stacked) and false for other leaves.
+    """
 
     dim: str
     labels: tuple[Any, ...]
@@ -30,12 +37,21 @@ class Stack(NamedTuple):
 
 
 def stack(dim: str, interventions: Mapping[Any, Interventions]) -> Stack:
-    """Interventions to be swept over as they are: `{label: interventions}`, for `mijax.sweep`.
+    """Stack whole interventions, for a sweep over them.
 
-    All must have the same sites, kinds of edits and shapes; what differs between them are numbers. Where an edit has a
-    `mijax.grid`, the same one in all, the sweep is over the product.
+    All must have the same sites, kinds of edits and shapes; only numbers may differ. Where an edit has a
+    `mijax.grid`, the same one in all interventions, the sweep is over the product of the stack and the grid.
 
-    Raises `ValueError` naming the first whose structure differs.
+    Args:
+        dim: name of the dimension.
+        interventions: the interventions by label, each as `run` takes it.
+
+    Returns:
+        The stack, which `mijax.sweep` takes in place of interventions.
+
+    Raises:
+        ValueError: for an empty stack, and for interventions that differ from the first ones in structure or
+            shapes; it names their label.
 
     >>> import mijax as mj
     >>> doses = mj.stack("factor", {f: {"mlp_out": mj.Scale(f, mj.Where(layer=1))} for f in (0.0, 0.5, 1.0)})
@@ -44,12 +60,12 @@ def stack(dim: str, interventions: Mapping[Any, Interventions]) -> Stack:
     """
     if not interventions:
         raise ValueError(f"the stack {dim!r} is empty")
-    labels, edits = tuple(interventions), [as_edits(given) for given in interventions.values()]
-    arrays, rest = zip(*(eqx.partition(own, is_array) for own in edits))
+    labels, edits = tuple(interventions), [as_edits(value) for value in interventions.values()]
+    arrays, rest = zip(*(eqx.partition(tree, is_array) for tree in edits))
     shape = lambda tree: [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
-    for label, own, other in zip(labels, arrays, rest):
-        same = jax.tree.structure(own) == jax.tree.structure(arrays[0]) and shape(own) == shape(arrays[0])
-        if not same or jax.tree.leaves(other) != jax.tree.leaves(rest[0]):
+    for label, array_tree, rest_tree in zip(labels, arrays, rest):
+        same = jax.tree.structure(array_tree) == jax.tree.structure(arrays[0]) and shape(array_tree) == shape(arrays[0])
+        if not same or jax.tree.leaves(rest_tree) != jax.tree.leaves(rest[0]):
             raise ValueError(
                 f"the interventions at {dim}={label!r} differ in structure or shapes from those at {dim}={labels[0]!r}"
             )
@@ -61,8 +77,12 @@ def stack(dim: str, interventions: Mapping[Any, Interventions]) -> Stack:
 class Cells(NamedTuple):
     """Every combination of the choices of several groups (grids, or a stack).
 
-    `edits` hold arrays with a leading axis of a group's choices where `group` has that group's number, and arrays that all
-    cells share where it has -1. `picks` says which choice of each group a cell is.
+    Attributes:
+        edits: the edits by site. An array has a leading axis of choices where `group` has the number of a group,
+            and is shared by all cells where it has -1.
+        group: the number of the group of each array of `edits`, or -1.
+        picks: `[group, cell]`, which choice of each group a cell takes.
+        labels: the labels of the choices, by dimension.
     """
 
     edits: dict[str, tuple]
@@ -82,30 +102,54 @@ class Cells(NamedTuple):
 
     @property
     def stacked(self) -> dict[str, tuple]:
-        """Marks the arrays that differ between cells."""
+        """For each array of `edits`, whether it differs between cells."""
         return jax.tree.map(lambda group: group >= 0, self.group)
 
     def take(self, cells: Int[np.ndarray, " k"] | int) -> dict[str, tuple]:
-        """The edits of one cell; or of several, each array that differs with a leading axis of them."""
+        """The edits of one cell or of several cells.
+
+        Args:
+            cells: the number of one cell, or `[k]` numbers.
+
+        Returns:
+            The edits; of several cells, each array that differs between cells has a leading axis of `k`.
+        """
         pick = lambda leaf, group: leaf if group < 0 else leaf[self.picks[group, cells]]
         return jax.tree.map(pick, self.edits, self.group)
 
     def take_split(self, cells: Int[np.ndarray, " k"]) -> tuple[Any, Any]:
-        """The same in two pytrees: the arrays that differ between cells, and the rest."""
+        """The edits of several cells in two pytrees.
+
+        Args:
+            cells: `[k]` numbers of cells.
+
+        Returns:
+            The arrays that differ between cells, with a leading axis of `k`, and the other leaves.
+        """
         return eqx.partition(self.take(cells), self.stacked)
 
     def shared(self) -> dict[str, tuple]:
-        """The edits that are the same in all cells: those of the base."""
+        """The edits that are the same in all cells, which are those of the base run."""
         varies = lambda group: any(g >= 0 for g in jax.tree.leaves(group))
-        kept = {
-            site: tuple(edit for edit, group in zip(given, self.group[site]) if not varies(group))
-            for site, given in self.edits.items()
+        shared_edits = {
+            site: tuple(edit for edit, group in zip(edits, self.group[site]) if not varies(group))
+            for site, edits in self.edits.items()
         }
-        return {site: given for site, given in kept.items() if given}
+        return {site: edits for site, edits in shared_edits.items() if edits}
 
 
 def cells_of(interventions: Interventions | Stack) -> Cells:
-    """Take grids and stacks out of interventions; `ValueError` where there are none."""
+    """The cells of interventions with grids, or of a stack.
+
+    Args:
+        interventions: interventions with a `mijax.grid` as the `where` of some edit, or a `mijax.stack`.
+
+    Returns:
+        The cells, in the row-major order of the grids' and the stack's choices.
+
+    Raises:
+        ValueError: where there is neither a grid nor a stack.
+    """
     labels: dict[str, Sequence[Any]] = {}
     sizes: list[int] = []
     if isinstance(interventions, Stack):
@@ -117,10 +161,10 @@ def cells_of(interventions: Interventions | Stack) -> Cells:
         varies = jax.tree.map(lambda leaf: False, edits)
     groups: dict[object, int] = {}
     placed, group = {}, {}
-    for site, given in edits.items():
+    for site, site_edits in edits.items():
         pairs = []
-        for edit, own in zip(given, varies[site]):
-            own = jax.tree.map(lambda v: 0 if v else -1, own)
+        for edit, numbers in zip(site_edits, varies[site]):
+            numbers = jax.tree.map(lambda v: 0 if v else -1, numbers)
             grid = edit.where
             if isinstance(grid, Grid):
                 if grid.key not in groups:
@@ -129,8 +173,8 @@ def cells_of(interventions: Interventions | Stack) -> Cells:
                     _join(labels, grid.labels)
                 number = groups[grid.key]
                 edit = eqx.tree_at(lambda e: e.where, edit, grid.where)
-                own = eqx.tree_at(lambda e: e.where, own, jax.tree.map(lambda _, n=number: n, grid.where))
-            pairs.append((edit, own))
+                numbers = eqx.tree_at(lambda e: e.where, numbers, jax.tree.map(lambda _, n=number: n, grid.where))
+            pairs.append((edit, numbers))
         placed[site], group[site] = tuple(e for e, _ in pairs), tuple(o for _, o in pairs)
     if not sizes:
         raise ValueError("a sweep needs a mijax.grid as the where of an edit, or a mijax.stack, given neither")
@@ -139,37 +183,64 @@ def cells_of(interventions: Interventions | Stack) -> Cells:
 
 
 def check_cells(model: Model, tokens: Inputs, cells: Cells) -> None:
-    """Raise what `run` would raise at any cell: all have the first one's structure, each its own indices."""
+    """Check every cell as `run` checks interventions.
+
+    All cells have the structure of the first one, which is checked alone; indices are checked for each.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        cells: the cells.
+
+    Raises:
+        ValueError: for what `run` refuses: unknown sites and axes, shapes that do not fit, indices out of range.
+        TypeError: likewise.
+    """
     check(model, tokens, cells.take(0), {})
-    for name, given in cells.edits.items():
-        for edit, stacked in zip(given, cells.stacked[name]):
+    for name, edits in cells.edits.items():
+        for edit, stacked in zip(edits, cells.stacked[name]):
             check_range(together(edit.where, stacked.where), name, field_lengths(model.sites[name], tokens))
 
 
 def canonical_cells(model: Model, cells: Cells) -> Cells:
-    """Checked cells with all axes of their sites in their operands, behind an axis of choices where there is one."""
+    """The cells with operands in canonical form, with an axis for each of the site's axes.
+
+    An operand that differs between cells has the axis of choices in front of the site's axes.
+
+    Args:
+        model: the model.
+        cells: cells that `check_cells` accepts.
+    """
     edits, group = {}, {}
-    for name, given in cells.edits.items():
+    for name, site_edits in cells.edits.items():
         site, stacked = model.sites[name], cells.stacked[name]
-        edits[name] = tuple(canonical(edit, site, own) for edit, own in zip(given, stacked))
+        edits[name] = tuple(canonical(edit, site, marks) for edit, marks in zip(site_edits, stacked))
         group[name] = jax.tree.unflatten(jax.tree.structure(edits[name]), jax.tree.leaves(cells.group[name]))
     return cells._replace(edits=edits, group=group)
 
 
 def convert_cells(model: Model, tokens: Inputs, cells: Cells) -> Cells:
-    """The cells with users' functions as they are now: a program for all cells, whose arrays differ where the function's do."""
+    """The cells with users' functions converted to programs, as their code is at the time of the call.
+
+    There is one program for all cells; its arrays differ between cells where the function's arrays do.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        cells: the cells.
+    """
     if not has_functions(cells.edits):
         return cells
     first = of_prompts(model, tokens, cells.take(0))
     edits, group = {}, {}
-    for site, given in cells.edits.items():
-        pairs = [_with_program(*pair) for pair in zip(given, cells.group[site], first[site])]
+    for site, site_edits in cells.edits.items():
+        pairs = [_with_program(*pair) for pair in zip(site_edits, cells.group[site], first[site])]
         edits[site], group[site] = tuple(edit for edit, _ in pairs), tuple(number for _, number in pairs)
     return cells._replace(edits=edits, group=group)
 
 
 def _with_program(edit: Any, group: Any, first: Any) -> tuple[Any, Any]:
-    """An edit with the function of the first cell's in place of its own, and the group of each of its arrays."""
+    """An edit whose function is replaced by the program of the first cell's, and the group of each of its arrays."""
     if not isinstance(edit, Apply) or isinstance(edit.function, Converted):
         return edit, group
     pairs = zip(jax.tree.leaves(edit.function), jax.tree.leaves(group.function))
@@ -182,10 +253,10 @@ def _with_program(edit: Any, group: Any, first: Any) -> tuple[Any, Any]:
 
 
 def _join(labels: dict[str, Sequence[Any]], new: Mapping[str, Sequence[Any]]) -> None:
-    """Add dimensions; one whose name is there already gets a number (`layer`, `layer_2`)."""
-    for dim, own in new.items():
+    """Add dimensions to `labels`; a name that exists already gets a number (`layer`, `layer_2`)."""
+    for dim, choices in new.items():
         name, n = dim, 1
         while name in labels:
             n += 1
             name = f"{dim}_{n}"
-        labels[name] = own
+        labels[name] = choices

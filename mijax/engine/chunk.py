@@ -1,6 +1,6 @@
-"""What runs on the device: the base run, kept; and chunks of cells, each resumed from it where it begins to differ.
+"""The computation on the device: the base run, and chunks of cells, each resumed where it begins to differ from it.
 
-State around the one block of the model: a chunk is a packed list of the tokens that differ from the base run.
+A chunk is a packed list of the tokens that differ from the base run, on which the model's layers are walked.
 """
 
 import dataclasses
@@ -24,8 +24,14 @@ from mijax.run import Edits, Out, run
 
 
 class Base(NamedTuple):
-    """What of the base run the cells need: the stream at each half-layer, before the edits there; keys and values; and the
-    activations, in full, of which something is read."""
+    """What is kept of the base run for the cells.
+
+    Attributes:
+        states: the residual stream at the start of each half-layer, before the edits there.
+        cache: keys and values of all layers.
+        final: the final stream.
+        acts: the activations, in full, at the sites of which the metrics read something.
+    """
 
     states: Float[Array, "half batch pos d_model"]
     cache: KVCache
@@ -34,7 +40,12 @@ class Base(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Cells that run together: from which half-layer on, and which of their tokens."""
+    """Cells that run together.
+
+    Attributes:
+        start: the first half-layer that is computed.
+        rows: the tokens that are computed.
+    """
 
     start: Int[Array, ""]
     rows: Rows
@@ -43,18 +54,29 @@ class Chunk(NamedTuple):
 def base_of(
     model: LayeredModel, tokens: Tokens, edits: Any, capture: Iterable[str], read: Sequence[Capturing]
 ) -> tuple[Out, Base]:
-    """Run the base, under the edits that every cell shares, and keep what cells resume from; `read` is what is read of them."""
+    """Run the base, and keep what cells resume from.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        edits: the edits that all cells share.
+        capture: sites of which the activations are returned too.
+        read: the taps that keep what the metrics read.
+
+    Returns:
+        The output of the run, and the states that cells resume from.
+    """
     added = [name for name, site in model.sites.items() if site.part == "embedding" and site.added]
-    cached, seen = cached_sites(model.sites), sorted({site for tap in read for site in tap.sites})
-    kept = dict.fromkeys((*added, "resid_pre", "attn_out", "resid_post", *cached, *seen, *capture))
-    out = run(model, tokens, edits, capture=tuple(kept), taps=read)
+    cached, read_sites = cached_sites(model.sites), sorted({site for tap in read for site in tap.sites})
+    captured = dict.fromkeys((*added, "resid_pre", "attn_out", "resid_post", *cached, *read_sites, *capture))
+    out = run(model, tokens, edits, capture=tuple(captured), taps=read)
     acts = out.acts
     first = sum(acts[site] for site in added)
     before = jnp.concatenate([jnp.asarray(first)[None], acts["resid_post"][:-1]])[: model.n_layers]
     between = acts["resid_pre"] + acts["attn_out"]
     states = jnp.stack([before, between], axis=1).reshape(-1, *before.shape[1:])
     cache = KVCache(*(acts[site] for site in cached))
-    return out, Base(states, cache, out.readout.final, {site: acts[site] for site in seen})
+    return out, Base(states, cache, out.readout.final, {site: acts[site] for site in read_sites})
 
 
 def run_chunk(
@@ -67,18 +89,34 @@ def run_chunk(
     columns: Int[Array, "batch read"] | None,
     read: Sequence[Capturing],
 ) -> tuple[Float[Array, "cell batch pos d_model"], tuple[dict[str, Array], ...]]:
-    """Every cell from its first edit on: its final stream, NaN but at the `columns`; and what is `read` of its activations."""
+    """Run the cells of a chunk, each from its first edit on.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        base: the base run.
+        chunk: the half-layer to start at, and the tokens to compute.
+        edits: the edits of the cells.
+        stacked: for each array of `edits`, whether it has a leading axis of cells.
+        columns: the columns at which the metrics read the final stream, the only ones that the last layer computes;
+            `None` for all.
+        read: the taps that keep what the metrics read of the activations.
+
+    Returns:
+        The final stream of every cell, NaN except at `columns`; and what each tap of `read` keeps, with the cells
+        in front.
+    """
     n, rows = model.n_layers, chunk.rows
     whole = model.frame(tokens)
     packed = pack(whole, rows)
-    tap = Chain((EditingRows(edits, stacked), *(_of_rows(model, base, own) for own in read)))
+    tap = Chain((EditingRows(edits, stacked), *(_of_rows(model, base, capturing) for capturing in read)))
     layered, rest = tap.per_layer(model.sites)
     x, state = _begin(model, tokens, base, chunk, packed, rest, tap.init(model.sites, packed, base.final))
 
     def at(frame: Packed) -> Callable[[Any, Any, Any], tuple[Any, None]]:
-        def body(layer: Any, carry: Any, own: Any) -> tuple[Any, None]:
+        def body(layer: Any, carry: Any, inputs: Any) -> tuple[Any, None]:
             attended = 2 * layer.index < chunk.start if model.has_halves else None
-            return layer(carry[0], frame, eqx.combine(own[0], rest), carry[1], own[1], attended), None
+            return layer(carry[0], frame, eqx.combine(inputs[0], rest), carry[1], inputs[1], attended), None
 
         return body
 
@@ -103,7 +141,7 @@ def run_chunk(
 
 
 def _of_rows(model: LayeredModel, base: Base, tap: Capturing) -> CapturingRows:
-    """What keeps of every cell what `tap` keeps of a run."""
+    """The tap that keeps, for every cell, what `tap` keeps of a run."""
     layered = frozenset(name for name in tap.sites if model.sites[name].has_layer)
     return CapturingRows(tap.captures, {name: base.acts[name] for name in tap.sites}, layered, model.n_layers)
 
@@ -111,7 +149,7 @@ def _of_rows(model: LayeredModel, base: Base, tap: Capturing) -> CapturingRows:
 def _begin(
     model: LayeredModel, tokens: Tokens, base: Base, chunk: Chunk, packed: Packed, tap: Tap, state: Any
 ) -> tuple[Stream, Any]:
-    """The rows' stream where the chunk begins, and the tap's state."""
+    """The residual stream of the rows at the chunk's first half-layer, and the tap's state."""
     rows = chunk.rows
     x = base.states[chunk.start, rows.example, rows.column][None]
     if any(model.sites[name].part == "embedding" for name in tap.sites):
@@ -122,7 +160,10 @@ def _begin(
 
 
 def _read_rows(rows: Rows, read: Int[Array, "batch read"]) -> tuple[Rows, Int[Array, " query"]]:
-    """The rows at the columns that are read of every cell, and their places among all rows (any, where no row computes one)."""
+    """The rows of every cell at the columns that are read, and the index of each among all rows.
+
+    The index is arbitrary where no row computes the token.
+    """
     cells, batch, _ = rows.place.shape
     cell, example, nth = jnp.indices((cells, batch, read.shape[1]), dtype=jnp.int32)
     column = jnp.broadcast_to(read, cell.shape)
@@ -130,7 +171,7 @@ def _read_rows(rows: Rows, read: Int[Array, "batch read"]) -> tuple[Rows, Int[Ar
     number = jnp.arange(cell.size, dtype=jnp.int32).reshape(cell.shape)
     number = jnp.where(among_all >= 0, number, -1)
     place = jnp.full_like(rows.place, -1).at[cell, example, column].set(number)
-    if rows.slot.shape[2] == rows.place.shape[2]:  # an edit of scores must find every query
+    if rows.slot.shape[2] == rows.place.shape[2]:  # an edit of attention scores needs all queries
         slot, within = place, column
     else:
         slot, within = jnp.arange(cell.size, dtype=jnp.int32).reshape(cell.shape), nth

@@ -1,4 +1,4 @@
-"""The unlabelled driver of sweeps: the base, then chunks of cells, each resumed from it where it begins to differ."""
+"""The driver of sweeps, without labels: the base run, then chunks of cells, resumed from it where they differ."""
 
 import os
 import warnings
@@ -31,7 +31,15 @@ from mijax.run import run
 
 
 class Swept(NamedTuple):
-    """The cells, the metrics `[cell, batch]` of each, those `[batch]` of the base and of what else ran, and what is told of the run."""
+    """The result of a sweep.
+
+    Attributes:
+        cells: the cells.
+        values: the metrics of the cells, `[cell, batch]` each.
+        runs: the metrics of the base run and of other runs (the source's), `[batch]` each, by run and metric.
+        told: attributes for the labelled result: the number of prompts that ran together, the bytes estimated and
+            measured.
+    """
 
     cells: Cells
     values: Values
@@ -40,8 +48,15 @@ class Swept(NamedTuple):
 
 
 class Start(NamedTuple):
-    """What a group of prompts is swept from: its edits, the metrics of its base (and of what else ran), what cells resume from,
-    and the first column of each example that a cell changes, where a driver knows better than the edits tell."""
+    """What the cells of a group of prompts are resumed from.
+
+    Attributes:
+        cells: the cells, with the edits of the group.
+        runs: the metrics of the base run and of other runs (the source's), `[batch]` each, by run and metric.
+        base: the states of the base run; `None` for a model that is run whole.
+        first: the first column of each example that a cell changes, where the driver knows it better than the edits
+            tell.
+    """
 
     cells: Cells
     runs: dict[str, Values]
@@ -50,13 +65,13 @@ class Start(NamedTuple):
 
 
 Begin: TypeAlias = Callable[[Model, Prompts], Start]
-"""Runs what a group of prompts is swept from."""
+"""A function that runs what the cells of a group of prompts are resumed from."""
 
 
-def from_base(model: Model, some: Prompts) -> Start:
-    """The base under the edits that all cells share."""
-    at_base, base, _ = kept_base(model, some.tokens, some.cells.shared(), some.metrics, first=some.first)
-    return Start(some.cells, {"base": at_base}, base)
+def _from_base(model: Model, prompts: Prompts) -> Start:
+    """The base run, under the edits that all cells share."""
+    at_base, base, _ = kept_base(model, prompts.tokens, prompts.cells.shared(), prompts.metrics, first=prompts.first)
+    return Start(prompts.cells, {"base": at_base}, base)
 
 
 def swept(
@@ -68,20 +83,41 @@ def swept(
     *,
     source: Inputs | None = None,
     first: Int[np.ndarray, " batch"] | None = None,
-    begin: Begin = from_base,
+    begin: Begin = _from_base,
 ) -> Swept:
-    """The metrics of the base and of every cell, unlabelled: of all prompts together, or of groups of them one after the other.
+    """Run the base and every cell, and measure them, without labels.
 
-    `begin` runs what a group of prompts needs beforehand. `first` is a column of each example before which no cell changes
-    anything; `source` are prompts from which `begin` takes values. Whatever can be wrong is raised before `begin` is called.
+    All prompts run together, or groups of them one after the other where `options.memory` asks for it.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        cells: the cells.
+        metrics: the metrics by name.
+        options: how the sweep is run.
+        source: prompts from which `begin` takes values; with `options.save` they are a part of the folder's
+            identity.
+        first: a column of each example before which no cell changes anything.
+        begin: runs what the cells of a group of prompts are resumed from, by default the base run.
+
+    Returns:
+        The metrics of the base and of every cell.
+
+    Raises:
+        ValueError: for what cannot be run, before `begin` is called: an edit, metric or prompt that does not fit
+            the model, memory that does not hold one cell, a folder of another sweep; and where a metric is not
+            finite on the base.
+        TypeError: for a metric that is no function, and for `options.save` with a model other than a
+            `mijax.Transformer`.
     """
     model, tokens, source, options = automatic((model, tokens, source, options))
-    cells = cells._replace(edits={site: automatic(several) for site, several in cells.edits.items()})
-    metrics = {name: automatic(metric) for name, metric in metrics.items()}  # not the dictionaries: JAX would sort them
+    cells = cells._replace(edits={site: automatic(edits) for site, edits in cells.edits.items()})
+    # Metrics one by one: JAX would sort the keys of a dictionary.
+    metrics = {name: automatic(metric) for name, metric in metrics.items()}
     job, batch = job_of(model, tokens, cells, metrics, first, options.save), len(tokens.ids)
     store = None if options.save is None else _store(options.save, job, source)
-    kept = None if store is None else store.plan
-    layout = layout_of(job, options.budget) if kept is None else Layout.from_arrays(kept, batch)
+    saved_plan = None if store is None else store.plan
+    layout = layout_of(job, options.budget) if saved_plan is None else Layout.from_arrays(saved_plan, batch)
     if store is not None and layout.prompts < batch:
         store.begin(layout.arrays(), _labels(job))
     count, estimate = -(-batch // layout.prompts), layout_bytes(job, layout)
@@ -89,12 +125,12 @@ def swept(
     bar = chunks.progress_bar(cells.size * count, f"sweep {', '.join(cells.edits)}", "cell", options.progress)
     runs: list[dict[str, Values]] = []
     with PeakMemory() as peak, bar:
-        for some in groups(model, tokens, job.cells, metrics, job.programs, layout.prompts):
-            found = _group(job, layout, some, begin, placed, options, store, bar)
+        for prompts in groups(model, tokens, job.cells, metrics, job.programs, layout.prompts):
+            results = _group(job, layout, prompts, begin, placed, options, store, bar)
             runs.append(
                 {
-                    which: {name: value[..., : some.distinct] for name, value in own.items()}
-                    for which, own in found.items()
+                    which: {name: value[..., : prompts.distinct] for name, value in values.items()}
+                    for which, values in results.items()
                 }
             )
     joined = {
@@ -102,105 +138,121 @@ def swept(
         for which in runs[0]
     }
     _warn_of_not_finite(cells, joined["cells"])
-    told: dict[str, Any] = {
-        "prompts_together": layout.prompts,
-        "memory_estimate": float(estimate),
-    }  # a netCDF file has no integers so large
+    # Floats, because netCDF has no integers of this size.
+    attrs: dict[str, Any] = {"prompts_together": layout.prompts, "memory_estimate": float(estimate)}
     return Swept(
-        cells, joined.pop("cells"), joined, told | ({} if peak.taken is None else {"memory_peak": float(peak.taken)})
+        cells, joined.pop("cells"), joined, attrs | ({} if peak.taken is None else {"memory_peak": float(peak.taken)})
     )
 
 
 def check_sweep(
     model: Model, tokens: Inputs, interventions: Interventions | Stack, metric: Metrics, running: Running
 ) -> None:
-    """Raise what `sweep` raises before it runs anything; for drivers that run something before they sweep."""
+    """Check what `sweep` checks before it runs anything; for drivers that run something before they sweep.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        interventions: the interventions with their grids, as `sweep` takes them.
+        metric: the metric or metrics.
+        running: the keywords of `Running`.
+
+    Raises:
+        ValueError: what `sweep` raises before anything runs.
+        TypeError: likewise.
+    """
     options = options_of(running)
     job = job_of(model, tokens, cells_of(interventions), named(metric), None)
-    if options.save is None or not chunks.is_begun(options.save):  # a folder has its own plan
+    if options.save is None or not chunks.is_begun(options.save):  # a folder that was begun keeps its plan
         layout_of(job, options.budget)
 
 
 def _group(
     job: SweepJob,
     layout: Layout,
-    some: Prompts,
+    prompts: Prompts,
     begin: Begin,
     placed: Model,
     options: Options,
     store: chunks.Store | None,
     bar: Any,
 ) -> dict[str, Values]:
-    """The metrics of a group of prompts: `[batch]` by run, and `[cell, batch]` of its `cells`. The model is `placed` where chunks run."""
-    start = begin(job.model, some)
-    mesh, cells, positions = options.mesh, start.cells, some.tokens.ids.shape[1]
-    read = columns_read(some.metrics.values(), some.tokens)
-    todo = work(placed, some.tokens, cells, read, reads_activations(some.metrics))
-    first = np.maximum(todo.first, job.first[some.examples])
+    """The metrics of a group of prompts: `[batch]` by run, and `[cell, batch]` of its `cells`.
+
+    `placed` is the model with its arrays on the devices where chunks run.
+    """
+    start = begin(job.model, prompts)
+    mesh, cells, positions = options.mesh, start.cells, prompts.tokens.ids.shape[1]
+    read = columns_read(prompts.metrics.values(), prompts.tokens)
+    todo = work(placed, prompts.tokens, cells, read, reads_activations(prompts.metrics))
+    first = np.maximum(todo.first, job.first[prompts.examples])
     first = first if start.first is None else np.maximum(first, start.first)
-    first[:, some.distinct :] = positions  # a repeated prompt is not computed
+    first[:, prompts.distinct :] = positions  # a repeated prompt is not computed
     todo = todo._replace(first=first)
-    order = plan(todo, layout.size)
+    schedule = plan(todo, layout.size)
     if store is not None:
         store = (
             store
             if len(job.tokens.ids) == layout.prompts
-            else store.inside(f"prompts_{some.first:06d}_{some.distinct}")
+            else store.inside(f"prompts_{prompts.first:06d}_{prompts.distinct}")
         )
-        order = Plan.from_arrays(store.begin(order.arrays(), _labels(job)))
+        schedule = Plan.from_arrays(store.begin(schedule.arrays(), _labels(job)))
     values = {name: np.repeat(value[None], cells.size, axis=0) for name, value in start.runs["base"].items()}
-    shared: Any = (placed, *_replicated(mesh, (some.tokens, start.base, some.metrics, None if todo.whole else read)))
+    shared: Any = (
+        placed,
+        *_replicated(mesh, (prompts.tokens, start.base, prompts.metrics, None if todo.whole else read)),
+    )
 
     def measured(numbers: Sequence[int]) -> dict[str, Array]:
-        made = [chunk_of(todo, order, number) for number in numbers]
-        data: Any = [(chunk, *cells.take_split(own)) for own, chunk in made]
+        prepared = [chunk_of(todo, schedule, number) for number in numbers]
+        data: Any = [(chunk, *cells.take_split(indices)) for indices, chunk in prepared]
         if mesh is None:
-            alone: Any = (*shared, cells.stacked, *data[0])
-            return _chunk(*alone)
+            arguments: Any = (*shared, cells.stacked, *data[0])
+            return _chunk(*arguments)
         width = mesh.devices.shape[0]
-        moved = [(chunk, varying) for chunk, varying, _ in data]
-        moved = jax.tree.map(lambda *a: np.stack([*a, *a[-1:] * (width - len(a))]), *moved)
-        moved = jax.device_put(moved, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
-        together: Any = (mesh, *shared, cells.stacked, *moved, _replicated(mesh, data[0][2]))
-        return _chunks(*together)
+        per_device = [(chunk, varying) for chunk, varying, _ in data]
+        per_device = jax.tree.map(lambda *a: np.stack([*a, *a[-1:] * (width - len(a))]), *per_device)
+        per_device = jax.device_put(per_device, NamedSharding(mesh, PartitionSpec(mesh.axis_names[0])))
+        mesh_arguments: Any = (mesh, *shared, cells.stacked, *per_device, _replicated(mesh, data[0][2]))
+        return _chunks(*mesh_arguments)
 
-    def keep(number: int, found: Values) -> int:
-        own = order.order[order.bounds[number] : order.bounds[number + 1]]
-        differs = todo.first[own] < positions
-        for name, value in found.items():
-            values[name][own] = np.where(differs, value[: len(own)], values[name][own])
-        return len(own)
+    def keep(number: int, results: Values) -> int:
+        indices = schedule.order[schedule.bounds[number] : schedule.bounds[number + 1]]
+        differs = todo.first[indices] < positions
+        for name, value in results.items():
+            values[name][indices] = np.where(differs, value[: len(indices)], values[name][indices])
+        return len(indices)
 
     width = None if mesh is None else mesh.devices.shape[0]
-    chunks.run_chunks(measured, keep, len(order.bounds) - 1, bar, width=width, store=store)
-    bar.update(cells.size - len(order.order))  # cells that change nothing
+    chunks.run_chunks(measured, keep, len(schedule.bounds) - 1, bar, width=width, store=store)
+    bar.update(cells.size - len(schedule.order))  # cells that change nothing are not run
     return {**start.runs, "cells": values}
 
 
 def _warn_of_not_finite(cells: Cells, values: Values) -> None:
-    """Statistics take NaN as a position that a prompt has not: that it is something else must be told."""
+    """Warn of cells whose metric is not finite: statistics take NaN for a position that the prompt lacks."""
     bad = np.any([~np.isfinite(value).all(axis=-1) for value in values.values()], axis=0)
     if bad.any():
         place = map(int, np.unravel_index(int(np.argmax(bad)), cells.shape))
-        told = ", ".join(f"{dim}={labels[i]}" for (dim, labels), i in zip(cells.labels.items(), place))
+        text = ", ".join(f"{dim}={labels[i]}" for (dim, labels), i in zip(cells.labels.items(), place))
         warnings.warn(
-            f"the metric is not finite in {bad.sum()} of {cells.size} cells, the first of them {told}: the edit is not, the model"
+            f"the metric is not finite in {bad.sum()} of {cells.size} cells, the first of them {text}: the edit is not, the model"
             " overflows, or the metric reads where its pos does not say",
             stacklevel=4,
         )
 
 
 def _replicated(mesh: Mesh | None, tree: Any) -> Any:
-    """Arrays that are not on the mesh's devices are copied to all of them."""
+    """The tree, with arrays that are not on the mesh's devices copied to all of them."""
     if mesh is None:
         return tree
     devices, everywhere = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
-    there = lambda x: isinstance(x, jax.Array) and x.sharding.device_set == devices
-    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if eqx.is_array_like(x) and not there(x) else x, tree)
+    on_mesh = lambda x: isinstance(x, jax.Array) and x.sharding.device_set == devices
+    return jax.tree.map(lambda x: jax.device_put(x, everywhere) if eqx.is_array_like(x) and not on_mesh(x) else x, tree)
 
 
 def _store(save: str | os.PathLike, job: SweepJob, source: Inputs | None) -> chunks.Store:
-    """The folder of a sweep, with what it is a sweep of."""
+    """The folder of a sweep, identified by model, prompts, grid and metrics."""
     cells = job.cells
     grid = (cells.edits, cells.group, cells.picks, dict(cells.labels))
     if type(job.model) is not Transformer:
@@ -214,8 +266,8 @@ def _store(save: str | os.PathLike, job: SweepJob, source: Inputs | None) -> chu
 
 
 def _labels(job: SweepJob) -> dict[str, Any]:
-    """What a folder says of its sweep to a reader."""
-    return {"labels": {dim: list(own) for dim, own in job.cells.labels.items()}, "metrics": list(job.metrics)}
+    """What a folder tells a reader of its sweep."""
+    return {"labels": {dim: list(choices) for dim, choices in job.cells.labels.items()}, "metrics": list(job.metrics)}
 
 
 def kept_base(
@@ -226,13 +278,30 @@ def kept_base(
     capture: tuple[str, ...] = (),
     first: int = 0,
 ) -> tuple[Values, Base | None, dict[str, Array]]:
-    """The metrics of the base, what cells resume from, and what was captured; examples are counted from `first` in errors."""
-    values, kept, acts = _based(model, tokens, edits, metrics, capture)
-    return checked(values, "base", first), kept, acts
+    """Run the base, under the edits that all cells share.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        edits: the edits.
+        metrics: the metrics by name.
+        capture: sites of which the activations are returned too.
+        first: number of the first example, for error messages.
+
+    Returns:
+        The metrics, the states that cells resume from (`None` for a model that is run whole), and the activations
+        of `capture`.
+
+    Raises:
+        ValueError: where a metric is not finite.
+    """
+    values, base, acts = _based(model, tokens, edits, metrics, capture)
+    return checked(values, "base", first), base, acts
 
 
 @JitNow
 def _based(model, tokens, edits, metrics, capture):
+    """The metrics of the base run, the states that cells resume from, and the activations of `capture`."""
     read = captures_of(model, metrics)
     if isinstance(model, LayeredModel):
         out, base = base_of(model, tokens, edits, capture, read)
@@ -258,19 +327,19 @@ def _chunk(model, tokens, base: Base | None, metrics, columns, stacked, chunk: C
 
 @JitNow
 def _chunks(mesh: Mesh, model, tokens, base, metrics, read, stacked, chunk: Chunk, varying, fixed):
-    """The same of several chunks at once, each on the devices at one place of the mesh's first axis."""
+    """The metrics `[chunk, cell, batch]` of several chunks, each at one place of the mesh's first axis."""
     axis = mesh.axis_names[0]
     shared, rest = eqx.partition((model, tokens, base, metrics, read, fixed), eqx.is_array)
 
-    def one(shared, moved):
+    def on_devices(shared, per_device):
         model, tokens, base, metrics, read, fixed = eqx.combine(shared, rest)
-        chunk, varying = jax.tree.map(lambda a: a[0], moved)
-        found = _chunk(model, tokens, base, metrics, read, stacked, chunk, varying, fixed)
-        return jax.tree.map(lambda a: a[None], found)
+        chunk, varying = jax.tree.map(lambda a: a[0], per_device)
+        results = _chunk(model, tokens, base, metrics, read, stacked, chunk, varying, fixed)
+        return jax.tree.map(lambda a: a[None], results)
 
-    everywhere, own = PartitionSpec(), PartitionSpec(axis)
+    replicated, split = PartitionSpec(), PartitionSpec(axis)
     mapped = jax.shard_map(
-        one, mesh=mesh, in_specs=(everywhere, own), out_specs=own, axis_names={axis},
-        check_vma=False,  # cells never meet, and programs were made outside, where nothing varies
+        on_devices, mesh=mesh, in_specs=(replicated, split), out_specs=split, axis_names={axis},
+        check_vma=False,  # cells do not communicate, and programs were traced where nothing varies over the mesh
     )  # fmt: skip
     return mapped(shared, (chunk, varying))

@@ -1,4 +1,4 @@
-"""Some of a sweep's prompts: the edits and metrics that are theirs, and what stands against taking them apart."""
+"""Groups of a sweep's prompts: their edits and metrics, and why prompts may have to run together."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -18,10 +18,15 @@ from mijax.model.tokens import Inputs
 
 
 class Prompts(NamedTuple):
-    """Some of a sweep's prompts, with the edits and metrics that are theirs.
+    """A group of a sweep's prompts, with the edits and metrics of these prompts.
 
-    `examples` are their numbers among all; the last one is repeated where there are fewer than in other groups, so that one
-    compiled program serves all groups. `distinct` of them are no repetition.
+    Attributes:
+        examples: the numbers of the prompts among all. The last prompt is repeated where there are fewer than in
+            other groups, so that one compiled program serves all groups.
+        distinct: how many of `examples` are not repetitions.
+        tokens: the prompts.
+        cells: the cells, with the edits of these prompts.
+        metrics: the metrics of these prompts, as programs.
     """
 
     examples: Examples
@@ -32,11 +37,16 @@ class Prompts(NamedTuple):
 
     @property
     def first(self) -> int:
-        """The number of the first one among all."""
+        """The number of the group's first prompt among all."""
         return int(self.examples[0])
 
     def of(self, tokens: Inputs) -> Inputs:
-        """The same prompts of another batch; of one as large as this, all."""
+        """The prompts of the group out of another batch.
+
+        Args:
+            tokens: a batch with as many prompts as the sweep has, or with only those of the group, which is
+                returned as it is.
+        """
         return tokens if len(tokens.ids) == len(self.examples) else tokens_of(tokens, self.examples)
 
 
@@ -48,35 +58,60 @@ def groups(
     programs: Mapping[str, AnyMetric],
     together: int,
 ) -> Iterator[Prompts]:
-    """All prompts, so many `together`; `programs` are the metrics' for all at once."""
+    """Divide the prompts of a sweep into groups.
+
+    Args:
+        model: the model.
+        tokens: all prompts.
+        cells: the cells.
+        metrics: the metrics by name.
+        programs: the programs of the metrics for all prompts.
+        together: the number of prompts in a group.
+
+    Yields:
+        The groups in the order of the prompts.
+    """
     batch = len(tokens.ids)
     if together == batch:
         yield Prompts(np.arange(batch, dtype=np.int32), batch, tokens, cells, programs)
         return
     for first in range(0, batch, together):
         examples = np.minimum(np.arange(first, first + together, dtype=np.int32), batch - 1)
-        some = tokens_of(tokens, examples)
+        subset = tokens_of(tokens, examples)
         yield Prompts(
             examples,
             min(together, batch - first),
-            some,
-            cells_of_examples(model, cells, examples, batch),
-            taken(model, some, metrics, examples),
+            subset,
+            _cells_of_examples(model, cells, examples, batch),
+            taken(model, subset, metrics, examples),
         )
 
 
 def tokens_of(tokens: Inputs, examples: Examples) -> Inputs:
-    """Some of the prompts."""
+    """Some of the prompts.
+
+    Args:
+        tokens: all prompts.
+        examples: numbers of the prompts to take.
+    """
     return jax.tree.map(lambda a: np.asarray(a)[examples], tokens)
 
 
 def why_together(cells: Cells, metrics: Mapping[str, AnyMetric]) -> str | None:
-    """Why the prompts of a sweep must run together; `None` where they need not."""
+    """The reason for which the prompts of a sweep must run together.
+
+    Args:
+        cells: the cells.
+        metrics: the metrics by name.
+
+    Returns:
+        The reason, for an error message; `None` where prompts can be divided.
+    """
     for name, metric in metrics.items():
         if not is_split(metric):
             return f"metric {name!r} does not say that it is per example (per_example, take)"
-    for site, several in cells.edits.items():
-        for edit, stacked in zip(several, cells.stacked[site]):
+    for site, edits in cells.edits.items():
+        for edit, stacked in zip(edits, cells.stacked[site]):
             if isinstance(edit, Apply):
                 return f"the edit at site {site!r} is a function, which sees the whole batch"
             if zips_examples(edit.where, stacked.where):
@@ -84,20 +119,20 @@ def why_together(cells: Cells, metrics: Mapping[str, AnyMetric]) -> str | None:
     return None
 
 
-def cells_of_examples(model: Model, cells: Cells, examples: Examples, batch: int) -> Cells:
-    """The cells of some of the `batch` examples; `why_together` must be `None`."""
+def _cells_of_examples(model: Model, cells: Cells, examples: Examples, batch: int) -> Cells:
+    """The cells for some of the `batch` examples, where prompts can be divided (`why_together` gives `None`)."""
     edits = {
         name: tuple(
             _edit_of(edit, stacked, model.sites[name], examples, batch)
-            for edit, stacked in zip(several, cells.stacked[name])
+            for edit, stacked in zip(site_edits, cells.stacked[name])
         )
-        for name, several in cells.edits.items()
+        for name, site_edits in cells.edits.items()
     }
     return cells._replace(edits=edits)
 
 
 def _edit_of(edit: Edit, stacked: Any, site: Site, examples: Examples, batch: int) -> Edit:
-    """An edit with what differs between examples narrowed to some of them."""
+    """An edit with the arrays and indices that differ between examples narrowed to some of them."""
     for name in edit.operands:
         value, axis = getattr(edit, name), site.axes.index("batch") + bool(getattr(stacked, name))
         if value.shape[axis] > 1:

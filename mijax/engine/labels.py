@@ -1,4 +1,4 @@
-"""What is found, labelled: xarray objects with named dimensions, and the prompts' tokens beside their positions."""
+"""Labelled results: xarray objects with named dimensions, and the prompts' tokens beside their positions."""
 
 from typing import Any
 
@@ -10,11 +10,23 @@ from mijax.model.tokens import Inputs
 
 
 def labelled(done: Swept, *, single: bool, attrs: dict) -> Any:
-    """A DataArray (one metric) or Dataset (several): cells, examples, the base and source metrics beside."""
+    """The metrics of a sweep as an xarray object, with dimensions of the grid and `batch`.
+
+    The metrics of the base run and of other runs (the source's) are coordinates along `batch`: `base`, or
+    `base.<name>` where there are several metrics.
+
+    Args:
+        done: the sweep.
+        single: whether the user gave one metric, not a dictionary of metrics.
+        attrs: attributes of the result; those of the sweep (`Swept.told`) and the metric's name are added.
+
+    Returns:
+        A DataArray where `single`, else a Dataset with a variable per metric.
+    """
     import xarray as xr
 
     labels, shape = done.cells.labels, done.cells.shape
-    coords: dict[str, Any] = {dim: (dim, np.asarray(own)) for dim, own in labels.items()}
+    coords: dict[str, Any] = {dim: (dim, np.asarray(choices)) for dim, choices in labels.items()}
     coords["batch"] = ("batch", np.arange(next(iter(done.values.values())).shape[-1]))
     for which, metrics in done.runs.items():
         for name, value in metrics.items():
@@ -30,7 +42,16 @@ def labelled(done: Swept, *, single: bool, attrs: dict) -> Any:
 
 
 def positions_told(result: Any, tokens: Inputs) -> Any:
-    """Blank the positions that a prompt has not; put the tokens beside their positions."""
+    """The result with NaN at positions that a prompt lacks, and with the tokens along axes of positions.
+
+    Args:
+        result: a DataArray or Dataset.
+        tokens: its prompts.
+
+    Returns:
+        The result, with the coordinates `token` (along `pos`), `query_token` and `key_token` where the prompts have
+        strings.
+    """
     import xarray as xr
 
     lengths = np.asarray(tokens.lengths)

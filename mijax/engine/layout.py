@@ -1,4 +1,4 @@
-"""How many prompts and cells of a sweep run together, and the bytes that this takes: told before anything runs."""
+"""How many prompts and cells of a sweep run together, and the bytes that this takes: computed before anything runs."""
 
 import bisect
 import math
@@ -19,8 +19,17 @@ from mijax.model.tokens import Inputs
 
 
 class SweepJob(NamedTuple):
-    """What is swept. `programs` are the metrics of all prompts together, as users' functions are now; `first` is a column of each
-    example before which no cell changes anything, whatever its edits say; `work` is what cells compute at most."""
+    """A sweep after its checks.
+
+    Attributes:
+        model: the model.
+        tokens: the prompts.
+        cells: the cells, in canonical form and with users' functions converted.
+        metrics: the metrics by name.
+        programs: the metrics of all prompts together as programs, as users' functions are at the time of the call.
+        first: a column of each example before which no cell changes anything, whatever its edits say.
+        work: what cells compute at most.
+    """
 
     model: Model
     tokens: Inputs
@@ -32,18 +41,28 @@ class SweepJob(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How many prompts run together, and the size of each chunk of their cells."""
+    """The division of a sweep.
+
+    Attributes:
+        prompts: how many prompts run together.
+        size: the size of each chunk of their cells.
+    """
 
     prompts: int
     size: Size
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As arrays, to be saved."""
+        """The layout as arrays, to be saved."""
         return {"prompts": np.asarray(self.prompts), "size": np.asarray(self.size)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], batch: int) -> "Layout":
-        """What `arrays` gave; the plan of a sweep of all `batch` prompts together has a size only."""
+        """The layout that `arrays` saved.
+
+        Args:
+            arrays: the saved arrays; a plan for all prompts together has a size only.
+            batch: the number of all prompts.
+        """
         return cls(int(arrays.get("prompts", batch)), Size(*map(int, arrays["size"])))
 
 
@@ -55,9 +74,22 @@ def job_of(
     first: Int[np.ndarray, " batch"] | None,
     save: Any = None,
 ) -> SweepJob:
-    """A sweep that is checked: raises what can be known of model, prompts, edits and metrics before anything runs.
+    """Check a sweep, and convert users' functions.
 
-    Users' functions are converted; with a folder `save`, they must come out the same twice.
+    Args:
+        model: the model.
+        tokens: the prompts.
+        cells: the cells.
+        metrics: the metrics by name.
+        first: a column of each example before which no cell changes anything.
+        save: the folder of the sweep, if any; users' functions must then convert to the same program twice.
+
+    Returns:
+        The sweep.
+
+    Raises:
+        ValueError: for any fault of model, prompts, edits or metrics that can be known before anything runs.
+        TypeError: likewise.
     """
     model.check()
     check_cells(model, tokens, cells)
@@ -70,14 +102,23 @@ def job_of(
 
 
 def layout_of(job: SweepJob, memory: int) -> Layout:
-    """As many prompts as `memory` holds one cell of, and of these as many cells as it holds.
+    """The division of a sweep that `memory` allows.
 
-    Raises `ValueError` where it does not hold one cell, of one prompt or of all that must run together.
+    As many prompts run together as it holds one cell of, in groups of equal size, and of these prompts as many
+    cells as it holds.
+
+    Args:
+        job: the sweep.
+        memory: bytes.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: where `memory` does not hold one cell, of one prompt or of all prompts that must run together.
     """
-    batch, long = (
-        len(job.tokens.ids),
-        _operations(job) > chunks.long_work(),
-    )  # then time saved is more than another compilation takes
+    # Where the work is long, a program for the sweep's own lengths saves more time than its compilation takes.
+    batch, long = len(job.tokens.ids), _operations(job) > chunks.long_work()
 
     def smallest(prompts: int) -> int:
         per_row, per_cell = unit_bytes(job, prompts)
@@ -88,9 +129,9 @@ def layout_of(job: SweepJob, memory: int) -> Layout:
         reason = why_together(job.cells, job.metrics)
         fits = 0 if reason else bisect.bisect_right(range(1, batch), memory, key=smallest)
         if not fits:
-            told = f"the prompts run together: {reason}" if reason else "that is of one prompt"
+            note = f"the prompts run together: {reason}" if reason else "that is of one prompt"
             raise ValueError(
-                f"one cell takes about {smallest(batch if reason else 1):,} bytes, memory={memory:,} allows none ({told})"
+                f"one cell takes about {smallest(batch if reason else 1):,} bytes, memory={memory:,} allows none ({note})"
             )
         prompts = -(-batch // -(-batch // fits))  # groups of equal size
     shape = Shape.of(job.model.causal, job.cells)
@@ -100,28 +141,54 @@ def layout_of(job: SweepJob, memory: int) -> Layout:
 
 
 def layout_bytes(job: SweepJob, layout: Layout) -> int:
-    """The bytes that a chunk takes."""
+    """The bytes that a chunk takes.
+
+    Args:
+        job: the sweep.
+        layout: its layout.
+    """
     per_row, per_cell = unit_bytes(job, layout.prompts)
     return layout.size.rows * per_row + layout.size.cells * per_cell
 
 
 def unit_bytes(job: SweepJob, prompts: int) -> tuple[int, int]:
-    """The bytes of a row, and those that a cell of so many prompts takes beside its rows."""
-    some, metrics = job.tokens, job.programs
+    """The bytes of the units of a chunk.
+
+    Args:
+        job: the sweep.
+        prompts: how many prompts run together.
+
+    Returns:
+        The bytes of a row (a token of a cell), and those of a cell of so many prompts in addition to its rows.
+    """
+    tokens, metrics = job.tokens, job.programs
     if prompts < len(job.tokens.ids):
         examples = np.arange(prompts, dtype=np.int32)
-        some = tokens_of(job.tokens, examples)
-        metrics = taken(job.model, some, job.metrics, examples)
-    return row_bytes(job.model, job.cells.edits), cell_bytes(job.model, some, metrics)
+        tokens = tokens_of(job.tokens, examples)
+        metrics = taken(job.model, tokens, job.metrics, examples)
+    return row_bytes(job.model, job.cells.edits), cell_bytes(job.model, tokens, metrics)
 
 
 def row_bytes(model: Model, sites: Iterable[str]) -> int:
-    """The bytes that one row (a token of a cell) takes while a layer runs."""
+    """The bytes that one row (a token of a cell) takes while a layer runs.
+
+    Args:
+        model: the model.
+        sites: the sites that are edited.
+    """
     return model.numbers_per_token(sites) * model.dtype.itemsize
 
 
 def cell_bytes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> int:
-    """The bytes that a cell takes beyond its rows: attention over all of its tokens, and what the metrics read and compute."""
+    """The bytes that a cell takes in addition to its rows.
+
+    They are those of attention over all tokens of the cell, and of what the metrics read and compute.
+
+    Args:
+        model: the model.
+        tokens: the prompts that run together.
+        metrics: the metrics by name.
+    """
     read = {site for metric in metrics.values() for site in read_by(metric)}
     whole = sum(math.prod(model.sites[site].shape(*tokens.ids.shape)[model.sites[site].has_layer :]) for site in read)
     numbers = model.numbers_per_batch(*tokens.ids.shape) + whole  # of one layer, before it is narrowed

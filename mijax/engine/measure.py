@@ -26,7 +26,16 @@ Values: TypeAlias = dict[str, np.ndarray]
 
 
 def named(metric: Metrics) -> dict[str, AnyMetric]:
-    """Metrics by name: a single one by its own."""
+    """Metrics by name.
+
+    A single metric has the name that it says (`name`), or else that of its function or its class.
+
+    Args:
+        metric: one metric, or metrics by name.
+
+    Raises:
+        TypeError: for names that are no strings.
+    """
     if isinstance(metric, Mapping):
         if not all(isinstance(name, str) for name in metric):
             raise TypeError(f"metrics are named by strings, given {', '.join(map(repr, metric))}")
@@ -37,17 +46,25 @@ def named(metric: Metrics) -> dict[str, AnyMetric]:
 
 
 def read_by(metric: Any) -> Captures:
-    """The activations that a metric reads."""
+    """The activations that a metric reads, by site.
+
+    Args:
+        metric: a metric; one without an attribute `sites` reads none.
+    """
     return as_captures(getattr(metric, "sites", ()))
 
 
 def reads_activations(metrics: Mapping[str, AnyMetric]) -> bool:
-    """Whether some metric reads more than the readout."""
+    """Whether some metric reads activations, and not only the readout.
+
+    Args:
+        metrics: the metrics by name.
+    """
     return any(read_by(metric) for metric in metrics.values())
 
 
-def check_read(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> None:
-    """Raise for activations that no run could give a metric, or that are not of every example."""
+def _check_read(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> None:
+    """Raise for activations that a run cannot give to a metric, or that are not of every example."""
     for name, metric in metrics.items():
         try:
             sites = read_by(metric)
@@ -60,7 +77,12 @@ def check_read(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -
 
 
 def captures_of(model: Model, metrics: Mapping[str, AnyMetric]) -> tuple[Capturing, ...]:
-    """The tap of each metric."""
+    """The taps that keep what the metrics read, one for each metric.
+
+    Args:
+        model: the model.
+        metrics: the metrics by name.
+    """
     return tuple(Capturing(read_by(metric), model.n_layers) for metric in metrics.values())
 
 
@@ -69,13 +91,28 @@ def values_of(
     readout: Any,
     acts: Sequence[dict[str, Array]] | Mapping[str, dict[str, Array]],
 ) -> dict[str, Float[Array, " batch"]]:
-    """Each metric of each example; `acts` holds what each one reads, in the metrics' order or by their names."""
-    read = acts if isinstance(acts, Mapping) else dict(zip(metrics, acts, strict=True))
-    return {name: metric(Out(readout, read[name])) for name, metric in metrics.items()}
+    """The metrics of a run.
+
+    Args:
+        metrics: the metrics by name.
+        readout: the readout of the run.
+        acts: the activations that each metric reads, in the order of the metrics or by their names.
+
+    Returns:
+        `[batch]` by name.
+    """
+    acts_by_name = acts if isinstance(acts, Mapping) else dict(zip(metrics, acts, strict=True))
+    return {name: metric(Out(readout, acts_by_name[name])) for name, metric in metrics.items()}
 
 
 class MetricProgram(eqx.Module):
-    """A user's metric as its program, with what it says that it reads."""
+    """A user's metric as a program.
+
+    Attributes:
+        function: the program, of a readout and activations.
+        sites: the activations that the metric reads.
+        pos: the position at which it reads the final stream; `None` for any.
+    """
 
     function: Converted
     sites: Any
@@ -87,7 +124,7 @@ class MetricProgram(eqx.Module):
 
 
 class _OfParts(eqx.Module):
-    """A metric as a function of a run's parts."""
+    """A metric as a function of a run's readout and activations."""
 
     metric: Any
 
@@ -96,16 +133,29 @@ class _OfParts(eqx.Module):
 
 
 def as_programs(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> dict[str, AnyMetric]:
-    """Metrics as users' functions are now, for runs of prompts of the shape of `tokens`; mijax's own as they are.
+    """Convert users' metrics to programs, as their code is at the time of the call.
 
-    Raises `TypeError` for what is no function, `ValueError` for one that gives anything but one number per example, or
-    that reads what no run gives.
+    mijax's own metrics stay as they are. A program is for runs of prompts of the shape of `tokens`.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        metrics: the metrics by name.
+
+    Returns:
+        The metrics by name.
+
+    Raises:
+        TypeError: for a metric that is no function.
+        ValueError: for a metric that gives anything but one number per example, or that reads what a run cannot
+            give.
     """
-    check_read(model, tokens, metrics)
+    _check_read(model, tokens, metrics)
     return {name: _as_program(model, tokens, name, metric) for name, metric in metrics.items()}
 
 
 def _as_program(model: Model, tokens: Inputs, name: str, metric: Any) -> AnyMetric:
+    """One metric, converted."""
     if isinstance(metric, (MetricProgram, *OWN)):
         return metric
     if not callable(metric):
@@ -131,7 +181,17 @@ def _as_program(model: Model, tokens: Inputs, name: str, metric: Any) -> AnyMetr
 
 
 def output_like(model: Model, tokens: Inputs, metric: Any, **keywords: Any) -> tuple[Any, dict[str, Any]]:
-    """What a metric sees of a run, with shapes for what differs between runs: the readout, and the activations."""
+    """What a metric sees of a run, with shapes (`jax.ShapeDtypeStruct`) for what differs between runs.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        metric: the metric.
+        keywords: further arguments of `jax.ShapeDtypeStruct`.
+
+    Returns:
+        The readout, and the activations that the metric reads.
+    """
     shaped = lambda shape: jax.ShapeDtypeStruct(shape, model.dtype, **keywords)
     whole = lambda site: site.shape(*tokens.ids.shape)
     of = lambda site, where: shaped(narrowed_shape(where, site.axes, whole(site)))
@@ -148,7 +208,23 @@ def measure(
     capture: tuple[str, ...] = (),
     first: int = 0,
 ) -> tuple[Values, dict[str, Array]]:
-    """The metrics of one run, and what was captured; examples are counted from `first` in errors."""
+    """Run the model once, and measure.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        edits: the edits by site.
+        metrics: the metrics by name.
+        what: name of the run, for error messages.
+        capture: sites of which the activations are returned too.
+        first: number of the first example, for error messages.
+
+    Returns:
+        The metrics, `[batch]` by name, and the activations of `capture`.
+
+    Raises:
+        ValueError: where a metric is not finite.
+    """
     values, acts = _measured(model, tokens, edits, metrics, capture)
     return checked(values, what, first), acts
 
@@ -156,10 +232,20 @@ def measure(
 def taken(
     model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric], examples: Int[np.ndarray, " k"]
 ) -> dict[str, AnyMetric]:
-    """The programs of metrics for some of the examples, whose prompts are `tokens`; each must be `per_example` (`AnyMetric`)."""
-    some: Any = {name: metric.take(examples) for name, metric in metrics.items()}  # pyright: ignore[reportFunctionMemberAccess]
+    """The programs of metrics for some of the examples.
+
+    Args:
+        model: the model.
+        tokens: the prompts of these examples.
+        metrics: the metrics of all examples, each of which must be `per_example` (see `mijax.metrics.AnyMetric`).
+        examples: the numbers of the examples.
+
+    Raises:
+        Exception: what `as_programs` raises, with a note on what a `per_example` metric must do.
+    """
+    narrowed: Any = {name: metric.take(examples) for name, metric in metrics.items()}  # pyright: ignore[reportFunctionMemberAccess]
     try:
-        return as_programs(model, tokens, some)
+        return as_programs(model, tokens, narrowed)
     except Exception as error:
         error.add_note(
             f"for {len(examples)} of the examples: a metric that is `per_example` must work for any part of the batch, so that an array"
@@ -170,62 +256,104 @@ def taken(
 
 
 def is_split(metric: AnyMetric) -> bool:
-    """Whether a metric says that it can be taken for some of the examples."""
+    """Whether a metric says that it can be taken for some of the examples.
+
+    Args:
+        metric: the metric.
+    """
     return bool(getattr(metric, "per_example", False)) and callable(getattr(metric, "take", None))
 
 
 def as_floats(value: Any) -> np.ndarray:
-    """A NumPy array of the same precision, but of float32 at least."""
+    """A NumPy array of floating point, of the same precision but of float32 at least.
+
+    Args:
+        value: an array or a number.
+
+    >>> as_floats(np.array([1, 2])).dtype, as_floats(np.float16(0.5)).dtype
+    (dtype('float32'), dtype('float32'))
+    """
     value = np.asarray(value)
     dtype = accumulator(value.dtype) if jnp.issubdtype(value.dtype, jnp.floating) else np.float32
     return value.astype(dtype, copy=False)
 
 
 def checked(values: Mapping[str, Any], what: str, first: int = 0) -> Values:
-    """Metrics as NumPy arrays of floats; `ValueError` where one is not finite, with its example, counted from `first`."""
-    found = {name: as_floats(value) for name, value in values.items()}
-    for name, value in found.items():
+    """Metrics as NumPy arrays of floating point, all of them finite.
+
+    Args:
+        values: the metrics, `[batch]` by name.
+        what: name of the run, for error messages.
+        first: number of the first example, for error messages.
+
+    Raises:
+        ValueError: where a metric is not finite; it names the metric and the example.
+    """
+    arrays = {name: as_floats(value) for name, value in values.items()}
+    for name, value in arrays.items():
         if not np.isfinite(value).all():
             example = int(np.argmin(np.isfinite(value)))
             raise ValueError(
                 f"metric {name!r} is {value[example]} on the {what} run of example {first + example}: a position or an answer out"
                 " of range, or a model that overflows"
             )
-    return found
+    return arrays
 
 
 @JitNow
 def _measured(model, tokens, edits, metrics, capture):
+    """The metrics of a run, and the activations of `capture`."""
     out = run(model, tokens, edits, capture=capture, taps=captures_of(model, metrics))
     return values_of(metrics, out.readout, out.taps), out.acts
 
 
 def metric_bytes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> int:
-    """The bytes of everything that metrics compute from a run, and of the activations that they read; raises what they raise
-    of its shape."""
+    """The bytes of everything that metrics compute from a run, and of the activations that they read.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        metrics: the metrics by name.
+
+    Raises:
+        Exception: what a metric raises for outputs of these shapes.
+    """
     return _metric_bytes(*as_shapes(model, tokens, metrics))
 
 
 def as_shapes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> tuple[tuple[Any, ...], Any]:
-    """What metrics see of a run and they themselves, flattened, arrays as shapes: what a trace of them depends on."""
+    """The metrics and what they see of a run, with shapes for arrays: everything on which a trace of them depends.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        metrics: the metrics by name.
+
+    Returns:
+        The leaves, which can be hashed, and the structure of (readout, activations by metric, metrics).
+    """
     acts = {name: output_like(model, tokens, metric)[1] for name, metric in metrics.items()}
-    given = jax.tree.map(shape_of, (model.output_like(tokens), acts, dict(metrics)))
-    leaves, treedef = jax.tree.flatten(given)
+    shapes = jax.tree.map(shape_of, (model.output_like(tokens), acts, dict(metrics)))
+    leaves, treedef = jax.tree.flatten(shapes)
     return tuple(leaves), treedef
 
 
 @functools.lru_cache
 def _metric_bytes(leaves: tuple[Any, ...], treedef: Any) -> int:
-    """All as shapes, so that it is traced but once."""
+    """The bytes for arguments that can be hashed, so that metrics are traced once for the same shapes."""
     readout, acts, metrics = jax.tree.unflatten(treedef, leaves)
-    of: Any = lambda readout, acts, metrics: values_of(metrics, readout, acts)
-    program = eqx.filter_make_jaxpr(of)(readout, acts, metrics)[0]
+    compute: Any = lambda readout, acts, metrics: values_of(metrics, readout, acts)
+    program = eqx.filter_make_jaxpr(compute)(readout, acts, metrics)[0]
     size = lambda a: a.size * a.dtype.itemsize
     return sum(size(v.aval) for eqn in program.jaxpr.eqns for v in eqn.outvars) + sum(map(size, jax.tree.leaves(acts)))
 
 
 def described(model: Model) -> dict[str, str]:
-    """What a saved result must say of the model, and of the software that made it."""
+    """Attributes that a result holds of the model, and of the software that made it.
+
+    Args:
+        model: the model.
+    """
     return {
         "model": model.name,
         "mijax": _version(),

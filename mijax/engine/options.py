@@ -1,4 +1,4 @@
-"""How long work is run: memory, progress, saving, devices."""
+"""Options of long work: memory, progress, saving, devices."""
 
 import difflib
 import os
@@ -12,15 +12,18 @@ from mijax.memory import default_memory
 
 
 class Running(TypedDict, total=False):
-    """How a sweep is run; every driver that stands on `sweep` takes these.
+    """How a sweep is run: keyword arguments of every driver that stands on `sweep`.
 
-    `memory`: the bytes that one chunk of cells may take, by default chosen for the device. Where it does not hold one cell of all
-    prompts, groups of them are run one after the other, if every metric can be (`per_example`, as in `mijax.metrics`) and no edit is a
-    function. `progress`: show a bar on work
-    of more than a second. `save`: a folder to which finished chunks are written; the same call after a crash goes on from
-    there, to the same values bit by bit, with the plan that the folder was begun with, and is refused where model, prompts,
-    interventions or metric are others. `mesh`: devices, along whose first axis each gets its own chunks; the parameters may be
-    sharded over other axes.
+    Attributes:
+        memory: the bytes that one chunk of cells may take; by default chosen for the device. Where it does not hold
+            one cell of all prompts, groups of prompts run one after the other, if every metric allows it
+            (`per_example`, as in `mijax.metrics`) and no edit is a function.
+        progress: whether to show a bar on work of more than a second; by default true.
+        save: a folder to which finished chunks are written. After a crash the same call continues from there with
+            the plan with which the folder was begun, to the same values bit by bit; another model, prompts,
+            interventions or metric are refused.
+        mesh: devices; each place along the mesh's first axis runs its own chunks. The parameters may be sharded
+            over other axes.
     """
 
     memory: int | None
@@ -30,7 +33,7 @@ class Running(TypedDict, total=False):
 
 
 class Options(NamedTuple):
-    """`Running`, checked."""
+    """`Running` after its checks, with the defaults filled in."""
 
     memory: int | None = None
     progress: bool = True
@@ -44,7 +47,18 @@ class Options(NamedTuple):
 
 
 def options_of(running: Mapping[str, Any]) -> Options:
-    """How to run; `TypeError` or `ValueError` for a keyword that no sweep takes, or what cannot be its value."""
+    """Check the keyword arguments of a driver.
+
+    Args:
+        running: the keywords of `Running`.
+
+    Returns:
+        The options, with defaults.
+
+    Raises:
+        TypeError: for an unknown keyword, or a value of the wrong type.
+        ValueError: for `memory` that is not positive, or a mesh without devices.
+    """
     for name in running:
         if name not in Options._fields:
             close = difflib.get_close_matches(name, Options._fields, n=1)

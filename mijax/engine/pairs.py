@@ -1,4 +1,4 @@
-"""Two batches of prompts that differ in some tokens: one run's activations put into the other's, unlabelled."""
+"""Two batches of prompts that differ in some tokens: the activations of one run put into the other, without labels."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -38,21 +38,40 @@ def patched(
     metrics: Mapping[str, AnyMetric],
     options: Options,
 ) -> Swept:
-    """The metrics of the base, of the source and of every cell, in which `site` is what it is in the source run."""
+    """Run the base, the source, and every cell, in which the activations of `site` are those of the source run.
+
+    Args:
+        model: the model.
+        base: the prompts of the base run and of the cells.
+        source: the prompts of the source run, of the same shape and padding (`check_pair`).
+        site: name of the site.
+        places: the grid of places.
+        metrics: the metrics by name.
+        options: how the sweep is run.
+
+    Returns:
+        The metrics of the base, of the source and of every cell.
+
+    Raises:
+        ValueError: what `swept` raises, and where a metric is not finite on the source.
+        TypeError: what `swept` raises.
+    """
     source = automatic(source)
     check(model, source, {}, {})
 
-    def begin(model: Model, some: Prompts) -> Start:
-        tokens = some.tokens
-        at_source, value = measure(model, some.of(source), {}, some.metrics, "source", (site,), some.first)
-        at_base, kept, own = kept_base(model, tokens, {}, some.metrics, (site,), some.first)
-        edits = eqx.tree_at(lambda edits: edits[site][0].value, some.cells.edits, value[site])
+    def begin(model: Model, prompts: Prompts) -> Start:
+        tokens = prompts.tokens
+        at_source, source_acts = measure(
+            model, prompts.of(source), {}, prompts.metrics, "source", (site,), prompts.first
+        )
+        at_base, base_states, base_acts = kept_base(model, tokens, {}, prompts.metrics, (site,), prompts.first)
+        edits = eqx.tree_at(lambda edits: edits[site][0].value, prompts.cells.edits, source_acts[site])
         runs = {"base": at_base, "source": at_source}
         if not isinstance(model, LayeredModel):  # every cell is run whole
-            return Start(some.cells._replace(edits=edits), runs, kept)
-        differs, where = own[site] != value[site], edits[site][0].where
-        first = _first_change(model, model.sites[site], tokens, where, differs)
-        return Start(some.cells._replace(edits=edits), runs, kept, np.asarray(first))
+            return Start(prompts.cells._replace(edits=edits), runs, base_states)
+        differs, places_of_cells = base_acts[site] != source_acts[site], edits[site][0].where
+        first = _first_change(model, model.sites[site], tokens, places_of_cells, differs)
+        return Start(prompts.cells._replace(edits=edits), runs, base_states, np.asarray(first))
 
     cells = cells_of({site: Replace(0.0, places)})
     return swept(
@@ -68,7 +87,10 @@ def patched(
 
 
 def _first_difference(causal: bool, base: Inputs, source: Inputs) -> Int[np.ndarray, " batch"]:
-    """The first column of each example of which anything depends on the token that differs; the number of columns where none does."""
+    """The first column of each example whose activations depend on a token that differs.
+
+    It is the number of columns where no token differs.
+    """
     differs = (np.asarray(base.ids) != np.asarray(source.ids)) & np.asarray(base.mask)
     first = np.argmax(differs, axis=1) if causal else np.zeros(len(differs), np.int64)
     return np.where(differs.any(axis=1), first, differs.shape[1]).astype(np.int32)
@@ -78,26 +100,29 @@ def _first_difference(causal: bool, base: Inputs, source: Inputs) -> Int[np.ndar
 def _first_change(
     model: LayeredModel, site: Site, tokens: Inputs, cells: Where, differs: Bool[Array, "..."]
 ) -> Int[Array, "cell batch"]:
-    """The first column of each example at which a cell puts in anything but what stands there; the number of columns
-    where it does nowhere. Two runs agree to the bit where they must (before the first token that differs), and such a
-    cell's effect is zero, not rounding."""
+    """The first column of each example at which a cell puts in anything but the base run's value.
+
+    It is the number of columns where the cell changes nothing. The two runs agree bit by bit before the first token
+    that differs, and the effect of a cell there is then exactly zero, and not a rounding error.
+    """
     frame = model.frame(tokens)
     if site.has_vectors and not cells.narrows("unit"):
         differs = jnp.any(differs, axis=-1, keepdims=True)
     layers = differs if site.has_layer else differs[None]
-    tokens_at = (0, site.inner_axes.index(site.position_axes[0]))  # the axes of examples and of their tokens
+    tokens_at = (0, site.inner_axes.index(site.position_axes[0]))  # the axis of examples and the axis of their tokens
 
     def changed_in_layer(where: Where, index: Int[Array, ""]) -> Bool[Array, "batch pos"]:
-        here = layers[index]
-        known = known_axes(Point(site, index if site.has_layer else None, frame), here.shape)
-        changed = selection(where, site.inner_axes, known) & here
+        changes = layers[index]
+        known = known_axes(Point(site, index if site.has_layer else None, frame), changes.shape)
+        changed = selection(where, site.inner_axes, known) & changes
         return jnp.any(changed, axis=tuple(i for i in range(changed.ndim) if i not in tokens_at))
 
     def first_of_cell(where: Where) -> Int[Array, " batch"]:
-        named = where.layers(len(layers))
-        one_layer = named is not None and named.size == 1  # of nearly all grids' cells: the others are not looked at
-        looked_at = named if one_layer else jnp.arange(len(layers), dtype=jnp.int32)
-        changed = jnp.any(jax.vmap(lambda index: changed_in_layer(where, index))(looked_at), axis=0)
+        named_layers = where.layers(len(layers))
+        # Cells of nearly all grids are in one layer; other layers are then not compared.
+        one_layer = named_layers is not None and named_layers.size == 1
+        layers_checked = named_layers if one_layer else jnp.arange(len(layers), dtype=jnp.int32)
+        changed = jnp.any(jax.vmap(lambda index: changed_in_layer(where, index))(layers_checked), axis=0)
         first = jnp.argmax(changed, axis=1).astype(jnp.int32) if model.causal else jnp.zeros(len(changed), jnp.int32)
         return jnp.where(jnp.any(changed, axis=1), first, changed.shape[1])
 
@@ -105,12 +130,22 @@ def _first_change(
 
 
 def check_pair(clean: Inputs, corrupted: Inputs) -> None:
-    """Raise where two batches differ in shape or padding."""
+    """Check that two batches have the same shape and padding.
+
+    Args:
+        clean: the clean prompts.
+        corrupted: the corrupted prompts.
+
+    Raises:
+        ValueError: where they differ in shape, or for the first example that is padded otherwise.
+    """
     if clean.ids.shape != corrupted.ids.shape:
         raise ValueError(f"clean and corrupted must have one shape, given {clean.ids.shape} and {corrupted.ids.shape}")
     differ = np.argwhere(np.asarray(clean.mask) != np.asarray(corrupted.mask))
     if len(differ):
         example = int(differ[0][0])
-        where = [np.flatnonzero(np.asarray(tokens.mask)[example]) for tokens in (clean, corrupted)]
-        told = " and ".join(f"{len(own)} from column {own[0] if len(own) else 0}" for own in where)
-        raise ValueError(f"clean and corrupted prompts must be padded alike: example {example} has tokens {told}")
+        real_columns = [np.flatnonzero(np.asarray(tokens.mask)[example]) for tokens in (clean, corrupted)]
+        text = " and ".join(
+            f"{len(columns)} from column {columns[0] if len(columns) else 0}" for columns in real_columns
+        )
+        raise ValueError(f"clean and corrupted prompts must be padded alike: example {example} has tokens {text}")

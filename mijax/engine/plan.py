@@ -1,4 +1,4 @@
-"""What a sweep need compute, on the host: where each cell begins to differ from the base, and which cells run together."""
+"""The plan of a sweep, made on the host: what each cell must compute, and which cells run together."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -19,11 +19,15 @@ from mijax.model.tokens import Inputs
 
 
 class Work(NamedTuple):
-    """What each cell need compute: from which half-layer on, and of each example from which column on.
+    """What each cell must compute.
 
-    `computed` are the columns of which a cell computes any (padding is none of them), `first` is the number of columns
-    where a cell changes nothing in an example. Cells that must be `whole` compute every column, padding too; edits of
-    scores must find `all_queries`.
+    Attributes:
+        start: the half-layer at which each cell starts.
+        first: `[cell, batch]`, the first column that a cell computes in each example; the number of columns where
+            it changes nothing.
+        computed: `[batch, pos]`, the columns of which cells compute any; no padding, unless a metric may read it.
+        whole: whether cells compute every column, padding too.
+        all_queries: whether chunks have a slot for every query, which edits of attention scores need.
     """
 
     start: Int[np.ndarray, " cell"]
@@ -33,26 +37,31 @@ class Work(NamedTuple):
     all_queries: bool = False
 
     def rows(self) -> Int[np.ndarray, " cell"]:
-        """How many tokens each cell computes."""
+        """`[cell]`, the number of tokens that each cell computes."""
         need = self.rows_by_example().sum(axis=0)
         return np.where(need > 0, self.computed.size, 0) if self.whole else need
 
     def slots(self) -> int:
-        """How many tokens of one example a cell computes at most: to the next power of two, so that it seldom changes."""
-        positions, most = self.computed.shape[1], int(self.rows_by_example().max(initial=1))
-        few = 2 ** int(np.ceil(np.log2(max(1, most))))
-        return positions if self.whole or self.all_queries else min(few, positions)
+        """The most tokens of one example in a cell, rounded up to a power of two so that it seldom changes."""
+        positions, longest = self.computed.shape[1], int(self.rows_by_example().max(initial=1))
+        rounded = 2 ** int(np.ceil(np.log2(max(1, longest))))
+        return positions if self.whole or self.all_queries else min(rounded, positions)
 
     def rows_by_example(self) -> Int[np.ndarray, "batch cell"]:
-        """How many tokens of each example each cell computes, where it need not be whole."""
+        """`[batch, cell]`, the number of tokens of each example that a cell computes unless it is whole."""
         after = np.zeros((len(self.computed), self.computed.shape[1] + 1), np.int64)
         after[:, :-1] = np.cumsum(self.computed[:, ::-1], axis=1)[:, ::-1]
         return np.take_along_axis(after, self.first.T, axis=1)
 
 
 class Shape(NamedTuple):
-    """What of a sweep stays as it is when its indices and prompts change: how many cells, how many starts they have
-    between them at most, and whether they are at one position each."""
+    """The facts of a sweep that stay the same when its indices and prompts change.
+
+    Attributes:
+        cells: the number of cells.
+        starts: the number of half-layers at which cells start, at most.
+        by_position: whether the model is causal, and cells act at different positions.
+    """
 
     cells: int
     starts: int
@@ -60,37 +69,59 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, causal: bool, cells: Cells) -> "Shape":
-        """Read off the grids."""
+        """Read the facts off the grids.
+
+        Args:
+            causal: whether the model is causal.
+            cells: the cells.
+        """
         stacked = cells.stacked
-        pairs = [pair for name, several in cells.edits.items() for pair in zip(several, stacked[name])]
-        moved = {field for edit, own in pairs for field in moving_fields(edit.where, own.where)}
-        starts = len(cells.labels.get("layer", [0])) if "layer" in moved else 1
-        return cls(cells.size, min(starts, cells.size), causal and bool(moved & {"pos", "query"}))
+        pairs = [pair for name, edits in cells.edits.items() for pair in zip(edits, stacked[name])]
+        moving = {field for edit, marks in pairs for field in moving_fields(edit.where, marks.where)}
+        starts = len(cells.labels.get("layer", [0])) if "layer" in moving else 1
+        return cls(cells.size, min(starts, cells.size), causal and bool(moving & {"pos", "query"}))
 
 
 class Plan(NamedTuple):
-    """Cells in the order in which they run, where each chunk of them begins, and the size of all chunks."""
+    """The order in which cells run, and their division into chunks.
+
+    Attributes:
+        order: the numbers of the cells that run, in that order.
+        bounds: where in `order` each chunk begins, and the end.
+        size: the size of all chunks.
+    """
 
     order: Int[np.ndarray, " cell"]
     bounds: Int[np.ndarray, " chunk_plus_one"]
     size: "Size"
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As arrays, to be saved."""
+        """The plan as arrays, to be saved."""
         return {name: np.asarray(value) for name, value in self._asdict().items()}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Plan":
-        """What `arrays` gave."""
+        """The plan that `arrays` saved.
+
+        Args:
+            arrays: the saved arrays.
+        """
         return cls(arrays["order"], arrays["bounds"], Size(*map(int, arrays["size"])))
 
 
 def work(
     model: Model, tokens: Inputs, cells: Cells, read: Int[np.ndarray, "batch read"] | None, padding: bool = False
 ) -> Work:
-    """Read off the edits what each cell need compute for the columns `read`; everything, where an edit allows no less.
+    """Read off the edits what each cell must compute.
 
-    `padding` is computed too where somebody may look at it.
+    Where an edit allows no less, cells compute everything.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        cells: the cells.
+        read: the columns at which the metrics read the final stream; `None` for all.
+        padding: whether padding is computed too, because a metric may read activations there.
     """
     mask = np.asarray(tokens.mask)
     if not isinstance(model, LayeredModel):
@@ -99,9 +130,9 @@ def work(
     start = np.full(cells.size, 2 * model.n_layers, np.int32)
     first = np.full((cells.size, *mask.shape[:1]), mask.shape[1], np.int32)
     whole = False
-    for name, given in cells.edits.items():
+    for name, edits in cells.edits.items():
         site = model.sites[name]
-        for edit, group in zip(given, cells.group[name]):
+        for edit, group in zip(edits, cells.group[name]):
             stacked = jax.tree.map(lambda g: g >= 0, group)
             whole |= needs_whole_cells(edit, stacked)
             if any(jax.tree.leaves(stacked)):
@@ -111,25 +142,39 @@ def work(
                 first = np.minimum(first, by_cell(first_columns(*place, site, mask, model.causal)))
     if whole:
         return Work(start, np.zeros_like(first), np.ones_like(mask), whole=True)
-    if read is not None and model.causal:  # what comes after the last token that is read
+    if read is not None and model.causal:  # what follows the last token that is read has no effect
         first = np.where(first > read.max(axis=1), mask.shape[1], first)
     all_queries = any("query" in model.sites[name].axes for name in cells.edits)
     return Work(start, first, np.ones_like(mask) if padding else mask, all_queries=all_queries)
 
 
 def columns_read(metrics: Iterable[AnyMetric], tokens: Inputs) -> Int[np.ndarray, "batch read"] | None:
-    """The columns at which the metrics read; `None` where one of them may read any."""
-    mask, found = np.asarray(tokens.mask), []
+    """The columns at which the metrics read the final stream.
+
+    Args:
+        metrics: the metrics.
+        tokens: the prompts.
+
+    Returns:
+        `[batch, read]`; `None` where some metric may read any column, or reads activations.
+    """
+    mask, columns = np.asarray(tokens.mask), []
     for metric in metrics:
         pos = getattr(metric, "pos", None)
         if pos is None or read_by(metric):
             return None
-        found.append(first_column(np.broadcast_to(np.asarray(pos).reshape(-1, 1), (len(mask), 1))[None], mask)[0])
-    return np.stack(found, axis=1).astype(np.int32)
+        columns.append(first_column(np.broadcast_to(np.asarray(pos).reshape(-1, 1), (len(mask), 1))[None], mask)[0])
+    return np.stack(columns, axis=1).astype(np.int32)
 
 
 class Size(NamedTuple):
-    """The shape of a chunk: how many cells, rows, and slots for the rows of one example."""
+    """The shape of a chunk.
+
+    Attributes:
+        cells: the number of cells.
+        rows: the number of rows (tokens of cells).
+        slots: the number of slots for the rows of one example of a cell.
+    """
 
     cells: int
     rows: int
@@ -137,7 +182,15 @@ class Size(NamedTuple):
 
 
 def tokens_of_cell(work: Work, prompts: int, specialise: bool) -> int:
-    """How many tokens a cell of so many prompts may compute: all of their columns; to `specialise`, the real tokens of the longest."""
+    """The number of tokens that a cell may compute.
+
+    A cell that must be whole computes all columns in any case.
+
+    Args:
+        work: what cells must compute.
+        prompts: the number of prompts that run together.
+        specialise: whether to count only the real tokens, in the longest prompts, instead of all columns.
+    """
     if work.whole or not specialise:
         return prompts * work.computed.shape[1]
     return int(np.sort(work.computed.sum(axis=1))[-prompts:].sum())
@@ -147,40 +200,57 @@ def capacity(
     work: Work, shape: Shape, bytes_per_row: int, bytes_per_cell: int, memory: int, most_rows: int, specialise: bool,
     prompts: int | None = None,
 ) -> Size:  # fmt: skip
-    """The size of every chunk: what `memory` holds, but no more rows than `most_rows` (one cell's, at the least).
+    """The size of every chunk: what `memory` holds, but at most `most_rows` rows, or those of one cell.
 
-    It follows from the sweep's shape alone, so that moving a grid or other prompts keep the compiled program; only to
-    `specialise` does it look at how many of its tokens a cell computes in the mean, to the nearest power of two. A chunk holds
-    whole starts, or an equal part of one, so that no cell is resumed earlier than it must. Where not all prompts run together,
-    `prompts` are how many do, and `bytes_per_cell` is of these.
+    It follows from the sweep's shape alone, so that the compiled program is kept when a grid moves or prompts
+    change. Only with `specialise` does it depend on the share of the tokens that cells compute on average, to the
+    nearest power of two. A chunk holds all cells of one or several starts, or an equal part of the cells of one, so
+    that no cell is resumed earlier than it must be.
 
-    `memory` must hold one cell: the rows of `tokens_of_cell`, and `bytes_per_cell`.
+    Args:
+        work: what cells must compute.
+        shape: the shape of the sweep.
+        bytes_per_row: the bytes of a row.
+        bytes_per_cell: the bytes of a cell of `prompts` prompts in addition to its rows.
+        memory: bytes; it must hold one cell, which has `tokens_of_cell` rows.
+        most_rows: the number of rows that fill the device.
+        specialise: whether the program may depend on the share of tokens that cells compute.
+        prompts: the number of prompts that run together; by default all.
     """
     batch, positions = work.computed.shape
     total = tokens_of_cell(work, batch if prompts is None else prompts, specialise)
-    slots, level = (
-        positions,
-        int(shape.by_position and not work.whole),
-    )  # a cell at each position computes half of them in the mean
+    # Cells compute about 2**-level of their tokens on average: half of them where there is a cell at each position.
+    slots, level = positions, int(shape.by_position and not work.whole)
     if specialise and not work.whole:
         need, slots = work.rows(), work.slots()
         share = need[need > 0].mean() / work.computed.sum() if need.any() else 1.0
         level = int(np.clip(np.round(-np.log2(share)), 0, np.log2(positions)))
-    mean = -(-total * (positions + 2**level - 1) // (positions * 2**level))  # half of 1 .. n is (n + 1) / 2
-    quarters = 5 if level else 4  # room for a fourth more cells than those of the mean length
-    # rows with their share of cells, quarters * rows / (4 * mean), in memory: in whole numbers, so that nothing is rounded up
+    # The rows of an average cell: the mean of 1 .. n is (n + 1) / 2.
+    mean = -(-total * (positions + 2**level - 1) // (positions * 2**level))
+    quarters = 5 if level else 4  # room for a quarter more cells than the rows hold of average length
+    # The rows that memory holds together with their share of cells, quarters * rows / (4 * mean), in integer
+    # arithmetic, so that nothing is rounded up.
     fits = 4 * mean * memory // (4 * mean * bytes_per_row + quarters * bytes_per_cell)
-    most = max(total, min(fits, most_rows))
-    group = -(-shape.cells // shape.starts)  # cells of one start
-    hold = most // mean  # cells of the mean length
-    together = min(hold // group * group, shape.cells) if group <= hold else -(-group // -(-group // hold))
+    row_limit = max(total, min(fits, most_rows))
+    group = -(-shape.cells // shape.starts)  # cells with the same start
+    room = row_limit // mean  # cells of average length
+    together = min(room // group * group, shape.cells) if group <= room else -(-group // -(-group // room))
     rows = max(together * mean, total)
     cells = min(shape.cells, quarters * rows // (4 * mean), (memory - rows * bytes_per_row) // bytes_per_cell)
     return Size(cells, rows, slots)
 
 
 def plan(work: Work, size: Size) -> Plan:
-    """Put cells of one start together, long ones beside short ones, as many as a chunk holds cells and rows."""
+    """Divide the cells into chunks: those of one start together, long ones beside short ones.
+
+    Args:
+        work: what cells must compute.
+        size: the size of a chunk.
+
+    Returns:
+        The plan, with as many cells in each chunk as it has room and rows for. Cells that compute nothing are left
+        out.
+    """
     need = work.rows()
     order = np.flatnonzero(need)
     order = order[np.lexsort((need[order], work.start[order]))]
@@ -195,7 +265,7 @@ def plan(work: Work, size: Size) -> Plan:
 
 
 def _mixed(order: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Within each start, alternate between the cells from either end of the order."""
+    """The order of cells with those of each start taken in turn from the two ends."""
     _, begins, counts = np.unique(start[order], return_index=True, return_counts=True)
     rank = np.arange(len(order)) - np.repeat(begins, counts)
     from_end = np.repeat(counts, counts) - 1 - rank
@@ -204,10 +274,20 @@ def _mixed(order: np.ndarray, start: np.ndarray) -> np.ndarray:
 
 
 def chunk_of(work: Work, plan: Plan, number: int) -> tuple[np.ndarray, Chunk]:
-    """The cells of a chunk, filled up by its first one without any tokens, and what it computes."""
-    own = plan.order[plan.bounds[number] : plan.bounds[number + 1]]
-    count, size = len(own), plan.size
-    cells = np.concatenate([own, np.full(size.cells - count, own[0])])
+    """The cells of a chunk, and what it computes.
+
+    Args:
+        work: what cells must compute.
+        plan: the plan.
+        number: the number of the chunk.
+
+    Returns:
+        The numbers of the cells, filled up to the chunk's size by the first one (which computes no tokens there),
+        and the chunk.
+    """
+    members = plan.order[plan.bounds[number] : plan.bounds[number + 1]]
+    count, size = len(members), plan.size
+    cells = np.concatenate([members, np.full(size.cells - count, members[0])])
     columns = np.arange(work.computed.shape[1])
     computed = work.computed[None] & (columns >= work.first[cells][:, :, None])
     computed[count:] = False

@@ -1,4 +1,4 @@
-"""From the metric of each prompt to effects with their uncertainty."""
+"""From the metrics of single prompts to effects and their uncertainty."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
@@ -18,11 +18,20 @@ def normalise(result: "xr.DataArray") -> "xr.DataArray": ...
 @overload
 def normalise(result: "xr.Dataset") -> "xr.Dataset": ...
 def normalise(result: Any) -> Any:
-    """(result - base) / (source - base) of the batch means: 0 nothing happened, 1 the whole source.
+    """The effect as a share of the whole difference: (result - base) / (source - base), of means over the batch.
 
-    Where a prompt is NaN in a cell (it has not that position), that cell's means are over the other prompts.
+    0 is no effect, 1 that of the whole source. Where a prompt is NaN in a cell (it lacks the cell's position), that
+    cell's means are over the other prompts.
 
-    Raises `ValueError` where there is no source, where base and source coincide, and for a result without its dimension `batch`.
+    Args:
+        result: a result of `mijax.patch`, with the dimension `batch` and the coordinates `base` and `source`.
+
+    Returns:
+        The same dimensions without `batch`.
+
+    Raises:
+        ValueError: where there is no source, where base and source coincide, where the metric is not finite on one
+            of them, and for a result without its dimension `batch`.
 
     >>> import xarray as xr
     >>> coords = {"base": ("batch", [0.0, 2.0]), "source": ("batch", [4.0, 6.0])}
@@ -33,6 +42,7 @@ def normalise(result: Any) -> Any:
 
 
 def _normalised(result: Any) -> Any:
+    """`normalise` of a single metric."""
     effect, scale = _effect_and_scale(result)
     return (effect.mean("batch") / scale.mean("batch")).rename(result.name).assign_attrs(result.attrs)
 
@@ -42,22 +52,34 @@ def bootstrap(result: "xr.DataArray", *, level: float = ..., draws: int = ..., s
 @overload
 def bootstrap(result: "xr.Dataset", *, level: float = ..., draws: int = ..., seed: int = ...) -> "xr.Dataset": ...
 def bootstrap(result: Any, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Any:
-    """Percentile intervals over prompts drawn with replacement (Efron 1979): of `normalise(result)`, or, where there is no source
-    (what `sweep` and `ablate` give), of the mean of result - base. The attribute `interval_of` tells which.
+    """Percentile intervals of the mean effect, over prompts drawn with replacement (Efron 1979).
 
-    Gives the dimension `bound` (`low`, `high`). Prompts are taken as independent: where several share a
-    template, the interval says nothing about other templates. Prompts that are NaN in a cell are left
-    out of that cell; a cell that is infinite for some prompt has no interval, NaN.
+    The effect is `normalise(result)`; or, where there is no source (as `sweep` and `ablate` give it), the mean of
+    result - base. Prompts are taken as independent: where several share a template, the interval says nothing about
+    other templates. Prompts that are NaN in a cell are left out of that cell; a cell that is infinite for some
+    prompt has no interval, NaN. Where base and source nearly coincide, so that their difference has either sign
+    among the draws, the interval is as wide as that makes it.
 
-    Raises `ValueError` for fewer than two prompts, for a result without its dimension `batch`, and where base and source coincide. Where they nearly do, so
-    that their difference has either sign among the draws, the interval is as wide as that makes it.
+    Args:
+        result: a result with the dimension `batch` and the coordinate `base`, and perhaps `source`.
+        level: the probability that an interval covers.
+        draws: the number of draws.
+        seed: seed of NumPy's random generator.
+
+    Returns:
+        The dimension `bound` (`low`, `high`) in place of `batch`. The attribute `interval_of` says which effect it
+        is.
+
+    Raises:
+        ValueError: for fewer than two prompts, for a result without its dimension `batch`, where base and source
+            coincide, and where the metric is not finite on one of them.
 
     >>> import xarray as xr
     >>> coords = {"base": ("batch", [0.0, 0.0]), "source": ("batch", [4.0, 4.0])}
     >>> bootstrap(xr.DataArray([[1.0, 3.0]], coords, ("layer", "batch"))).values.tolist()
     [[0.25], [0.75]]
     """
-    return _each(result, lambda one: _bounds(one, level, draws, seed))
+    return _each(result, lambda metric: _bounds(metric, level, draws, seed))
 
 
 @overload
@@ -67,13 +89,25 @@ def sign_flips(result: "xr.Dataset", *, clusters: Any = ..., draws: int = ..., s
 def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: int = 0) -> Any:
     """Which cells have an effect other than zero: p-values corrected for looking at the whole grid.
 
-    The effects (result - base) of each prompt, or of each cluster of prompts (`clusters`: a label for each prompt; a
-    cluster's effects are averaged), keep or change their sign at random, the whole grid of a cluster jointly; a cell's `p` is how often the largest |t| of the grid then reaches the cell's own (Nichols and Holmes 2002; the
-    observed signs count as one of the draws). It rests on effects that are symmetric about zero if there are none, and on
-    independent clusters. Gives `t`, the t statistic over clusters, and `p`, family-wise, of every cell; of several metrics, with
-    the metric's name in front, each corrected by itself.
+    The effects (result - base) of each prompt, or of each cluster of prompts, keep or change their sign at random,
+    the whole grid of a cluster jointly. A cell's `p` is how often the largest |t| of the grid then reaches the
+    cell's own (Nichols and Holmes 2002; the observed signs count as one of the draws). The test rests on effects
+    that are symmetric about zero if there are none, and on independent clusters.
 
-    Raises `ValueError` for fewer than six clusters, of which no p-value could be below 0.05.
+    Args:
+        result: a result with the dimension `batch` and the coordinate `base`.
+        clusters: a label for each prompt; the effects of prompts with one label are averaged. By default each
+            prompt is a cluster.
+        draws: the number of random signs drawn for each cluster.
+        seed: seed of the random key.
+
+    Returns:
+        A Dataset with `t`, the t statistic over clusters, and `p`, family-wise, of every cell. For several metrics,
+        the names are `<metric>.t` and `<metric>.p`, and each metric is corrected by itself.
+
+    Raises:
+        ValueError: for fewer than six clusters, of which no p-value could be below 0.05, for clusters that are not
+            as many as the prompts, and for a result without its dimension `batch`.
 
     >>> import numpy as np, xarray as xr
     >>> effects = np.random.default_rng(0).normal([[0.0], [3.0]], 1.0, (2, 20))
@@ -84,11 +118,11 @@ def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: 
     import xarray as xr
 
     if hasattr(result, "data_vars"):
-        told = [
-            sign_flips(one, clusters=clusters, draws=draws, seed=seed).rename({v: f"{name}.{v}" for v in ("t", "p")})
-            for name, one in result.items()
+        tests = [
+            sign_flips(metric, clusters=clusters, draws=draws, seed=seed).rename({v: f"{name}.{v}" for v in ("t", "p")})
+            for name, metric in result.items()
         ]
-        return xr.merge(told, combine_attrs="override")
+        return xr.merge(tests, combine_attrs="override")
     _check_prompts(result)
     effect = (result - _run(result, "base")).transpose("batch", ...)
     labels = np.arange(effect.sizes["batch"]) if clusters is None else np.asarray(clusters)
@@ -111,22 +145,22 @@ def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: 
 
 
 def _largest_t(grids: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """t over clusters `[cluster, cell]`, and how often the grid's largest |t| under random signs reaches it."""
-    there = ~np.isnan(grids)
-    with jax.enable_x64(True):  # a draw that repeats the observed signs ties with them: in float32 rounding decides
+    """t over clusters of effects `[cluster, cell]`, and its p-value by the grid's largest |t| under random signs."""
+    present = ~np.isnan(grids)
+    with jax.enable_x64(True):  # a draw of the observed signs ties with them, which float32 would break by rounding
         keys = jax.random.split(jax.random.key(seed), draws)
         largest, t = _under_signs(
-            jnp.asarray(np.where(there, grids, 0.0)), jnp.asarray(there.sum(0, dtype=float)), keys
+            jnp.asarray(np.where(present, grids, 0.0)), jnp.asarray(present.sum(0, dtype=float)), keys
         )
-    most, t = np.sort(np.asarray(largest)), np.asarray(t)
-    reached = draws - np.searchsorted(most, np.abs(t) * (1 - 1e-6), side="left")
+    maxima, t = np.sort(np.asarray(largest)), np.asarray(t)
+    reached = draws - np.searchsorted(maxima, np.abs(t) * (1 - 1e-6), side="left")
     return t, np.where(np.isnan(t), np.nan, (1 + reached) / (1 + draws))
 
 
 @jax.jit
 def _under_signs(effects: Float[Array, "cluster cell"], count: Float[Array, " cell"], keys: Array):
-    """The grid's largest |t| under the signs of every key; and t under the observed ones."""
-    squares = jnp.sum(effects**2, axis=0)  # no sign changes them
+    """The grid's largest |t| under the random signs of every key, and t under the observed signs."""
+    squares = jnp.sum(effects**2, axis=0)  # the same under all signs
 
     def t_of(total):
         mean = total / count
@@ -141,10 +175,12 @@ def _under_signs(effects: Float[Array, "cluster cell"], count: Float[Array, " ce
 
 
 def _each(result: Any, function: Callable[[Any], Any]) -> Any:
+    """`function` of a DataArray, or of every variable of a Dataset."""
     return result.map(function, keep_attrs=True) if hasattr(result, "data_vars") else function(result)
 
 
 def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
+    """`bootstrap` of a single metric."""
     import xarray as xr
 
     _check_prompts(result)
@@ -152,10 +188,10 @@ def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
     if n < 2:
         raise ValueError(f"a bootstrap over prompts needs at least two, given {n}")
     if _coordinate(result, "source") is None:
-        effect, of = result - _run(result, "base"), "result - base"
+        effect, interval_of = result - _run(result, "base"), "result - base"
         scale = effect.notnull().astype(np.float64)
     else:
-        (effect, scale), of = _effect_and_scale(result), "(result - base) / (source - base)"
+        (effect, scale), interval_of = _effect_and_scale(result), "(result - base) / (source - base)"
     picks = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)  # [draw, batch] counts
     effects = effect.transpose("batch", ...)
     values, weights = (x.transpose("batch", ...).values.reshape(n, -1) for x in (effect, scale))
@@ -163,20 +199,19 @@ def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
     with np.errstate(invalid="ignore", divide="ignore"):
         means = total(values) / total(weights)
     bounds = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
-    bounds = np.where(
-        np.isinf(values).any(axis=0), np.nan, bounds
-    )  # what is infinite is not left out, and has no interval
+    # Infinite values are not left out as NaN is: a cell that has one has no interval.
+    bounds = np.where(np.isinf(values).any(axis=0), np.nan, bounds)
     dims = effects.dims[1:]
     coords: dict[Any, Any] = {"bound": ["low", "high"], **{d: result[d] for d in dims if d in result.coords}}
     shape = (2, *(result.sizes[d] for d in dims))
     return xr.DataArray(
         bounds.reshape(shape), coords, ("bound", *dims), name=result.name,
-        attrs={**result.attrs, "level": level, "interval_of": of},
+        attrs={**result.attrs, "level": level, "interval_of": interval_of},
     )  # fmt: skip
 
 
 def _effect_and_scale(result: Any) -> tuple[Any, Any]:
-    """result - base and source - base, prompt by prompt; both NaN where a prompt has not the cell's position."""
+    """result - base and source - base, prompt by prompt; both are NaN where a prompt lacks the cell's position."""
     _check_prompts(result)
     base, source = (_run(result, which) for which in ("base", "source"))
     size = float(max(np.abs(base).max(), np.abs(source).max()))
@@ -190,7 +225,7 @@ def _effect_and_scale(result: Any) -> tuple[Any, Any]:
 
 
 def _check_prompts(result: Any) -> None:
-    """Raise `ValueError` where the effects of single prompts are gone."""
+    """Raise `ValueError` for a result that does not hold the effects of single prompts."""
     if "batch" not in result.dims:
         raise ValueError(
             f"the result has no dimension 'batch' (its dimensions are {', '.join(map(repr, result.dims)) or 'none'}), over whose prompts"
@@ -199,11 +234,12 @@ def _check_prompts(result: Any) -> None:
 
 
 def _coordinate(result: Any, which: str) -> str | None:
-    """The name of the metric's coordinate on the base or the source run."""
+    """The name of the coordinate that holds the metric on the base or the source run; `None` where there is none."""
     return next((n for n in (which, f"{which}.{result.name}") if n in result.coords), None)
 
 
 def _run(result: Any, which: str) -> Any:
+    """The metric on the base or the source run, `[batch]`; `ValueError` where it is absent or not finite."""
     name = _coordinate(result, which)
     if name is None:
         raise ValueError(

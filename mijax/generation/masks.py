@@ -1,4 +1,4 @@
-"""Masks over a prompt and what is to be generated, for `Where(pos=...)` in `generate`."""
+"""Masks over prompt and new tokens, for `Where(pos=...)` in `generate`."""
 
 import numpy as np
 
@@ -7,7 +7,14 @@ from mijax.model.tokens import Tokens, as_tokens
 
 
 def new_tokens(tokens: Tokens | ArrayLike, max_new_tokens: int) -> Bool[np.ndarray, "batch pos"]:
-    """The mask of every new token, for `Where(pos=new_tokens(prompts, n))` in `generate`.
+    """The mask of the new tokens, for `Where(pos=new_tokens(prompts, n))` in `generate`.
+
+    Args:
+        tokens: the prompts.
+        max_new_tokens: the number of new tokens.
+
+    Returns:
+        `[batch, pos + max_new_tokens]`, True at new tokens.
 
     >>> new_tokens([[1, 2]], 3).tolist()
     [[False, False, True, True, True]]
@@ -16,7 +23,14 @@ def new_tokens(tokens: Tokens | ArrayLike, max_new_tokens: int) -> Bool[np.ndarr
 
 
 def prompt_tokens(tokens: Tokens | ArrayLike, max_new_tokens: int) -> Bool[np.ndarray, "batch pos"]:
-    """The mask of the prompts' own tokens among prompt and new ones, for `Where(pos=...)` in `generate`.
+    """The mask of the prompts' tokens, for `Where(pos=prompt_tokens(prompts, n))` in `generate`.
+
+    Args:
+        tokens: the prompts.
+        max_new_tokens: the number of new tokens.
+
+    Returns:
+        `[batch, pos + max_new_tokens]`, True at the prompts' real tokens.
 
     >>> prompt_tokens([[1, 2]], 3).tolist()
     [[True, True, False, False, False]]
@@ -25,7 +39,14 @@ def prompt_tokens(tokens: Tokens | ArrayLike, max_new_tokens: int) -> Bool[np.nd
 
 
 def current_tokens(tokens: Tokens | ArrayLike, max_new_tokens: int) -> Bool[np.ndarray, "batch pos"]:
-    """The mask of each prompt's last token and every new one: those that a next token is read from, in `generate`.
+    """The mask of the tokens that a next token is read from, for `Where(pos=current_tokens(prompts, n))` in `generate`.
+
+    Args:
+        tokens: the prompts.
+        max_new_tokens: the number of new tokens.
+
+    Returns:
+        `[batch, pos + max_new_tokens]`, True at each prompt's last token and at new tokens.
 
     >>> current_tokens([[1, 2]], 3).tolist()
     [[False, True, True, True, True]]

@@ -1,1 +1,1 @@
-"""Interventions as data: where, what, and the tap that applies them."""
+"""Interventions as data: where they act, what they do, and the taps that apply them."""

@@ -13,7 +13,13 @@ from mijax.model.tap import Tap
 
 
 class Kept(NamedTuple):
-    """What is kept: of this layer; of the layers that are asked for, in slots; at sites without layers."""
+    """The state of `Capturing` during a run: activations by site.
+
+    Attributes:
+        layer: those of the current layer, at sites captured in all layers.
+        slots: those of sites captured in the layers that a `Where` lists, one slot for each listed layer.
+        outer: those of sites without a layer axis.
+    """
 
     layer: dict[str, Array]
     slots: dict[str, Array]
@@ -21,9 +27,13 @@ class Kept(NamedTuple):
 
 
 class Capturing(Tap):
-    """Keeps what stands at some sites, narrowed as asked: of all layers, or of those that a `Where` names.
+    """Keeps the activations of some sites, narrowed by a `Where`: of all layers, or of those that the `Where` names.
 
-    The result holds the activations by site, with the layers in front where the site has them.
+    The result holds the activations by site, with the layers in front where the site has a layer axis.
+
+    Args:
+        captures: for each captured site, which entries are kept; `None` for the whole site.
+        n_layers: the number of layers of the model.
     """
 
     users_code = False
@@ -32,60 +42,73 @@ class Capturing(Tap):
 
     @property
     def sites(self):
-        """Those that are captured."""
+        """The captured sites."""
         return frozenset(self.captures)
 
     def init(self, sites, frame, zero):
-        """Empty slots, and zeros where a site stands in some layer only."""
+        """Zeros in all slots, and at the sites that stand inside the layers without a layer axis."""
         batch, pos, keys = *frame.positions.shape, frame.keys.shape[1]
         slots = {}
-        for name, wanted in self._layers().items():
+        for name, layers in self._layers().items():
             site = sites[name]
             shape = narrowed_shape(self.captures[name], site.inner_axes, site.shape(batch, pos, keys)[1:])
-            slots[name] = jax.lax.full_like(zero, 0, shape=(wanted.size, *shape))
+            slots[name] = jax.lax.full_like(zero, 0, shape=(layers.size, *shape))
         inside = [sites[name] for name in self.captures if sites[name].is_inside and not sites[name].has_layer]
         shape = lambda site: narrowed_shape(self.captures[site.name], site.axes, site.shape(batch, pos, keys))
         return Kept({}, slots, {site.name: jax.lax.full_like(zero, 0, shape=shape(site)) for site in inside})
 
     def at(self, point, x, state):
-        """Keep it; nothing is changed."""
+        """Keep the activation, and return it unchanged."""
         if point.copy:
             return x, state
         site, name = point.site, point.site.name
         where = self.captures[name]
-        kept = x if where is None else narrow(x, where, site.inner_axes, known_axes(point, x.shape))
+        activation = x if where is None else narrow(x, where, site.inner_axes, known_axes(point, x.shape))
         if not site.has_layer:
-            return x, state._replace(outer={**state.outer, name: kept})
+            return x, state._replace(outer={**state.outer, name: activation})
         if name not in state.slots:
-            return x, state._replace(layer={**state.layer, name: kept})
+            return x, state._replace(layer={**state.layer, name: activation})
         assert point.layer is not None
         slot = first_slot(self._layers()[name], point.layer)
-        filled = state.slots[name].at[slot].set(kept, mode="drop")
+        filled = state.slots[name].at[slot].set(activation, mode="drop")
         return x, state._replace(slots={**state.slots, name: filled})
 
     def close(self, state):
-        """Stack what is kept of every layer."""
+        """Hand over this layer's activations, to be stacked over layers."""
         return state._replace(layer={}), state.layer
 
     def result(self, state, stacked):
         """All activations by site."""
-        of_first = lambda wanted: jnp.argmax(wanted[:, None] == wanted[None, :], axis=1)  # a layer may be listed twice
+        of_first = lambda layers: jnp.argmax(layers[:, None] == layers[None, :], axis=1)  # a layer may be listed twice
         slots = {name: x[of_first(self._layers()[name])] for name, x in state.slots.items()}
         return {**stacked, **state.outer, **slots}
 
     def tiled(self, count: int) -> "Capturing":
-        """The same in a batch that holds the examples `count` times, one batch after the other."""
+        """The same captures for a batch that repeats the examples.
+
+        Args:
+            count: how many times the batch holds the examples, one copy of the batch after the other.
+        """
         captures = {name: where and where.tiled(count) for name, where in self.captures.items()}
         return Capturing(captures, self.n_layers)
 
     def _layers(self) -> dict[str, Int[Array, " k"]]:
-        """The layers of the sites of which not all are kept."""
-        named = {name: Where() if where is None else where for name, where in self.captures.items()}
-        layers = {name: where.layers(self.n_layers) for name, where in named.items()}
-        return {name: wanted for name, wanted in layers.items() if wanted is not None}
+        """The listed layers of each site of which not all layers are kept."""
+        wheres = {name: Where() if where is None else where for name, where in self.captures.items()}
+        layers = {name: where.layers(self.n_layers) for name, where in wheres.items()}
+        return {name: index for name, index in layers.items() if index is not None}
 
 
 def first_slot(wanted: Int[Array, " k"], layer: Int[Array, ""]) -> Int[Array, ""]:
-    """Where a layer's activation goes: to its first place among the wanted ones, or out of range, where it is dropped."""
+    """The slot in which a layer's activation is stored.
+
+    Args:
+        wanted: the layers that are captured, one for each slot.
+        layer: the number of the current layer.
+
+    Returns:
+        The first index of `layer` in `wanted`; `k`, which is out of range so that the activation is dropped, where
+        it is not in the list.
+    """
     hits = wanted == layer
     return jnp.where(jnp.any(hits), jnp.argmax(hits).astype(jnp.int32), wanted.size)

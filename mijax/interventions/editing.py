@@ -15,13 +15,17 @@ from mijax.model.tap import Point, Tap, all_heads
 
 
 class Editing(Tap):
-    """Applies the edits of each site, in their order, to what they select; their operands are `canonical`."""
+    """Applies the edits of each site, in their order, to the entries that each edit selects.
+
+    Args:
+        edits: the edits of each site; their operands and bases are in the form that `edits.canonical` gives.
+    """
 
     edits: dict[str, tuple[Edit, ...]]
 
     @property
     def sites(self):
-        """Those that are edited."""
+        """The edited sites."""
         return frozenset(self.edits)
 
     def at(self, point, x, state):
@@ -31,23 +35,27 @@ class Editing(Tap):
         return x, state
 
     def heads(self, site):
-        """Those that the edits select."""
-        every = all_heads(site)
-        lists = [None if isinstance(edit, Apply) else edit.where.heads(every.size) for edit in self.edits[site.name]]
-        named = [heads for heads in lists if heads is not None]
-        return every if len(named) < len(lists) or sum(h.size for h in named) >= every.size else jnp.concatenate(named)
+        """The heads that the edits select."""
+        full = all_heads(site)
+        lists = [None if isinstance(edit, Apply) else edit.where.heads(full.size) for edit in self.edits[site.name]]
+        selected = [heads for heads in lists if heads is not None]
+        return (
+            full
+            if len(selected) < len(lists) or sum(h.size for h in selected) >= full.size
+            else jnp.concatenate(selected)
+        )
 
     def per_layer(self, sites):
-        """Operands and bases with an axis of layers."""
-        own, rest = {}, {}
-        for name, several in self.edits.items():
-            pairs = [_per_layer(edit, sites[name]) for edit in several]
-            own[name], rest[name] = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
-        return Editing(own), Editing(rest)
+        """Split off the operands and bases that have an axis of layers."""
+        layered, rest = {}, {}
+        for name, site_edits in self.edits.items():
+            pairs = [_per_layer(edit, sites[name]) for edit in site_edits]
+            layered[name], rest[name] = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+        return Editing(layered), Editing(rest)
 
 
 def _per_layer(edit: Edit, site: Site) -> tuple[Any, Any]:
-    """What of an edit differs between layers, with an axis of them in front; and the rest, without one."""
+    """The arrays of an edit that differ between layers, with the layer axis in front; and the others, without one."""
     spec: Any = jax.tree.map(lambda _: False, edit)
     if not site.has_layer:
         return eqx.partition(edit, spec)
@@ -61,7 +69,16 @@ def _per_layer(edit: Edit, site: Site) -> tuple[Any, Any]:
 
 
 def edited(edit: Edit, point: Point, x: Array) -> Array:
-    """What stands at a point after an edit, whose operands hold this layer's entries only."""
+    """The activation at a point after one edit.
+
+    Args:
+        edit: the edit; its operands and bases hold the current layer's entries only.
+        point: the site, the layer and the positions of the tokens.
+        x: the activation inside one layer, with the site's inner axes.
+
+    Returns:
+        The activation, in which the entries that `edit.where` selects are edited, with the shape of `x`.
+    """
     axes = known_axes(point, x.shape)
     if isinstance(edit, Apply):
         new = edit(x, point.site.name, point.layer, point.frame.positions)
@@ -71,11 +88,11 @@ def edited(edit: Edit, point: Point, x: Array) -> Array:
 
 
 def _narrowed(edit: Edit, axes: Sequence[str], known: Mapping[str, Axis]) -> Any:
-    """The edit with its operands narrowed to the entries that are there, of axes that are not whole."""
+    """The edit with operands and bases narrowed to the entries of the activation, on axes that it holds in part."""
     for name in (*edit.operands, *edit.bases):
         value = jnp.asarray(getattr(edit, name))
-        own = axes if name in edit.operands else [axis for axis in axes if axis in ("head", "kv_head")]
-        for i, axis in enumerate(own):
+        value_axes = axes if name in edit.operands else [axis for axis in axes if axis in ("head", "kv_head")]
+        for i, axis in enumerate(value_axes):
             entries = known[axis].entries
             if entries is not None and value.shape[i] > 1:
                 value = jnp.take(value, entries, axis=i)

@@ -1,4 +1,4 @@
-"""What is done at a site: small pytrees whose arrays can be vmapped and differentiated."""
+"""Edits, what is done at a site: small pytrees whose arrays can be vmapped and differentiated."""
 
 import abc
 import dataclasses
@@ -21,9 +21,9 @@ from mijax.model.tokens import is_concrete
 
 
 def _number(value: Any) -> Any:
-    """An array of floats; Python numbers are taken at the site's precision."""
+    """An array of floats; a Python number becomes a scalar that takes the site's precision."""
     if isinstance(value, bool | int | float):
-        return np.asarray(value, np.float64)  # JAX rounds it to what the site has
+        return np.asarray(value, np.float64)  # `_fit` rounds it to the dtype of the site
     if not isinstance(value, jax.Array):
         value = np.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -32,7 +32,7 @@ def _number(value: Any) -> Any:
 
 
 def _basis(basis: Any) -> Any:
-    """Rows `[*layer, k, unit]`; raises where they are known to be dependent."""
+    """Rows `[*layer, k, unit]`; `ValueError` where their values are known and they are linearly dependent."""
     basis = _number(basis)
     basis = basis[None] if basis.ndim == 1 else basis
     if basis.shape[-2] > basis.shape[-1]:
@@ -56,13 +56,20 @@ def _orthonormal(basis: Float[Array, "*layer k unit"]) -> Float[Array, "*layer k
 
 
 class Edit(eqx.Module):
-    """An edit: `edit(x)` is what the site becomes, and only what `where` selects becomes it.
+    """An edit: `edit(x)` is the edited activation, and the site takes its values at the entries that `where` selects.
 
-    The arrays named in `operands` broadcast against the site as in NumPy: one of lower rank stands for the last of the
-    site's axes (a vector `[unit]` for all layers, prompts and positions), one of full rank, layer axis included, gives
-    each layer its own. Where an operand of lower rank would fit other axes as well (`[n_layers, d_model]` where a prompt has
-    `n_layers` tokens), that is an error; `axes` says which ones are meant: `Add(vectors, axes=("layer", "unit"))`. Those named
-    in `bases` are `[k, unit]`, or one per layer `[layer, k, unit]`, per head `[head, k, unit]`, or both.
+    The arrays named in `operands` broadcast against the site as in NumPy: an operand of lower rank has the last of
+    the site's axes (a vector `[unit]` applies to all layers, prompts and positions), and one of full rank, layer
+    axis included, has a value for each layer. Where an operand of lower rank would fit other axes as well
+    (`[n_layers, d_model]` where a prompt has `n_layers` tokens), that is an error; `axes` names the axes that are
+    meant: `Add(vectors, axes=("layer", "unit"))`. The arrays named in `bases` are `[k, unit]`, or one per layer
+    `[layer, k, unit]`, per head `[head, k, unit]`, or both.
+
+    Attributes:
+        operands: the names of the fields that are operands.
+        bases: the names of the fields that are bases.
+        where: the entries of the site that are edited.
+        axes: the names of the operands' axes; `None` for the last ones.
     """
 
     operands: ClassVar[tuple[str, ...]] = ()
@@ -72,11 +79,24 @@ class Edit(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, x: Array, *point: Any) -> Array:
-        """The edited activation, everywhere; `point` (site, layer, positions) is given to functions alone."""
+        """The edited activation, at all entries whether `where` selects them or not.
+
+        Args:
+            x: the activation inside one layer.
+            point: site, layer and positions; only `Apply` is called with them.
+        """
 
 
 class Replace(Edit):
     """Put `value` in place of the activation: patching, ablation, freezing.
+
+    Args:
+        value: a float, or an array of floats that broadcasts against the site (see `Edit`).
+        where: the entries that are edited; the whole site by default.
+        axes: the names of the axes of `value`, where it could be read in two ways.
+
+    Raises:
+        TypeError: for a value that is not floating point.
 
     >>> Replace(0.5)(jnp.array([1.0, 3.0])).tolist()
     [0.5, 0.5]
@@ -95,6 +115,14 @@ class Replace(Edit):
 class Scale(Edit):
     """Multiply the activation by `factor`.
 
+    Args:
+        factor: a float, or an array of floats that broadcasts against the site (see `Edit`).
+        where: the entries that are edited; the whole site by default.
+        axes: the names of the axes of `factor`, where it could be read in two ways.
+
+    Raises:
+        TypeError: for a factor that is not floating point.
+
     >>> Scale(2.0)(jnp.array([1.0, 3.0])).tolist()
     [2.0, 6.0]
     """
@@ -112,6 +140,14 @@ class Scale(Edit):
 class Add(Edit):
     """Add `vector` to the activation: steering.
 
+    Args:
+        vector: a float, or an array of floats that broadcasts against the site (see `Edit`).
+        where: the entries that are edited; the whole site by default.
+        axes: the names of the axes of `vector`, where it could be read in two ways.
+
+    Raises:
+        TypeError: for a vector that is not floating point.
+
     >>> Add([1.0, 0.0])(jnp.array([1.0, 3.0])).tolist()
     [2.0, 3.0]
     """
@@ -127,10 +163,19 @@ class Add(Edit):
 
 
 class Project(Edit):
-    """Project the span of `basis` (`[unit]`, `[k, unit]`, or one per layer, per head or both) out of the activation.
+    """Project the span of `basis` out of the activation.
 
-    The rows need not be orthonormal. Raises `ValueError` where they are linearly dependent; where that is known only
-    inside a trace, the result is NaN.
+    The result is NaN where the rows turn out to be linearly dependent only inside a trace.
+
+    Args:
+        basis: `[unit]`, `[k, unit]`, or one per layer `[layer, k, unit]`, per head `[head, k, unit]`, or both. The
+            rows need not be orthonormal.
+        where: the entries that are edited; the whole site by default.
+        axes: not needed, as there are no operands.
+
+    Raises:
+        TypeError: for a basis that is not floating point.
+        ValueError: for rows that are linearly dependent or not finite, or more rows than units.
 
     >>> Project([0.0, 2.0])(jnp.array([[1.0, 3.0]])).tolist()
     [[1.0, 0.0]]
@@ -149,8 +194,18 @@ class Project(Edit):
 class Interchange(Edit):
     """Replace the part of the activation in the span of `basis` by that of `value`.
 
-    The interchange intervention of distributed alignment search (Geiger et al. 2024). The gradient
-    with respect to `basis` is that of the subspace.
+    The interchange intervention of distributed alignment search (Geiger et al. 2024). The gradient with respect to
+    `basis` is that of the subspace.
+
+    Args:
+        value: a float, or an array of floats that broadcasts against the site (see `Edit`).
+        basis: `[unit]`, `[k, unit]`, or one per layer, per head or both, as for `Project`.
+        where: the entries that are edited; the whole site by default.
+        axes: the names of the axes of `value`, where it could be read in two ways.
+
+    Raises:
+        TypeError: for a value or a basis that is not floating point.
+        ValueError: for rows that are linearly dependent or not finite, or more rows than units.
 
     >>> Interchange([5.0, 7.0], [0.0, 2.0])(jnp.array([[1.0, 3.0]])).tolist()
     [[1.0, 7.0]]
@@ -169,9 +224,18 @@ class Interchange(Edit):
 
 
 class Mix(Edit):
-    """Mix the activation with `value`: all its own at `gate` 0, all `value` at 1.
+    """Mix the activation with `value`: the activation unchanged at `gate` 0, `value` at 1.
 
-    The derivative with respect to the gate, at 0, is attribution patching's estimate of `Replace`.
+    The derivative with respect to the gate, at 0, is attribution patching's estimate of the effect of `Replace`.
+
+    Args:
+        gate: a float, or an array of floats that broadcasts against the site (see `Edit`).
+        value: likewise, what the activation is mixed with.
+        where: the entries that are edited; the whole site by default.
+        axes: the names of the axes of both operands, where they could be read in two ways.
+
+    Raises:
+        TypeError: for a gate or a value that is not floating point.
 
     >>> Mix(0.5, [5.0, 7.0])(jnp.array([1.0, 3.0])).tolist()
     [3.0, 5.0]
@@ -184,34 +248,39 @@ class Mix(Edit):
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
     def __call__(self, x, *point):
-        """`(1 - gate) * x + gate * value`, exact at both ends, whatever stands at the other."""
+        """`(1 - gate) * x + gate * value`: exactly `x` at gate 0, `value` at gate 1, even if the other is infinite."""
         return _mix(_fit(self.gate, x), x, _fit(self.value, x))
 
 
 @jax.custom_jvp
 def _mix(gate: Array, x: Array, value: Array) -> Array:
-    # 0 * inf is NaN: a gate of 0 would let through an infinite value (a cut score), one of 1 an infinite activation.
+    # 0 * inf is NaN: at gate 0 an infinite `value` (a masked score) would give NaN, at gate 1 an infinite activation.
     return jnp.where(gate == 0, x, jnp.where(gate == 1, value, (1 - gate) * x + gate * value))
 
 
 def _mix_tangent(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Any]:
     gate, x, value = primals
     slopes = (value - x, 1 - gate, gate)
-    moved = [t * slope for t, slope in zip(tangents, slopes) if not isinstance(t, SymbolicZero)]
-    return _mix(gate, x, value), sum(moved[1:], moved[0])
+    terms = [t * slope for t, slope in zip(tangents, slopes) if not isinstance(t, SymbolicZero)]
+    return _mix(gate, x, value), sum(terms[1:], terms[0])
 
 
 _mix.defjvp(_mix_tangent, symbolic_zeros=True)
 
 
 class Apply(Edit):
-    """Let a function of your own edit what `where` selects: `function(x, site, layer, positions)` gives the edited `x`.
+    """Edit the entries that `where` selects by a function of your own.
 
-    `x` is the whole activation inside one layer, of the same shape, `layer` its number (traced; `None` at sites without
-    layers), `positions` `[batch, pos]` count real tokens. In place of `Apply(function)` the function itself may stand.
-    It is called afresh at every call of `run` or a driver, so that it may read outer variables; its arrays may be
-    vmapped and differentiated where it is an Equinox module or closes over them. A function that mixes positions says so by an
-    attribute `mixes_positions = True`: generation, which computes positions apart, then refuses it.
+    In place of `Apply(function)` the function itself may be given. It is called anew at every call of `run` or a
+    driver, so that it may read outer variables; its arrays may be vmapped and differentiated where it is an Equinox
+    module or closes over them. A function that mixes positions declares it by an attribute
+    `mixes_positions = True`: generation, which computes positions separately, then refuses it.
+
+    Args:
+        function: `function(x, site, layer, positions)` returns the edited `x`, of the same shape and dtype. `x` is
+            the whole activation inside one layer, `site` the name of the site, `layer` the layer's number (traced;
+            `None` at sites without layers), and `positions`, `[batch, pos]`, count real tokens.
+        where: the entries that are edited; the whole site by default.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -225,16 +294,16 @@ class Apply(Edit):
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, init=False)
 
     def __call__(self, x, *point):
-        """What the function gives."""
+        """`function(x, *point)`."""
         return self.function(x, *point)
 
 
 @runtime_checkable
 class Callback(Protocol):
-    """Any function may be an edit: see `Apply`."""
+    """A function as an edit: see `Apply`."""
 
     def __call__(self, x: Array, site: str, layer: Int[Array, ""] | None, positions: Int[Array, "batch pos"]) -> Array:
-        """Return the edited `x`, of the same shape; `layer` is `None` at sites without layers."""
+        """The edited `x`, of the same shape and dtype; `layer` is `None` at sites without layers."""
         ...
 
 
@@ -244,11 +313,19 @@ EDITS = (Replace, Scale, Add, Project, Interchange, Mix, Apply)
 
 
 def as_edits(interventions: Interventions | None) -> dict[str, tuple[Edit, ...]]:
-    """Edits by site, each site's in the order in which they act; functions as `Apply`."""
+    """The edits of each site, in the order in which they act, with functions as `Apply`.
+
+    Args:
+        interventions: one edit or several for each site; `None` for no edits.
+
+    Raises:
+        TypeError: for interventions that are not a mapping, and for an edit that is not callable or is an instance
+            of a subclass of `Edit` other than those of mijax.
+    """
     if interventions is not None and not isinstance(interventions, Mapping):
         raise TypeError(f"interventions must map sites to edits, given {type(interventions).__name__}")
-    several = lambda given: given if isinstance(given, list | tuple) else (given,)
-    return {site: tuple(_as_edit(e, site) for e in several(given)) for site, given in (interventions or {}).items()}
+    as_sequence = lambda edits: edits if isinstance(edits, list | tuple) else (edits,)
+    return {site: tuple(_as_edit(e, site) for e in as_sequence(edits)) for site, edits in (interventions or {}).items()}
 
 
 def _as_edit(edit: Any, site: str) -> Edit:
@@ -265,10 +342,16 @@ def _as_edit(edit: Any, site: str) -> Edit:
 
 
 def canonical(edit: Edit, site: Site, stacked: Any = None) -> Edit:
-    """The edit with an axis for each of the site's in its operands, and one for layers and heads in its bases.
+    """The edit with operands that have all axes of the site, and bases that have the site's axes of layers and heads.
 
-    Where `stacked`, a pytree like the edit, marks an array, that is behind an axis of choices. What `check_shapes` refuses
-    must not be given.
+    Args:
+        edit: an edit that `check_shapes` accepts.
+        site: the site that it acts at.
+        stacked: a pytree of booleans of the structure of the edit, which marks arrays with an axis of choices in
+            front; this axis stays in front. `None` where no array has one.
+
+    Returns:
+        The edit, with axes of size 1 where an array had none, and `axes=None`.
     """
     marked = lambda name: bool(stacked is not None and getattr(stacked, name))
     full = {name: in_full(getattr(edit, name), name, edit.axes, site, marked(name)) for name in edit.operands}
@@ -279,7 +362,16 @@ def canonical(edit: Edit, site: Site, stacked: Any = None) -> Edit:
 
 
 def check_shapes(edit: Edit, site: Site, shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` where an operand does not broadcast to the site's shape, or does so in two ways."""
+    """Check that the operands and bases of an edit fit a site, in one way only.
+
+    Args:
+        edit: the edit.
+        site: the site that it acts at.
+        shape: the shape of the site.
+
+    Raises:
+        ValueError: for an operand or a basis that does not broadcast to the site, or does so in two ways.
+    """
     kind = type(edit).__name__
     for name in edit.operands:
         value = getattr(edit, name)
@@ -295,8 +387,9 @@ def _fit(value: ArrayLike, x: Array) -> Array:
 
 
 def _onto(basis: ArrayLike, x: Array) -> Array:
-    """The part of `x` in the span of `basis`: [k, unit], or one for each head, [head, k, unit]."""
-    # Here, not when the edit is built: a basis in training is updated in place, and must stay a projection.
+    """The part of `x` in the span of `basis`: `[k, unit]`, or one for each head, `[head, k, unit]`."""
+    # Made orthonormal here, not when the edit is built: training changes the basis of a built edit, and the result
+    # must stay a projection.
     basis = _orthonormal(jnp.asarray(basis)).astype(x.dtype)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     if basis.ndim == 3 and len(basis) > 1:

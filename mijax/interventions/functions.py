@@ -17,19 +17,36 @@ SIGNATURE = "(x, site, layer, positions)"
 
 
 def has_functions(edits: Mapping[str, tuple[Edit, ...]]) -> bool:
-    """Whether some edit is a function that is not converted yet."""
-    return any(_unconverted(edit) for several in edits.values() for edit in several)
+    """Whether some edit is a function that is not converted yet.
+
+    Args:
+        edits: the edits of each site.
+    """
+    return any(_unconverted(edit) for site_edits in edits.values() for edit in site_edits)
 
 
 def convert_edits(
     model: Model, edits: Mapping[str, tuple[Edit, ...]], batch: int, pos: int, keys: int, beside: Any
 ) -> dict[str, tuple[Edit, ...]]:
-    """The edits with every function converted, for `pos` tokens of each of `batch` prompts, which attend to `keys`.
+    """The edits with every function converted to a program (`programs.convert`).
 
-    Activations vary over the mesh axes that the arrays of `beside` and of the edits do (inside `shard_map`).
+    Inside `shard_map`, activations vary over the mesh axes over which the arrays of `beside` and of the edits vary.
 
-    Raises `ValueError` for a function that gives another shape or dtype than it takes, `TypeError` for one that takes other
-    arguments; what a function raises itself is told with its site.
+    Args:
+        model: the model whose sites are edited.
+        edits: the edits of each site.
+        batch: the number of prompts.
+        pos: the number of tokens computed of each prompt.
+        keys: the number of tokens that these attend to.
+        beside: a pytree of the arrays that the run takes besides the edits.
+
+    Returns:
+        The edits by site; edits without functions are returned unchanged.
+
+    Raises:
+        ValueError: for a function whose result has another shape or dtype than its input.
+        TypeError: for a function that takes other arguments.
+        Exception: whatever a function itself raises, with a note that names its site.
     """
     if not has_functions(edits):
         return dict(edits)
@@ -48,10 +65,11 @@ def _converted(model: Model, edits: Any, sizes: tuple[int, int, int], keywords: 
         layer = shaped((), jnp.int32) if site.has_layer else None
         return eqx.tree_at(lambda e: e.function, edit, _function(edit.function, site, x, layer, positions))
 
-    return {name: tuple(of_site(edit, model.sites[name]) for edit in several) for name, several in edits.items()}
+    return {name: tuple(of_site(edit, model.sites[name]) for edit in site_edits) for name, site_edits in edits.items()}
 
 
 def _function(function: Any, site: Site, x: jax.ShapeDtypeStruct, layer: Any, positions: Any) -> Converted:
+    """One function as a program, checked for its signature and for the shape and dtype of its result."""
     _check_signature(function, site.name)
     try:
         converted = convert(function, x, site.name, layer, positions)
@@ -66,15 +84,17 @@ def _function(function: Any, site: Site, x: jax.ShapeDtypeStruct, layer: Any, po
         raise
     result = converted.out
     if jax.tree.structure(result) != jax.tree.structure(x) or (result.shape, result.dtype) != (x.shape, x.dtype):
-        given = jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", result)
-        raise ValueError(f"the callable edit at site {site.name!r} returned {given}, expected {x.dtype}{list(x.shape)}")
+        returned = jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", result)
+        raise ValueError(
+            f"the callable edit at site {site.name!r} returned {returned}, expected {x.dtype}{list(x.shape)}"
+        )
     return converted
 
 
 def _check_signature(function: Any, site: str) -> None:
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of what is not written in Python nobody can tell
+    except (TypeError, ValueError):  # a callable that is not written in Python may have no signature to inspect
         return
     try:
         signature.bind(None, site, None, None)

@@ -1,4 +1,4 @@
-"""Which axes of a site an operand's axes are: read off its rank and sizes, or told by the user; and the form with all of them."""
+"""Which axes of its site an operand has, from its rank and sizes or named by the user; operands with all axes."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,61 +10,108 @@ from mijax.model.sites import Site, field_of
 
 
 def in_full(value: Any, operand: str, told: Sequence[str] | None, site: Site, stacked: bool = False) -> Any:
-    """An operand with an axis for each of the site's, of size 1 where it has none; where `stacked`, behind one of choices.
+    """An operand with one axis for each axis of the site, of size 1 where the operand has no such axis.
 
-    Its axes are `told`, or the last ones. Raises `ValueError` for axes that the site lacks, or that are not as many as the
-    operand's.
+    Args:
+        value: the operand, an array of at most the site's rank (besides the axis of choices).
+        operand: its name, for errors.
+        told: the names of the operand's axes, as the user gave them; `None` for the last axes of the site.
+        site: the site that the operand acts at.
+        stacked: whether the operand has an axis of choices in front, which stays in front.
+
+    Returns:
+        The operand, `[*site.axes]`, behind the axis of choices where `stacked`.
+
+    Raises:
+        ValueError: for axes that the site lacks, or whose number is not the rank of the operand.
     """
     lead, shape = jnp.shape(value)[:stacked], jnp.shape(value)[stacked:]
     if told is None or not shape:
         return value.reshape(*lead, *(1,) * (len(site.axes) - len(shape)), *shape)
     names = {name: axis for axis in site.axes for name in (axis, field_of(axis))}
-    known = [names.get(name) for name in told]
-    if None in known or len(set(known)) < len(known):
+    axes = [names.get(name) for name in told]
+    if None in axes or len(set(axes)) < len(axes):
         raise ValueError(f"axes={tuple(told)} must be different axes of site {site.name!r}, some of {', '.join(names)}")
-    if len(shape) != len(known):
-        raise ValueError(f"axes={tuple(told)} are {len(known)}, the {operand} at site {site.name!r} has shape {shape}")
-    order = sorted(range(len(known)), key=lambda i: site.axes.index(known[i]))
-    sizes = {known[i]: shape[i] for i in order}
+    if len(shape) != len(axes):
+        raise ValueError(f"axes={tuple(told)} are {len(axes)}, the {operand} at site {site.name!r} has shape {shape}")
+    order = sorted(range(len(axes)), key=lambda i: site.axes.index(axes[i]))
+    sizes = {axes[i]: shape[i] for i in order}
     moved = value.transpose([*range(stacked), *(i + stacked for i in order)])
     return moved.reshape(*lead, *(sizes.get(axis, 1) for axis in site.axes))
 
 
 def basis_in_full(basis: Any, site: Site, stacked: bool = False) -> Any:
-    """A basis with the axes that a site has of layers and of heads in front of its rows, behind one of choices where `stacked`."""
-    lead, (*given, k, unit) = jnp.shape(basis)[:stacked], jnp.shape(basis)[stacked:]
-    wanted = [axis for axis in ("layer", site.head_axis) if axis in site.axes]
-    if (
-        len(given) == 1 and len(wanted) == 2
-    ):  # of the layers or of the heads: `check_basis` has seen to it that one alone fits
-        given = [given[0], 1] if given[0] == site.sizes["layer"] else [1, given[0]]
-    return basis.reshape(*lead, *(1,) * (len(wanted) - len(given)), *given, k, unit)
+    """A basis with the layer and head axes of the site in front of its rows, of size 1 where the basis has none.
+
+    Args:
+        basis: `[k, unit]`, `[layer, k, unit]`, `[head, k, unit]` or `[layer, head, k, unit]`, as checked by
+            `check_basis`.
+        site: the site that the basis acts at.
+        stacked: whether the basis has an axis of choices in front, which stays in front.
+
+    Returns:
+        The basis, `[layer, head, k, unit]` with those of the two axes that the site has, behind the axis of choices
+        where `stacked`.
+    """
+    lead, (*sizes, k, unit) = jnp.shape(basis)[:stacked], jnp.shape(basis)[stacked:]
+    lead_axes = [axis for axis in ("layer", site.head_axis) if axis in site.axes]
+    if len(sizes) == 1 and len(lead_axes) == 2:  # `check_basis` made sure that it fits only layers or only heads
+        sizes = [sizes[0], 1] if sizes[0] == site.sizes["layer"] else [1, sizes[0]]
+    return basis.reshape(*lead, *(1,) * (len(lead_axes) - len(sizes)), *sizes, k, unit)
 
 
 def check_basis(given: tuple[int, ...], what: str, site: Site, shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` for a basis that does not fit a site of `shape`, or that could be one per layer or one per head."""
+    """Check that the shape of a basis fits a site, in one way only.
+
+    Args:
+        given: the shape of the basis.
+        what: its name, for errors.
+        site: the site that the basis acts at.
+        shape: the shape of the site.
+
+    Raises:
+        ValueError: for a basis that does not fit the site, one at a site without vectors, or one that could be one
+            per layer or one per head.
+    """
     expected = f"the shape of site {site.name!r}, {' '.join(site.axes)} = {shape}"
     if not site.has_vectors:
         raise ValueError(f"{what} needs a site of vectors; the last axis of {expected} is not one")
     sizes, lead = dict(zip(site.axes, shape)), given[:-2]
-    wanted = [axis for axis in ("layer", site.head_axis) if axis in sizes]
-    fits = [axis for axis in wanted if lead == (sizes[axis],)]
-    full = len(lead) == len(wanted) and all(n in (1, sizes[axis]) for n, axis in zip(lead, wanted))
-    ways = " or ".join(["[k, unit]", *(f"[{axis}, k, unit]" for axis in wanted)])
+    lead_axes = [axis for axis in ("layer", site.head_axis) if axis in sizes]
+    fits = [axis for axis in lead_axes if lead == (sizes[axis],)]
+    full = len(lead) == len(lead_axes) and all(n in (1, sizes[axis]) for n, axis in zip(lead, lead_axes))
+    ways = " or ".join(["[k, unit]", *(f"[{axis}, k, unit]" for axis in lead_axes)])
     if given[-1] != shape[-1] or not (lead == () or fits or full):
-        many = f", {ways}, or [layer, head, k, unit]" if len(wanted) == 2 else " (or one per layer)" if wanted else ""
+        many = (
+            f", {ways}, or [layer, head, k, unit]"
+            if len(lead_axes) == 2
+            else " (or one per layer)"
+            if lead_axes
+            else ""
+        )
         raise ValueError(f"{what} has shape {given}, expected [k, {shape[-1]}]{many} for {expected}")
     if len(fits) == 2:
         raise ValueError(
             f"{what} has shape {given}, which could be one per layer or one per head of {expected}: give it as"
-            f" [{sizes['layer']}, 1, ...] or [1, {sizes[wanted[1]]}, ...]"
+            f" [{sizes['layer']}, 1, ...] or [1, {sizes[lead_axes[1]]}, ...]"
         )
 
 
 def check_operand(given: tuple[int, ...], what: str, site: Site, shape: tuple[int, ...]) -> None:
-    """Raise `ValueError` where an operand does not broadcast to a site's shape, or where its axes could be others.
+    """Check that the shape of an operand broadcasts to a site, in one way only.
 
-    At a site of vectors the last axis is the vector's. Axes of size 1 could be any, and it makes no difference.
+    At a site of vectors the last axis of the operand is that of the vectors. An axis of size 1 could be any axis,
+    which makes no difference.
+
+    Args:
+        given: the shape of the operand.
+        what: its name, for errors.
+        site: the site that the operand acts at.
+        shape: the shape of the site.
+
+    Raises:
+        ValueError: for an operand that does not broadcast to the site, or whose axes could be different axes of the
+            site.
     """
     axes = site.axes
     expected = f"the shape of site {site.name!r}, {' '.join(axes)} = {shape}"
@@ -81,14 +128,17 @@ def check_operand(given: tuple[int, ...], what: str, site: Site, shape: tuple[in
         )
 
 
-def _readings(given: tuple[int, ...], site: Site, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """The axes that an operand of lower rank could have, in the site's order; those that differ at axes of size 1 count once."""
+def _readings(operand_shape: tuple[int, ...], site: Site, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """The axes that an operand of lower rank could have, in the site's order.
+
+    Readings that differ only in which axes the operand's axes of size 1 are count once.
+    """
     axes, sizes = site.axes, dict(zip(site.axes, shape))
-    of_vectors = site.has_vectors and bool(given)
+    of_vectors = site.has_vectors and bool(operand_shape)
     readings: dict[tuple, tuple[str, ...]] = {}
-    for reading in itertools.combinations(axes, len(given)):
-        fits = all(n in (1, sizes[axis]) for n, axis in zip(given, reading))
+    for reading in itertools.combinations(axes, len(operand_shape)):
+        fits = all(n in (1, sizes[axis]) for n, axis in zip(operand_shape, reading))
         if fits and not (of_vectors and reading[-1] != axes[-1]):
-            wide = tuple((axis, n) for n, axis in zip(given, reading) if n > 1)
+            wide = tuple((axis, n) for n, axis in zip(operand_shape, reading) if n > 1)
             readings.setdefault(wide, reading)
     return list(readings.values())

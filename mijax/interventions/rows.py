@@ -1,4 +1,4 @@
-"""The taps of packed rows: tokens of many cells at once, each edited, and kept, as its own cell says."""
+"""The taps of packed rows: the tokens of many cells at once, edited and captured as each token's cell prescribes."""
 
 from typing import Any
 
@@ -18,9 +18,14 @@ from mijax.model.tap import Point, Tap
 
 
 class EditingRows(Tap):
-    """Edits rows one by one, or cell by cell where an edit must see, or a site holds, all of a cell.
+    """Edits packed rows one by one.
 
-    `stacked` marks those arrays of `edits` that have a leading axis of cells; edits hold the arrays of all layers.
+    Rows are edited cell by cell where an edit must see all of a cell, or where the site has the axes of all of a
+    cell (scores and patterns).
+
+    Args:
+        edits: the edits of each site, with the arrays of all layers.
+        stacked: for each edit, a pytree of booleans that marks its arrays with a leading axis of cells.
     """
 
     edits: dict[str, tuple[Edit, ...]]
@@ -28,7 +33,7 @@ class EditingRows(Tap):
 
     @property
     def sites(self):
-        """Those that are edited."""
+        """The edited sites."""
         return frozenset(self.edits)
 
     def at(self, point, x, state):
@@ -39,17 +44,24 @@ class EditingRows(Tap):
             if "query" in site.axes or needs_whole_cells(edit, stacked):
                 moved, fixed = eqx.partition(_of_layer(edit, stacked, point), stacked)
                 whole = point._replace(frame=frame.whole)
-                alone = lambda moved, x, fixed=fixed, whole=whole: edited(eqx.combine(moved, fixed), whole, x)
-                x = jax.vmap(alone)(moved, _cells(frame.rows, x, site)).reshape(x.shape)
+                edit_cell = lambda moved, x, fixed=fixed, whole=whole: edited(eqx.combine(moved, fixed), whole, x)
+                x = jax.vmap(edit_cell)(moved, _cells(frame.rows, x, site)).reshape(x.shape)
             else:
                 x = _edited_rows(edit, stacked, point, frame, x)
         return x, state
 
 
 class CapturingRows(Tap):
-    """Keeps for each cell what `Capturing` keeps for a run: the base run's activation where no row computes another.
+    """Keeps for each cell the activations that `Capturing` keeps for a run.
 
-    `base` holds the base run's activations, in full. The result has the cells in front.
+    A token that no row computes has the activation of the base run. The result holds the activations by site, with
+    the cells in front.
+
+    Args:
+        captures: for each captured site, which entries are kept; `None` for the whole site.
+        base: the base run's activations by site, in full.
+        layered: the captured sites that have a layer axis.
+        n_layers: the number of layers of the model.
     """
 
     captures: dict[str, Where | None]
@@ -59,52 +71,53 @@ class CapturingRows(Tap):
 
     @property
     def sites(self):
-        """Those that are captured."""
+        """The captured sites."""
         return frozenset(self.captures)
 
     def init(self, sites, frame, zero):
-        """What every cell would keep, did it change nothing."""
+        """The base run's activations, once for each cell: the result of a cell that changes nothing."""
         assert isinstance(frame, Packed)
-        kept, cells = {}, frame.rows.place.shape[0]
+        state, cells = {}, frame.rows.place.shape[0]
         for name in self.captures:
             site, base = sites[name], self.base[name]
             keep = lambda x, site=site: self._narrowed(Point(site, None, frame.whole), x)
-            own = jax.vmap(keep)(base[self._layers(name)]) if site.has_layer else keep(base)
+            narrowed = jax.vmap(keep)(base[self._layers(name)]) if site.has_layer else keep(base)
             axis = int(site.has_layer)
-            kept[name] = jnp.repeat(jnp.expand_dims(own, axis), cells, axis=axis)
-        return kept
+            state[name] = jnp.repeat(jnp.expand_dims(narrowed, axis), cells, axis=axis)
+        return state
 
     def at(self, point, x, state):
-        """Keep what stands there in every cell; nothing is changed."""
+        """Keep the activation in every cell, and return it unchanged."""
         if point.copy:
             return x, state
         site, name, frame = point.site, point.site.name, point.frame
         assert isinstance(frame, Packed)
         unpack = frame.rows.unpack_queries if "query" in site.axes else frame.rows.unpack
         whole = point._replace(frame=frame.whole, heads=None)
-        own = jax.vmap(lambda x: self._narrowed(whole, x))(unpack(x, self.base[name]))
+        activation = jax.vmap(lambda x: self._narrowed(whole, x))(unpack(x, self.base[name]))
         if point.layer is not None:
             slot = first_slot(self._layers(name), point.layer)
-            own = state[name].at[slot].set(own, mode="drop")
-        return x, {**state, name: own}
+            activation = state[name].at[slot].set(activation, mode="drop")
+        return x, {**state, name: activation}
 
     def result(self, state, stacked):
-        """By site, the cells in front."""
-        of_first = lambda wanted: jnp.argmax(wanted[:, None] == wanted[None, :], axis=1)  # a layer may be listed twice
+        """The activations by site, with the cells in front."""
+        of_first = lambda layers: jnp.argmax(layers[:, None] == layers[None, :], axis=1)  # a layer may be listed twice
         moved = lambda name: jnp.moveaxis(state[name][of_first(self._layers(name))], 1, 0)
         return {name: moved(name) if name in self.layered else state[name] for name in state}
 
     def per_layer(self, sites):
-        """The base run's activations."""
-        own = {name: x if name in self.layered else None for name, x in self.base.items()}
+        """Split off the base run's activations at sites with a layer axis."""
+        layered = {name: x if name in self.layered else None for name, x in self.base.items()}
         rest = {name: None if name in self.layered else x for name, x in self.base.items()}
         at = lambda tap: (tap.captures, tap.base)
-        return eqx.tree_at(at, self, (None, own)), eqx.tree_at(at, self, (self.captures, rest))
+        return eqx.tree_at(at, self, (None, layered)), eqx.tree_at(at, self, (self.captures, rest))
 
     def _layers(self, name: str) -> Int[Array, " k"]:
+        """The captured layers of a site, one for each slot."""
         where = self.captures[name]
-        wanted = None if where is None else where.layers(self.n_layers)
-        return jnp.arange(self.n_layers, dtype=jnp.int32) if wanted is None else wanted
+        layers = None if where is None else where.layers(self.n_layers)
+        return jnp.arange(self.n_layers, dtype=jnp.int32) if layers is None else layers
 
     def _narrowed(self, point: Point, x: Array) -> Array:
         where = self.captures[point.site.name]
@@ -112,19 +125,26 @@ class CapturingRows(Tap):
 
 
 def needs_whole_cells(edit: Edit, stacked: Any) -> bool:
-    """Whether an edit must be given all tokens of a cell: any function might look at all of them, and subspaces that
-    differ between cells would be made orthonormal row by row."""
+    """Whether an edit must be given all tokens of a cell.
+
+    A user's function may look at all tokens. A basis that differs between cells would be made orthonormal for each
+    row rather than once for each cell.
+
+    Args:
+        edit: the edit.
+        stacked: a pytree of booleans that marks the arrays of the edit that differ between cells.
+    """
     return isinstance(edit, Apply) or any(getattr(stacked, name) for name in edit.bases)
 
 
 def _of_layer(edit: Any, stacked: Any, point: Point) -> Any:
-    """The edit with its operands and bases narrowed to one layer, and without an axis of them."""
+    """The edit with its operands and bases narrowed to the point's layer, and without their layer axis."""
     if point.layer is None:
         return edit
     for name in (*edit.operands, *edit.bases):
         leaf, axis = jnp.asarray(getattr(edit, name)), int(getattr(stacked, name))
-        own = jnp.take(leaf, jnp.minimum(point.layer, leaf.shape[axis] - 1), axis=axis)
-        edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, own)
+        value = jnp.take(leaf, jnp.minimum(point.layer, leaf.shape[axis] - 1), axis=axis)
+        edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, value)
     return edit
 
 
@@ -135,7 +155,7 @@ def _edited_rows(edit: Edit, stacked: Any, point: Point, frame: Packed, x: Array
     example, position, length = rows.example, frame.positions[0], frame.whole.lengths[rows.example]
     batch = rows.place.shape[1]
 
-    def one(edit: Edit, example, position, length, x):
+    def edit_row(edit: Edit, example, position, length, x):
         known = {axis: Axis(jnp.arange(n, dtype=jnp.int32), n) for axis, n in zip(site.inner_axes, x.shape)}
         known |= {"batch": Axis(example[None], batch), "pos": Axis(position[None, None], length[None])}
         if layer is not None:
@@ -143,12 +163,12 @@ def _edited_rows(edit: Edit, stacked: Any, point: Point, frame: Packed, x: Array
         return jnp.where(selection(edit.where, site.inner_axes, known), edit(x), x)
 
     moved, fixed = eqx.partition(edit, mapped)
-    whole = lambda moved, *rest: one(eqx.combine(moved, fixed), *rest)
+    whole = lambda moved, *rest: edit_row(eqx.combine(moved, fixed), *rest)
     return jax.vmap(whole)(moved, example, position, length, x[0][:, None, None])[None, :, 0, 0]
 
 
 def _of_rows(edit: Edit, stacked: Any, site: Site, rows: Rows) -> tuple[Edit, Any]:
-    """The edit with each row's part of its arrays in front, where rows differ; and, by array, whether they do."""
+    """The edit with a leading axis of rows in the arrays that differ between rows, and which arrays these are."""
     parts = {}
     for name in edit.operands:
         operand = jnp.asarray(getattr(edit, name))
@@ -163,20 +183,26 @@ def _of_rows(edit: Edit, stacked: Any, site: Site, rows: Rows) -> tuple[Edit, An
 
 
 def _operand_of_rows(operand: Array, stacked: bool, site: Site, rows: Rows) -> tuple[Array, bool]:
-    """`[row, 1, 1, ...]` of an operand that differs between cells (`stacked`: they are in front), prompts or positions; another
-    as it is."""
+    """An operand by row, `[row, 1, 1, ...]`, where it differs between cells, prompts or positions; otherwise unchanged.
+
+    `stacked` says that the operand has a leading axis of cells. The second result says whether it differs between
+    rows.
+    """
     tokens = {"batch": rows.example, "pos": rows.column}
-    first = [axis for axis in site.inner_axes if axis in tokens]  # before all others
+    first = [axis for axis in site.inner_axes if axis in tokens]  # these come before all other axes
     sizes = operand.shape[int(stacked) :]
     index = [tokens[axis] if n > 1 else jnp.zeros_like(rows.cell) for axis, n in zip(first, sizes)]
     if not stacked and all(n == 1 for n in sizes[: len(first)]):
         return operand, False
-    own = operand[(*[rows.cell] * stacked, *index)]
-    return jnp.expand_dims(own, range(1, 1 + len(first))), True
+    by_row = operand[(*[rows.cell] * stacked, *index)]
+    return jnp.expand_dims(by_row, range(1, 1 + len(first))), True
 
 
 def _cells(rows: Rows, x: Array, site: Site) -> Array:
-    """`[cell, batch, ...]` of an activation of all cells: scores stand so already, rows do where all are there."""
+    """`[cell, batch, ...]` of an activation that holds every token of every cell.
+
+    Scores and patterns are ordered by cell and example already; so are packed rows when none is left out.
+    """
     cells, batch, pos = rows.place.shape
     inner = x.shape[1:] if "query" in site.axes else (pos, *x.shape[2:])
     return x.reshape(cells, batch, *inner)

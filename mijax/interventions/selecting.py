@@ -13,11 +13,12 @@ from mijax.model.tap import Point
 
 
 class Axis(NamedTuple):
-    """What indices on one axis are compared with.
+    """The values with which the indices of a `Where` on one axis are compared.
 
-    `labels` are the indices that the axis's entries answer to, `[n]` or `[batch, n]`; `length` is how
-    many there are altogether (per example, where examples differ), for counting from the end. `entries` says
-    which of the whole axis's entries are there, where it is not all of them.
+    Attributes:
+        labels: the index of each entry of the activation on this axis, `[n]` or `[batch, n]`.
+        length: how many indices the axis has altogether, for counting from the end; `[batch]` where examples differ.
+        entries: which entries of the whole axis the activation holds, `[n]`; `None` where it holds all.
     """
 
     labels: Int[Array, "..."]
@@ -26,9 +27,17 @@ class Axis(NamedTuple):
 
 
 def selection(where: Where, axes: Sequence[str], known: Mapping[str, Axis]) -> Bool[Array, "..."]:
-    """True at the selected places; its rank is that of the site inside one layer, with axes of size 1
-    where nothing is narrowed. `known` gives each axis's labels, the current layer's under `layer`."""
-    mask = jnp.ones((1,) * (1 + len(axes)), bool)  # leading: the zipped list
+    """A mask of the selected entries.
+
+    Args:
+        where: which entries are selected.
+        axes: the site's axes inside one layer.
+        known: the labels of each axis, with the current layer's under `layer`.
+
+    Returns:
+        True at the selected entries; one axis for each of `axes`, of size 1 where nothing is narrowed.
+    """
+    mask = jnp.ones((1,) * (1 + len(axes)), bool)  # the leading axis is that of zipped lists
     for axis in ("layer", *axes):
         index = getattr(where, field_of(axis))
         if index is not None:
@@ -37,21 +46,21 @@ def selection(where: Where, axes: Sequence[str], known: Mapping[str, Axis]) -> B
 
 
 def _membership(index: Array, axis: str, axes: Sequence[str], known: Axis) -> Bool[Array, "..."]:
-    """`[k, *axes]`: which entries of the axis the k-th index means."""
+    """`[k, *axes]`: True at the entries of the axis that the k-th index selects."""
     labels = known.labels if known.labels.ndim == 2 else known.labels[None, :]  # [batch or 1, n]
     if index.dtype == bool:
         rows = index if index.ndim == 2 else index[None, :]
         member = (rows if known.entries is None else rows[:, known.entries])[None]
     else:
         length = jnp.reshape(jnp.asarray(known.length, jnp.int32), (1, -1, 1))
-        wanted = (
+        targets = (
             index.reshape(1, 1, 1)
             if index.ndim == 0
             else index[:, None, None]
             if index.ndim == 1
             else index.T[:, :, None]
         )
-        member = (labels[None] == wanted) | (labels[None] - length == wanted)
+        member = (labels[None] == targets) | (labels[None] - length == targets)
     shape = [member.shape[0]] + [1] * len(axes)
     if axis == "batch":
         shape[1 + axes.index("batch")] = member.shape[2]
@@ -63,7 +72,15 @@ def _membership(index: Array, axis: str, axes: Sequence[str], known: Axis) -> Bo
 
 
 def known_axes(point: Point, shape: tuple[int, ...]) -> dict[str, Axis]:
-    """What `Where` is compared with at a point whose activation has (inner) `shape`: every axis's labels, and the layer."""
+    """The labels with which a `Where` is compared at a point.
+
+    Args:
+        point: the site, the layer, and the positions of the tokens.
+        shape: the shape of the activation inside one layer.
+
+    Returns:
+        An `Axis` for each of the site's inner axes, and for `layer` at sites with a layer axis.
+    """
     site, frame, axes = point.site, point.frame, {}
     for axis, n in zip(site.inner_axes, shape):
         if axis in ("pos", "query"):
@@ -80,8 +97,18 @@ def known_axes(point: Point, shape: tuple[int, ...]) -> dict[str, Axis]:
 
 
 def narrow(x: Array, where: Where, axes: Sequence[str], known: Mapping[str, Axis]) -> Array:
-    """Keep of `x` (inside one layer) the entries that `where` names, axis by axis; no axis is dropped."""
-    for axis in sorted(axes, key=lambda axis: axis == "batch"):  # last: positions are known for the whole batch
+    """The entries of an activation that a `Where` names, axis by axis; no axis is dropped.
+
+    Args:
+        x: the activation inside one layer, `[*axes]`.
+        where: which entries are kept.
+        axes: the site's axes inside one layer.
+        known: the labels of each axis.
+
+    Returns:
+        The kept entries, of the shape that `narrowed_shape` gives.
+    """
+    for axis in sorted(axes, key=lambda axis: axis == "batch"):  # batch last: positions differ between examples
         i = axes.index(axis)
         index = getattr(where, field_of(axis))
         if index is None:
@@ -94,14 +121,34 @@ def narrow(x: Array, where: Where, axes: Sequence[str], known: Mapping[str, Axis
 
 
 def narrowed_shape(where: Where | None, axes: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of what `narrow` gives."""
-    given = {} if where is None else where.given
+    """The shape of the result of `narrow`.
+
+    Args:
+        where: which entries are kept; `None` for all.
+        axes: the axes of the activation.
+        shape: their sizes.
+
+    >>> narrowed_shape(Where(pos=[0, -1], head=3), ("batch", "pos", "head", "d_head"), (4, 9, 8, 16))
+    (4, 2, 1, 16)
+    """
+    entries = {} if where is None else where.given
     size = lambda index: jnp.shape(index)[-1] if jnp.ndim(index) else 1
-    return tuple(size(given[field_of(a)]) if field_of(a) in given else n for a, n in zip(axes, shape))
+    return tuple(size(entries[field_of(a)]) if field_of(a) in entries else n for a, n in zip(axes, shape))
 
 
 def index_of_rows(index: Array, stacked: bool, field: str, rows: Rows) -> tuple[Array, bool]:
-    """What an entry of `Where` says to each row, and whether that differs between rows."""
+    """An entry of `Where` as it applies to each packed row.
+
+    Args:
+        index: the entry, with an axis of cells in front where `stacked`.
+        stacked: whether the entry differs between cells.
+        field: the field of `Where` that it belongs to.
+        rows: the cell, example and column of each row.
+
+    Returns:
+        The entry with a leading axis of rows, and True; the entry unchanged, and False, where it is the same for
+        all rows.
+    """
     rank, mask = index.ndim - stacked, index.dtype == bool
     lead = [rows.cell] if stacked else []
     if mask and field == "batch":

@@ -1,4 +1,4 @@
-"""Which part of a site: indices that are data, so that moving an edit never recompiles."""
+"""Which part of a site: indices are data, so that moving an edit never recompiles."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,19 +24,27 @@ def _index(value: Any) -> Any:
 class Where(eqx.Module):
     """Which part of a site, one entry per axis; an axis left out is taken whole.
 
-    An entry is `None` (all of the axis), indices, or a boolean mask over the axis. Indices are read
-    by their rank: 0-d is one, `[k]` are several, `[batch, k]` several for each example. Lists on
-    several axes are zipped, as in NumPy (for products there is `mijax.grid`). `pos`, `query` and
-    `key` count real tokens, padding excluded; negative indices count from the end (a boolean mask is over
-    the columns of the batch, as the tokens' own mask is). `unit` indexes
-    the last axis of vectors: neurons, or dimensions of the stream or of a head. On sites of keys and
-    values, `head` is the key/value head.
+    An entry is `None` (all of the axis), indices, or a boolean mask over the axis. Indices are read by their rank:
+    a 0-d entry is one index, `[k]` are several, `[batch, k]` several for each example. Lists on several axes are
+    zipped, as in NumPy (for products there is `mijax.grid`). Negative indices count from the end. Whether indices
+    are in range is known once the model and the prompts are: `run` and the drivers check it.
+
+    Args:
+        layer: layers.
+        batch: examples.
+        pos: positions. `pos`, `query` and `key` count real tokens, padding excluded; a boolean mask over them is
+            over the columns of the batch, as the tokens' mask is.
+        head: heads; on sites of keys and values, key/value heads.
+        unit: entries of the last axis of vectors: neurons, or dimensions of the stream or of a head.
+        query: positions of queries, on sites of scores and patterns.
+        key: positions of keys, on the same sites.
+
+    Raises:
+        TypeError: for indices that are not integers.
+        ValueError: for ragged lists.
 
     >>> Where(layer=[0, 1], head=[3, 5])  # head 3 of layer 0, head 5 of layer 1
     Where(layer=[0, 1], head=[3, 5])
-
-    Raises `TypeError` for indices that are not integers, `ValueError` for ragged lists. Whether they
-    are in range is known once the model and the prompts are: `run` and the drivers check it.
     """
 
     layer: Any = eqx.field(default=None, converter=_index)
@@ -49,52 +57,92 @@ class Where(eqx.Module):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The axes that are narrowed."""
+        """The entries of the axes that are narrowed, by field."""
         return {field: getattr(self, field) for field in FIELDS if getattr(self, field) is not None}
 
     def narrows(self, field: str) -> bool:
-        """Whether an axis is not taken whole."""
+        """Whether an axis is not taken whole.
+
+        Args:
+            field: the field of the axis.
+        """
         return getattr(self, field) is not None
 
     def only(self, *fields: str) -> "Where":
-        """What it says of some of the axes."""
+        """The same entries for some of the axes, with all others taken whole.
+
+        Args:
+            fields: the fields that stay.
+        """
         return Where(**{field: index for field, index in self.given.items() if field in fields})
 
     def tiled(self, count: int) -> "Where":
-        """The same in a batch that holds the examples `count` times, one batch after the other."""
-        own = {f: jnp.tile(jnp.asarray(i), (count, 1)) if jnp.ndim(i) == 2 else i for f, i in self.given.items()}
-        return Where(**own)
+        """The same places in every copy of the examples, in a batch that repeats them.
+
+        Args:
+            count: how many times the batch holds the examples, one copy of the batch after the other.
+        """
+        fields = {f: jnp.tile(jnp.asarray(i), (count, 1)) if jnp.ndim(i) == 2 else i for f, i in self.given.items()}
+        return Where(**fields)
 
     def with_columns(self, n: int) -> "Where":
-        """The same in a text of `n` columns: masks over tokens are cut, or select nothing of further ones."""
+        """The same places in a batch of another number of columns.
+
+        Args:
+            n: the number of columns. Masks over tokens are cut to it, or extended by columns that they do not
+                select.
+        """
         columns = lambda field, index: field in ("pos", "query", "key") and index.dtype == bool
         fields = {f: resized(i, -1, n, False) if columns(f, i) else i for f, i in self.given.items()}
         return Where(**fields)
 
     def also(self, **fields: Any) -> "Where":
-        """The same with further axes narrowed."""
+        """The same places with further axes narrowed.
+
+        Args:
+            fields: entries by field, of axes that are taken whole so far.
+        """
         return Where(**self.given, **fields)
 
     def without(self, *fields: str) -> "Where":
-        """What it says of the other axes."""
+        """The same entries with some of the axes taken whole.
+
+        Args:
+            fields: the fields that are left out.
+        """
         return Where(**{field: index for field, index in self.given.items() if field not in fields})
 
     def layers(self, n: int) -> Int[Array, " k"] | None:
-        """The numbers of the layers that are named, one by one, of `n`; `None` where all are taken, or they are masked."""
+        """The numbers of the selected layers.
+
+        Args:
+            n: the number of layers of the model.
+
+        Returns:
+            `[k]` layers, counted from 0, in the order of the list; `None` where all are taken, or they are selected
+            by a mask.
+        """
         return _numbers(self.layer, n)
 
     def heads(self, n: int) -> Int[Array, " k"] | None:
-        """The heads that are named for any example, of `n`; `None` where all are taken, or they are masked."""
+        """The numbers of the heads that are selected for any example.
+
+        Args:
+            n: the number of heads of the site.
+
+        Returns:
+            `[k]` heads, counted from 0; `None` where all are taken, or they are selected by a mask.
+        """
         return _numbers(self.head, n)
 
     @property
     def positions(self) -> dict[str, Any]:
-        """The axes of tokens that are narrowed to numbered positions."""
+        """The entries of the axes of tokens that are narrowed by indices, by field."""
         return {f: i for f, i in self.given.items() if f in ("pos", "query", "key") and i.dtype != bool}
 
     @property
     def masks(self) -> dict[str, Any]:
-        """The axes that are narrowed by masks."""
+        """The entries of the axes that are narrowed by masks, by field."""
         return {field: index for field, index in self.given.items() if index.dtype == bool}
 
     def __repr__(self):
@@ -109,7 +157,19 @@ def _numbers(index: Any, n: int) -> Any:
 def check_structure(
     where: Where, site: str, axes: Sequence[str], sizes: dict[str, int], *, zipped: bool = True
 ) -> None:
-    """Raise `ValueError` for an axis the site lacks, ranks and lengths that do not fit together."""
+    """Check that a `Where` fits the axes of a site, as far as shapes tell.
+
+    Args:
+        where: the places.
+        site: the name of the site, for errors.
+        axes: the axes of the site.
+        sizes: the size of each axis, `batch` included.
+        zipped: whether lists on several axes must be equally long.
+
+    Raises:
+        ValueError: for an axis that the site lacks, an index of the wrong rank, a mask of the wrong shape, and
+            lists whose lengths do not fit together; all faults in one message.
+    """
     selectors = {field_of(axis): axis for axis in axes}
     batch, faults, lists = sizes["batch"], [], {}
     for field, index in where.given.items():
@@ -139,10 +199,10 @@ def check_structure(
         raise ValueError("; ".join(faults))
 
 
-def out_of_range(index: Any, length: Any) -> Any:
+def _out_of_range(index: Any, length: Any) -> Any:
     """Which indices do not exist on an axis of `length`: an integer, or `[batch]` lengths of prompts.
 
-    NumPy arrays give a NumPy array, so that what is known on the host is checked there.
+    NumPy arrays give a NumPy array, so that a check of values known on the host runs there.
     """
     if index.dtype == bool:
         return np.zeros((), bool)
@@ -152,20 +212,34 @@ def out_of_range(index: Any, length: Any) -> Any:
 
 
 def any_out_of_range(where: Where, lengths: Mapping[str, Any]) -> Bool[Array, ""]:
-    """Whether an index does not exist, once values are known."""
+    """Whether some index does not exist; a traced value inside a trace.
+
+    Args:
+        where: the places.
+        lengths: by field, the length of the axis: an integer, or `[batch]` lengths of prompts.
+    """
     bad = jnp.zeros((), bool)
     for field, index in where.given.items():
-        bad = bad | jnp.any(out_of_range(index, lengths[field]))
+        bad = bad | jnp.any(_out_of_range(index, lengths[field]))
     return bad
 
 
 def check_range(where: Where, site: str, lengths: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for indices that do not exist, as far as indices and lengths are known."""
+    """Check that indices exist, as far as indices and lengths are known outside a trace.
+
+    Args:
+        where: the places.
+        site: the name of the site, for errors.
+        lengths: by field, the length of the axis: an integer, or `[batch]` lengths of prompts.
+
+    Raises:
+        ValueError: for the first index that is out of range.
+    """
     for field, index in where.given.items():
         if not (is_concrete(index) and is_concrete(lengths[field])):
             continue
         index, length = np.asarray(index), np.asarray(lengths[field])
-        bad = np.argwhere(out_of_range(index, length))
+        bad = np.argwhere(_out_of_range(index, length))
         if len(bad):
             place = tuple(bad[0])
             wide = (

@@ -1,1 +1,1 @@
-"""The transformer: configuration, parameters, and one block that every kind of run calls."""
+"""The transformer: configuration, parameters, and the one block that every kind of run calls."""

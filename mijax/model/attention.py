@@ -1,4 +1,4 @@
-"""Attention, the only statement of it: MHA, GQA and MQA, with every site inside it."""
+"""Attention (MHA, GQA and MQA) with all of its sites. No other module computes it."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from mijax.model.tap import Visit
 
 
 class Attention(eqx.Module):
-    """Projections, stacked over layers. The layouts let products run without transposing weights."""
+    """Projections, stacked over layers. The layouts let matrix products run without transposing weights."""
 
     W_Q: Float[Array, "layer d_model head d_head"]
     W_K: Float[Array, "layer d_model kv_head d_head"]
@@ -28,14 +28,20 @@ class Attention(eqx.Module):
 
 
 class KVCache(NamedTuple):
-    """Keys and values for all tokens of a batch, as attention takes products of them; of one layer, or of all."""
+    """Keys and values of all tokens of a batch as attention reads them (keys rotated), of one layer or of all."""
 
     k: KVHeads | Float[Array, "layer batch key kv_head d_head"]
     v: KVHeads | Float[Array, "layer batch key kv_head d_head"]
 
 
 class Branch(NamedTuple):
-    """The stream on its way into q, k and v: as it is, and after ln1."""
+    """The input of the q, k and v projections.
+
+    Attributes:
+        params: the parameters of ln1.
+        stream: the residual stream before ln1.
+        normed: the residual stream after ln1.
+    """
 
     params: Norm
     stream: Stream
@@ -45,7 +51,20 @@ class Branch(NamedTuple):
 def attention(
     config: Config, params: Attention, ln1: Norm, x: Stream, visit: Visit, state: Any, held: KVCache | None = None
 ) -> tuple[Asked, Any]:
-    """What attention adds to the residual stream `x`, at the tokens that the frame reads; and the tap's state."""
+    """What attention adds to the residual stream, at the positions that the frame reads.
+
+    Args:
+        config: the architecture.
+        params: the projections of one layer (no layer axis).
+        ln1: the norm before them.
+        x: `[batch, pos, d_model]`, the residual stream before the layer.
+        visit: the tap in this layer, with the frame of the tokens of `x`.
+        state: the tap's state.
+        held: keys and values of tokens that are not computed here; `None` where there are none.
+
+    Returns:
+        `[batch, query, d_model]`, the output of attention with bias; and the tap's state.
+    """
     frame, rotary = visit.frame, config.positions == "rotary"
     normed, state = normalised(config, ln1, x, "ln1", visit, state)
     branch = Branch(ln1, x, normed)
@@ -53,7 +72,7 @@ def attention(
     v, state = _project(config, branch, params.W_V, params.b_V, "v", visit, state)
     if rotary:
         k, state = visit("rot_k", rotate(config, k, frame), state)
-    k, v = (frame.join(own, other) for own, other in zip((k, v), (None, None) if held is None else held))
+    k, v = (frame.join(new, cached) for new, cached in zip((k, v), (None, None) if held is None else held))
     if frame.reading is not None:
         frame, index = frame.reading
         branch, visit = Branch(ln1, x[:, index], normed[:, index]), visit._replace(frame=frame)
@@ -62,7 +81,7 @@ def attention(
         q, state = visit("rot_q", rotate(config, q, frame), state)
     z, state = _mix(config, frame.spread(q), k, v, visit, state, params.W_Q.dtype)
     z, state = visit("z", frame.gather(z), state)
-    # As one matrix, whose transpose XLA's products take as it is; with an axis of heads it would be copied.
+    # W_O is flattened to one matrix, whose transpose XLA's products read as it is; with a head axis XLA would copy it.
     out = einsum("bpi,id->bpd", z.reshape(*z.shape[:2], -1), params.W_O.reshape(-1, config.d_model))
     if params.b_O is not None:
         out = out + params.b_O.astype(out.dtype)[None, None]
@@ -71,23 +90,33 @@ def attention(
 
 
 def _mix(config: Config, q: Heads, k: KVHeads, v: KVHeads, visit: Visit, state: Any, dtype) -> tuple[Heads, Any]:
-    """Scores, pattern, and the values that the pattern gathers; a query with no key gathers zero."""
+    """`z`, the pattern-weighted sum of values (zero for a query without any key), and the tap's state."""
     batch, n_query = q.shape[:2]
     scores, state = visit("attn_scores", scaled_scores(q, k, config.attn_scale, dtype), state)
     pattern, state = visit("pattern", masked_softmax(scores, visit.frame), state)
-    # An edit may attend to any token, the future included, but padding is none.
+    # An edited pattern may attend to any real token, future ones included, but never to padding.
     pattern = jnp.where((visit.frame.keys >= 0)[:, None, None, :], pattern, 0.0)
     by_group = pattern.reshape(batch, config.n_kv_heads, -1, n_query, k.shape[1])
-    # 0 * inf is NaN: a value that is not finite must reach the queries that attend to it, and no others.
+    # 0 * inf is NaN: a value that is not finite must make NaN of the queries that attend to it, and of no others.
     finite = jnp.isfinite(v)
     z = einsum("bhgqk,bkhe->bqhge", by_group, jnp.where(finite, v, 0.0), dtype)
-    broken = jnp.moveaxis(~jnp.all(finite, axis=-1), 1, 2)[:, :, None, None]  # [batch, kv_head, 1, 1, key]
-    reached = jnp.moveaxis(jnp.any(broken & (by_group != 0), axis=-1), 3, 1).reshape(q.shape[:3])
-    return jnp.where(reached[..., None], jnp.nan, z.reshape(q.shape)), state
+    bad_keys = jnp.moveaxis(~jnp.all(finite, axis=-1), 1, 2)[:, :, None, None]  # [batch, kv_head, 1, 1, key]
+    bad_queries = jnp.moveaxis(jnp.any(bad_keys & (by_group != 0), axis=-1), 3, 1).reshape(q.shape[:3])
+    return jnp.where(bad_queries[..., None], jnp.nan, z.reshape(q.shape)), state
 
 
 def scaled_scores(q: Heads, k: KVHeads, scale: float, dtype) -> Scores:
-    """Queries times the keys of their key/value head, scaled."""
+    """Products of each query with the keys of its key/value head, times `scale`.
+
+    Args:
+        q: `[batch, query, head, d_head]`.
+        k: `[batch, key, kv_head, d_head]`; the heads of `q` are `kv_head` groups of equal size.
+        scale: the factor, usually `1 / sqrt(d_head)`.
+        dtype: the dtype in which to multiply, usually that of the parameters.
+
+    Returns:
+        `[batch, head, query, key]`, before the mask.
+    """
     (batch, n_query, n_heads, d_head), (_, n_key, n_kv_heads, _) = q.shape, k.shape
     grouped = q.reshape(batch, n_query, n_kv_heads, n_heads // n_kv_heads, d_head)
     scores = einsum("bqhge,bkhe->bhgqk", grouped, k, dtype) * scale
@@ -95,9 +124,19 @@ def scaled_scores(q: Heads, k: KVHeads, scale: float, dtype) -> Scores:
 
 
 def masked_softmax(scores: Scores, frame: Frame) -> Scores:
-    """The pattern of scores over the keys that each query may see."""
-    allowed = frame.sight.allowed[:, None] & (scores != -jnp.inf)  # an edit may cut a key by -inf; NaN stays NaN
-    # A row without any key (padding, or all cut) comes out uniform here and zero below, never NaN.
+    """The attention pattern: softmax of the scores over the keys that each query may see.
+
+    A key with a score of -inf is cut, as an edit may do. A query without any key has a pattern of zeros.
+
+    Args:
+        scores: `[batch, head, query, key]`, before the causal and padding mask.
+        frame: says which keys each query may see.
+
+    Returns:
+        `[batch, head, query, key]`, rows that sum to one, or to zero.
+    """
+    allowed = frame.sight.allowed[:, None] & (scores != -jnp.inf)  # NaN is not masked and stays NaN
+    # A row without any key (padding, or all keys cut) comes out of the softmax uniform, and is set to zero; never NaN.
     pattern = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
     return jnp.where(allowed, pattern, 0.0)
 
@@ -105,6 +144,11 @@ def masked_softmax(scores: Scores, frame: Frame) -> Scores:
 def _project(
     config: Config, branch: Branch, W: Array, b: Array | None, name: str, visit: Visit, state: Any
 ) -> tuple[Heads, Any]:
+    """Queries, keys or values (`name` is "q", "k" or "v"), and the tap's state.
+
+    Where the tap is called at the heads' input site (`q_input`, ...), the projection of each listed head is changed by
+    the projection of the change in its input.
+    """
     flat = einsum("bpd,di->bpi", branch.normed, W.reshape(config.d_model, -1))
     out = flat.reshape(*flat.shape[:2], *W.shape[1:])
     if b is not None:
@@ -123,7 +167,7 @@ def _project(
 def _result_change(
     z: Heads, W_O: Float[Array, "head d_head d_model"], visit: Visit, state: Any
 ) -> tuple[Stream | float, Any]:
-    """What edits of `result` change in the sum over heads, computed for the edited heads only."""
+    """The change that edits of `result` make to its sum over heads, computed for the edited heads only."""
     heads = visit.heads("result")
     if heads is None:
         return 0.0, state
@@ -133,6 +177,6 @@ def _result_change(
 
 
 def _first_of_each(heads: Int[Array, " k"]) -> Bool[Array, "1 1 k 1"]:
-    """Where a head is listed for the first time: one listed twice must count once."""
-    seen = jnp.tril(heads[:, None] == heads[None, :], k=-1)
-    return ~jnp.any(seen, axis=1)[None, None, :, None]
+    """Where a head is listed for the first time: a head listed twice must count once."""
+    repeats = jnp.tril(heads[:, None] == heads[None, :], k=-1)
+    return ~jnp.any(repeats, axis=1)[None, None, :, None]

@@ -1,4 +1,4 @@
-"""One layer. There is no other statement of it: every kind of run calls this one, by way of the walk."""
+"""One layer. No other module computes it: every kind of run calls `block`, through the walk over layers."""
 
 from typing import Any
 
@@ -31,34 +31,45 @@ def block(
     held: KVCache | None = None,
     attended: Bool[Array, ""] | None = None,
 ) -> tuple[Asked, Any]:
-    """Run one layer (`params` without the layer axis) on the residual stream, or what the frame reads of it.
+    """Run one layer.
 
-    `held` are the keys and values of tokens that are not computed. Where `attended` is true, `x` holds already what attention
-    adds to it, and the second half alone is run. Gives the stream and the tap's state.
+    Args:
+        config: the architecture.
+        params: the parameters of the layer (no layer axis).
+        x: `[batch, pos, d_model]`, the residual stream before the layer.
+        visit: the tap in this layer, with the frame of the tokens of `x`.
+        state: the tap's state.
+        held: keys and values of tokens that are not computed here.
+        attended: where true, `x` already contains the output of the layer's attention, and only the second half of
+            the layer is run.
+
+    Returns:
+        `[batch, query, d_model]`, the residual stream after the layer at the positions that the frame reads (usually
+        all); and the tap's state.
     """
     frame = visit.frame
-    first = lambda x, state: _attend(config, params, x, visit, state, held)
+    first_half = lambda x, state: _attend(config, params, x, visit, state, held)
     if attended is None:
-        x, after, state = first(x, state)
+        x, after, state = first_half(x, state)
     else:
         x, after, state = jax.lax.cond(
-            attended, lambda x, state: (frame.read(x), frame.read(x), state), first, x, state
+            attended, lambda x, state: (frame.read(x), frame.read(x), state), first_half, x, state
         )
     if frame.reading is not None:
         visit = visit._replace(frame=frame.reading[0])
     if params.mlp is not None and params.ln2 is not None:
         if not config.parallel:
             after, state = visit("resid_mid", after, state)
-        added, state = mlp(config, params.mlp, params.ln2, x if config.parallel else after, visit, state)
-        after = after + added
+        mlp_out, state = mlp(config, params.mlp, params.ln2, x if config.parallel else after, visit, state)
+        after = after + mlp_out
     return visit("resid_post", after, state)
 
 
 def _attend(
     config: Config, params: Block, x: Stream, visit: Visit, state: Any, held: KVCache | None
 ) -> tuple[Asked, Asked, Any]:
-    """The stream before and after attention, and the tap's state."""
+    """The stream before and after attention, at the positions that the frame reads, and the tap's state."""
     x, state = visit("resid_pre", x, state)
-    added, state = attention(config, params.attn, params.ln1, x, visit, state, held)
+    attn_out, state = attention(config, params.attn, params.ln1, x, visit, state, held)
     x = visit.frame.read(x)
-    return x, x + added, state
+    return x, x + attn_out, state

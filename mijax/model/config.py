@@ -1,4 +1,4 @@
-"""What a transformer is made of, as one frozen and hashable value."""
+"""The architecture of a transformer, as one frozen and hashable value."""
 
 import dataclasses
 import math
@@ -18,11 +18,20 @@ Activation = Literal["relu", "gelu", "gelu_new", "silu"]
 class RotaryScaling:
     """How rotary frequencies are stretched for long contexts.
 
-    `linear` divides every frequency by `factor`. `llama3` divides the low ones only and
-    interpolates between wavelengths `original_n_ctx / high_freq` and `original_n_ctx / low_freq`.
+    Args:
+        kind: `"linear"` divides every frequency by `factor`. `"llama3"` divides the low ones only, and interpolates
+            between the wavelengths `original_n_ctx / high_freq` and `original_n_ctx / low_freq`.
+        factor: by what frequencies are divided.
+        low_freq: turns over the original context up to which a frequency is low (`"llama3"`).
+        high_freq: turns over the original context from which on a frequency is kept (`"llama3"`).
+        original_n_ctx: the context length, in tokens, before stretching (`"llama3"`).
 
-    Raises `ValueError`, naming every field that is off: all numbers must be positive and finite, and `high_freq`
-    above `low_freq`.
+    Raises:
+        ValueError: naming every invalid field; all numbers must be positive and finite, and `high_freq` above
+            `low_freq`.
+
+    >>> RotaryScaling("linear", factor=4.0)
+    RotaryScaling(kind='linear', factor=4.0, low_freq=1.0, high_freq=4.0, original_n_ctx=8192)
     """
 
     kind: Literal["linear", "llama3"]
@@ -44,21 +53,44 @@ class RotaryScaling:
 class Config:
     """The architecture of a decoder-only (or, with `causal=False`, encoder) transformer.
 
-    Field names are TransformerLens's where it has the field. `n_kv_heads` below `n_heads` is
-    grouped-query attention, 1 is multi-query. `rotary_dim` is how many of the `d_head` dimensions
-    are rotated (all by default). `parallel` feeds attention and MLP the same stream. `name` is a
-    label for results; it is no part of the architecture, so models that differ in it alone share
-    their compiled code.
+    Field names are those of TransformerLens where it has the field. The fields also say exactly which parameters a
+    model has; `check_parameters` compares the two.
 
-    The fields also say which parameters a model has, no more and no fewer (`check_parameters` holds it to that):
-    `qkv_bias` all three of `b_Q`, `b_K`, `b_V`; `attn_out_bias` `b_O`; `mlp_bias` all biases of the MLP; `norm_bias`
-    those of every LayerNorm; `unembed_bias` `b_U`; `tied_unembed=False` `W_U`.
+    Types are checked as well as ranges, of configs written by hand and of configs read from files: `True` and 2.0 are
+    no integers, `"false"` is no boolean, and no number may be NaN or infinite. (transformers takes any `norm_eps` and
+    `rope_theta`, and computes NaN with a negative one.)
 
-    Types are checked as well as ranges, by hand-written and by read configs alike: `True` is no integer, 2.0 is none,
-    `"false"` is no boolean, and no number may be NaN or infinite. (transformers takes any `norm_eps` and `rope_theta`,
-    and computes NaN with a negative one.)
+    Args:
+        n_layers: number of layers.
+        d_model: width of the residual stream.
+        n_heads: number of query heads.
+        d_vocab: number of tokens in the vocabulary.
+        n_ctx: greatest number of tokens of a prompt.
+        d_head: width of a head; 0 for `d_model / n_heads`.
+        n_kv_heads: number of key/value heads; 0 for `n_heads`, fewer for grouped-query attention, 1 for multi-query.
+        d_mlp: number of neurons; 0 for `4 * d_model` (and none where `mlp` is `"none"`).
+        positions: learned embeddings (parameter `W_pos`), rotary, or none.
+        rotary_dim: how many of the `d_head` dimensions are rotated; 0 for all.
+        rotary_base: base of the rotary frequencies.
+        rotary_scaling: how they are stretched for long contexts.
+        norm: LayerNorm, RMSNorm, or none.
+        norm_eps: epsilon in the norm's root.
+        norm_bias: whether every LayerNorm has a bias.
+        mlp: dense, gated, or none.
+        activation: activation function of the MLP; `"gelu_new"` is the tanh form of GPT-2.
+        qkv_bias: whether there are `b_Q`, `b_K` and `b_V`: all three, or none.
+        attn_out_bias: whether there is `b_O`.
+        mlp_bias: whether there are all biases of the MLP, or none.
+        tied_unembed: whether the unembedding is `W_E`; otherwise there is `W_U`.
+        unembed_bias: whether there is `b_U`.
+        causal: whether a token attends to no later ones.
+        parallel: whether attention and MLP read the same stream.
+        attn_scale: factor of the attention scores; 0 for `1 / sqrt(d_head)`.
+        name: a label for results. It is no part of the architecture: models that differ only in it share compiled
+            code.
 
-    Raises `ValueError`, naming every field that is off.
+    Raises:
+        ValueError: naming every invalid field.
 
     >>> Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16, mlp="none").d_head
     4
@@ -95,9 +127,9 @@ class Config:
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
-        """Check all fields, and fill those that are derived."""
-        off = _check_fields(self)
-        faults = [*off.values(), *self._misfits(off)]
+        """Check all fields, and fill in those whose 0 stands for a value derived from others."""
+        field_faults = _check_fields(self)
+        faults = [*field_faults.values(), *self._misfits(field_faults)]
         if faults:
             raise ValueError("invalid Config: " + "; ".join(faults))
         self._set("d_head", self.d_head or self.d_model // self.n_heads)
@@ -107,18 +139,18 @@ class Config:
         self._set("d_mlp", 0 if self.mlp == "none" else self.d_mlp or 4 * self.d_model)
         self._set("norm_bias", self.norm_bias and self.norm == "layer")
 
-    def _misfits(self, off: Collection[str]) -> Iterator[str]:
-        """What does not fit together, of the fields that are not off by themselves."""
-        sound = lambda *fields: not set(fields) & set(off)
-        if sound("n_heads", "n_kv_heads") and self.n_kv_heads and self.n_heads % self.n_kv_heads:
+    def _misfits(self, invalid: Collection[str]) -> Iterator[str]:
+        """What does not fit together among the fields that are not `invalid` by themselves."""
+        valid = lambda *fields: not set(fields) & set(invalid)
+        if valid("n_heads", "n_kv_heads") and self.n_kv_heads and self.n_heads % self.n_kv_heads:
             yield f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"
-        if not sound("d_model", "n_heads", "d_head"):
+        if not valid("d_model", "n_heads", "d_head"):
             return
         if not self.d_head and self.d_model % self.n_heads:
             yield f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; give d_head explicitly"
             return
         d_head = self.d_head or self.d_model // self.n_heads
-        rotary_dim = self.rotary_dim or d_head if sound("rotary_dim") else 0
+        rotary_dim = self.rotary_dim or d_head if valid("rotary_dim") else 0
         if self.positions == "rotary" and (rotary_dim % 2 or rotary_dim > d_head):
             yield f"rotary_dim={rotary_dim} must be even and at most d_head={d_head}"
 
@@ -126,41 +158,51 @@ class Config:
         object.__setattr__(self, field, value)
 
 
-# Where zero stands for what the other fields give, it is allowed.
+# Zero is allowed where it stands for a value derived from other fields.
 _POSITIVE = {"d_model", "n_heads", "d_vocab", "n_ctx", "rotary_base"}
 _POSITIVE |= {"factor", "low_freq", "high_freq", "original_n_ctx"}
 _NOT_NEGATIVE = {"n_layers", "d_head", "n_kv_heads", "d_mlp", "rotary_dim", "norm_eps", "attn_scale"}
 
 
 def check_field(owner: type, name: str, value: Any, label: str = "") -> Any:
-    """The value of a field of `Config` or `RotaryScaling`, as the Python type that the field has.
+    """Check the value of one field of a config, and convert it to the field's Python type.
 
-    Raises `ValueError` that calls it `label` (by default its own name) where its type or its range is wrong.
+    Args:
+        owner: `Config` or `RotaryScaling`.
+        name: the field's name.
+        value: the value to check.
+        label: what messages call the field; by default `name`.
+
+    Returns:
+        The value as the Python type of the field (a NumPy integer as `int`, ...).
+
+    Raises:
+        ValueError: for a wrong type, or a value out of range.
 
     >>> check_field(Config, "norm_eps", -1.0, "rms_norm_eps")
     Traceback (most recent call last):
     ValueError: rms_norm_eps=-1.0 must not be negative
     """
     label = label or name
-    kind: Any = next(field.type for field in dataclasses.fields(owner) if field.name == name)
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{label}={value!r} is none of {', '.join(map(repr, get_args(kind)))}")
+    field_type: Any = next(field.type for field in dataclasses.fields(owner) if field.name == name)
+    if get_origin(field_type) is Literal:
+        if value not in get_args(field_type):
+            raise ValueError(f"{label}={value!r} is none of {', '.join(map(repr, get_args(field_type)))}")
         return value
-    if kind not in _TYPES:
-        if not isinstance(value, kind):
-            raise ValueError(f"{label}={value!r} must be {kind}")
+    if field_type not in _TYPES:
+        if not isinstance(value, field_type):
+            raise ValueError(f"{label}={value!r} must be {field_type}")
         return value
-    accepted, noun = _TYPES[kind]
-    if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
+    accepted, noun = _TYPES[field_type]
+    if not isinstance(value, accepted) or (field_type is not bool and isinstance(value, bool)):
         raise ValueError(f"{label}={value!r} must be {noun}, given {type(value).__name__}")
-    if kind is float and not _is_finite(value):
+    if field_type is float and not _is_finite(value):
         raise ValueError(f"{label}={value!r} must be finite")
     if name in _POSITIVE and value <= 0:
         raise ValueError(f"{label}={value!r} must be positive")
     if name in _NOT_NEGATIVE and value < 0:
         raise ValueError(f"{label}={value!r} must not be negative")
-    return kind(value)
+    return field_type(value)
 
 
 _TYPES: dict[type, tuple[Any, str]] = {
@@ -179,11 +221,11 @@ def _is_finite(value: Any) -> bool:
 
 
 def _check_fields(owner: Any) -> dict[str, str]:
-    """Give every field its own Python type; returns what is wrong with those that cannot have it."""
-    off = {}
+    """Convert every field to its Python type in place; returns messages for the fields that are invalid, by name."""
+    faults = {}
     for field in dataclasses.fields(owner):
         try:
             object.__setattr__(owner, field.name, check_field(type(owner), field.name, getattr(owner, field.name)))
         except ValueError as error:
-            off[field.name] = str(error)
-    return off
+            faults[field.name] = str(error)
+    return faults

@@ -31,7 +31,19 @@ class MLP(eqx.Module):
 
 
 def mlp(config: Config, params: MLP, ln2: Norm, x: Stream, visit: Visit, state: Any) -> tuple[Stream, Any]:
-    """What the MLP adds to the residual stream, of which it sees `x`; and the tap's state."""
+    """What the MLP adds to the residual stream.
+
+    Args:
+        config: the architecture.
+        params: the weights of one layer (no layer axis).
+        ln2: the norm before them.
+        x: `[batch, pos, d_model]`, the residual stream that the MLP reads.
+        visit: the tap in this layer.
+        state: the tap's state.
+
+    Returns:
+        `[batch, pos, d_model]`, the output of the MLP with bias; and the tap's state.
+    """
     x, state = visit("mlp_in", x, state)
     x, state = normalised(config, ln2, x, "ln2", visit, state)
     activation, linear = ACTIVATIONS[config.activation], _affine(x, params.W_in, params.b_in)

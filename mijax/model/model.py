@@ -1,4 +1,4 @@
-"""What `run` runs: a protocol, of which the transformer is one kind, a wrapper around it another, and a model of your own a third."""
+"""The protocol of what `run` runs: transformers, wrappers around them, and models that users write."""
 
 import abc
 import math
@@ -21,8 +21,8 @@ from mijax.model.tokens import Inputs, Tokens, as_tokens
 class Model(eqx.Module):
     """A model that can be run, edited, captured and ablated by whole runs; abstract.
 
-    A model of your own says which named points it has (`sites`), takes its inputs (`inputs`), and calls the tap at each point on
-    its way (`forward`). Its arrays are its parameters: they may be vmapped and differentiated.
+    A subclass names the points of its forward pass (`sites`), converts its inputs (`inputs`), and calls the tap at each
+    point (`forward`). Its arrays are its parameters: they may be vmapped and differentiated.
 
     >>> import jax, mijax as mj
     >>> class Doubled(mj.Model):
@@ -49,48 +49,89 @@ class Model(eqx.Module):
     @property
     @abc.abstractmethod
     def sites(self) -> Mapping[str, Site]:
-        """Its named points, by name; each entry holds the sizes of the axes that do not depend on the inputs (`fixed`)."""
+        """The sites by name; each entry holds the sizes of the axes that do not depend on the inputs (`fixed`)."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> jnp.dtype:
-        """That of every activation."""
+        """The dtype of every activation."""
 
     @abc.abstractmethod
     def forward(self, inputs: Inputs, frame: Frame, tap: Tap, state: Any) -> tuple[Any, Any]:
-        """What it makes of its inputs, a pytree of arrays with the examples in front, and the tap's state.
+        """The forward pass.
 
         At each site it calls `x, state = visit("name", x, state)`, with `visit = mijax.Visit(tap, self.sites, frame)`.
+
+        Args:
+            inputs: a batch, as `self.inputs` returns it.
+            frame: its positions, as `self.frame` returns them.
+            tap: what to call at the sites.
+            state: the tap's state.
+
+        Returns:
+            The output, a pytree of arrays with a leading axis of examples; and the tap's state.
         """
 
     @property
     def name(self) -> str:
-        """What results call it."""
+        """The model's label in results."""
         return type(self).__name__
 
     @property
     def identity(self) -> Any:
-        """What a saved result must know of it beside its arrays."""
+        """A value that, beside the arrays, tells this model from others: saved results are compared by it."""
         return f"{type(self).__module__}.{type(self).__qualname__}"
 
     def inputs(self, given: Any) -> Inputs:
-        """A batch as `forward` takes it; by default any array with the examples in front."""
+        """Convert what the user passes to a batch as `forward` takes it.
+
+        Args:
+            given: by default any array with a leading axis of examples, or `Inputs`.
+
+        Returns:
+            The batch.
+        """
         return given if isinstance(given, Inputs) else Inputs(given)
 
     def check(self) -> None:
-        """Raise `ValueError` for parameters that do not fit together: nothing is known of them by default."""
+        """Check the parameters; by default nothing is checked.
+
+        Raises:
+            ValueError: in a subclass, for parameters that do not fit together.
+        """
 
     def check_inputs(self, inputs: Inputs) -> None:
-        """Raise `ValueError` for inputs that it cannot take: nothing is known of them by default."""
+        """Check a batch; by default nothing is checked.
+
+        Args:
+            inputs: a batch, as `self.inputs` returns it.
+
+        Raises:
+            ValueError: in a subclass, for inputs that the model cannot take.
+        """
         del inputs
 
     def bad_inputs(self, inputs: Inputs) -> Bool[Array, ""]:
-        """Whether there are inputs that it cannot take, once values are known."""
+        """The check of `check_inputs` on traced values, which cannot raise; by default nothing is bad.
+
+        Args:
+            inputs: a batch, as `self.inputs` returns it.
+
+        Returns:
+            A scalar: whether the batch holds inputs that the model cannot take.
+        """
         del inputs
         return jnp.zeros((), bool)
 
     def frame(self, inputs: Inputs) -> Frame:
-        """The positions of a batch."""
+        """The positions of a batch.
+
+        Args:
+            inputs: a batch, as `self.inputs` returns it.
+
+        Returns:
+            The frame that `forward` takes.
+        """
         positions = inputs.positions
         return Whole(
             positions, positions, jnp.asarray(inputs.lengths), Sight(jnp.ones((*positions.shape, 1), bool), None)
@@ -98,43 +139,66 @@ class Model(eqx.Module):
 
     @property
     def n_layers(self) -> int:
-        """How many layers `walk` walks; a model that is run whole has none."""
+        """The number of layers that `walk` iterates over; 0 for a model that is always run as a whole."""
         return 0
 
     @property
     def causal(self) -> bool:
-        """Whether tokens see no later ones."""
+        """Whether tokens attend to no later tokens."""
         return False
 
     @property
     def has_halves(self) -> bool:
-        """Whether a layer's MLP waits for its attention, so that a run can begin between them."""
+        """Whether a layer's MLP reads the output of its attention, so that a run can begin between them."""
         return False
 
     def output_like(self, inputs: Inputs, **keywords: Any) -> Any:
-        """What a metric sees as `out.readout`, with a `jax.ShapeDtypeStruct` (of these `keywords`) for what differs between runs."""
+        """What a metric sees as `out.readout`, with shapes in place of the arrays that differ between runs.
+
+        Args:
+            inputs: a batch, as `self.inputs` returns it.
+            **keywords: further arguments of `jax.ShapeDtypeStruct`.
+
+        Returns:
+            The output of `forward`, with a `jax.ShapeDtypeStruct` for each such array.
+        """
         forward = lambda model, inputs: model.forward(inputs, model.frame(inputs), Nothing(), None)[0]
         shapes = eqx.filter_eval_shape(forward, self, inputs)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, **keywords), shapes)
 
     def numbers_per_token(self, sites: Iterable[str]) -> int:
-        """How many numbers are held at once for each token that is computed, where the model is tapped at `sites`."""
+        """How many numbers are in memory at once for each computed token: 0 by default.
+
+        Args:
+            sites: the names of the sites at which a tap is called.
+
+        Returns:
+            The count, from which the sizes of chunks are estimated.
+        """
         del sites
         return 0
 
     def numbers_per_batch(self, batch: int, pos: int) -> int:
-        """How many numbers are held at once for each batch that is computed, whatever of it is: all activations, by default."""
+        """How many numbers are in memory at once for each batch, however many of its tokens are computed.
+
+        Args:
+            batch: the number of examples.
+            pos: the number of positions.
+
+        Returns:
+            The count: by default the size of all activations.
+        """
         return sum(math.prod(site.shape(batch, pos)) for site in self.sites.values())
 
     @property
     def products_per_token(self) -> int:
-        """How many products of two numbers a layer computes for a token: the size of its matrices."""
+        """How many multiplications a layer takes per token: the total size of its matrices."""
         matrices = sum(a.size for a in jax.tree.leaves(self) if eqx.is_array(a) and a.ndim > 1)
         return matrices // max(1, self.n_layers)
 
 
 class LayeredModel(Model):
-    """A model of tokens whose layers can be walked, so that runs resume in mid-model; abstract."""
+    """A model of tokens with a walk over its layers, so that runs can resume between layers; abstract."""
 
     @abc.abstractmethod
     def frame(self, inputs: Any) -> Whole:
@@ -142,51 +206,105 @@ class LayeredModel(Model):
 
     @abc.abstractmethod
     def frame_of(self, tokens: Tokens, columns: Int[Array, " pos"], alone: bool = False) -> Columns:
-        """The positions of some columns of a batch, which attend to all of it, or to one another `alone`."""
+        """The positions of some columns of a batch.
+
+        Args:
+            tokens: the whole batch.
+            columns: indices of its columns.
+            alone: whether the columns attend to one another only, not to the whole batch.
+
+        Returns:
+            Their frame.
+        """
 
     @abc.abstractmethod
     def embed(self, ids: Int[Array, "batch pos"], frame: Frame, tap: Tap, state: Any) -> tuple[Stream, Any]:
-        """The residual stream before the first layer, and the tap's state."""
+        """Embed tokens.
+
+        Args:
+            ids: token ids.
+            frame: their positions.
+            tap: what to call at the sites before the layers.
+            state: the tap's state.
+
+        Returns:
+            `[batch, pos, d_model]`, the residual stream before the first layer; and the tap's state.
+        """
 
     @abc.abstractmethod
     def walk(
         self, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None, **how: Any
     ) -> tuple[Any, Any]:
-        """Run `body(layer, carry, x) -> carry, y` on the layers in turn: see `mijax.model.walk.walk`."""
+        """Run a function on the layers in turn: see `mijax.model.walk.walk`.
+
+        Args:
+            body: `body(layer, carry, x) -> carry, y`.
+            carry: what the first layer's call receives.
+            xs: arrays with a leading layer axis, of which each call receives one entry.
+            **how: `first`, `last`, `remat` and `group`.
+
+        Returns:
+            The last carry, and the `y` stacked over layers.
+        """
 
     @abc.abstractmethod
     def layer(self, index: int) -> Callable[..., tuple[Asked, Any]]:
-        """One layer, as a walk's body is given it."""
+        """One layer, as `walk` passes it to its body.
+
+        Args:
+            index: the number of the layer.
+
+        Returns:
+            A callable like `mijax.model.walk.Layer`.
+        """
 
     @abc.abstractmethod
     def final(self, x: Stream, frame: Frame, tap: Tap, state: Any) -> tuple[Stream, Any]:
-        """The stream as the unembedding reads it, and the tap's state."""
+        """Apply the last norm.
+
+        Args:
+            x: `[batch, pos, d_model]`, the residual stream after the last layer.
+            frame: the positions of its tokens.
+            tap: what to call at the sites after the layers.
+            state: the tap's state.
+
+        Returns:
+            `[batch, pos, d_model]`, the stream as the unembedding reads it; and the tap's state.
+        """
 
     @abc.abstractmethod
     def readout(self, final: Stream, tokens: Tokens) -> Readout:
-        """The final stream of a batch with the unembedding."""
+        """Put the final stream together with the unembedding.
+
+        Args:
+            final: `[batch, pos, d_model]`, as `final` returns it.
+            tokens: the batch.
+
+        Returns:
+            The readout, which computes logits.
+        """
 
     @property
     @abc.abstractmethod
     def layer_bytes(self) -> int:
-        """The bytes of the parameters of one layer."""
+        """The size of the parameters of one layer, in bytes."""
 
     @property
     @abc.abstractmethod
     def d_vocab(self) -> int:
-        """How many tokens there are."""
+        """The size of the vocabulary."""
 
     @property
     @abc.abstractmethod
     def n_ctx(self) -> int:
-        """How many tokens it takes at most."""
+        """The greatest number of tokens of a prompt."""
 
     def inputs(self, given: Any) -> Tokens:
-        """Prompts: tokens as they are, or plain ids of which every one is real."""
+        """Prompts as `Tokens`: returned unchanged, or made of plain ids, all of which are real tokens."""
         return as_tokens(given)
 
     def forward(self, inputs: Any, frame: Frame, tap: Tap, state: Any) -> tuple[Readout, Any]:
-        """A plain run."""
+        """Embed the tokens, run all layers, and apply the last norm."""
         x, state = self.embed(jnp.asarray(inputs.ids), frame, tap, state)
         step = lambda layer, carry, _: (layer(carry[0], frame, tap, carry[1]), None)
         (x, state), _ = self.walk(step, (x, state))
@@ -194,127 +312,138 @@ class LayeredModel(Model):
         return self.readout(x, inputs), state
 
     def output_like(self, inputs: Any, **keywords: Any) -> Readout:
-        """A readout whose final stream is a shape."""
+        """A readout with a shape in place of the final stream."""
         shape = self.sites["final_in"].shape(*inputs.ids.shape)
-        empty = self.readout(jax.device_put(np.zeros(shape, self.dtype)), inputs)  # which compiles nothing
+        empty = self.readout(jax.device_put(np.zeros(shape, self.dtype)), inputs)  # device_put compiles nothing
         return eqx.tree_at(lambda out: out.final, empty, jax.ShapeDtypeStruct(shape, self.dtype, **keywords))
 
 
 class Wrapper(LayeredModel):
-    """A model around another one, that does something at some of its sites and may add sites of its own; abstract.
+    """A model around another model that acts at some of its sites, and may add sites; abstract.
 
-    `model` is the one that is run; `around(tap)` gives the tap that is called in it, which calls `tap`, at the added sites too.
-    Everything that runs the other model then runs this one: captures, edits, sweeps, attribution, generation.
+    A subclass defines `sites`, those of the inner model and any that it adds; and `around(tap)`, the tap that is called
+    in the inner model, which calls `tap`, at the added sites too. Everything that runs the inner model also runs the
+    wrapper: captures, edits, sweeps, attribution, generation.
+
+    Args:
+        model: the inner model.
     """
 
     model: eqx.AbstractVar[LayeredModel]
 
     @abc.abstractmethod
     def around(self, tap: Tap) -> Tap:
-        """The tap that is called at the sites of `model`."""
+        """The tap that is called in the inner model in place of `tap`.
+
+        Args:
+            tap: the tap of the run.
+
+        Returns:
+            A tap that calls `tap`, at the added sites too, and does what the wrapper does.
+        """
 
     @property
     def dtype(self):
-        """That of the model inside."""
+        """The inner model's."""
         return self.model.dtype
 
     @property
     def name(self):
-        """That of the model inside."""
+        """The inner model's."""
         return self.model.name
 
     @property
     def identity(self):
-        """That of the model inside, and what is around it."""
+        """The identities of the wrapper's class and of the inner model."""
         return super().identity, self.model.identity
 
     @property
     def n_layers(self):
-        """As inside."""
+        """The inner model's."""
         return self.model.n_layers
 
     @property
     def causal(self):
-        """As inside."""
+        """The inner model's."""
         return self.model.causal
 
     @property
     def has_halves(self):
-        """As inside."""
+        """The inner model's."""
         return self.model.has_halves
 
     @property
     def layer_bytes(self):
-        """As inside."""
+        """The inner model's."""
         return self.model.layer_bytes
 
     @property
     def d_vocab(self):
-        """As inside."""
+        """The inner model's."""
         return self.model.d_vocab
 
     @property
     def n_ctx(self):
-        """As inside."""
+        """The inner model's."""
         return self.model.n_ctx
 
     def inputs(self, given):
-        """As inside."""
+        """The inner model's."""
         return self.model.inputs(given)
 
     def check(self):
-        """As inside."""
+        """The inner model's."""
         self.model.check()
 
     def check_inputs(self, inputs):
-        """As inside."""
+        """The inner model's."""
         self.model.check_inputs(inputs)
 
     def bad_inputs(self, inputs):
-        """As inside."""
+        """The inner model's."""
         return self.model.bad_inputs(inputs)
 
     def frame(self, inputs):
-        """As inside."""
+        """The inner model's."""
         return self.model.frame(inputs)
 
     def frame_of(self, tokens, columns, alone=False):
-        """As inside."""
+        """The inner model's."""
         return self.model.frame_of(tokens, columns, alone)
 
     def embed(self, ids, frame, tap, state):
-        """With the tap around."""
+        """The inner model's, with the wrapped tap."""
         return self.model.embed(ids, frame, self.around(tap), state)
 
     def walk(self, body, carry, xs=None, **how):
-        """With the tap around in every layer."""
+        """The inner model's, with the wrapped tap in every layer."""
         return self.model.walk(lambda layer, carry, x: body(self._around(layer), carry, x), carry, xs, **how)
 
     def layer(self, index):
-        """With the tap around."""
+        """The inner model's, with the wrapped tap."""
         return self._around(self.model.layer(index))
 
     def final(self, x, frame, tap, state):
-        """With the tap around."""
+        """The inner model's, with the wrapped tap."""
         return self.model.final(x, frame, self.around(tap), state)
 
     def readout(self, final, tokens):
-        """As inside."""
+        """The inner model's."""
         return self.model.readout(final, tokens)
 
     def numbers_per_token(self, sites):
-        """Those inside, and of the added sites that are tapped."""
-        inside = [name for name in sites if name in self.model.sites]
-        added = [self.sites[name] for name in sites if name not in inside]
-        return self.model.numbers_per_token(inside) + sum(3 * math.prod(site.shape(1, 1)) for site in added)
+        """The inner model's, plus those of the added sites at which a tap is called."""
+        inner = [name for name in sites if name in self.model.sites]
+        added = [self.sites[name] for name in sites if name not in inner]
+        return self.model.numbers_per_token(inner) + sum(3 * math.prod(site.shape(1, 1)) for site in added)
 
     def numbers_per_batch(self, batch, pos):
-        """As inside."""
+        """The inner model's."""
         return self.model.numbers_per_batch(batch, pos)
 
     @property
     def products_per_token(self):
-        """As inside."""
+        """The inner model's."""
         return self.model.products_per_token
 
     def _around(self, layer: Any) -> Any:
@@ -322,16 +451,21 @@ class Wrapper(LayeredModel):
 
 
 class AroundLayer(eqx.Module):
-    """A layer of a wrapper: that of the model inside, with the tap around."""
+    """A layer of a wrapper: the inner model's layer, with the wrapped tap.
+
+    Attributes:
+        wrapper: the wrapper.
+        inside: the inner model's layer.
+    """
 
     wrapper: Wrapper
     inside: Any
 
     @property
     def index(self) -> Int[Array, ""]:
-        """Its number."""
+        """The number of the layer."""
         return self.inside.index
 
     def __call__(self, x: Stream, frame: Frame, tap: Tap, state: Any, *rest: ArrayLike | Any) -> tuple[Asked, Any]:
-        """The stream after the layer, and the tap's state."""
+        """Run the layer: see `mijax.model.walk.Layer`."""
         return self.inside(x, frame, self.wrapper.around(tap), state, *rest)

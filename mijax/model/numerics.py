@@ -1,4 +1,4 @@
-"""The one matrix product of the model, and the dtypes around it."""
+"""The matrix product that the whole model uses, and the dtypes of its inputs and output."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,12 @@ from jaxtyping import Array, Float
 def accumulator(dtype) -> jnp.dtype:
     """The dtype of every activation of a model whose parameters have `dtype`: at least float32.
 
+    Args:
+        dtype: a floating point dtype.
+
+    Returns:
+        `dtype` where it has more than 32 bits, float32 otherwise.
+
     >>> accumulator(jnp.bfloat16), accumulator(jnp.float64)
     (dtype('float32'), dtype('float64'))
     """
@@ -16,18 +22,27 @@ def accumulator(dtype) -> jnp.dtype:
 
 
 def einsum(spec: str, x: Float[Array, "..."], w: Float[Array, "..."], dtype=None) -> Float[Array, "..."]:
-    """Multiply in the parameters' dtype (`dtype`, by default `w`'s), accumulate in at least float32.
+    """Multiply in the dtype of the parameters, and accumulate in at least float32.
 
-    float32 means float32 on every device, where GPUs and TPUs would by default round it to fewer
-    bits; `jax.default_matmul_precision(...)` asks for something else.
+    float32 means float32 on every device, although GPUs and TPUs by default round it to fewer bits;
+    `jax.default_matmul_precision(...)` asks for another precision.
+
+    Args:
+        spec: the subscripts, as in `jax.numpy.einsum`.
+        x: the left operand.
+        w: the right operand, usually parameters.
+        dtype: the dtype to which both operands are converted; by default that of `w`.
+
+    Returns:
+        The product, of dtype `accumulator(dtype)`.
     """
     dtype = jnp.dtype(dtype or w.dtype)
-    asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    precision = None if asked else jax.lax.Precision.HIGHEST
+    requested = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    precision = None if requested else jax.lax.Precision.HIGHEST
     product = lambda x, w: jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulator(dtype))
     x, w = x.astype(dtype), w.astype(dtype)
     if dtype == accumulator(dtype):
         return product(x, w)
-    # XLA's CPU backend has no product of bfloat16 into float32; that of the widened inputs is the same.
+    # XLA's CPU backend has no product of bfloat16 into float32; the product of the widened operands is the same.
     widened = lambda x, w: product(x.astype(accumulator(dtype)), w.astype(accumulator(dtype)))
     return jax.lax.platform_dependent(x, w, cpu=widened, default=product)

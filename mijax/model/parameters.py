@@ -1,4 +1,4 @@
-"""A model's parameters held against its config."""
+"""Checks that the parameters of a model are those of its config."""
 
 import collections
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mijax.model.config import Config
 
-_ANNOUNCED_BY = {  # the field of `Config` that says whether a model has a parameter; it has all others in any case
+_ANNOUNCED_BY = {  # the field of `Config` that says whether a model has the parameter; all others are always there
     ".W_pos": "positions",
     ".W_U": "tied_unembed",
     ".b_U": "unembed_bias",
@@ -34,9 +34,14 @@ _TOGETHER = {
 
 
 def check_fit(model: Any, empty: Callable[[Config], Any]) -> None:
-    """Hold a model's parameters against its config; `empty` gives the shapes of those that a config announces.
+    """Check that a model has the parameters of its config: see `mijax.model.transformer.check_parameters`.
 
-    Raises `ValueError` that lists every mismatch: see `mijax.model.transformer.check_parameters`.
+    Args:
+        model: a pytree with a static field `config`.
+        empty: makes, from a config, the same pytree with `jax.ShapeDtypeStruct` for arrays.
+
+    Raises:
+        ValueError: that lists every mismatch, or says that the model is a stack of models.
     """
     leaves, structure = jax.tree.flatten(model)
     _check(structure, tuple((getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves), empty)
@@ -46,9 +51,9 @@ def check_fit(model: Any, empty: Callable[[Config], Any]) -> None:
 def _check(
     structure: Any, avals: tuple[tuple[tuple[int, ...] | None, Any], ...], empty: Callable[[Config], Any]
 ) -> None:
-    """Raises for parameters of these shapes and dtypes in this pytree, whose static part holds the config."""
+    """Compare shapes and dtypes (`avals`) with the config that `structure` holds; `ValueError` for mismatches."""
     indexed = jax.tree.unflatten(structure, range(len(avals)))
-    present = {_path(place): avals[i] for place, i in jax.tree_util.tree_leaves_with_path(indexed)}
+    present = {_path(key_path): avals[i] for key_path, i in jax.tree_util.tree_leaves_with_path(indexed)}
     expected = _shapes(indexed.config, empty)
     faults = [_unannounced(path, indexed.config) for path in present if path not in expected]
     faults += [_missing(path, indexed.config) for path in expected if path not in present]
@@ -78,11 +83,11 @@ def _dtype_faults(dtypes: dict[str, Any]) -> list[str]:
 
 @functools.lru_cache(maxsize=256)
 def _shapes(config: Config, empty: Callable[[Config], Any]) -> dict[str, tuple[int, ...]]:
-    return {_path(place): leaf.shape for place, leaf in jax.tree_util.tree_leaves_with_path(empty(config))}
+    return {_path(key_path): leaf.shape for key_path, leaf in jax.tree_util.tree_leaves_with_path(empty(config))}
 
 
-def _path(place: Any) -> str:
-    return jax.tree_util.keystr(place).lstrip(".")
+def _path(key_path: Any) -> str:
+    return jax.tree_util.keystr(key_path).lstrip(".")
 
 
 def _field(path: str) -> str | None:

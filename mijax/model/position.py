@@ -1,4 +1,4 @@
-"""What a run knows of its positions before the first layer: rotary angles, and who may attend to whom."""
+"""What a run computes from positions before the first layer: rotary angles, and which keys a query may see."""
 
 from typing import NamedTuple
 
@@ -14,10 +14,16 @@ from mijax.model.tokens import Tokens
 class Rows(NamedTuple):
     """Tokens of many variants (cells) of one batch, packed into one list of rows: what a sweep's chunk computes.
 
-    Each row is the token of one cell, one example, one column of the batch. `place` says which row computes a token;
-    -1 where none does, because it is what it is in the base run. Attention takes the queries of each cell and example
-    together, in as many slots as the longest has rows: `slot` says which row is in one, `within` in which of these a
-    row is.
+    A row is the token of one cell, one example and one column of the batch. Attention groups the queries by cell and
+    example; each group has as many slots as the largest group has rows.
+
+    Attributes:
+        cell: the cell of each row.
+        example: the example of each row.
+        column: the column of each row.
+        place: which row computes a token; -1 where no row does, because the token does not differ from the base run.
+        slot: which row is in a slot of a group.
+        within: which slot of its group a row is in.
     """
 
     cell: Int[Array, " row"]
@@ -28,36 +34,74 @@ class Rows(NamedTuple):
     within: Int[Array, " row"]
 
     def spread(self, x: Float[Array, "1 row *rest"]) -> Float[Array, "cell_batch slot *rest"]:
-        """The rows in their slots; anything in an empty one."""
+        """Put rows into their slots.
+
+        Args:
+            x: one entry per row.
+
+        Returns:
+            One entry per slot; that of an empty slot means nothing.
+        """
         return jnp.take(x[0], _merged(self.slot), axis=0, mode="clip")
 
     def fill(
         self, x: Float[Array, "1 row *rest"], base: Float[Array, "batch pos *rest"]
     ) -> Float[Array, "cell_batch pos *rest"]:
-        """Each cell's batch of tokens; the base run's where no row computes one."""
-        held = jnp.tile(base, (self.place.shape[0], *(1,) * (base.ndim - 1)))
-        own = _merged(self.place)
-        there = own.reshape(own.shape + (1,) * (x.ndim - 2)) >= 0
-        return jnp.where(there, jnp.take(x[0], own, axis=0, mode="clip"), held)
+        """The whole batch of each cell.
+
+        Args:
+            x: one entry per row.
+            base: the base run's values, for tokens that no row computes.
+
+        Returns:
+            One entry per token, with cells and examples on one axis.
+        """
+        defaults = jnp.tile(base, (self.place.shape[0], *(1,) * (base.ndim - 1)))
+        index = _merged(self.place)
+        computed = index.reshape(index.shape + (1,) * (x.ndim - 2)) >= 0
+        return jnp.where(computed, jnp.take(x[0], index, axis=0, mode="clip"), defaults)
 
     def unpack(
         self, x: Float[Array, "1 row *rest"], base: Float[Array, "batch pos *rest"]
     ) -> Float[Array, "cell batch pos *rest"]:
-        """As `fill`, cell by cell."""
+        """As `fill`, with an axis of cells and an axis of examples.
+
+        Args:
+            x: one entry per row.
+            base: the base run's values, for tokens that no row computes.
+
+        Returns:
+            One entry per token.
+        """
         return self.fill(x, base).reshape(self.place.shape[0], *base.shape)
 
     def unpack_queries(
         self, x: Float[Array, "cell_batch head slot key"], base: Float[Array, "batch head query key"]
     ) -> Float[Array, "cell batch head query key"]:
-        """What is by slot as it is by query; the base run's where no row computes one."""
+        """Scores or patterns of each cell, by query in place of by slot.
+
+        Args:
+            x: scores or patterns by slot.
+            base: the base run's, for queries that no row computes.
+
+        Returns:
+            Scores or patterns by query.
+        """
         cells, batch, slots = self.slot.shape
         by_slot = x.reshape(cells, batch, x.shape[1], slots, x.shape[3])
         index = jnp.take(self.within, self.place, mode="clip")[:, :, None, :, None]
-        there = (self.place >= 0)[:, :, None, :, None]
-        return jnp.where(there, jnp.take_along_axis(by_slot, index, axis=3), base[None])
+        computed = (self.place >= 0)[:, :, None, :, None]
+        return jnp.where(computed, jnp.take_along_axis(by_slot, index, axis=3), base[None])
 
     def gather(self, x: Float[Array, "cell_batch slot *rest"]) -> Float[Array, "1 row *rest"]:
-        """The rows, out of their slots."""
+        """Take rows out of their slots: the inverse of `spread`.
+
+        Args:
+            x: one entry per slot.
+
+        Returns:
+            One entry per row.
+        """
         batch, slots = self.slot.shape[1:]
         index = (self.cell * batch + self.example) * slots + self.within
         return jnp.take(x.reshape(-1, *x.shape[2:]), index, axis=0, mode="clip")[None]
@@ -68,19 +112,29 @@ def _merged(x: Int[Array, "cell batch n"]) -> Int[Array, "cell_batch n"]:
 
 
 class Sight(NamedTuple):
-    """What a layer's attention needs to know of positions: which keys a query may see, and cosine and sine of each
-    position's angles, where the model rotates."""
+    """What attention needs of positions.
+
+    Attributes:
+        allowed: which keys each query may see.
+        rotary: cosine and sine of the rotary angles of each position; `None` where the model does not rotate.
+    """
 
     allowed: Bool[Array, "spread query key"]
     rotary: tuple[Float[Array, "batch pos angle"], Float[Array, "batch pos angle"]] | None
 
 
 class Frame(eqx.Module):
-    """The tokens that a run computes, and how their queries find the keys of all tokens that are there.
+    """The tokens that a run computes, and how their queries find the keys of all tokens.
 
-    `positions` counts real tokens (`PADDING` elsewhere), `keys` does so for the tokens that may be attended to. Attention
-    computes keys and values of the frame's tokens, `join`s them to those that are `held` of others, lets queries that are
-    `spread` over batches attend, and `gather`s what they bring. What follows it is computed at the tokens that are `read`.
+    Attention computes keys and values of the frame's tokens, combines them with cached ones of other tokens (`join`),
+    groups the queries by example as the keys are (`spread`), lets them attend, and puts the results back in the order
+    of the frame's tokens (`gather`). The rest of the layer is computed at the tokens that `read` selects.
+
+    Attributes:
+        positions: of each computed token, its index among the real tokens of its prompt; `PADDING` at padding.
+        keys: the same for the tokens that may be attended to.
+        lengths: the number of real tokens of each prompt.
+        sight: which keys each query may see, and the rotary angles.
     """
 
     positions: Int[Array, "batch pos"]
@@ -90,29 +144,58 @@ class Frame(eqx.Module):
 
     @property
     def entries(self) -> Int[Array, " pos"] | None:
-        """Which of the batch's columns the computed tokens are, where they are not all."""
+        """The columns of the batch that are computed; `None` for all."""
         return None
 
     def join(self, computed: Array, held: Array | None) -> Array:
-        """Keys or values of all tokens that may be attended to."""
+        """Keys or values of all tokens that may be attended to.
+
+        Args:
+            computed: those of the frame's tokens.
+            held: those of other tokens; `None` where there are none.
+
+        Returns:
+            Both, by example and position: here `computed`, which are all.
+        """
         del held
         return computed
 
     def spread(self, q: Array) -> Array:
-        """The queries by batch, as keys stand."""
+        """Group queries by example, as the keys are.
+
+        Args:
+            q: queries of the frame's tokens.
+
+        Returns:
+            The grouped queries: here the same.
+        """
         return q
 
     def gather(self, z: Array) -> Array:
-        """The inverse of `spread`."""
+        """The inverse of `spread`.
+
+        Args:
+            z: one entry per grouped query.
+
+        Returns:
+            One entry for each of the frame's tokens: here the same.
+        """
         return z
 
     @property
     def reading(self) -> "tuple[Frame, Int[Array, ' query']] | None":
-        """The frame of those tokens of which more than keys and values is needed, with their places among all; `None` for all."""
+        """The frame of the tokens that need more than keys and values, and their indices here; `None` for all."""
         return None
 
     def read(self, x: Stream) -> Asked:
-        """The tokens of which more than keys and values is needed."""
+        """Select the tokens that need more than keys and values.
+
+        Args:
+            x: `[batch, pos, d_model]`, one entry for each of the frame's tokens.
+
+        Returns:
+            `[batch, query, d_model]`, the entries of those tokens.
+        """
         return x if self.reading is None else x[:, self.reading[1]]
 
 
@@ -121,7 +204,7 @@ class Whole(Frame):
 
 
 class Columns(Frame):
-    """Some columns of a batch, beside which others are held."""
+    """Some columns of a batch; keys and values of the others are cached."""
 
     columns: Int[Array, " pos"]
 
@@ -131,14 +214,17 @@ class Columns(Frame):
         return self.columns
 
     def join(self, computed, held):
-        """Those that are computed, put among those that are held; alone, where nothing is."""
+        """The computed keys or values put into the cached ones, or alone where there is no cache."""
         return computed if held is None else held.at[:, self.columns].set(computed)
 
 
 class Packed(Frame):
-    """Rows of many variants of one batch as one example of many positions; attention is over `cell_batch` examples.
+    """Rows of many variants of one batch, as one example of many positions; attention is over `cell_batch` examples.
 
-    `whole` is the frame of the batch that they are tokens of, and `rows` says which they are.
+    Attributes:
+        rows: which tokens the rows are.
+        whole: the frame of the batch.
+        last: in the last layer, the frame of the rows that are needed after it, and their indices; `None` for all.
     """
 
     rows: Rows
@@ -146,32 +232,52 @@ class Packed(Frame):
     last: "tuple[Packed, Int[Array, ' query']] | None" = None
 
     def join(self, computed, held):
-        """Each variant's batch, the base run's tokens where no row computes one."""
+        """Keys or values of each variant's batch: the base run's (`held`) where no row computes a token."""
         assert held is not None
         return self.rows.fill(computed, held)
 
     def spread(self, q):
-        """Rows in the slots of their variant's examples."""
+        """Put rows into slots, grouped by variant and example."""
         return self.rows.spread(q)
 
     def gather(self, z):
-        """Out of the slots."""
+        """Take rows out of the slots."""
         return self.rows.gather(z)
 
     @property
     def reading(self):
-        """The rows that the last layer is computed at."""
+        """The field `last`."""
         return self.last
 
 
 def frame(config: Config, tokens: Tokens, dtype) -> Whole:
-    """Compute once per run what every layer needs to know of positions."""
+    """The frame of a whole batch, computed once per run for all layers.
+
+    Args:
+        config: the architecture.
+        tokens: the batch.
+        dtype: the dtype of the activations, and of the rotary angles.
+
+    Returns:
+        The frame.
+    """
     positions = tokens.positions
     return Whole(positions, positions, jnp.asarray(tokens.lengths), _sight(config, positions, positions, dtype))
 
 
 def frame_of(config: Config, tokens: Tokens, dtype, columns: Int[Array, " pos"], alone: bool = False) -> Columns:
-    """The frame of some columns of a batch, which attend to all columns, or to one another `alone`."""
+    """The frame of some columns of a batch.
+
+    Args:
+        config: the architecture.
+        tokens: the whole batch.
+        dtype: the dtype of the activations, and of the rotary angles.
+        columns: indices of the columns.
+        alone: whether the columns attend to one another only, not to the whole batch.
+
+    Returns:
+        The frame.
+    """
     positions = tokens.positions[:, columns]
     keys = positions if alone else tokens.positions
     return Columns(positions, keys, jnp.asarray(tokens.lengths), _sight(config, positions, keys, dtype), columns)
@@ -188,19 +294,33 @@ def _sight(config: Config, positions: Int[Array, "batch pos"], keys: Int[Array, 
 
 
 def pack(whole: Whole, rows: Rows) -> Packed:
-    """The frame of packed rows of a batch whose own frame is `whole`."""
+    """The frame of packed rows.
+
+    Args:
+        whole: the frame of the batch that the rows are tokens of.
+        rows: which tokens are computed.
+
+    Returns:
+        The frame.
+    """
     cells = rows.place.shape[0]
     tile = lambda x: jnp.tile(x, (cells, *(1,) * (x.ndim - 1)))
-    own = lambda x: x[rows.example, rows.column][None]
-    rotary = None if whole.sight.rotary is None else (own(whole.sight.rotary[0]), own(whole.sight.rotary[1]))
+    by_row = lambda x: x[rows.example, rows.column][None]
+    rotary = None if whole.sight.rotary is None else (by_row(whole.sight.rotary[0]), by_row(whole.sight.rotary[1]))
     example = jnp.arange(whole.keys.shape[0], dtype=jnp.int32)[None, :, None]
     allowed = whole.sight.allowed[example, jnp.take(rows.column, rows.slot, mode="clip")]
     sight = Sight(allowed.reshape(-1, *allowed.shape[2:]), rotary)
-    return Packed(own(whole.positions), tile(whole.keys), tile(whole.lengths), sight, rows, whole)
+    return Packed(by_row(whole.positions), tile(whole.keys), tile(whole.lengths), sight, rows, whole)
 
 
 def frequencies(config: Config) -> np.ndarray:
-    """The angle per position of each rotated pair (Su et al. 2021), stretched for long contexts if asked.
+    """The rotary frequencies (Su et al. 2021), stretched for long contexts where the config says so.
+
+    Args:
+        config: the architecture.
+
+    Returns:
+        `[rotary_dim / 2]`, the angle per position of each rotated pair of dimensions, in radians.
 
     >>> frequencies(Config(n_layers=1, d_model=8, n_heads=2, d_vocab=5, n_ctx=4, positions="rotary")).tolist()
     [1.0, 0.01]
@@ -211,13 +331,22 @@ def frequencies(config: Config) -> np.ndarray:
         return freq
     if scaling.kind == "linear":
         return freq / scaling.factor
-    turns = scaling.original_n_ctx * freq / (2 * np.pi)  # over the original context
+    turns = scaling.original_n_ctx * freq / (2 * np.pi)  # number of turns over the original context
     keep = np.clip((turns - scaling.low_freq) / (scaling.high_freq - scaling.low_freq), 0, 1)
     return keep * freq + (1 - keep) * freq / scaling.factor
 
 
 def rotate(config: Config, x: Heads, frame: Frame) -> Heads:
-    """Turn the first `rotary_dim` dimensions, pairing dimension i with i + rotary_dim / 2."""
+    """Rotate the first `rotary_dim` dimensions, where dimension i is paired with i + rotary_dim / 2.
+
+    Args:
+        config: the architecture.
+        x: `[batch, pos, head, d_head]`, queries or keys.
+        frame: the positions of their tokens.
+
+    Returns:
+        `[batch, pos, head, d_head]`; dimensions from `rotary_dim` on are unchanged.
+    """
     assert frame.sight.rotary is not None
     cos, sin = (t[:, :, None, :] for t in frame.sight.rotary)
     half = config.rotary_dim // 2

@@ -1,8 +1,8 @@
-"""Rewriting weights without changing what a model computes: pure functions, model to model.
+"""Rewriting weights without changing what a model computes: pure functions from model to model.
 
-Each leaves every log-probability as it was (to rounding; the activations that it is about do change) and
-raises `ValueError` for a model to which it does not apply. Elhage et al. 2021, "A Mathematical Framework for
-Transformer Circuits", and TransformerLens describe why one would: weights become comparable between layers.
+Each function leaves every log-probability unchanged (to rounding; the activations that it rewrites do change), and
+raises `ValueError` for a model to which it does not apply. The purpose is to make weights comparable between layers:
+see Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", and TransformerLens.
 """
 
 import dataclasses
@@ -20,7 +20,16 @@ from mijax.model.transformer import Transformer
 def fold_norms(model: Transformer) -> Transformer:
     """Move the weight and bias of every norm into the matrices that read it; the norms keep ones and zeros.
 
-    The unembedding is untied, and biases appear where the norms had any.
+    The unembedding is untied, and the matrices get biases where the norms had them.
+
+    Args:
+        model: a model with norms.
+
+    Returns:
+        The rewritten model, with a config that describes it.
+
+    Raises:
+        ValueError: for a model without norms.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -30,16 +39,16 @@ def fold_norms(model: Transformer) -> Transformer:
     if model.config.norm == "none":
         raise ValueError("fold_norms does not apply: the model has no norms")
     model = _untied(model)
-    a, m, ln1, ln2 = model.blocks.attn, model.blocks.mlp, model.blocks.ln1, model.blocks.ln2
-    qkv = [(getattr(a, f"W_{n}"), getattr(a, f"b_{n}")) for n in "QKV"]
-    read = "ld,ldhe->lhe"
-    folded = {f"attn.{k}_{n}": v for n, (W, b) in zip("QKV", qkv) for k, v in zip("Wb", _fold(ln1, W, b, read))}
-    if m is not None and ln2 is not None:
-        matrices = {"in": (m.W_in, m.b_in)} | ({"gate": (m.W_gate, m.b_gate)} if m.W_gate is not None else {})
+    attn, mlp, ln1, ln2 = model.blocks.attn, model.blocks.mlp, model.blocks.ln1, model.blocks.ln2
+    qkv = [(getattr(attn, f"W_{n}"), getattr(attn, f"b_{n}")) for n in "QKV"]
+    spec = "ld,ldhe->lhe"
+    folded = {f"attn.{k}_{n}": v for n, (W, b) in zip("QKV", qkv) for k, v in zip("Wb", _fold(ln1, W, b, spec))}
+    if mlp is not None and ln2 is not None:
+        matrices = {"in": (mlp.W_in, mlp.b_in)} | ({"gate": (mlp.W_gate, mlp.b_gate)} if mlp.W_gate is not None else {})
         for name, (W, b) in matrices.items():
             folded |= {f"mlp.{k}_{name}": v for k, v in zip("Wb", _fold(ln2, W, b, "ld,ldm->lm"))}
-        if m.b_out is None and folded["mlp.b_in"] is not None:  # an MLP has all of its biases, or none
-            folded["mlp.b_out"] = jnp.zeros_like(m.W_out[:, 0])
+        if mlp.b_out is None and folded["mlp.b_in"] is not None:  # an MLP has all of its biases, or none
+            folded["mlp.b_out"] = jnp.zeros_like(mlp.W_out[:, 0])
     W_U, b_U = _fold(model.ln_final, jnp.swapaxes(model.unembedding, 0, 1), model.b_U, "d,dv->v")
     blocks = _replace(model.blocks, {**folded, "ln1": _plain(ln1), **({"ln2": _plain(ln2)} if ln2 is not None else {})})
     model = _replace(
@@ -49,10 +58,24 @@ def fold_norms(model: Transformer) -> Transformer:
 
 
 def centre_writes(model: Transformer) -> Transformer:
-    """Give everything that writes to the residual stream mean zero over its dimensions.
+    """Give all weights and biases that write to the residual stream mean zero over its dimensions.
 
     Every LayerNorm subtracts that mean in any case; RMSNorm does not, nor does a model without norms. The
     unembedding is untied.
+
+    Args:
+        model: a model with LayerNorm.
+
+    Returns:
+        The rewritten model.
+
+    Raises:
+        ValueError: for a model with RMSNorm or without norms.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> bool(abs(mj.processing.centre_writes(model).W_E.mean(axis=1)).max() < 1e-6)
+    True
     """
     if model.config.norm != "layer":
         raise ValueError(
@@ -60,16 +83,27 @@ def centre_writes(model: Transformer) -> Transformer:
         )
     model = _untied(model)
     writes = ["W_E", "W_pos", "blocks.attn.W_O", "blocks.attn.b_O", "blocks.mlp.W_out", "blocks.mlp.b_out"]
-    given = {path: _get(model, path) for path in writes}
+    weights = {path: _get(model, path) for path in writes}
     return _replace(
-        model, {path: x - jnp.mean(x, axis=-1, keepdims=True) for path, x in given.items() if x is not None}
+        model, {path: x - jnp.mean(x, axis=-1, keepdims=True) for path, x in weights.items() if x is not None}
     )
 
 
 def centre_unembedding(model: Transformer) -> Transformer:
-    """Subtract from the unembedding its mean over the vocabulary: logits shift together, and softmax ignores it.
+    """Subtract from the unembedding its mean over the vocabulary.
 
-    The unembedding is untied.
+    All logits of a position shift by the same number, which softmax ignores. The unembedding is untied.
+
+    Args:
+        model: any transformer.
+
+    Returns:
+        The rewritten model.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> bool(abs(mj.processing.centre_unembedding(model).W_U.mean(axis=0)).max() < 1e-6)
+    True
     """
     model = _untied(model)
     W_U, b_U = model.unembedding, model.b_U
@@ -78,18 +112,45 @@ def centre_unembedding(model: Transformer) -> Transformer:
 
 
 def fold_value_biases(model: Transformer) -> Transformer:
-    """Move the values' biases into the bias of attention's output, since a pattern's row sums to one."""
-    a, c = model.blocks.attn, model.config
-    if a.b_V is None:
+    """Move the biases of the values into the bias of attention's output, since a pattern's row sums to one.
+
+    Args:
+        model: a model whose values have biases.
+
+    Returns:
+        The rewritten model, with `b_V` of zeros.
+
+    Raises:
+        ValueError: for a model without biases of values.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> bool(mj.processing.fold_value_biases(model).blocks.attn.b_V.any())
+    False
+    """
+    attn, config = model.blocks.attn, model.config
+    if attn.b_V is None:
         raise ValueError("fold_value_biases does not apply: the values have no biases")
-    by_head = jnp.repeat(a.b_V, c.n_heads // c.n_kv_heads, axis=1)
-    moved = einsum("lhe,lhed->ld", by_head, a.W_O).astype(a.b_V.dtype)
-    b_O = moved if a.b_O is None else a.b_O + moved
-    return _described(_replace(model, {"blocks.attn.b_V": jnp.zeros_like(a.b_V), "blocks.attn.b_O": b_O}))
+    by_head = jnp.repeat(attn.b_V, config.n_heads // config.n_kv_heads, axis=1)
+    shift = einsum("lhe,lhed->ld", by_head, attn.W_O).astype(attn.b_V.dtype)
+    b_O = shift if attn.b_O is None else attn.b_O + shift
+    return _described(_replace(model, {"blocks.attn.b_V": jnp.zeros_like(attn.b_V), "blocks.attn.b_O": b_O}))
 
 
 def simplify(model: Transformer) -> Transformer:
-    """All of them, in the order in which they apply, as far as they apply to this model."""
+    """Apply `fold_norms`, `centre_writes`, `fold_value_biases` and `centre_unembedding`, those that apply to the model.
+
+    Args:
+        model: any transformer.
+
+    Returns:
+        The rewritten model, with a config that describes it.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> mj.processing.simplify(model).config.tied_unembed
+    False
+    """
     if model.config.norm != "none":
         model = fold_norms(model)
     if model.config.norm == "layer":
@@ -100,47 +161,105 @@ def simplify(model: Transformer) -> Transformer:
 
 
 def rotate_qk(model: Transformer, rotation: Float[Array, "layer kv_head d_head d_head"]) -> Transformer:
-    """Turn queries and keys together (all query heads of a group with their key head), by orthogonal matrices.
+    """Rotate queries and keys together: all query heads of a group with their key head.
 
-    Rotary positions act inside the same space and do not commute with it: there this does not apply.
+    Rotary positions rotate the same space, and the two rotations do not commute: this does not apply there.
+
+    Args:
+        model: a model without rotary positions.
+        rotation: `[layer, kv_head, d_head, d_head]`, orthogonal matrices.
+
+    Returns:
+        The rewritten model.
+
+    Raises:
+        ValueError: for a model with rotary positions.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> flip = jnp.broadcast_to(jnp.eye(4)[::-1], (1, 2, 4, 4))
+    >>> rotated = mj.processing.rotate_qk(model, flip)
+    >>> bool((rotated.blocks.attn.W_Q == model.blocks.attn.W_Q[..., ::-1]).all())
+    True
     """
     if model.config.positions == "rotary":
         raise ValueError("rotate_qk does not apply to rotary positions, which turn queries and keys themselves")
-    a, group = model.blocks.attn, model.config.n_heads // model.config.n_kv_heads
+    attn, group = model.blocks.attn, model.config.n_heads // model.config.n_kv_heads
     for_q = jnp.repeat(rotation, group, axis=1)
-    turned = {"W_Q": (a.W_Q, for_q), "b_Q": (a.b_Q, for_q), "W_K": (a.W_K, rotation), "b_K": (a.b_K, rotation)}
-    return _replace(model, {f"blocks.attn.{n}": _turn(x, r) for n, (x, r) in turned.items() if x is not None})
+    weights = {
+        "W_Q": (attn.W_Q, for_q),
+        "b_Q": (attn.b_Q, for_q),
+        "W_K": (attn.W_K, rotation),
+        "b_K": (attn.b_K, rotation),
+    }
+    return _replace(model, {f"blocks.attn.{n}": _turn(x, r) for n, (x, r) in weights.items() if x is not None})
 
 
 def rotate_ov(model: Transformer, rotation: Float[Array, "layer kv_head d_head d_head"]) -> Transformer:
-    """Turn values and what reads them together, by orthogonal matrices."""
-    a, group = model.blocks.attn, model.config.n_heads // model.config.n_kv_heads
-    W_O = einsum("lhed,lhef->lhfd", a.W_O, jnp.repeat(rotation, group, axis=1)).astype(a.W_O.dtype)
-    turned = {"W_V": a.W_V, "b_V": a.b_V}
+    """Rotate values together with the output matrices that read them.
+
+    Args:
+        model: any transformer.
+        rotation: `[layer, kv_head, d_head, d_head]`, orthogonal matrices.
+
+    Returns:
+        The rewritten model.
+
+    >>> import jax, mijax as mj
+    >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
+    >>> flip = jnp.broadcast_to(jnp.eye(4)[::-1], (1, 2, 4, 4))
+    >>> rotated = mj.processing.rotate_ov(model, flip)
+    >>> bool((rotated.blocks.attn.W_V == model.blocks.attn.W_V[..., ::-1]).all())
+    True
+    """
+    attn, group = model.blocks.attn, model.config.n_heads // model.config.n_kv_heads
+    W_O = einsum("lhed,lhef->lhfd", attn.W_O, jnp.repeat(rotation, group, axis=1)).astype(attn.W_O.dtype)
+    values = {"W_V": attn.W_V, "b_V": attn.b_V}
     return _replace(
         model,
-        {f"blocks.attn.{n}": _turn(x, rotation) for n, x in turned.items() if x is not None} | {"blocks.attn.W_O": W_O},
+        {f"blocks.attn.{n}": _turn(x, rotation) for n, x in values.items() if x is not None} | {"blocks.attn.W_O": W_O},
     )
 
 
 def rotate_stream(model: Transformer, rotation: Float[Array, "d_model d_model"]) -> Transformer:
-    """Turn the residual stream of a norm-free model, by an orthogonal matrix: what writes to it and what reads it."""
+    """Rotate the residual stream of a model without norms: all matrices that write to it and that read it.
+
+    Args:
+        model: a model without norms.
+        rotation: `[d_model, d_model]`, an orthogonal matrix.
+
+    Returns:
+        The rewritten model.
+
+    Raises:
+        ValueError: for a model with norms, which fix a basis of the stream.
+
+    >>> import jax, mijax as mj
+    >>> config = mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16, norm="none")
+    >>> model = mj.init(config, jax.random.key(0))
+    >>> rotated = mj.processing.rotate_stream(model, jnp.eye(8)[::-1])
+    >>> bool((rotated.W_E == model.W_E[:, ::-1]).all())
+    True
+    """
     if model.config.norm != "none":
         raise ValueError(
             f"rotate_stream needs a model without norms, which have a basis of their own; this one has norm={model.config.norm!r}"
         )
     writes = ["W_E", "W_pos", "W_U", "blocks.attn.W_O", "blocks.attn.b_O", "blocks.mlp.W_out", "blocks.mlp.b_out"]
     reads = ["blocks.attn.W_Q", "blocks.attn.W_K", "blocks.attn.W_V", "blocks.mlp.W_in", "blocks.mlp.W_gate"]
-    turned = {path: _dot("...d,de->...e", _get(model, path), rotation) for path in writes}
-    turned |= {path: _dot("ld...,de->le...", _get(model, path), rotation) for path in reads}
-    return _replace(model, {path: x for path, x in turned.items() if x is not None})
+    rotated = {path: _dot("...d,de->...e", _get(model, path), rotation) for path in writes}
+    rotated |= {path: _dot("ld...,de->le...", _get(model, path), rotation) for path in reads}
+    return _replace(model, {path: x for path, x in rotated.items() if x is not None})
 
 
-def _fold(norm: Norm, W: Array, b: Array | None, read: str) -> tuple[Array, Array | None]:
-    """A matrix that reads a norm, `[*layer, d_model, ...]`, and its bias, with the norm's affine part inside."""
+def _fold(norm: Norm, W: Array, b: Array | None, spec: str) -> tuple[Array, Array | None]:
+    """A matrix that reads a norm, `[*layer, d_model, ...]`, and its bias, with the norm's weight and bias folded in.
+
+    `spec` multiplies the norm's bias with the matrix.
+    """
     if norm.bias is not None:
-        moved = einsum(read, norm.bias, W).astype(W.dtype)
-        b = moved if b is None else b + moved
+        shift = einsum(spec, norm.bias, W).astype(W.dtype)
+        b = shift if b is None else b + shift
     if norm.weight is not None:
         W = W * norm.weight.reshape(norm.weight.shape + (1,) * (W.ndim - norm.weight.ndim))
     return W, b
@@ -166,14 +285,14 @@ def _untied(model: Transformer) -> Transformer:
 
 def _described(model: Transformer) -> Transformer:
     """The model with a config that says which parameters it has."""
-    a, m = model.blocks.attn, model.blocks.mlp
+    attn, mlp = model.blocks.attn, model.blocks.mlp
     config = dataclasses.replace(
         model.config,
         tied_unembed=model.W_U is None,
         unembed_bias=model.b_U is not None,
-        qkv_bias=a.b_Q is not None,
-        attn_out_bias=a.b_O is not None,
-        mlp_bias=m is not None and m.b_in is not None,
+        qkv_bias=attn.b_Q is not None,
+        attn_out_bias=attn.b_O is not None,
+        mlp_bias=mlp is not None and mlp.b_in is not None,
     )
     return dataclasses.replace(model, config=config)
 
@@ -185,5 +304,6 @@ def _get(tree: Any, path: str) -> Any:
 
 
 def _replace(tree: Any, new: dict[str, Any]) -> Any:
+    """The tree with new values at some paths; those of `None` are left out."""
     new = {path: value for path, value in new.items() if value is not None}
     return eqx.tree_at(lambda t: [_get(t, path) for path in new], tree, list(new.values()), is_leaf=lambda x: x is None)

@@ -1,4 +1,4 @@
-"""The unembedding, for the positions and tokens that somebody asks for and no others."""
+"""The unembedding, computed only for the positions and tokens that are asked for."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,7 +11,14 @@ from mijax.model.tokens import Tokens, columns, integers, is_concrete
 
 
 class Readout(eqx.Module):
-    """The final residual stream, after the last norm, with the unembedding."""
+    """The final residual stream, after the last norm, with the unembedding.
+
+    Attributes:
+        final: the stream.
+        tokens: the batch.
+        W_U: the unembedding.
+        b_U: its bias; `None` where the model has none.
+    """
 
     final: Stream
     tokens: Tokens
@@ -21,13 +28,22 @@ class Readout(eqx.Module):
     def logits(self, pos: ArrayLike | None = None, tokens: ArrayLike | None = None) -> Logits:
         """Logits at some positions (all by default) for some tokens (all by default).
 
-        Indices are read by their rank, as in `Where`: 0-d is one (and drops the axis), `[k]` are
-        several, `[batch, k]` several for each example. `pos` counts real tokens and is negative from
-        the last. Gives `[batch, pos, vocab]`, with `pos` and `vocab` narrowed or dropped accordingly; without `pos`
-        the columns are those of the tokens, and NaN (of gradient zero) at padding.
+        Indices are read by their rank, as in `Where`: a 0-d index selects one entry and drops the axis, `[k]` selects
+        several, `[batch, k]` several for each example.
 
-        Raises `IndexError` for a position that a prompt has not, or a token outside the vocabulary;
-        inside a trace, where values cannot be looked at, these logits are NaN.
+        Args:
+            pos: positions, counted in real tokens, negative from the last; by default all columns of the batch.
+            tokens: token ids; by default the whole vocabulary.
+
+        Returns:
+            `[batch, pos, vocab]`, with `pos` and `vocab` narrowed or dropped accordingly. Without `pos`, logits at
+            padding are NaN (of gradient zero).
+
+        Raises:
+            IndexError: for a position that a prompt does not have, or a token outside the vocabulary. Inside a trace,
+                where values are not known, these logits are NaN instead.
+            TypeError: for indices that are not integers, or of rank above 2.
+            ValueError: for `[batch, k]` indices of another batch size, or ragged lists.
 
         >>> import jax, mijax as mj
         >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -36,8 +52,8 @@ class Readout(eqx.Module):
         ((1, 3, 11), (1, 11), (1, 2, 1))
         """
         logits = lambda readout, pos, tokens: readout._logits(pos, tokens)
-        out = lambda batch: batch_spec(("batch",), batch)
-        return with_automatic_axes(logits, self, pos, tokens, like=self.final, out_axes=out)
+        out_axes = lambda batch: batch_spec(("batch",), batch)
+        return with_automatic_axes(logits, self, pos, tokens, like=self.final, out_axes=out_axes)
 
     def _logits(self, pos: ArrayLike | None, tokens: ArrayLike | None) -> Logits:
         x, dropped = self._at(pos)
@@ -48,39 +64,41 @@ class Readout(eqx.Module):
             tokens = _index(tokens, "tokens")
             self._check_batch(tokens, "tokens")
             logits = self._some(x, tokens)
-        if pos is None:  # what follows padding is no prediction, and must not pass for one
+        if pos is None:  # logits at padding predict nothing
             real = jnp.asarray(self.tokens.mask)
             logits = jnp.where(real.reshape(*real.shape, *(1,) * (logits.ndim - 2)), logits, jnp.nan)
         return logits[:, 0] if dropped else logits
 
     def _at(self, pos: ArrayLike | None) -> tuple[Stream, bool]:
+        """The final stream at some positions, and whether their axis is to be dropped."""
         if pos is None:
             return self.final, False
         pos = _index(pos, "pos")
         self._check_batch(pos, "pos")
-        column, found = columns(self.tokens, pos if pos.ndim else pos[None])
-        if is_concrete(found) and not np.all(found):
-            example = int(np.argmin(np.all(found, axis=1)))
+        column, exists = columns(self.tokens, pos if pos.ndim else pos[None])
+        if is_concrete(exists) and not np.all(exists):
+            example = int(np.argmin(np.all(exists, axis=1)))
             length = int(self.tokens.lengths[example])
             raise IndexError(
                 f"position {np.asarray(pos).tolist()} asked of example {example}, which has {length} tokens"
             )
         x = jnp.take_along_axis(self.final, column[:, :, None], axis=1)
-        return jnp.where(found[:, :, None], x, jnp.nan), np.ndim(pos) == 0
+        return jnp.where(exists[:, :, None], x, jnp.nan), np.ndim(pos) == 0
 
     def _check_batch(self, index: Int[Array, "..."], what: str) -> None:
         if index.ndim == 2 and index.shape[0] != self.final.shape[0]:
             raise ValueError(f"{what} has indices for {index.shape[0]} examples, the batch has {self.final.shape[0]}")
 
     def _some(self, x: Stream, tokens: Int[Array, "..."]) -> Logits:
+        """Logits of `x` for some tokens."""
         valid = (tokens >= 0) & (tokens < self.W_U.shape[0])
         if is_concrete(valid) and not np.all(valid):
             bad = np.asarray(tokens)[~np.asarray(valid)][0]
             raise IndexError(f"token {bad} is outside the vocabulary of {self.W_U.shape[0]}")
         batch_k = tokens if tokens.ndim == 2 else tokens.reshape(1, -1)
         safe = jnp.where(valid, tokens, 0).reshape(batch_k.shape)
-        columns = self.W_U[safe[0]] if tokens.ndim < 2 else self.W_U[safe]
-        logits = einsum("bpd,vd->bpv" if tokens.ndim < 2 else "bpd,bvd->bpv", x, columns)
+        directions = self.W_U[safe[0]] if tokens.ndim < 2 else self.W_U[safe]
+        logits = einsum("bpd,vd->bpv" if tokens.ndim < 2 else "bpd,bvd->bpv", x, directions)
         if self.b_U is not None:
             logits = logits + self.b_U[safe].astype(logits.dtype)[:, None]
         logits = jnp.where(valid.reshape(batch_k.shape)[:, None], logits, jnp.nan)

@@ -1,4 +1,4 @@
-"""The named points of the forward pass: the one table of what each means, for every architecture."""
+"""The named points of the forward pass: one table with the exact meaning of each, for every architecture."""
 
 import dataclasses
 import functools
@@ -19,20 +19,49 @@ SELECTS = {
 
 
 def field_of(axis: str) -> str:
-    """The field of `Where` that selects along an axis; any other axis than those known is one of a vector's units."""
+    """The field of `Where` that selects along an axis.
+
+    Args:
+        axis: the name of an axis of a site.
+
+    Returns:
+        The name of the field; `"unit"` for an axis that is not in `SELECTS`, such as one of a user's model.
+
+    >>> field_of("kv_head"), field_of("d_mlp")
+    ('head', 'unit')
+    """
     return SELECTS.get(axis, "unit")
 
 
 Part = Literal["embedding", "attention", "mlp", "final"]
-"""Where in the forward pass a site stands: before the layers, in the first or second half of one, or after them."""
+"""Where in the forward pass a site is: before the layers, in the first or second half of a layer, or after them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A named point of the forward pass: its axes, its exact meaning, and every other fact that a method needs of it.
+    """A named point of the forward pass: its axes, its exact meaning, and all other facts that methods need.
 
-    `exists` says which configs have it. In a model's table (`model.sites`), `fixed` are the sizes of the axes that do not
-    depend on the prompts, and `half` is 1 where the site comes after attention, in the second half of its layer.
+    Args:
+        name: the name of the site.
+        axes: the names of its axes.
+        meaning: what the activation is.
+        part: where in the forward pass it is.
+        exists: which configs have it.
+        per_head: whether it is a copy of `d_model` numbers for every head, computed only for the heads that a tap asks
+            for.
+        product: whether it is computed by a product with parameters.
+        added: whether it is added to the residual stream unchanged.
+        is_stream: whether it is the residual stream itself.
+        read_as: for queries, keys and values, the site at which attention reads them.
+        zero_at_padding: whether it is zero at padding, whatever the sites before it hold there.
+        masked: whether entries of keys that a query may not see have no effect.
+        scale: the factor of the products that it is made of.
+        layers: the layers at which it exists, for a site inside the layers without a layer axis.
+        fixed: in a model's table (`model.sites`), the sizes of the axes that do not depend on the prompts.
+        half: in a model's table, 1 where the site is in the second half of its layer, after attention.
+
+    >>> SITES["pattern"].axes
+    ('layer', 'batch', 'head', 'query', 'key')
     """
 
     name: str
@@ -40,17 +69,15 @@ class Site:
     meaning: str
     part: Part
     exists: Callable[[Config], bool] = lambda config: True
-    per_head: bool = (
-        False  # a copy of d_model numbers for every head: only those of heads that are asked for are computed
-    )
-    product: bool = False  # computed by a product with parameters
-    added: bool = False  # added to the residual stream as it is
-    is_stream: bool = False  # the residual stream itself
-    read_as: str | None = None  # of what attention reads: the site of it that attention takes products of
-    zero_at_padding: bool = False  # whatever stands at the sites before
-    masked: bool = False  # what a query may not see has no effect
-    scale: float = 1.0  # by which the products that it is made of are multiplied
-    layers: tuple[int, ...] | None = None  # at which it is there, where it stands in layers and has no axis of them
+    per_head: bool = False
+    product: bool = False
+    added: bool = False
+    is_stream: bool = False
+    read_as: str | None = None
+    zero_at_padding: bool = False
+    masked: bool = False
+    scale: float = 1.0
+    layers: tuple[int, ...] | None = None
     fixed: tuple[tuple[str, int], ...] = ()
     half: int = 0
 
@@ -61,12 +88,12 @@ class Site:
 
     @property
     def has_layer(self) -> bool:
-        """Whether there is one per layer, or one per model."""
+        """Whether the site has an axis of layers, the first."""
         return self.axes[0] == "layer"
 
     @property
     def is_inside(self) -> bool:
-        """Whether it stands in the layers."""
+        """Whether the site is inside the layers."""
         return self.part in ("attention", "mlp")
 
     @property
@@ -76,26 +103,35 @@ class Site:
 
     @property
     def position_axes(self) -> tuple[str, ...]:
-        """Those of its axes along which tokens stand."""
+        """The axes that index tokens."""
         return tuple(axis for axis in self.axes if axis in ("pos", "query", "key"))
 
     @property
     def seen_from(self) -> tuple[str, ...]:
-        """The axes along which a change acts from its place on only, in a causal model."""
+        """The axes along which, in a causal model, a change acts at its index and later ones only."""
         return ("query", "key") if self.masked else tuple(axis for axis in ("pos", "query") if axis in self.axes)
 
     @property
     def head_axis(self) -> str | None:
-        """Its axis of heads, or of key/value heads."""
+        """The axis of heads, or of key/value heads; `None` where there is none."""
         return next((axis for axis in self.axes if axis in ("head", "kv_head")), None)
 
     @property
     def has_vectors(self) -> bool:
-        """Whether its last axis is that of vectors' units."""
+        """Whether the last axis indexes the units of vectors."""
         return field_of(self.axes[-1]) == "unit"
 
     def shape(self, batch: int, pos: int, keys: int | None = None) -> tuple[int, ...]:
-        """The size of every axis, for so many prompts and tokens (which attend to so many `keys`, if not to themselves)."""
+        """The size of every axis.
+
+        Args:
+            batch: the number of prompts.
+            pos: the number of computed positions.
+            keys: the number of positions that may be attended to; by default `pos`.
+
+        Returns:
+            The sizes, in the order of `axes`.
+        """
         tokens = {"batch": batch, "pos": pos, "query": pos, "key": pos if keys is None else keys}
         sizes = {**self.sizes, **tokens}
         return tuple(sizes[axis] for axis in self.axes)
@@ -147,41 +183,66 @@ SITES: Mapping[str, Site] = {
         Site("ln_final.normalized", _STREAM[1:], "as ln1.normalized, for the norm before the unembedding", "final", _has_norm),
     )
 }  # fmt: skip
-"""The sites of all transformers; `model.sites` are those of one, with their sizes."""
+"""The sites of all transformers; `model.sites` are those of one model, with their sizes."""
 
 
 @functools.lru_cache(maxsize=256)
 def transformer_sites(config: Config) -> Mapping[str, Site]:
-    """The sites of the transformers of one config."""
+    """The sites of the transformers of one config, with `fixed`, `scale`, `half` and `read_as` filled in.
+
+    Args:
+        config: the architecture.
+
+    Returns:
+        The sites by name, read-only.
+    """
     c = config
     fixed = (
         ("layer", c.n_layers), ("head", c.n_heads), ("kv_head", c.n_kv_heads),
         ("d_model", c.d_model), ("d_head", c.d_head), ("d_mlp", c.d_mlp),
     )  # fmt: skip
-    there = {name: site for name, site in SITES.items() if site.exists(config)}
+    existing = {name: site for name, site in SITES.items() if site.exists(config)}
     return MappingProxyType(
         {
             name: dataclasses.replace(
                 site,
                 fixed=fixed,
                 scale=c.attn_scale if name == "attn_scores" else 1.0,
-                half=int(site.part == "mlp" and not c.parallel),  # in a parallel layer the MLP waits for nothing
-                read_as=name if site.read_as not in there and site.read_as else site.read_as,
+                half=int(site.part == "mlp" and not c.parallel),  # a parallel MLP does not read attention's output
+                read_as=name if site.read_as not in existing and site.read_as else site.read_as,
             )
-            for name, site in there.items()
+            for name, site in existing.items()
         }
     )
 
 
 def cached_sites(sites: Mapping[str, Site]) -> tuple[str, str]:
-    """The sites of the keys and values as attention reads them: what is kept of tokens that are not computed again."""
+    """The sites of keys and values as attention reads them, which are cached for tokens that are not computed again.
+
+    Args:
+        sites: a model's table.
+
+    Returns:
+        The names of the two sites.
+    """
     k, v = sites["k"].read_as, sites["v"].read_as
     assert k is not None and v is not None
     return k, v
 
 
 def site_of(name: str, sites: Mapping[str, Site]) -> Site:
-    """Look a site up in a model's table; `ValueError` where it does not exist or this architecture lacks it."""
+    """Look up a site in a model's table.
+
+    Args:
+        name: the name of the site.
+        sites: the table.
+
+    Returns:
+        The site.
+
+    Raises:
+        ValueError: for a name that no site has, or a site that this model lacks.
+    """
     if name in sites:
         return sites[name]
     if name in SITES:
@@ -196,7 +257,15 @@ def site_of(name: str, sites: Mapping[str, Site]) -> Site:
 
 
 class SiteInfo(NamedTuple):
-    """One row of `sites`: what capturing all of a site would give."""
+    """One row of `sites`: the array that capturing all of a site would give.
+
+    Attributes:
+        axes: its axes.
+        shape: its shape.
+        dtype: its dtype.
+        bytes: its size.
+        meaning: what the activation is.
+    """
 
     axes: tuple[str, ...]
     shape: tuple[int, ...]
@@ -219,9 +288,16 @@ class SiteTable(dict[str, SiteInfo]):
 
 
 def sites(model: Any, tokens: Tokens | ArrayLike) -> SiteTable:
-    """Every site that `model` has, with the axes, shape, dtype and bytes that capturing it would take.
+    """Every site of a model, with the axes, shape, dtype and bytes of its activation.
 
-    Nothing is run. The result is a mapping: `capture=tuple(mj.sites(model, tokens))` captures all.
+    Nothing is run.
+
+    Args:
+        model: any model that takes tokens.
+        tokens: the batch, on which shapes depend.
+
+    Returns:
+        A mapping by site name, shown as a table; `capture=tuple(mj.sites(model, tokens))` captures all sites.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))

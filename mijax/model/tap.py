@@ -1,4 +1,4 @@
-"""What a run calls at its sites: pure values, which may edit an activation and keep it in a state that the run carries."""
+"""Taps: pure values that a run calls at its sites, to edit activations and to keep them in a state that it carries."""
 
 import abc
 from collections.abc import Mapping
@@ -13,11 +13,15 @@ from mijax.model.sites import Site
 
 
 class Point(NamedTuple):
-    """A site in a run, as a tap is called there.
+    """The site at which a tap is called, and where in the run it is.
 
-    `layer` is the layer's number (traced; `None` at sites without layers), `frame` holds the positions of the tokens that
-    stand there. `heads` are those that the head axis holds, where it does not hold all. At a `copy` the activation is not the
-    site's own, but that of the stream as one head alone sees it: it may be edited, and is not to be kept.
+    Attributes:
+        site: the site.
+        layer: the number of the layer, traced; `None` at sites outside the layers.
+        frame: the positions of the tokens along the activation's axes.
+        heads: the heads that the head axis holds; `None` where it holds all.
+        copy: whether the activation is not that of the residual stream, but that of a copy of the stream which one head
+            reads (a norm's sites, where a head's input was edited): it may be edited, and must not be kept.
     """
 
     site: Site
@@ -30,9 +34,9 @@ class Point(NamedTuple):
 class Tap(eqx.Module):
     """What a run does at some of its sites: a pytree whose arrays may be vmapped and differentiated.
 
-    `sites` names them; the tap is called at no others, and a copy per head is computed only where some tap has it.
-    A tap keeps what it keeps in its state, a pytree of arrays of its own, which goes through the run from `init`
-    through every call, and has one structure whenever a layer begins.
+    The tap is called at `sites` only, and the copies per head of a site are computed only where a tap names that site.
+    What a tap remembers is in its state, a pytree of arrays that the run passes from `init` through every call. At the
+    beginning of every layer the state has the same structure.
 
     >>> import jax, mijax as mj
     >>> class Norms(mj.Tap):
@@ -41,7 +45,7 @@ class Tap(eqx.Module):
     ...     def at(self, point, x, state):
     ...         return x, jax.numpy.linalg.norm(x, axis=-1)
     ...
-    ...     def close(self, state):  # the next layer begins with nothing; this one's norms are kept
+    ...     def close(self, state):  # the next layer begins with None; the norms of this layer are kept
     ...         return None, state
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
     >>> mj.run(model, [[1, 2, 3]], taps=[Norms()]).taps[0].shape
@@ -53,45 +57,124 @@ class Tap(eqx.Module):
     @property
     @abc.abstractmethod
     def sites(self) -> frozenset[str]:
-        """The names of the sites at which it is called: a property, or an attribute of the class."""
+        """The names of the sites at which the tap is called: a property, or an attribute of the class."""
 
     @abc.abstractmethod
     def at(self, point: Point, x: Array, state: Any) -> tuple[Array, Any]:
-        """What stands at a point after this tap, and the state: `x` as it is to be, of the same shape and dtype."""
+        """Edit or keep an activation.
+
+        Args:
+            point: the site, layer and frame.
+            x: the activation.
+            state: the tap's state.
+
+        Returns:
+            The activation with which the run goes on, of the same shape and dtype; and the state.
+        """
 
     def init(self, sites: Mapping[str, Site], frame: Frame, zero: Array) -> Any:
-        """The state before the run: none by default. `sites` are the model's, `zero` is a zero of its dtype, which varies over a
-        mesh as activations do: build arrays of zeros by `jax.lax.full_like(zero, 0, shape=...)`."""
+        """The state before the run: `None` by default.
+
+        Args:
+            sites: the model's table.
+            frame: the positions of the run.
+            zero: a zero of the model's dtype that varies over a mesh as activations do: build arrays of zeros by
+                `jax.lax.full_like(zero, 0, shape=...)`.
+
+        Returns:
+            The state.
+        """
         del sites, frame, zero
 
     def close(self, state: Any) -> tuple[Any, Any]:
-        """The state with which the next layer begins, and what of this layer's is kept, to be stacked over layers."""
+        """Finish a layer.
+
+        Args:
+            state: the state after the layer.
+
+        Returns:
+            The state with which the next layer begins, and arrays to keep of this layer, which are stacked over
+            layers: by default the same state, and `None`.
+        """
         return state, None
 
     def result(self, state: Any, stacked: Any) -> Any:
-        """What the run gives of the tap: what was kept layer by layer, by default."""
+        """The result of the tap in the run's output.
+
+        Args:
+            state: the state after the run.
+            stacked: what `close` kept of each layer, with a leading layer axis.
+
+        Returns:
+            By default `stacked`.
+        """
         del state
         return stacked
 
     def heads(self, site: Site) -> Int[Array, " k"]:
-        """The heads of a copy per head that must be computed."""
+        """The heads whose copies must be computed, at a site with a copy per head.
+
+        Args:
+            site: the site.
+
+        Returns:
+            Their numbers: by default all.
+        """
         return all_heads(site)
 
     def per_layer(self, sites: Mapping[str, Site]) -> tuple[Any, "Tap"]:
-        """The tap in two parts, for `equinox.combine`: its arrays with one entry per layer in front, of which each layer
-        is given its own, and the rest."""
+        """Split the tap into what differs between layers and what does not.
+
+        Args:
+            sites: the model's table.
+
+        Returns:
+            Two parts for `equinox.combine`: the arrays with a leading layer axis, of which each layer receives its
+            entry, and the rest. By default no arrays, and the tap itself.
+        """
         del sites
         return None, self
 
 
 def all_heads(site: Site) -> Int[Array, " k"]:
-    """The numbers of all heads of a site."""
+    """The numbers of all heads of a site.
+
+    Args:
+        site: a site with an axis of heads, from a model's table.
+
+    Returns:
+        `[n_heads]`: 0, 1, ...
+    """
     assert site.head_axis is not None
     return jnp.arange(site.sizes[site.head_axis], dtype=jnp.int32)
 
 
 def called(tap: Tap, point: Point, x: Array, state: Any) -> tuple[Array, Any]:
-    """What stands at a point after a tap, and the tap's state; `ValueError` for an activation of another shape or dtype."""
+    """Call a tap at a point, as the run does; for taps that call another tap.
+
+    Args:
+        tap: the tap.
+        point: the site, layer and frame; a tap that does not name the site is not called.
+        x: the activation.
+        state: the tap's state.
+
+    Returns:
+        The activation after the tap, and the state.
+
+    Raises:
+        TypeError: for a tap that does not return a pair.
+        ValueError: for a tap that returns an activation of another shape or dtype.
+
+    >>> import mijax as mj
+    >>> class Halved(mj.Tap):
+    ...     sites = frozenset({"y"})
+    ...
+    ...     def at(self, point, x, state):
+    ...         return x / 2, state
+    >>> y = mj.Site("y", ("batch",), "output of a model", "mlp")
+    >>> mj.called(Halved(), mj.Point(y, layer=None, frame=None), jnp.ones(2), ())
+    (Array([0.5, 0.5], dtype=float32), ())
+    """
     if point.site.name not in tap.sites:
         return x, state
     result = tap.at(point, x, state)
@@ -115,65 +198,73 @@ class Nothing(Tap):
 
     @property
     def sites(self) -> frozenset[str]:
-        """None."""
+        """No sites."""
         return frozenset()
 
     def at(self, point, x, state):
-        """As it was."""
+        """Return the activation unchanged."""
         return x, state
 
 
 class Chain(Tap):
-    """Several taps, one after the other at every point; the state is a tuple of theirs."""
+    """Several taps, called one after the other at every point; the state is a tuple of their states.
+
+    Args:
+        taps: the taps.
+    """
 
     taps: tuple[Tap, ...]
 
     @property
     def sites(self) -> frozenset[str]:
-        """Those of any."""
+        """The sites of all taps."""
         return frozenset().union(*(tap.sites for tap in self.taps))
 
     def at(self, point, x, state):
-        """What is left by each is given to the next."""
-        after = list(state)
+        """Call each tap with the activation that the tap before it returned."""
+        states = list(state)
         for i, tap in enumerate(self.taps):
-            x, after[i] = called(tap, point, x, after[i])
-        return x, tuple(after)
+            x, states[i] = called(tap, point, x, states[i])
+        return x, tuple(states)
 
     def init(self, sites, frame, zero):
-        """Each one's own."""
+        """A tuple of the taps' initial states."""
         return tuple(tap.init(sites, frame, zero) for tap in self.taps)
 
     def close(self, state):
-        """Each one's own."""
-        pairs = [tap.close(own) for tap, own in zip(self.taps, state)]
-        return tuple(after for after, _ in pairs), tuple(kept for _, kept in pairs)
+        """Close each tap."""
+        pairs = [tap.close(tap_state) for tap, tap_state in zip(self.taps, state)]
+        return tuple(tap_state for tap_state, _ in pairs), tuple(arrays for _, arrays in pairs)
 
     def result(self, state, stacked):
-        """Each one's own."""
-        return tuple(tap.result(*own) for tap, *own in zip(self.taps, state, stacked))
+        """A tuple of the taps' results."""
+        return tuple(tap.result(*arguments) for tap, *arguments in zip(self.taps, state, stacked))
 
     def heads(self, site):
-        """Those that any asks for."""
+        """The heads of all taps one after the other (some may be listed twice), or all heads where that is shorter."""
         heads = [tap.heads(site) for tap in self.taps if site.name in tap.sites]
-        every = all_heads(site)
+        full = all_heads(site)
         return (
-            heads[0]
-            if len(heads) == 1
-            else every
-            if sum(h.size for h in heads) >= every.size
-            else jnp.concatenate(heads)
+            heads[0] if len(heads) == 1 else full if sum(h.size for h in heads) >= full.size else jnp.concatenate(heads)
         )
 
     def per_layer(self, sites):
-        """Each one's own."""
+        """Split each tap."""
         pairs = [tap.per_layer(sites) for tap in self.taps]
-        of = lambda taps: eqx.tree_at(lambda chain: chain.taps, self, tuple(taps))
-        return of(own for own, _ in pairs), of(rest for _, rest in pairs)
+        chain_of = lambda taps: eqx.tree_at(lambda chain: chain.taps, self, tuple(taps))
+        return chain_of(layered for layered, _ in pairs), chain_of(rest for _, rest in pairs)
 
 
 class Visit(NamedTuple):
-    """A tap on its way through one layer of a run, or around the layers."""
+    """What a model calls at its sites: a tap, with the place in the run.
+
+    Args:
+        tap: the tap.
+        sites: the model's table.
+        frame: the positions of the tokens that are computed.
+        layer: the number of the layer; `None` outside the layers.
+        copy: as in `Point`.
+    """
 
     tap: Tap
     sites: Mapping[str, Site]
@@ -182,9 +273,26 @@ class Visit(NamedTuple):
     copy: bool = False
 
     def __call__(self, site: str, x: Array, state: Any, heads: Int[Array, " k"] | None = None) -> tuple[Array, Any]:
-        """What stands at a site after the tap, and the tap's state."""
+        """Call the tap.
+
+        Args:
+            site: the name of the site.
+            x: the activation.
+            state: the tap's state.
+            heads: the heads that the head axis holds; `None` where it holds all.
+
+        Returns:
+            The activation after the tap, and the tap's state.
+        """
         return called(self.tap, Point(self.sites[site], self.layer, self.frame, heads, self.copy), x, state)
 
     def heads(self, site: str) -> Int[Array, " k"] | None:
-        """The heads of a copy per head that must be computed; `None` where no tap is called there."""
+        """The heads whose copies must be computed.
+
+        Args:
+            site: the name of a site with a copy per head.
+
+        Returns:
+            Their numbers; `None` where the tap is not called there.
+        """
         return self.tap.heads(self.sites[site]) if site in self.tap.sites else None

@@ -1,4 +1,4 @@
-"""A batch of tokenised prompts, and what padding does to positions."""
+"""Batches of tokenised prompts, and positions that do not count padding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,17 @@ import numpy as np
 from mijax._types import Array, ArrayLike, Bool, Ids, Int, Mask
 
 PADDING = np.iinfo(np.int32).min // 2
-"""The position of a padding token: smaller than any index, whether counted from the front or the end."""
+"""The position of a padding token: smaller than any index, counted from the beginning or from the end."""
 
 
 class Inputs:
-    """A batch of whatever a model takes, in `values`, with the examples in front: each is one token for those that ask.
+    """A batch of inputs of any model, in `values`. Code that asks for tokens sees one token per example.
+
+    Args:
+        values: an array with a leading axis of examples.
+
+    Raises:
+        ValueError: for an array without examples.
 
     >>> Inputs([[0.5, 1.0], [2.0, 3.0]]).lengths.tolist()
     [1, 1]
@@ -28,7 +34,6 @@ class Inputs:
     end_tokens: tuple[int, ...] = ()
 
     def __init__(self, values: Any):
-        """Raises `ValueError` for an array without examples."""
         self.values = values if isinstance(values, jax.Array) else jnp.asarray(np.asarray(values))
         if self.values.ndim < 1 or len(self.values) == 0:
             raise ValueError(f"a batch has the examples in front, given shape {self.values.shape}")
@@ -36,7 +41,7 @@ class Inputs:
         self.mask = np.ones(self.ids.shape, bool)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        """The values, and a place for each example."""
+        """`values`, `ids` and `mask` are the leaves."""
         return (self.values, self.ids, self.mask), None
 
     @classmethod
@@ -49,12 +54,12 @@ class Inputs:
 
     @property
     def positions(self) -> Int[Array, "batch pos"]:
-        """Each real token's place among its prompt's real tokens, from 0; `PADDING` elsewhere."""
+        """The index of each real token among the real tokens of its prompt, from 0; `PADDING` at padding."""
         return jnp.where(self.mask, jnp.cumsum(self.mask, axis=1, dtype=jnp.int32) - 1, PADDING)
 
     @property
     def lengths(self) -> Any:
-        """The number of real tokens of each prompt, `[batch]`; on the host where the mask is there."""
+        """`[batch]`, the number of real tokens of each prompt; a host array where the mask is one."""
         return self.mask.sum(axis=1, dtype=np.int32)
 
 
@@ -63,11 +68,20 @@ jax.tree_util.register_pytree_node_class(Inputs)
 
 @jax.tree_util.register_pytree_node_class
 class Tokens(Inputs):
-    """Token ids `[batch pos]` with the mask of those that are real (not padding).
+    """Token ids with the mask of those that are real (not padding).
 
-    `strings` are the tokens as text, for labels: they are no part of the pytree, so that prompts of
-    equal shape share compiled code, and they are `None` on the other side of a JAX transformation. So are `end_tokens`,
-    the ids at which the model that the tokens are for ends a text, where a tokenizer told them.
+    `strings` and `end_tokens` are no part of the pytree, so that prompts of equal shape share compiled code; inside and
+    after a JAX transformation they are `None` and `()`.
+
+    Args:
+        ids: `[batch, pos]`, integers.
+        mask: `[batch, pos]`, booleans or 0 and 1; without it every token is real.
+        strings: the tokens as text, for labels.
+        end_tokens: ids at which the model ends a text, where a tokenizer knows them.
+
+    Raises:
+        TypeError: for ids or a mask of another dtype.
+        ValueError: for a mask of other numbers or of another shape, for ids of another rank, or an empty batch.
 
     >>> Tokens([[5, 6, 7]]).positions
     Array([[0, 1, 2]], dtype=int32)
@@ -80,11 +94,7 @@ class Tokens(Inputs):
         strings: Sequence[Sequence[str]] | None = None,
         end_tokens: Sequence[int] = (),
     ):
-        """`ids` and `mask` are `[batch pos]`; without a mask every token is real.
-
-        Raises `TypeError` for ids or a mask of another dtype, `ValueError` for a mask of other numbers, for another rank, an empty batch, or a mask of another shape.
-        """
-        # What is given on the host stays there until it is used: looking at it then costs nothing.
+        # Host arrays stay on the host until they are used, so that checks of their values need no device transfer.
         self.ids = integers(ids, "token ids")
         if self.ids.ndim != 2 or 0 in self.ids.shape or self.ids.dtype == bool:
             raise ValueError(
@@ -118,27 +128,75 @@ class Tokens(Inputs):
 
 
 def as_tokens(tokens: "Tokens | ArrayLike") -> Tokens:
-    """Accept a batch as it is, or plain ids of which every one is real."""
+    """Convert plain ids to `Tokens`.
+
+    Args:
+        tokens: a batch, or ids `[batch, pos]`, all of which are real tokens.
+
+    Returns:
+        The batch, unchanged where it is one already.
+
+    Raises:
+        TypeError: for ids that are not integers.
+        ValueError: for ids that are not a non-empty `[batch, pos]`.
+
+    >>> as_tokens([[1, 2, 3]])
+    Tokens(batch=1, pos=3)
+    """
     return tokens if isinstance(tokens, Tokens) else Tokens(tokens)
 
 
 def is_concrete(x: Any) -> bool:
-    """Whether the values of `x` can be looked at now (it is not being traced)."""
+    """Whether the values of an array are known: it is not being traced.
+
+    Args:
+        x: an array or a tracer.
+
+    Returns:
+        The answer.
+    """
     return not isinstance(x, jax.core.Tracer)
 
 
 def resized(x: Any, axis: int, size: int, value: Any) -> Any:
-    """The array with `size` entries along an axis: cut, or filled with `value`; a host array stays one."""
-    xp = np if is_concrete(x) else jnp
+    """Cut an array, or fill it up, to a given size along an axis.
+
+    Args:
+        x: the array.
+        axis: the axis.
+        size: the number of entries wanted.
+        value: what new entries at the end are.
+
+    Returns:
+        The array; a host array where `x` is one.
+
+    >>> resized(np.array([1, 2]), 0, 4, 0), resized(np.array([1, 2]), 0, 1, 0)
+    (array([1, 2, 0, 0]), array([1]))
+    """
+    xp: Any = np if is_concrete(x) else jnp
     x = xp.moveaxis(xp.asarray(x), axis, -1)[..., :size]
-    more = [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]
-    return xp.moveaxis(xp.pad(x, more, constant_values=value), -1, axis)
+    widths = [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]
+    return xp.moveaxis(xp.pad(x, widths, constant_values=value), -1, axis)
 
 
 def integers(x: Any, what: str) -> Any:
-    """int32, on the host where `x` is there; numbers too large for it stay out of every range.
+    """Convert integers to int32.
 
-    Raises `TypeError` for anything but integers (or, for a mask, booleans, which stay as they are).
+    Numbers too large for int32 are clipped to its limits, and so stay out of every range.
+
+    Args:
+        x: an array or a list of integers or booleans.
+        what: what messages call it.
+
+    Returns:
+        int32, or booleans unchanged (for masks); a host array unless `x` is a JAX array.
+
+    Raises:
+        TypeError: for other dtypes.
+        ValueError: for a ragged list.
+
+    >>> integers([1, 2**40], "token ids").tolist()
+    [1, 2147483647]
     """
     try:
         x = x if isinstance(x, jax.Array) else np.asarray(x)
@@ -146,7 +204,7 @@ def integers(x: Any, what: str) -> Any:
         raise ValueError(f"{what} must be one number or a rectangular list") from error
     if x.dtype == bool:
         return x
-    if x.size == 0:  # an empty list has no dtype of its own
+    if x.size == 0:  # NumPy makes an empty list float64
         return x.astype(np.int32)
     if x.dtype.kind in "US":
         raise TypeError(
@@ -162,10 +220,14 @@ def integers(x: Any, what: str) -> Any:
 def columns(
     tokens: Tokens, pos: Int[Array, " k"] | Int[Array, "batch k"]
 ) -> tuple[Int[Array, "batch k"], Bool[Array, "batch k"]]:
-    """The columns of `tokens` at which positions stand, and whether they exist.
+    """The columns of a batch that hold given positions.
 
-    `pos` counts real tokens, from the end where it is negative: one list for all prompts, or one
-    list each.
+    Args:
+        tokens: the batch.
+        pos: positions, counted in real tokens, negative from the end: `[k]` for all prompts, or `[batch, k]`.
+
+    Returns:
+        `[batch, k]` columns (0 for a position that does not exist), and `[batch, k]` whether each position exists.
 
     >>> padded = Tokens([[0, 0, 5, 6], [1, 2, 3, 4]], mask=[[0, 0, 1, 1], [1, 1, 1, 1]])
     >>> columns(padded, jnp.array([0, -1, 2]))[0]
@@ -175,14 +237,28 @@ def columns(
     Array([[ True,  True, False],
            [ True,  True,  True]], dtype=bool)
     """
-    wanted = (pos if pos.ndim == 2 else pos[None, :])[:, :, None]
-    places, lengths = tokens.positions[:, None, :], jnp.asarray(tokens.lengths)[:, None, None]
-    hits = (places == wanted) | (places - lengths == wanted)
-    return jnp.argmax(hits, axis=-1).astype(jnp.int32), jnp.any(hits, axis=-1)
+    targets = (pos if pos.ndim == 2 else pos[None, :])[:, :, None]
+    positions, lengths = tokens.positions[:, None, :], jnp.asarray(tokens.lengths)[:, None, None]
+    matches = (positions == targets) | (positions - lengths == targets)
+    return jnp.argmax(matches, axis=-1).astype(jnp.int32), jnp.any(matches, axis=-1)
 
 
 def check_tokens(d_vocab: int, n_ctx: int, tokens: Tokens) -> None:
-    """Raise `ValueError` for prompts longer than the context, tokens outside the vocabulary, and prompts of padding alone."""
+    """Check a batch; its values only where they are known (outside a trace).
+
+    Args:
+        d_vocab: the size of the vocabulary.
+        n_ctx: the context length, in tokens.
+        tokens: the batch.
+
+    Raises:
+        ValueError: for ids that are not `[batch, pos]`, prompts longer than the context, tokens outside the vocabulary
+            (padding may be any number), and prompts that are all padding.
+
+    >>> check_tokens(5, 4, Tokens([[1, 7]]))
+    Traceback (most recent call last):
+    ValueError: token 7 (example 0, column 1) is outside the vocabulary of 5
+    """
     if tokens.ids.ndim != 2:
         raise ValueError(f"tokens must be [batch, pos], given shape {tokens.ids.shape}")
     if tokens.ids.shape[1] > n_ctx:

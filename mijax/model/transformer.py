@@ -1,4 +1,4 @@
-"""The parameters of a transformer, fresh ones, and what stands before and after the layers."""
+"""The parameters of a transformer, their initialisation, and what is computed before and after the layers."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,10 +25,16 @@ from mijax.model.walk import Body, Layer, walk
 
 
 class Transformer(LayeredModel):
-    """A transformer's parameters: a pytree of arrays and nothing else. `mijax.run` runs it.
+    """The parameters of a transformer: a pytree whose leaves are arrays only. `mijax.run` runs it.
 
-    The layers' arrays are stacked along a leading axis. `W_U` is `None` where the unembedding is tied
-    to `W_E`.
+    Attributes:
+        W_E: token embedding.
+        W_pos: learned position embedding; `None` for other kinds of positions.
+        blocks: the layers, each array stacked along a leading axis.
+        ln_final: the norm before the unembedding.
+        W_U: unembedding; `None` where it is tied to `W_E`.
+        b_U: its bias, or `None`.
+        config: the architecture, a static field.
     """
 
     W_E: Float[Array, "vocab d_model"]
@@ -42,65 +48,65 @@ class Transformer(LayeredModel):
 
     @property
     def unembedding(self) -> Float[Array, "vocab d_model"]:
-        """`W_U`, or what it is tied to."""
+        """`W_U`, or `W_E` where the two are tied."""
         return self.W_E if self.W_U is None else self.W_U
 
     @property
     def dtype(self) -> jnp.dtype:
-        """That of every activation."""
+        """The dtype of every activation."""
         return accumulator(self.W_E.dtype)
 
     @property
     def sites(self) -> Mapping[str, Site]:
-        """The named points of its forward pass."""
+        """The sites of its forward pass, by name."""
         return transformer_sites(self.config)
 
     @property
     def name(self):
-        """The label in its config."""
+        """The label in the config."""
         return self.config.name or "unnamed"
 
     @property
     def layer_bytes(self):
-        """The bytes of the parameters of one layer."""
+        """The size of the parameters of one layer, in bytes."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.blocks)) // max(1, self.n_layers)
 
     @property
     def d_vocab(self):
-        """How many tokens there are."""
+        """The size of the vocabulary."""
         return self.config.d_vocab
 
     @property
     def n_ctx(self):
-        """How many tokens it takes at most."""
+        """The greatest number of tokens of a prompt."""
         return self.config.n_ctx
 
     def check(self) -> None:
-        """Hold the parameters against the config."""
+        """Raise `ValueError` for parameters that are not those of the config: see `check_parameters`."""
         check_parameters(self)
 
     def check_inputs(self, inputs: Any) -> None:
-        """Raise `ValueError` for a token outside the vocabulary, a prompt that is empty, or longer than the context."""
+        """Raise `ValueError` for tokens outside the vocabulary, and prompts that are empty or exceed the context."""
         check_tokens(self.d_vocab, self.n_ctx, inputs)
 
     def bad_inputs(self, inputs: Any) -> Bool[Array, ""]:
-        """Whether a token is outside the vocabulary, or a prompt empty."""
+        """Whether a token is outside the vocabulary, or a prompt is empty."""
         outside = jnp.any(inputs.mask & ((inputs.ids < 0) | (inputs.ids >= self.d_vocab)))
         return outside | ~jnp.all(jnp.any(jnp.asarray(inputs.mask), axis=1))
 
     @property
     def n_layers(self) -> int:
-        """How many layers there are."""
+        """The number of layers."""
         return self.config.n_layers
 
     @property
     def causal(self) -> bool:
-        """Whether tokens see no later ones."""
+        """Whether tokens attend to no later tokens."""
         return self.config.causal
 
     @property
     def has_halves(self) -> bool:
-        """Whether a layer's MLP waits for its attention, so that a run can begin between them."""
+        """Whether a layer's MLP reads the output of its attention, so that a run can begin between them."""
         return not self.config.parallel
 
     def frame(self, inputs: Any) -> Whole:
@@ -108,25 +114,25 @@ class Transformer(LayeredModel):
         return frame(self.config, inputs, self.dtype)
 
     def frame_of(self, tokens: Tokens, columns: Int[Array, " pos"], alone: bool = False) -> Columns:
-        """The positions of some columns of a batch, which attend to all of it, or to one another `alone`."""
+        """The positions of some columns of a batch."""
         return frame_of(self.config, tokens, self.dtype, columns, alone)
 
     def embed(self, ids: Ids, frame: Frame, tap: Tap, state: Any) -> tuple[Stream, Any]:
-        """The residual stream before the first layer, and the tap's state."""
+        """The residual stream before the first layer (sites `embed` and `pos_embed`), and the tap's state."""
         visit = Visit(tap, self.sites, frame)
         x, state = visit("embed", self.W_E[ids].astype(self.dtype), state)
         if self.W_pos is not None:
-            there = self.W_pos[jnp.maximum(frame.positions, 0)].astype(self.dtype)
-            added, state = visit("pos_embed", there, state)
-            x = x + added
+            pos_embed = self.W_pos[jnp.maximum(frame.positions, 0)].astype(self.dtype)
+            pos_embed, state = visit("pos_embed", pos_embed, state)
+            x = x + pos_embed
         return x, state
 
     def layer(self, index: int) -> Layer:
-        """One layer, as a walk's body is given it."""
+        """One layer, as `walk` passes it to its body."""
         return Layer(self.config, jnp.int32(index), jax.tree.map(lambda a: a[index], self.blocks))
 
     def walk(self, body: Body, carry: Any, xs: Any = None, **how: Any) -> tuple[Any, Any]:
-        """Run `body(layer, carry, x) -> carry, y` on the layers in turn: see `mijax.model.walk.walk`."""
+        """Run `body(layer, carry, x) -> carry, y` on the layers in turn."""
         return walk(self.config, self.blocks, body, carry, xs, **how)
 
     def final(self, x: Stream, frame: Frame, tap: Tap, state: Any) -> tuple[Stream, Any]:
@@ -140,20 +146,20 @@ class Transformer(LayeredModel):
         return Readout(final, tokens, self.unembedding, self.b_U)
 
     def numbers_per_token(self, sites: Iterable[str]) -> int:
-        """How many numbers a layer holds at once of each token that it computes, where it is tapped at `sites`."""
+        """How many numbers of each computed token a layer has in memory at once, with a tap at `sites`."""
         c, copies = self.config, any(self.sites[name].per_head for name in sites)
         heads = (c.n_heads + c.n_kv_heads) * c.d_head
         numbers = 8 * c.d_model + 4 * heads + (3 if c.mlp == "gated" else 2) * c.d_mlp
         return numbers + 3 * c.n_heads * c.d_model * copies
 
     def numbers_per_batch(self, batch: int, pos: int) -> int:
-        """How many numbers attention holds at once of each batch that it computes, whatever of its tokens is computed."""
+        """How many numbers of each batch attention has in memory at once, however many tokens are computed."""
         c = self.config
         return batch * pos * (2 * (c.n_heads + 2 * c.n_kv_heads) * c.d_head + c.d_model + 3 * c.n_heads * pos)
 
     @property
     def products_per_token(self) -> int:
-        """How many products of two numbers a layer computes for a token: the size of its matrices."""
+        """How many multiplications a layer takes per token: the total size of its matrices."""
         return sum(a.size for a in jax.tree.leaves(self.blocks) if a.ndim > 2) // max(1, self.n_layers)
 
     def __repr__(self):
@@ -164,7 +170,18 @@ class Transformer(LayeredModel):
 
 
 def init(config: Config, key: Array, dtype=jnp.float32) -> Transformer:
-    """A fresh model: normal weights of scale 0.02, what writes to the stream scaled down by depth (GPT-2).
+    """A model with random weights, initialised as GPT-2 is.
+
+    Weights are normal with standard deviation 0.02, divided by `sqrt(2 * n_layers)` for the matrices that write to the
+    residual stream; biases are zero, the weights of norms one.
+
+    Args:
+        config: the architecture.
+        key: a PRNG key of `jax.random`.
+        dtype: the dtype of the parameters.
+
+    Returns:
+        The model.
 
     >>> import mijax as mj
     >>> config = Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16)
@@ -174,7 +191,7 @@ def init(config: Config, key: Array, dtype=jnp.float32) -> Transformer:
     c, n = config, config.n_layers
     keys = iter(jax.random.split(key, 10))
     normal = lambda *shape, scale=0.02: jax.random.normal(next(keys), shape, dtype) * jnp.asarray(scale, dtype)
-    bias = lambda wanted, *shape: jnp.zeros(shape, dtype) if wanted else None
+    bias = lambda exists, *shape: jnp.zeros(shape, dtype) if exists else None
     norm = lambda *stack: Norm.init(c, *stack, dtype=dtype)
     to_stream = 0.02 / max(1, 2 * n) ** 0.5
     attn = Attention(
@@ -208,13 +225,17 @@ def init(config: Config, key: Array, dtype=jnp.float32) -> Transformer:
 
 
 def check_parameters(model: Transformer) -> None:
-    """Hold a model's parameters against its config: which there are, their shapes, and one floating dtype for all.
+    """Check that a model has exactly the parameters of its config, with their shapes, in one floating point dtype.
 
-    What stands in the arrays is not looked at: a trace, arrays that are not in memory yet (`jax.ShapeDtypeStruct`)
-    and sharded ones are checked alike, at a cost of some microseconds for a model of a kind that was seen before.
+    Values are not read: traced arrays, arrays that are not in memory yet (`jax.ShapeDtypeStruct`) and sharded arrays
+    are checked alike. The check takes some microseconds for a model with the same shapes and config as one before.
 
-    Raises `ValueError` that lists every mismatch, and one that says so where all parameters have a further axis in
-    front, as models have that are made by `vmap` over `init`.
+    Args:
+        model: the model.
+
+    Raises:
+        ValueError: that lists every mismatch; or that says so, where all parameters have one more leading axis, as
+            those of models made by `vmap` over `init` have.
 
     >>> import dataclasses, jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))

@@ -1,4 +1,4 @@
-"""The walk over a transformer's layers: the one loop over them, whose argument is what is done with a layer."""
+"""The loop over a transformer's layers. Its argument is the function that is called with each layer."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -18,7 +18,13 @@ from mijax.model.tap import Tap, Visit
 
 
 class Layer(eqx.Module):
-    """One layer, as the body of a walk is given it: its number, its parameters, and the block that they are of."""
+    """One layer, as `walk` passes it to its body.
+
+    Attributes:
+        config: the architecture.
+        index: the number of the layer.
+        params: its parameters, without the layer axis.
+    """
 
     config: Config = eqx.field(static=True)
     index: Int[Array, ""]
@@ -33,13 +39,25 @@ class Layer(eqx.Module):
         held: KVCache | None = None,
         attended: Bool[Array, ""] | None = None,
     ) -> tuple[Asked, Any]:
-        """The stream after the layer, and the tap's state: see `mijax.model.block.block`."""
+        """Run the layer.
+
+        Args:
+            x: `[batch, pos, d_model]`, the residual stream before it.
+            frame: the positions of its tokens.
+            tap: what to call at the sites.
+            state: the tap's state.
+            held: keys and values of tokens that are not computed here.
+            attended: where true, only the second half of the layer is run: see `mijax.model.block.block`.
+
+        Returns:
+            `[batch, query, d_model]`, the residual stream after the layer; and the tap's state.
+        """
         visit = Visit(tap, transformer_sites(self.config), frame, self.index)
         return block(self.config, self.params, x, visit, state, held, attended)
 
 
 Body: TypeAlias = Callable[[Layer, Any, Any], tuple[Any, Any]]
-"""What is done with a layer: `body(layer, carry, x) -> carry, y`."""
+"""The function that `walk` calls with each layer: `body(layer, carry, x) -> carry, y`."""
 
 
 def walk(
@@ -54,14 +72,25 @@ def walk(
     remat: Callable[[Callable], Callable] | None = None,
     group: int = 1,
 ) -> tuple[Any, Any]:
-    """Run `body` on the layers `first` .. `last - 1` (all by default) in turn, as `jax.lax.scan` does.
+    """Run a function on the layers `first` .. `last - 1` in turn, as `jax.lax.scan` does.
 
-    `xs` has the layers in front; a body is given its layer's part, and what it gives is stacked. `first` and `last` may be traced:
-    what lies outside is not computed (zeros stand there in what is stacked), unless they differ within a `vmap`.
-    Walking a range and then the next is walking both.
+    Layers outside this range are not computed, unless `first` or `last` differ within a `vmap`. Walking a range and
+    then the range that follows equals walking both at once.
 
-    `remat` wraps what the backward pass is to compute again (`jax.checkpoint` with a policy): each layer, and groups of
-    `group` layers around them.
+    Args:
+        config: the architecture.
+        blocks: the parameters of all layers.
+        body: `body(layer, carry, x) -> carry, y`.
+        carry: what the first layer's call receives.
+        xs: arrays with a leading axis of all layers, of which each call receives one entry.
+        first: the first layer; may be traced.
+        last: the layer after the last, by default the number of layers; may be traced.
+        remat: wraps the functions that the backward pass is to compute again (`jax.checkpoint` with a policy): each
+            layer, and around them each group of `group` layers. Ignored unless all layers are walked.
+        group: the number of layers of a group.
+
+    Returns:
+        The last carry, and the `y` stacked over all layers, zeros for those outside the range.
     """
     n = config.n_layers
     whole = isinstance(first, int) and first == 0 and (last is None or (isinstance(last, int) and last == n))
@@ -82,17 +111,18 @@ def walk(
         return jax.lax.cond((index >= first) & (index < last), take, skip, carry)
 
     numbers = jnp.arange(n, dtype=jnp.int32)
-    if not whole:  # parameters are sliced in the branch that is taken, so that a skipped layer costs nothing
+    if not whole:  # parameters are sliced in the branch of layers that run, so that a skipped layer costs nothing
         return jax.lax.scan(ranged, carry, numbers)
-    if remat is None:  # parameters are scanned, so that their gradient is written once, and not added up layer by layer
-        scanned = lambda carry, own: body(Layer(config, *own[:2]), carry, own[2])
+    if remat is None:  # parameters are scanned over: their gradient is written once, not summed over the layers
+        scanned = lambda carry, inputs: body(Layer(config, *inputs[:2]), carry, inputs[2])
         return jax.lax.scan(scanned, carry, (numbers, blocks, xs))
-    # Parameters are sliced inside what is computed again: scanned, each layer's would be kept for it a second time.
+    # Parameters are sliced inside the function that is computed again: scanned over, each layer's parameters would be
+    # stored for the backward pass a second time.
     layers = lambda carry, numbers: jax.lax.scan(remat(sliced), carry, numbers)
     if group == 1:
         return layers(carry, numbers)
-    full = n // group * group
-    carry, ys = jax.lax.scan(remat(layers), carry, numbers[:full].reshape(-1, group))
-    carry, rest = remat(layers)(carry, numbers[full:])
+    n_grouped = n // group * group
+    carry, ys = jax.lax.scan(remat(layers), carry, numbers[:n_grouped].reshape(-1, group))
+    carry, rest = remat(layers)(carry, numbers[n_grouped:])
     merged = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), ys)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), merged, rest)

@@ -1,7 +1,12 @@
-"""Results to figures; nothing below imports this room."""
+"""Results as figures, which a notebook shows and `save` writes to files.
 
-from mijax.plots.heatmaps import save_heatmaps
-from mijax.plots.scatter import save_scatter
-from mijax.plots.toys import save_curves, save_directions, save_models, save_phases
+matplotlib and plotly are imported when the first figure is made, and pyplot never.
+"""
 
-__all__ = ["save_curves", "save_directions", "save_heatmaps", "save_models", "save_phases", "save_scatter"]
+from mijax.plots.effects import Panels, heatmaps
+from mijax.plots.estimates import scatter
+from mijax.plots.files import save
+from mijax.plots.page import heatmap_page
+from mijax.plots.toys import curves, directions, models, phases
+
+__all__ = ["Panels", "curves", "directions", "heatmap_page", "heatmaps", "models", "phases", "save", "scatter"]

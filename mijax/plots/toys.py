@@ -1,121 +1,162 @@
 """Toy models: their weights, phase diagrams, curves against settings, and directions in a plane."""
 
-import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mijax.files import atomic
+from mijax.plots import layout
 from mijax.superposition import geometry
 
-Curve = tuple[Any, Any]
-"""What stands along x, and along y."""
-
-
-def _figure(rows: int, columns: int, width: float = 2.6, height: float = 2.6) -> tuple[Any, Any]:
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns + 0.6, height * rows + 0.6), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+Curve = tuple[Any, Any]
+"""Values along x, and along y."""
+Diagram = tuple[Mapping[str, np.ndarray], np.ndarray]
+"""Two axes `{name: values}`, y before x, and the role of each cell `[y, x]`."""
+
+_ROLE_COLOURS = ["black", "0.93", "#d62728", "#1f77b4"]
+"""Of unknown, ignored, sharing and dedicated."""
 
 
-def _written(figure: Any, path: str | os.PathLike, title: str) -> None:
-    figure.suptitle(title)
-    with atomic(path) as scratch:
-        figure.savefig(scratch, dpi=120)
+def models(models: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str = "", columns: int = 5) -> "Figure":
+    """Draw the weights of toy models, `W^T W` beside the bias, and the lengths of their features' directions.
 
+    Weights are red where negative and blue where positive, up to +-1.2. A feature's bar is as long as its direction,
+    |W_i|, and coloured as in Elhage et al. 2022: dark where the feature has a dimension to itself, yellow where others
+    share it (`mijax.superposition.geometry.represented`, 1 and more).
 
-def save_models(
-    models: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | os.PathLike, *, title: str = "", columns: int = 5
-) -> None:
-    """Draw each model `{title: (W, b)}`: `W^T W` beside the bias, red negative and blue positive, up to +-1.2, and its features.
+    Args:
+        models: `{panel title: (W [hidden, feature], b [feature])}`.
+        title: of the figure.
+        columns: how many panels stand in a row.
 
-    A feature's bar is as long as its direction, |W_i|, and coloured as in Elhage et al. 2022: dark where it has a dimension of its
-    own, yellow where others share it (`mijax.superposition.geometry.represented`, 1 and more).
+    Returns:
+        A figure with the axes of the panels; the bars are in axes inset into each.
+
+    Raises:
+        ValueError: for no models, or no columns.
+
+    >>> import numpy as np, mijax as mj
+    >>> figure = mj.plots.models({"pair": (np.array([[1.0, -1.0]]), np.zeros(2))})
+    >>> figure.axes[0].images[0].get_array().tolist()  # W^T W, a gap, and b
+    [[1.0, -1.0, None, 0.0], [-1.0, 1.0, None, 0.0]]
     """
     from matplotlib import colormaps
 
-    rows = -(-len(models) // columns)
-    figure, axes = _figure(rows, min(columns, len(models)), 3.1)
-    for axis in axes.ravel()[len(models) :]:
-        axis.set_axis_off()
-    for axis, (name, (w, b)) in zip(axes.ravel(), models.items()):
+    figure, axes = layout.gallery(len(models), columns, (3.1, 2.6))
+    for axis, name, (w, b) in layout.fill(axes, models):
         gap = np.full((len(b), 1), np.nan)
-        both = np.concatenate([w.T @ w, gap, np.asarray(b)[:, None]], axis=1)
-        axis.imshow(both, cmap="RdBu", vmin=-1.2, vmax=1.2)
+        axis.imshow(np.concatenate([w.T @ w, gap, np.asarray(b)[:, None]], axis=1), cmap="RdBu", vmin=-1.2, vmax=1.2)
         axis.set(title=name, xticks=[], yticks=[])
         bars = axis.inset_axes((1.03, 0.0, 0.25, 1.0))
         norm, shared = geometry.represented(w)
         bars.barh(np.arange(len(b)), norm, height=1.0, color=colormaps["viridis"](np.clip(shared, 0, 1)))
         bars.set(xlim=(0, 1.3), ylim=(len(b) - 0.5, -0.5), xticks=[], yticks=[])
-    _written(figure, path, title)
+    figure.suptitle(title)
+    return figure
 
 
-def save_phases(
-    panels: Mapping[str, Mapping[str, tuple[Mapping[str, np.ndarray], np.ndarray]]],
-    path: str | os.PathLike,
-    *,
-    title: str = "",
-) -> None:
-    """Draw rows of phase diagrams `{row: {title: (axes, role)}}`, roles 0 ignored, 1 sharing, 2 dedicated, over log axes; -1, unknown, is black."""
+def phases(panels: Mapping[str, Mapping[str, Diagram]], *, title: str = "") -> "Figure":
+    """Draw rows of phase diagrams: what becomes of a feature, over two logarithmic axes.
+
+    Args:
+        panels: `{row title: {panel title: (axes, role)}}`: two axes `{name: values}`, y before x, and roles `[y, x]` as
+            `mijax.superposition.geometry.role` numbers them: 0 ignored (white), 1 sharing (red), 2 dedicated (blue),
+            -1 unknown (black).
+        title: of the figure; "(white, red, blue)" is added.
+
+    Returns:
+        A figure with the axes of the panels, row by row; x runs from large to small.
+
+    Raises:
+        ValueError: for no panels.
+
+    >>> import numpy as np, mijax as mj
+    >>> axes = {"importance": np.array([0.1, 1.0, 10.0]), "density": np.array([1.0, 0.1])}
+    >>> figure = mj.plots.phases({"n=2, m=1": {"theory": (axes, np.array([[0, 0], [2, 1], [2, 1]]))}})
+    >>> figure.axes[0].get_xlabel(), figure.axes[0].collections[0].get_array().shape
+    ('density', (3, 2))
+    """
     from matplotlib.colors import ListedColormap
 
-    columns = max(len(row) for row in panels.values())
-    figure, axes = _figure(len(panels), columns, 2.5, 2.7)
-    for row, (row_title, own) in zip(axes, panels.items()):
-        for axis in row[len(own) :]:
-            axis.set_axis_off()
-        for axis, (name, (along, roles)) in zip(row, own.items()):
+    colours = ListedColormap(_ROLE_COLOURS)
+    limits = {"vmin": geometry.UNKNOWN, "vmax": geometry.DEDICATED}
+    figure, axes = layout.subplots(len(panels), layout.n_columns(panels), (2.5, 2.7))
+    for row, (row_title, row_panels) in zip(axes, panels.items()):
+        for axis, name, (along, roles) in layout.fill(row, row_panels):
             y, x = along
-            axis.pcolormesh(
-                along[x],
-                along[y],
-                roles,
-                cmap=ListedColormap(["black", "0.93", "#d62728", "#1f77b4"]),
-                vmin=-1,
-                vmax=2,
-                shading="nearest",
-                rasterized=True,
-            )
-            axis.set(
-                title=name, xscale="log", yscale="log", xlabel=x, ylabel=f"{row_title}\n{y}" if axis is row[0] else ""
-            )
+            axis.pcolormesh(along[x], along[y], roles, cmap=colours, shading="nearest", rasterized=True, **limits)
+            axis.set(title=name, xscale="log", yscale="log", xlabel=x)
+            axis.set_ylabel(f"{row_title}\n{y}" if axis is row[0] else "")
             axis.invert_xaxis()
-    _written(figure, path, f"{title} (white, red, blue)")
+    figure.suptitle(f"{title} (white, red, blue)".strip())
+    return figure
 
 
-def save_curves(
-    panels: Mapping[str, Mapping[str, Curve]], path: str | os.PathLike, *, title: str = "", xlabel: str = "", ylabel: str = "",
+def curves(
+    panels: Mapping[str, Mapping[str, Curve]], *, title: str = "", xlabel: str = "", ylabel: str = "",
     lines: Mapping[str, float] | None = None, dots: bool = False, xscale: str = "linear", yscale: str = "linear",
-) -> None:  # fmt: skip
-    """Draw curves, or dots, `{panel: {label: (x, y)}}`, with `lines` across at values that theory names."""
-    figure, axes = _figure(1, len(panels), 4.6, 3.6)
-    for axis, (name, curves) in zip(axes[0], panels.items()):
+) -> "Figure":  # fmt: skip
+    """Draw panels of curves, or of dots, side by side.
+
+    A panel of 2 to 12 curves has a legend.
+
+    Args:
+        panels: `{panel title: {label: (x, y)}}`.
+        title: of the figure.
+        xlabel: of every panel.
+        ylabel: of every panel.
+        lines: `{label: y}`, horizontal lines across every panel, at values that theory gives, say.
+        dots: draw points that are not joined.
+        xscale: matplotlib's name of a scale: "linear", "log", ...
+        yscale: as `xscale`.
+
+    Returns:
+        A figure with the axes of the panels.
+
+    Raises:
+        ValueError: for no panels.
+
+    >>> import mijax as mj
+    >>> panels = {"loss": {"training": ([1, 10, 100], [0.9, 0.3, 0.1])}}
+    >>> figure = mj.plots.curves(panels, xscale="log", lines={"chance": 1.0})
+    >>> [line.get_label() for line in figure.axes[0].lines][1:], figure.axes[0].texts[0].get_text()
+    (['training'], 'chance')
+    """
+    figure, axes = layout.subplots(1, layout.n_columns({"": panels}), (4.6, 3.6))
+    for axis, name, panel in layout.fill(axes[0], panels):
         for label, value in (lines or {}).items():
-            axis.axhline(value, color="0.75", linewidth=1, zorder=0)
-            axis.annotate(
-                label,
-                (1.0, value),
-                xycoords=("axes fraction", "data"),
-                fontsize=7,
-                va="center",
-                ha="left",
-                color="0.4",
-                xytext=(3, 0),
-                textcoords="offset points",
-            )
-        for label, (x, y) in curves.items():
+            _draw_line(axis, label, value)
+        for label, (x, y) in panel.items():
             axis.plot(x, y, "." if dots else "-", markersize=4, alpha=0.6 if dots else 1.0, label=label)
         axis.set(title=name, xscale=xscale, yscale=yscale, xlabel=xlabel, ylabel=ylabel)
         if xscale == "log":
-            _readable(axis)
-        if 1 < len(curves) <= 12:
+            _simplify_ticks(axis)
+        if 1 < len(panel) <= 12:
             axis.legend(fontsize=7)
-    _written(figure, path, title)
+    figure.suptitle(title)
+    return figure
 
 
-def _readable(axis: Any) -> None:
+def _draw_line(axis: Any, label: str, value: float) -> None:
+    """A horizontal line with its label at the right edge."""
+    axis.axhline(value, color="0.75", linewidth=1, zorder=0)
+    axis.annotate(
+        label,
+        (1.0, value),
+        xycoords=("axes fraction", "data"),
+        fontsize=7,
+        va="center",
+        ha="left",
+        color="0.4",
+        xytext=(3, 0),
+        textcoords="offset points",
+    )
+
+
+def _simplify_ticks(axis: Any) -> None:
     """Plain numbers at 1, 2, 5 of each decade, where there are at most two decades."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -126,21 +167,39 @@ def _readable(axis: Any) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def save_directions(
-    models: Mapping[str, np.ndarray],
-    path: str | os.PathLike,
-    *,
-    title: str = "",
-    columns: int = 5,
-    groups: Sequence[int] | None = None,
-) -> None:
-    """Draw the columns of each `W [2, feature]` as lines from the origin; features of one of `groups` have one colour."""
-    rows = -(-len(models) // columns)
-    figure, axes = _figure(rows, min(columns, len(models)), 2.2, 2.2)
-    for axis in axes.ravel()[len(models) :]:
-        axis.set_axis_off()
-    for axis, (name, w) in zip(axes.ravel(), models.items()):
-        for i, (x, y) in enumerate(np.asarray(w).T):
-            axis.plot([0, x], [0, y], marker="o", markevery=[1], color=f"C{i if groups is None else groups[i]}")
+def directions(
+    models: Mapping[str, np.ndarray], *, title: str = "", columns: int = 5, groups: Sequence[int] | None = None
+) -> "Figure":
+    """Draw features in a plane: the columns of each `W` as lines from the origin.
+
+    Args:
+        models: `{panel title: W [2, feature]}`.
+        title: of the figure.
+        columns: how many panels stand in a row.
+        groups: `[feature]`, numbers; features of one number have one colour. By default each feature has a colour to
+            itself.
+
+    Returns:
+        A figure with the axes of the panels, which reach from -1.5 to 1.5.
+
+    Raises:
+        ValueError: for no models, no columns, a `W` that is not `[2, feature]`, or too few groups.
+
+    >>> import numpy as np, mijax as mj
+    >>> figure = mj.plots.directions({"pair": np.array([[1.0, -1.0], [0.0, 0.0]])}, groups=[0, 0])
+    >>> [line.get_xdata().tolist() for line in figure.axes[0].lines]
+    [[0.0, 1.0], [0.0, -1.0]]
+    """
+    figure, axes = layout.gallery(len(models), columns, (2.2, 2.2))
+    for axis, name, w in layout.fill(axes, models):
+        w = np.asarray(w)
+        if w.ndim != 2 or len(w) != 2:
+            raise ValueError(f"panel {name!r} has W of shape {w.shape}; expected [2, feature]")
+        colours = range(w.shape[1]) if groups is None else groups
+        if len(colours) < w.shape[1]:
+            raise ValueError(f"panel {name!r} has {w.shape[1]} features, and groups={groups!r} colours {len(colours)}")
+        for (x, y), colour in zip(w.T.tolist(), colours):
+            axis.plot([0, x], [0, y], marker="o", markevery=[1], color=f"C{colour}")
         axis.set(title=name, xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), xticks=[], yticks=[], aspect="equal")
-    _written(figure, path, title)
+    figure.suptitle(title)
+    return figure

@@ -1,1 +1,1 @@
-"""Users' functions as programs: what a Python function computes now, as data."""
+"""Users' functions as programs: what a Python function computes at the time of the call, as data."""

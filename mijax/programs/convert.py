@@ -1,11 +1,13 @@
-"""Conversion of a user's function: called afresh at every call of a driver, compiled anew only where it computes something else.
+"""Conversion of a user's function to a program: traced at every call of a driver, compiled where the program is new.
 
-A compiled program keeps what a Python function read when it was traced: outer variables, lists, attributes. JAX looks a
-program up by the function's identity, and so would go on with yesterday's numbers. Here the function is traced at each
-call. What it computes (`Program`) is compared by its structure, and every array that it reaches is an argument. So
-its numbers are those of the call, and nothing is compiled where nothing but arrays changed.
+A compiled program keeps the values that a Python function read when it was traced: outer variables, lists,
+attributes. JAX looks a compiled program up by the function's identity, and so would use outdated values. Here the
+function is traced at each call. The result of the trace (`Program`) is compared by its structure, and every array
+that the function reaches is an argument of the program. So the values are those of the call, and nothing is
+compiled where only arrays changed.
 
-What JAX itself caches is beyond this: functions that the user jitted, and bodies of `scan` at module level.
+JAX's caches are not affected: functions that the user jitted, and bodies of `scan` at module level, keep their old
+values.
 """
 
 import gc
@@ -29,39 +31,58 @@ from mijax.programs.key import RULES, Key, digest, key_of, without_numbers
 T = TypeVar("T")
 
 REPEATS = 8
-"""From so many programs of one function on that differ in a Python number only, a warning says that each is compiled."""
+"""At so many programs of one function that differ in Python numbers only, a warning says that each is compiled."""
 
 _interned: "weakref.WeakValueDictionary[Key, Program]" = weakref.WeakValueDictionary()
 _variants: dict[int, set[int]] = {}
 _without_kept: set[int] = set()
-"""Hashes of keys: a key itself may hold what a user's function does."""
+"""Hashes of the keys of programs whose trace outlives the call without a leaked tracer.
+
+(Hashes only, here and in `_variants`: a key may keep objects of a user's function alive.)
+"""
 
 
 class Program:
-    """What a function computes, without its numbers: one object for each structure, so that it is compared by identity."""
+    """What a function computes, as a jaxpr whose arrays are all arguments.
+
+    There is one object for each structure, so that programs are compared by identity.
+
+    Args:
+        name: the name of the function, for errors.
+        closed: its `ClosedJaxpr`.
+        structure: the tree structure of its result.
+        key: the structure of the program as a value (`key.key_of`), with `structure`.
+    """
 
     def __init__(self, name: str, closed: Any, structure: Any, key: Key):
-        own = closed.jaxpr
+        jaxpr = closed.jaxpr
         about = jex.DebugInfo("program", name, None, None)
-        # What it closes over is passed like any input: from jax 0.12 on a jaxpr holds the values of its constants.
-        self.jaxpr = jex.Jaxpr([], [*own.constvars, *own.invars], own.outvars, own.eqns, own.effects, about)
+        # Constants become inputs: from jax 0.12 on a jaxpr holds the values of its constants.
+        self.jaxpr = jex.Jaxpr([], [*jaxpr.constvars, *jaxpr.invars], jaxpr.outvars, jaxpr.eqns, jaxpr.effects, about)
         self.name, self.structure, self.key = name, structure, key
 
     def __call__(self, arrays: Sequence[Array | np.ndarray]) -> Any:
-        """The function's result for the arrays that it closes over and those that it is given."""
+        """The function's result.
+
+        Args:
+            arrays: the constants that the function closes over, the arrays of its pytree, and those of its arguments,
+                in one flat list.
+        """
         inputs = [self._as_traced(variable.aval, x) for variable, x in zip(self.jaxpr.invars, arrays, strict=True)]
         return jax.tree.unflatten(self.structure, jax.core.eval_jaxpr(self.jaxpr, (), *inputs))
 
     def _as_traced(self, aval: Any, x: Any) -> Any:
         if (aval.shape, aval.dtype) != (jnp.shape(x), jnp.result_type(x)):
             raise AssertionError(f"{self.name} was traced for {aval}, called with {jax.typeof(x)}")
-        wanting = tuple(aval.manual_axis_type.varying - _axes_of(x))
-        return jax.lax.pcast(x, wanting, to="varying") if wanting else x
+        missing = tuple(aval.manual_axis_type.varying - _axes_of(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     def digest(self) -> str:
         """A checksum that is the same in every process.
 
-        Raises `TypeError` for a program that holds what no checksum can tell, a callback for instance.
+        Raises:
+            TypeError: for a program with a part that is known only by its identity in this process, such as a
+                callback.
         """
         try:
             return digest(self.key)
@@ -76,31 +97,52 @@ class Program:
 
 
 class Converted(eqx.Module):
-    """A function as its program and the arrays that it reaches: `leaves`, those of its own pytree, and `constants`, all others."""
+    """A function as its program and the arrays that it reaches.
+
+    Attributes:
+        leaves: the arrays of the function's own pytree.
+        constants: all other arrays that it reaches.
+        program: what it computes.
+    """
 
     leaves: list[Any]
     constants: list[Any]
     program: Program = eqx.field(static=True)
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function gives for `arguments` of the shapes that it was converted for."""
+        """The function's result.
+
+        Args:
+            arguments: pytrees of the structure, shapes and dtypes for which the function was converted.
+        """
         return self.program([*self.constants, *self.leaves, *_arrays(arguments)])
 
     @property
     def out(self) -> Any:
-        """The shapes and dtypes of the result."""
+        """The shapes and dtypes of the result, a pytree of `jax.ShapeDtypeStruct`."""
         shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.program.jaxpr.outvars]  # pyright: ignore[reportAttributeAccessIssue]
         return jax.tree.unflatten(self.program.structure, shapes)
 
 
 def convert(function: Callable, *arguments: Any, name: str | None = None) -> Converted:
-    """Trace `function` as it is now, for `arguments`, of which arrays and `jax.ShapeDtypeStruct`s are inputs and the rest is fixed.
+    """Trace `function` with the values that it reads at this call.
 
-    A function that is a pytree (an Equinox module, `jax.tree_util.Partial`) has its arrays as inputs. Every other array that
-    it reaches, tracers of the caller's transformations included, becomes a constant of the result. Python numbers are part of
-    the program.
+    A function that is a pytree (an Equinox module, `jax.tree_util.Partial`) has its arrays as inputs. Every other
+    array that it reaches, tracers of the caller's transformations included, becomes a constant of the result.
+    Python numbers are part of the program.
 
-    Raises `TypeError` where the function keeps a tracer beyond its call, and whatever it raises itself.
+    Args:
+        function: the function.
+        arguments: what it is called with. Arrays and `jax.ShapeDtypeStruct`s are inputs; all else is part of the
+            program.
+        name: its name in errors; by default that of the function.
+
+    Returns:
+        The function as its program and the arrays that it reaches.
+
+    Raises:
+        TypeError: where the function keeps a tracer beyond its call.
+        Exception: whatever the function itself raises.
 
     >>> scale = 2.0
     >>> function = lambda x: scale * x
@@ -118,9 +160,8 @@ def convert(function: Callable, *arguments: Any, name: str | None = None) -> Con
     structure: Any = None
     traces: list[weakref.ref] = []
 
-    def fresh(
-        leaves: list[Array], inputs: list[Array]
-    ) -> list[Any]:  # JAX finds a trace again by the function's identity
+    # A new function for each call: JAX caches traces by the function's identity.
+    def fresh(leaves: list[Array], inputs: list[Array]) -> list[Any]:
         nonlocal structure
         traces.extend(
             weakref.ref(x._trace) for x in jax.tree.leaves((leaves, inputs))[:1] if isinstance(x, jax.core.Tracer)
@@ -146,12 +187,19 @@ def convert(function: Callable, *arguments: Any, name: str | None = None) -> Con
 
 
 def name_of(function: Any) -> str:
-    """What a function is called, in errors."""
+    """The name of a function in errors: its `__name__`, or the name of its class.
+
+    Args:
+        function: any callable.
+
+    >>> name_of(len), name_of(jax.tree_util.Partial(len))
+    ('len', 'Partial')
+    """
     return getattr(function, "__name__", None) or type(function).__name__
 
 
 def _is_kept(trace: weakref.ref, closed: Any) -> bool:
-    """Whether somebody holds a value of a trace that is over."""
+    """Whether a tracer of a finished trace is still referred to from outside."""
     if trace() is None or (_has_rules(closed.jaxpr) and hash(key_of(closed.jaxpr)) in _without_kept):
         return False
     gc.collect()
@@ -163,7 +211,7 @@ def _is_kept(trace: weakref.ref, closed: Any) -> bool:
 
 
 def _has_rules(jaxpr: Any) -> bool:
-    """Whether custom derivatives are among its equations: their rules hold the trace that they were made in."""
+    """Whether some equation has a custom derivative: its rule refers to the trace in which it was made."""
     return any(
         eqn.primitive.name in RULES or any(map(_has_rules, jex.jaxprs_in_params(eqn.params))) for eqn in jaxpr.eqns
     )
@@ -190,7 +238,14 @@ def _tell_repeats(name: str, key: Key) -> None:
 
 
 def is_array(x: Any) -> bool:
-    """Whether a leaf of a function is one of its inputs: arrays are, Python numbers are part of the program."""
+    """Whether a leaf of a function's pytree is an input: arrays are, while Python numbers are part of the program.
+
+    Args:
+        x: the leaf.
+
+    >>> is_array(np.zeros(2)), is_array(2.0)
+    (True, False)
+    """
     return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
@@ -207,10 +262,19 @@ def _on_device(constant: Any) -> Array:
 
 
 def for_mesh_axes(convert: Callable[[dict[str, Any]], T], beside: Any) -> T:
-    """`convert(keywords)` with the keywords of `jax.ShapeDtypeStruct` that say over which mesh axes an input varies.
+    """Convert functions for inputs that vary over the right mesh axes inside `shard_map`.
 
-    Outside of `shard_map` there are none. Inside, inputs vary over the axes that the arrays of `beside` do, or those that
-    the functions close over: these are known once they are traced, for inputs that vary over all axes.
+    Outside of `shard_map` inputs vary over no mesh axis. Inside, they vary over the axes over which the arrays of
+    `beside` vary, and over those over which the arrays vary that the functions close over. The latter are known
+    after a first conversion, for inputs that vary over all axes.
+
+    Args:
+        convert: called with the keywords of `jax.ShapeDtypeStruct` that say over which mesh axes an input varies;
+            returns a pytree of converted functions.
+        beside: a pytree of the arrays from which the inputs are computed.
+
+    Returns:
+        The result of `convert`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.manual_axes:
@@ -221,18 +285,26 @@ def for_mesh_axes(convert: Callable[[dict[str, Any]], T], beside: Any) -> T:
 
 
 def shape_of(x: Any) -> Any:
-    """The shape and dtype of an array, and over which mesh axes it varies; anything else is what it is."""
+    """An array as a `jax.ShapeDtypeStruct`: its shape, its dtype, and the mesh axes over which it varies.
+
+    Args:
+        x: the array; any other value is returned unchanged.
+
+    >>> shape_of(np.zeros((2, 3), np.float32)), shape_of("text")
+    (ShapeDtypeStruct(shape=(2, 3), dtype=float32), 'text')
+    """
     if not isinstance(x, jax.Array | np.ndarray):
         return x
     varies = (
         {"sharding": jax.typeof(x).sharding, "manual_axis_type": jax.typeof(x).manual_axis_type} if _axes_of(x) else {}
     )
-    dtype = x.dtype if isinstance(x, jax.Array) else jax.dtypes.canonicalize_dtype(x.dtype)  # as JAX takes host arrays
+    # A host array has the dtype that JAX will give it.
+    dtype = x.dtype if isinstance(x, jax.Array) else jax.dtypes.canonicalize_dtype(x.dtype)
     return jax.ShapeDtypeStruct(x.shape, dtype, **varies)
 
 
 def _axes_of(x: Any) -> frozenset[str]:
-    """The mesh axes that an array varies over, inside `shard_map`."""
+    """The mesh axes over which an array varies, inside `shard_map`."""
     return jax.typeof(x).manual_axis_type.varying if isinstance(x, jax.Array) else frozenset()
 
 

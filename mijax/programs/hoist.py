@@ -1,4 +1,4 @@
-"""Arrays that a program reaches inside of nested jaxprs, brought to the top, where they are arguments."""
+"""Constants of nested jaxprs, hoisted to the outermost jaxpr, where they can become arguments."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,12 +10,28 @@ from mijax.programs.key import apply
 
 
 def has_inner_constants(jaxpr: Any) -> bool:
-    """Whether some nested jaxpr that `evaluate` can open holds arrays of its own."""
+    """Whether some nested jaxpr that `evaluate` can run holds arrays as constants.
+
+    Args:
+        jaxpr: the outermost jaxpr.
+    """
     return any(_opens(eqn) for eqn in jaxpr.eqns)
 
 
 def evaluate(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """What a jaxpr computes. Nested jaxprs with constants are run here, so that a trace of it closes over these itself."""
+    """Evaluate a jaxpr, so that a trace of the evaluation has the constants of nested jaxprs as constants of its own.
+
+    Nested jaxprs that hold constants are evaluated here equation by equation; all other equations are bound
+    unchanged.
+
+    Args:
+        jaxpr: the jaxpr.
+        constants: values of its `constvars`.
+        arguments: values of its `invars`.
+
+    Returns:
+        The values of its `outvars`.
+    """
     values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments)))
     read = lambda atom: atom.val if isinstance(atom, jex.Literal) else values[atom]
     for eqn in jaxpr.eqns:
@@ -28,6 +44,7 @@ def evaluate(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> 
 
 
 def _opens(eqn: Any) -> bool:
+    """Whether `evaluate` runs the nested jaxprs of an equation: it can, and they hold constants."""
     if eqn.primitive.name not in _OPENED:
         return False
     inner = [item for value in eqn.params.values() for item in (value if isinstance(value, tuple) else (value,))]
@@ -52,20 +69,20 @@ def _scan(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
         results = run(*inputs[:n], *carry, *x)
         return results[: m - n], results[m - n :]
 
-    how = {name: params[name] for name in ("length", "reverse", "unroll")}
-    carry, results = jax.lax.scan(body, inputs[n:m], inputs[m:], **how)
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, results = jax.lax.scan(body, inputs[n:m], inputs[m:], **options)
     return [*carry, *results]
 
 
 def _while(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
     n, m = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    go, body = _run(params["cond_jaxpr"]), _run(params["body_jaxpr"])
-    return jax.lax.while_loop(lambda x: go(*inputs[:n], *x)[0], lambda x: body(*inputs[n:m], *x), inputs[m:])
+    condition, body = _run(params["cond_jaxpr"]), _run(params["body_jaxpr"])
+    return jax.lax.while_loop(lambda x: condition(*inputs[:n], *x)[0], lambda x: body(*inputs[n:m], *x), inputs[m:])
 
 
 def _checkpoint(params: dict[str, Any], inputs: list[Any]) -> list[Any]:
-    how = {name: params[name] for name in ("prevent_cse", "policy")}
-    return jax.checkpoint(_run(params["jaxpr"]), **how)(*inputs)
+    options = {name: params[name] for name in ("prevent_cse", "policy")}
+    return jax.checkpoint(_run(params["jaxpr"]), **options)(*inputs)
 
 
 _OPENED: dict[str, Callable[[dict[str, Any], list[Any]], list[Any]]] = {

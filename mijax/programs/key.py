@@ -15,18 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 LIBRARIES = ("jax", "jaxlib", "numpy", "mijax", "equinox", "optax")
-"""Packages whose functions are known by their names: their versions are part of a saved folder's identity."""
+"""Packages whose functions and classes are identified by name: the package's version decides what a name means."""
 
 Key = Any
 """Nested tuples of hashable values."""
 
 
 class UnknownError(TypeError):
-    """Part of a program is only known by its identity in this process."""
+    """Raised for a part of a program that is known only by its identity in this process."""
 
 
 class ById:
-    """An object that equals nothing but itself."""
+    """A hashable wrapper of an object that equals only wrappers of the same object.
+
+    Args:
+        value: the object.
+    """
 
     def __init__(self, value: Any):
         self.value = value
@@ -39,11 +43,15 @@ class ById:
 
 
 def key_of(jaxpr: Any, constants: Sequence[Any] = ()) -> Key:
-    """The structure of a jaxpr: variables are numbered, nested jaxprs are walked.
+    """The structure of a jaxpr as a hashable value: variables are numbered, nested jaxprs are included.
 
-    (A jaxpr's text is no key: it leaves out the constants of nested jaxprs, and functions print as addresses. A `ClosedJaxpr`
-    hashes by identity.) `constants` are those of a nested jaxpr, by value. What cannot be compared, such as a callback, enters by
+    The text of a jaxpr cannot serve as a key: it leaves out the constants of nested jaxprs, and prints functions as
+    addresses. A `ClosedJaxpr` hashes by identity. Objects that cannot be compared, such as callbacks, enter by
     identity.
+
+    Args:
+        jaxpr: the jaxpr.
+        constants: the constants of a nested jaxpr, which enter by value.
     """
     numbers: dict[Any, int] = {}
     number = lambda v: numbers.setdefault(v, len(numbers))
@@ -58,19 +66,44 @@ def key_of(jaxpr: Any, constants: Sequence[Any] = ()) -> Key:
 
 
 def digest(key: Key) -> str:
-    """A checksum of a key that is the same in every process; `UnknownError` where the key has a part that is not."""
+    """A checksum of a key that is the same in every process.
+
+    Args:
+        key: nested tuples of hashable values.
+
+    Raises:
+        UnknownError: where a part of the key is known only by its identity in this process.
+
+    >>> digest(("a", 1)) == digest(("a", 1)), digest(("a", 1)) == digest(("a", 2))
+    (True, False)
+    """
     return hashlib.sha256(text_of(key).encode()).hexdigest()
 
 
 def without_numbers(key: Key) -> Key:
-    """The key with every literal number left out: equal for programs that differ in a Python number only."""
+    """The key with every literal number left out: equal for programs that differ in Python numbers only.
+
+    Args:
+        key: nested tuples, as `key_of` returns them.
+
+    >>> without_numbers(("mul", ("literal", "float", 2.0), "x"))
+    ('mul', ('number',), 'x')
+    """
     if isinstance(key, tuple):
         return ("number",) if key[:1] == ("literal",) else tuple(map(without_numbers, key))
     return key
 
 
 def apply(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
-    """One equation of a jaxpr on the values of those of its inputs that are variables."""
+    """Evaluate one equation of a jaxpr.
+
+    Args:
+        eqn: the equation.
+        arguments: the values of those of its inputs that are variables (not literals).
+
+    Returns:
+        The values of its outputs.
+    """
     inputs = dict(zip((v for v in eqn.invars if not isinstance(v, jex.Literal)), arguments))
     alone = jex.Jaxpr(
         [], list(inputs), eqn.outvars, [eqn], eqn.effects, jex.DebugInfo("apply", eqn.primitive.name, None, None)
@@ -79,7 +112,7 @@ def apply(eqn: Any, arguments: Sequence[Any]) -> list[Any]:
 
 
 _CONTEXT = ("threefry_partitionable", "compute_type", "cur_abstract_mesh", "xla_metadata")
-"""What an equation keeps of the settings under which it was traced."""
+"""The settings under which an equation was traced, of those that its context records, which are part of its key."""
 
 _open_rules: list[Key] = []
 """The functions with custom derivatives whose rules are being read."""
@@ -95,11 +128,12 @@ def _context(eqn: Any) -> Key:
 
 
 def _params(eqn: Any) -> Key:
+    """An equation's parameters; the rule of a custom derivative, a function, enters by the key of what it computes."""
     hidden, derivative = RULES.get(eqn.primitive.name, ((), None))
     params = tuple((name, _param(value)) for name, value in sorted(eqn.params.items()) if name not in hidden)
     if derivative is None:
         return params
-    if (eqn.primitive, params) in _open_rules:  # a rule that calls its own function
+    if (eqn.primitive, params) in _open_rules:  # a rule that calls the function whose derivative it defines
         return "recursive", params
     _open_rules.append((eqn.primitive, params))
     try:
@@ -135,9 +169,10 @@ def _param(value: Any) -> Key:
 
 
 def _function(function: types.FunctionType) -> Key:
-    """A callback, which is made anew by each trace: its code with what that reads.
+    """A callback by its code and the variables that the code reads, since each trace makes a new function object.
 
-    Variables around a user's function may be assigned to, and enter by identity; what JAX wraps around it holds settings.
+    Variables that a user's function closes over may be reassigned, so that they enter by identity. Those that a
+    library's wrapper around it closes over hold settings, and enter by value.
     """
     cells = function.__closure__ or ()
     if not _is_of_library(function):
@@ -147,12 +182,12 @@ def _function(function: types.FunctionType) -> Key:
         return function
     try:
         return "function", function.__code__, tuple(_param(cell.cell_contents) for cell in cells)
-    except (ValueError, RecursionError):  # a variable that is not assigned yet, or a function that reads itself
+    except (ValueError, RecursionError):  # a variable that is not assigned yet, or a function that closes over itself
         return ById(function)
 
 
 def _value(array: Any) -> Key:
-    """An array that could not be made an argument, by its numbers."""
+    """An array that could not be made an argument, by its values."""
     if isinstance(array, jax.core.Tracer):
         return ById(array)
     if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
@@ -161,7 +196,7 @@ def _value(array: Any) -> Key:
     return "array", str(host.dtype), host.shape, hashlib.sha256(host.tobytes()).hexdigest()
 
 
-# ---- custom derivatives: a rule is a Python function made anew by each trace, known by what it computes
+# ---- custom derivatives: each trace makes a new Python function for a rule; its key is that of what the rule computes
 
 
 def _jvp_rule(eqn: Any, rule: list[Any]) -> Key:
@@ -180,35 +215,34 @@ RULES = {
     "custom_jvp_call": (("jvp_jaxpr_fun",), _jvp_rule),
     "custom_vjp_call": (("fwd_jaxpr_thunk", "bwd", "out_trees"), _vjp_rule),
 }
+"""For each primitive with a custom derivative: the parameters that hold its rule, and what makes the rule's key."""
 
 
 def _traced_rule(eqn: Any, rule: list[Any], derivative: Any) -> Key:
-    """The key of an equation's derivative; by identity where it has none to be traced."""
+    """The key of an equation's derivative; the rule by identity where the derivative cannot be traced."""
     inputs = [v.aval for v in eqn.invars if not isinstance(v, jex.Literal)]
-    moves = [i for i, aval in enumerate(inputs) if i >= _constants(eqn) and jnp.issubdtype(aval.dtype, jnp.inexact)]
+    indices = [i for i, aval in enumerate(inputs) if i >= _constants(eqn) and jnp.issubdtype(aval.dtype, jnp.inexact)]
 
     def traced(*values):
         def function(*moved):
-            each = list(values)
-            for i, value in zip(moves, moved):
-                each[i] = value
-            return [y for y in apply(eqn, each) if jnp.issubdtype(y.dtype, jnp.inexact)]
+            arguments = list(values)
+            for i, value in zip(indices, moved):
+                arguments[i] = value
+            return [y for y in apply(eqn, arguments) if jnp.issubdtype(y.dtype, jnp.inexact)]
 
-        return derivative(function, [values[i] for i in moves])
+        return derivative(function, [values[i] for i in indices])
 
     try:
-        with (
-            jax.numpy_dtype_promotion("standard"),
-            jax.numpy_rank_promotion("allow"),
-        ):  # as its author was free to have it
+        # The rule's author may have relied on JAX's default promotions.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             closed = jax.make_jaxpr(traced)(*inputs)
-    except Exception:  # a rule may raise anything; where it matters, it will again
+    except Exception:  # a rule may raise anything; a run that uses it raises it again
         return tuple(map(ById, rule))
     return key_of(closed.jaxpr, closed.consts)
 
 
 def _constants(eqn: Any) -> int:
-    """How many of an equation's inputs are what its function closes over, of which a custom rule has no derivative."""
+    """How many of an equation's variables its function closes over; a custom rule gives no derivative for these."""
     literals = sum(isinstance(v, jex.Literal) for v in eqn.invars[: eqn.params["num_consts"]])
     return eqn.params["num_consts"] - literals
 
@@ -217,7 +251,18 @@ def _constants(eqn: Any) -> int:
 
 
 def text_of(value: Any) -> str:
-    """A value in words that are the same in every process; `UnknownError` where there are none."""
+    """A value as text that is the same in every process.
+
+    Args:
+        value: a number, a string, an array's dtype, a function or class of a library, ..., or nested tuples, lists
+            and dataclasses of these.
+
+    Raises:
+        UnknownError: where a part of the value is known only by its identity in this process.
+
+    >>> text_of((1, "a", np.float32))
+    "tuple(1,'a',numpy.float32,)"
+    """
     return "".join(_pieces(value))
 
 
@@ -249,13 +294,13 @@ def _pieces(value: Any) -> Iterator[str]:
 
 
 def _of_library(value: Any) -> str:
-    """The name of a function or class that a library's version says all about."""
+    """The full name of a function or class of a library, which together with the library's version identifies it."""
     module, name = str(value.__module__), value.__qualname__
     if _is_of_library(value) and "<" not in name:
-        found: Any = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
         for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is value:
+            target = getattr(target, part, None)
+        if target is value:
             return f"{module}.{name}"
     raise UnknownError(_named(value))
 

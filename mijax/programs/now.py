@@ -1,4 +1,4 @@
-"""Compiled functions that call code of the user's, a tap's or a model's: traced as it is now, compiled where that is new."""
+"""Compiled functions that call users' code (of a tap or a model): traced at each call, compiled where that is new."""
 
 import functools
 from collections.abc import Callable
@@ -10,9 +10,14 @@ from mijax.programs.convert import Converted, convert, is_array
 
 
 class JitNow:
-    """`equinox.filter_jit` of a function; where an argument says `users_code`, of the program that it is at this call.
+    """`equinox.filter_jit` of a function that sees changes in what the users' code among its arguments reads.
 
-    JAX would find the first call's program again by the argument's class, whatever its methods read since.
+    Where an argument, or an element of one that is a tuple or list, has a true attribute `users_code`, the function
+    is traced at each call (`convert`). JAX would find the program of the first call again by the argument's class,
+    even where the methods of that class read other values by then.
+
+    Args:
+        function: the function; its arguments are pytrees.
     """
 
     def __init__(self, function: Callable):
@@ -21,7 +26,7 @@ class JitNow:
         self.jitted: Any = eqx.filter_jit(function)
 
     def __call__(self, *arguments: Any) -> Any:
-        """What the function gives."""
+        """The function's result."""
         parts = [part for a in arguments for part in (a if isinstance(a, tuple | list) else (a,))]
         if not any(getattr(part, "users_code", False) for part in parts):
             return self.jitted(*arguments)
@@ -29,7 +34,11 @@ class JitNow:
         return _call(converted, eqx.filter(arguments, is_array))
 
     def lower(self, *arguments: Any) -> Any:
-        """As `jax.jit` does, for arguments without code of the user's."""
+        """Lower the function, as the `lower` of `jax.jit` does.
+
+        Args:
+            arguments: arguments without users' code.
+        """
         return self.jitted.lower(*arguments)
 
 

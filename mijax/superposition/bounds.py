@@ -6,10 +6,18 @@ from mijax._types import Array, Float
 
 
 def welch(n: int, m: int) -> float:
-    """The least that the largest |cos| between n unit vectors in m dimensions can be: ((n - m) / (m (n - 1)))^(1/2). Welch 1974.
+    """The Welch bound: a lower bound on the largest |cos| between n unit vectors in m dimensions.
 
-    The Gram matrix has trace n and rank at most m, so that the sum of its squares is at least n^2 / m (Cauchy-Schwarz on its
-    eigenvalues); n of these are the diagonal's ones, and the largest of the n (n - 1) others is at least their mean.
+    It is ((n - m) / (m (n - 1)))^(1/2) (Welch 1974), and 0 for n <= m. The Gram matrix has trace n and rank at
+    most m, so that the sum of its squared entries is at least n^2 / m (Cauchy-Schwarz on its eigenvalues). n of
+    these squares are the diagonal's ones, and the largest of the n (n - 1) others is at least their mean.
+
+    Args:
+        n: number of unit vectors.
+        m: number of dimensions.
+
+    Returns:
+        The bound, in [0, 1].
 
     >>> welch(3, 2), welch(2, 2)
     (0.5, 0.0)
@@ -18,9 +26,16 @@ def welch(n: int, m: int) -> float:
 
 
 def frame_potential(w: Float[Array | np.ndarray, "hidden feature"]) -> float:
-    """The sum of squared cosines of all pairs of columns, each with itself too; at least n^2 / m (Benedetto and Fickus 2003).
+    """The sum of squared cosines over all ordered pairs of columns, each column paired with itself included.
 
-    Equal where the unit vectors are a tight frame, U U^T = (n / m) 1. The mean squared interference of a feature is then n / m - 1.
+    It is at least n^2 / m (Benedetto and Fickus 2003). Equality holds where the unit vectors are a tight frame,
+    U U^T = (n / m) 1; the mean squared interference of a feature is then n / m - 1.
+
+    Args:
+        w: `[hidden, feature]`, n columns in m dimensions, none of them zero. Only their directions matter.
+
+    Returns:
+        The frame potential.
 
     >>> round(frame_potential(np.array([[1.0, -0.5, -0.5], [0.0, 0.75**0.5, -(0.75**0.5)]])), 6)
     4.5
@@ -30,11 +45,21 @@ def frame_potential(w: Float[Array | np.ndarray, "hidden feature"]) -> float:
 
 
 def johnson_lindenstrauss(points: int, epsilon: float) -> int:
-    """In how many dimensions n points keep all squared distances within 1 +- epsilon: ceil(4 ln n / (epsilon^2/2 - epsilon^3/3)).
+    """The number of dimensions in which n points keep all squared distances within a factor of 1 +- epsilon.
 
-    Under a random projection a squared length is chi-squared, and leaves the interval with probability at most
-    2 exp(-m (epsilon^2/2 - epsilon^3/3) / 2); at this m that is 2 / n^2, less than one in all n (n - 1) / 2 pairs together.
-    Dasgupta and Gupta 2003.
+    It is m = ceil(4 ln n / (epsilon^2/2 - epsilon^3/3)) (Dasgupta and Gupta 2003). Under a random projection a
+    squared length is chi-squared, and leaves the interval with probability at most 2 exp(-m (epsilon^2/2 -
+    epsilon^3/3) / 2). At this m that is 2 / n^2, which sums to less than one over all n (n - 1) / 2 pairs.
+
+    Args:
+        points: n, the number of points.
+        epsilon: the largest relative error of a squared distance, between 0 and 1, both excluded.
+
+    Returns:
+        The number of dimensions m.
+
+    Raises:
+        ValueError: for fewer than one point, or an epsilon outside (0, 1).
 
     >>> johnson_lindenstrauss(1000, 0.5)
     332
@@ -45,10 +70,18 @@ def johnson_lindenstrauss(points: int, epsilon: float) -> int:
 
 
 def recoverable(w: Float[Array | np.ndarray, "hidden feature"]) -> int:
-    """How many active features can always be told from `W x`: the largest k < (1 + 1 / mu) / 2, mu the largest |cos| of two columns.
+    """The number of active features that can always be recovered from `W x`: the largest k < (1 + 1 / mu) / 2.
 
-    Two different k-sparse inputs with one image would be a kernel vector with 2k entries; Gershgorin's disks keep the Gram matrix of
-    2k unit columns invertible while (2k - 1) mu < 1. Donoho and Elad 2003. With orthogonal columns it is n.
+    mu is the largest |cos| of two different columns (Donoho and Elad 2003). Two different k-sparse inputs with the
+    same image would differ by a kernel vector of at most 2k nonzero entries. Gershgorin's disks keep the Gram
+    matrix of 2k unit columns invertible while (2k - 1) mu < 1, so that there is none. With orthogonal columns k is
+    n.
+
+    Args:
+        w: `[hidden, feature]`, n columns, none of them zero. Only their directions matter.
+
+    Returns:
+        The number of features k.
 
     >>> recoverable(np.eye(3)), recoverable(np.array([[1.0, -1.0]]))
     (3, 0)
@@ -59,11 +92,21 @@ def recoverable(w: Float[Array | np.ndarray, "hidden feature"]) -> int:
 
 
 def compressed_sensing(n: int, active: float) -> float:
-    """The order of dimensions that n features need, of which `active` = n (1 - S) are present at a time: active ln(n / active).
+    """The order of the number of dimensions that sparse features need: active ln(n / active).
 
-    There are about exp(active ln(n / active)) sets of present features, and stable recovery must keep them apart: m of that order is
-    necessary (Do Ba et al. 2010), and sufficient with random projections (Candes, Romberg and Tao 2006). Elhage et al. 2022 write it
-    -n (1 - S) ln(1 - S).
+    There are about exp(active ln(n / active)) sets of present features, and stable recovery must keep them apart.
+    Dimensions of that order are necessary (Do Ba et al. 2010), and sufficient with random projections (Candes,
+    Romberg and Tao 2006). Elhage et al. 2022 write it -n (1 - S) ln(1 - S).
+
+    Args:
+        n: number of features.
+        active: mean number of features that are present at a time, n (1 - S).
+
+    Returns:
+        The number of dimensions, up to a constant factor.
+
+    Raises:
+        ValueError: for an `active` outside (0, n].
 
     >>> round(compressed_sensing(1000, 10.0), 1)
     46.1

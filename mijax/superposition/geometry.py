@@ -1,6 +1,7 @@
 """How a model arranges its features: `W [hidden, feature]`, whose columns are the features' directions.
 
-Functions take NumPy or JAX arrays with any axes in front, unless they name what they find: then one matrix.
+Functions of `Matrices` take NumPy or JAX arrays with any number of leading axes. Functions of `Matrix` (which
+group and name arrangements, or compute an energy) take one matrix.
 """
 
 import itertools
@@ -17,7 +18,13 @@ _TINY = 1e-12
 
 
 def norms(w: Matrices) -> Any:
-    """The length of each feature's direction: about 1 where it is represented, about 0 where not.
+    """The Euclidean norm of each feature's direction: about 1 where it is represented, about 0 where not.
+
+    Args:
+        w: `[..., hidden, feature]`.
+
+    Returns:
+        `[..., feature]` norms.
 
     >>> norms(np.array([[3.0, 0.0], [4.0, 1.0]])).tolist()
     [5.0, 1.0]
@@ -26,15 +33,33 @@ def norms(w: Matrices) -> Any:
 
 
 def interference(w: Matrices) -> Any:
-    """How much other features share a feature's direction: sum over j other than i of (W_i_hat . W_j)^2. Elhage et al. 2022."""
+    """How much other features share each feature's direction: the sum over j other than i of (W_i_hat . W_j)^2.
+
+    W_i_hat is W_i divided by its norm. Elhage et al. 2022.
+
+    Args:
+        w: `[..., hidden, feature]`.
+
+    Returns:
+        `[..., feature]` sums of squared projections; 0 for a feature of norm 0.
+
+    >>> interference(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]])).tolist()
+    [1.0, 1.0, 0.0]
+    """
     return _squared_shares(w) - norms(w) ** 2
 
 
 def dimensionality(w: Matrices) -> Any:
-    """The fraction of a dimension that each feature has: D_i = |W_i|^2 / sum_j (W_i_hat . W_j)^2; 0 for one of no length.
+    """The fraction of a dimension that each feature has: D_i = |W_i|^2 / sum_j (W_i_hat . W_j)^2. Elhage et al. 2022.
 
-    They sum to at most the hidden dimensions, and to all of them for tight arrangements. 1 is a dimension of its own,
-    1/2 an antipodal pair, 2/k a k-gon in a plane. Elhage et al. 2022.
+    The fractions sum to at most the number of hidden dimensions, with equality for tight arrangements. 1 is a
+    dedicated dimension, 1/2 an antipodal pair, 2/k a k-gon in a plane.
+
+    Args:
+        w: `[..., hidden, feature]`.
+
+    Returns:
+        `[..., feature]` fractions in [0, 1]; 0 for a feature of norm 0.
 
     >>> dimensionality(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]])).tolist()
     [0.5, 0.5, 1.0]
@@ -43,17 +68,24 @@ def dimensionality(w: Matrices) -> Any:
 
 
 def _squared_shares(w: Any) -> Any:
+    """`[..., feature]`: the sum over all j, i included, of (W_i_hat . W_j)^2."""
     gram = w.swapaxes(-1, -2) @ w
     return _ratio((gram**2).sum(-1), norms(w) ** 2)
 
 
-def _ratio(one: Any, other: Any) -> Any:
-    """0 where both are 0; for NumPy and JAX alike."""
-    return one / (other + (other == 0).astype(other.dtype))
+def _ratio(numerator: Any, denominator: Any) -> Any:
+    """The quotient, 0 where both are 0; for NumPy and JAX alike."""
+    return numerator / (denominator + (denominator == 0).astype(denominator.dtype))
 
 
 def dimensions_per_feature(w: Matrices) -> Any:
-    """D* = m / |W|_F^2: hidden dimensions for each feature that is represented. Elhage et al. 2022.
+    """D* = m / |W|_F^2: hidden dimensions per represented feature. Elhage et al. 2022.
+
+    Args:
+        w: `[..., hidden, feature]`.
+
+    Returns:
+        `[...]` ratios.
 
     >>> float(dimensions_per_feature(np.array([[1.0, -1.0]])))
     0.5
@@ -62,14 +94,29 @@ def dimensions_per_feature(w: Matrices) -> Any:
 
 
 class Represented(NamedTuple):
-    """What colours features in the paper's pictures `[feature]`: their length, and how much others share their direction."""
+    """Length and sharing of each feature, which set the bars and colours of the figures in Elhage et al. 2022.
+
+    Attributes:
+        norm: `[..., feature]`, |W_i|.
+        shared: `[..., feature]`, the sum over j other than i of (W_i_hat . W_j)^2.
+    """
 
     norm: Any
     shared: Any
 
 
 def represented(w: Matrices) -> Represented:
-    """Which features are represented, and which in a dimension of their own: |W_i|, and the sum over j of (W_i_hat . W_j)^2."""
+    """Which features are represented, and which of these have a dedicated dimension: `norms` and `interference`.
+
+    Args:
+        w: `[..., hidden, feature]`.
+
+    Returns:
+        |W_i|, and the sum over j other than i of (W_i_hat . W_j)^2.
+
+    >>> represented(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]])).shared.tolist()
+    [1.0, 1.0, 0.0]
+    """
     return Represented(norms(w), interference(w))
 
 
@@ -77,47 +124,75 @@ UNKNOWN, IGNORED, SHARING, DEDICATED = range(-1, 3)
 
 
 def role(w: Matrices, feature: int = -1) -> np.ndarray:
-    """What becomes of a feature: 0 ignored, 1 sharing a dimension, 2 dedicated; -1 where W is not finite (training failed).
+    """The role of a feature: ignored, sharing a dimension, or dedicated.
 
-    Ignored below half of the squared length that the longest feature has, or of 1 if that is longer; sharing where others'
-    squared projections on its direction exceed a tenth of it.
+    A feature is ignored where its squared norm is at most half of the longest feature's, or at most 1/2 if the
+    longest squared norm exceeds 1. It shares its dimension where the other features' squared projections on its
+    direction sum to a tenth of its squared norm or more.
+
+    Args:
+        w: `[..., hidden, feature]`.
+        feature: index of the feature, by default the last.
+
+    Returns:
+        `[...]` integers: 0 ignored, 1 sharing, 2 dedicated; -1 where W is not finite (training failed).
 
     >>> role(np.array([[1.0, -1.0]])).item(), role(np.array([[1.0, 0.0]])).item(), role(np.array([[0.0, 1.0]])).item()
     (1, 0, 2)
     """
     w = np.asarray(w)
     squared = norms(w) ** 2
-    there = squared[..., feature] > 0.5 * np.minimum(1.0, squared.max(-1))
-    alone = interference(w)[..., feature] < 0.1 * squared[..., feature]
-    found = np.where(there, np.where(alone, DEDICATED, SHARING), IGNORED)
-    return np.where(np.isfinite(w).all((-1, -2)), found, UNKNOWN)
+    is_represented = squared[..., feature] > 0.5 * np.minimum(1.0, squared.max(-1))
+    is_alone = interference(w)[..., feature] < 0.1 * squared[..., feature]
+    roles = np.where(is_represented, np.where(is_alone, DEDICATED, SHARING), IGNORED)
+    return np.where(np.isfinite(w).all((-1, -2)), roles, UNKNOWN)
 
 
 def tegum_factors(w: Matrix, tolerance: float = 0.1) -> list[list[int]]:
-    """The features in groups that are orthogonal to each other: blocks of `W^T W`, largest first.
+    """The features in groups that are orthogonal to each other: the blocks of `W^T W`.
 
-    Two features are in one group where |cos| exceeds `tolerance`, or through others; features shorter than `tolerance` of
-    the longest are in none.
+    The groups are the connected components of the graph whose edges are pairs of features with |cos| over
+    `tolerance`. Features with a norm of at most `tolerance` times the longest feature's are in no group.
+
+    Args:
+        w: `[hidden, feature]`.
+        tolerance: the threshold of |cos|, and of relative norms.
+
+    Returns:
+        Groups of sorted feature indices, the largest group first; of equal size, by their indices.
+
+    Raises:
+        ValueError: for a W that is not finite.
 
     >>> tegum_factors(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]]))
     [[0, 1], [2]]
     """
-    unit, kept = _directions(w, tolerance)
-    near = np.abs(unit.T @ unit) > tolerance
+    unit, indices = _directions(w, tolerance)
+    adjacent = np.abs(unit.T @ unit) > tolerance
     groups: list[list[int]] = []
-    left = set(range(len(kept)))
-    while left:
-        group, edge = set(), {min(left)}
-        while edge:
-            group |= edge
-            edge = {j for i in edge for j in np.flatnonzero(near[i])} - group
-        groups.append(sorted(int(kept[i]) for i in group))
-        left -= group
+    ungrouped = set(range(len(indices)))
+    while ungrouped:
+        group, frontier = set(), {min(ungrouped)}
+        while frontier:
+            group |= frontier
+            frontier = {j for i in frontier for j in np.flatnonzero(adjacent[i])} - group
+        groups.append(sorted(int(indices[i]) for i in group))
+        ungrouped -= group
     return sorted(groups, key=lambda g: (-len(g), g))
 
 
 def polytopes(w: Matrix, tolerance: float = 0.1) -> list[str]:
-    """The name of each tegum factor, largest first.
+    """The name (`polytope`) of each tegum factor, the largest factor first.
+
+    Args:
+        w: `[hidden, feature]`.
+        tolerance: as in `tegum_factors` and `polytope`.
+
+    Returns:
+        One name per factor.
+
+    Raises:
+        ValueError: for a W that is not finite.
 
     >>> polytopes(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]]))
     ['digon', 'point']
@@ -128,68 +203,90 @@ def polytopes(w: Matrix, tolerance: float = 0.1) -> list[str]:
 def polytope(w: Matrix, tolerance: float = 0.1) -> str:
     """The name of the arrangement of all features' directions, up to rotation and order.
 
-    Each known polytope is compared by the sorted cosines of each of its corners with the others; one whose largest difference
-    is at most `tolerance`, and the least, gives its name. `"k in d"` is what none of them is.
+    The arrangement is compared with each entry of `POLYTOPES` that has as many corners, by the sorted cosines of each
+    corner with all corners, corners matched as well as possible. The nearest polytope gives the name if its largest
+    difference in cosine is at most `tolerance`.
+
+    Args:
+        w: `[hidden, feature]`.
+        tolerance: the largest difference in cosine. Features with a norm of at most `tolerance` times the longest
+            feature's are left out.
+
+    Returns:
+        A key of `POLYTOPES`; `"k in d"` where none matches (k directions that span d dimensions); `"nothing"`
+        where all features are zero.
+
+    Raises:
+        ValueError: for a W that is not finite.
 
     >>> polytope(np.array([[0.0, 0.866, -0.866], [-1.0, 0.5, 0.5]]))
     'triangle'
     """
-    unit, kept = _directions(w, tolerance)
-    if not len(kept):
+    unit, indices = _directions(w, tolerance)
+    if not len(indices):
         return "nothing"
     cosines = unit.T @ unit
-    found = {
+    distances = {
         name: _apart(corners.T @ corners, cosines)
         for name, corners in POLYTOPES.items()
-        if corners.shape[1] == len(kept)
+        if corners.shape[1] == len(indices)
     }
-    if found and min(found.values()) <= tolerance:
-        return min(found, key=found.__getitem__)
+    if distances and min(distances.values()) <= tolerance:
+        return min(distances, key=distances.__getitem__)
     rank = int((np.linalg.svd(unit, compute_uv=False) > tolerance).sum())
-    return f"{len(kept)} in {rank}"
+    return f"{len(indices)} in {rank}"
 
 
 def _directions(w: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """The unit vectors `[hidden, k]` of the k features that are not negligibly short, and their indices `[k]`."""
     w = np.asarray(w, float)
     if not np.isfinite(w).all():
         raise ValueError("W is not finite: the training of this model failed")
     length = np.linalg.norm(w, axis=0)
-    kept = np.flatnonzero(length > tolerance * max(length.max(), _TINY))
-    return w[:, kept] / length[kept], kept
+    indices = np.flatnonzero(length > tolerance * max(length.max(), _TINY))
+    return w[:, indices] / length[indices], indices
 
 
-def _apart(one: np.ndarray, other: np.ndarray) -> float:
-    """The largest difference of the sorted cosines of corners that are matched as well as they can be."""
+def _apart(first: np.ndarray, second: np.ndarray) -> float:
+    """The largest difference between two matrices of cosines `[k, k]`.
+
+    Each row is sorted, and rows are matched such that the sum of their largest differences is least.
+    """
     from scipy.optimize import linear_sum_assignment
 
-    rows = [np.sort(cosines, axis=1) for cosines in (one, other)]
-    apart = np.abs(rows[0][:, None] - rows[1][None]).max(-1)
-    return float(apart[linear_sum_assignment(apart)].max())
+    rows = [np.sort(cosines, axis=1) for cosines in (first, second)]
+    difference = np.abs(rows[0][:, None] - rows[1][None]).max(-1)
+    return float(difference[linear_sum_assignment(difference)].max())
 
 
 def _unit(corners: Any) -> np.ndarray:
+    """Corners `[k, d]` as unit vectors `[d, k]`."""
     array = np.asarray(corners, float).T
     return array / np.linalg.norm(array, axis=0)
 
 
 def _gon(k: int) -> np.ndarray:
+    """The corners `[2, k]` of a regular k-gon."""
     angle = 2 * np.pi * np.arange(k) / k
     return np.stack([np.cos(angle), np.sin(angle)])
 
 
 def _simplex(d: int) -> np.ndarray:
+    """The corners `[d, d + 1]` of a regular simplex."""
     basis = np.linalg.svd(np.eye(d + 1) - 1 / (d + 1))[0][:, :d]
     return _unit(basis)
 
 
 def _bipyramid(k: int) -> np.ndarray:
+    """The corners `[3, k + 2]` of a regular k-gon and two poles."""
     return np.concatenate([np.pad(_gon(k), ((0, 1), (0, 0))), [[0, 0], [0, 0], [1, -1]]], axis=1)
 
 
 def _antiprism(height: float) -> np.ndarray:
-    turned = np.pi / 4
-    turn = np.array([[np.cos(turned), -np.sin(turned)], [np.sin(turned), np.cos(turned)]])
-    above, below = np.vstack([_gon(4), np.full(4, height)]), np.vstack([turn @ _gon(4), np.full(4, -height)])
+    """The corners `[3, 8]` of two squares at +-`height`, one turned by 45 degrees, projected on the unit sphere."""
+    angle = np.pi / 4
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    above, below = np.vstack([_gon(4), np.full(4, height)]), np.vstack([rotation @ _gon(4), np.full(4, -height)])
     return _unit(np.concatenate([above, below], axis=1).T)
 
 
@@ -214,14 +311,23 @@ POLYTOPES: dict[str, np.ndarray] = {
     "square antiprism": _antiprism(0.676695),
     "icosahedron": _unit([np.roll([0, a, b * _GOLDEN], s) for a in (1, -1) for b in (1, -1) for s in range(3)]),
 }
-"""The corners `[d, k]` of what is known by name; the antiprism with the height at which eight charges rest on a sphere."""
+"""The corners `[d, k]` of each named polytope.
+
+The antiprism has the height at which eight charges on a sphere are in equilibrium.
+"""
 
 THOMSON = {2: 0.5, 3: 1.732050808, 4: 3.674234614, 5: 6.474691495, 6: 9.985281374, 7: 14.452977414, 8: 19.675287861}
-"""The least energies of k charges on a sphere in three dimensions. Wales and Ulker 2006."""
+"""The least energies (`thomson_energy`) of k charges on a sphere in three dimensions, by k. Wales and Ulker 2006."""
 
 
 def thomson_energy(w: Matrix) -> float:
     """The energy of the features' directions as charges on a sphere: the sum over pairs of 1 / distance.
+
+    Args:
+        w: `[hidden, feature]`, none of the columns zero. Only their directions matter.
+
+    Returns:
+        The energy of unit charges on the unit sphere; `THOMSON` holds its minima in three dimensions.
 
     >>> round(thomson_energy(POLYTOPES["octahedron"]), 6)
     9.985281
@@ -232,9 +338,17 @@ def thomson_energy(w: Matrix) -> float:
 
 
 def features_of_neurons(w: Matrices) -> tuple[Any, Any]:
-    """How many neurons are monosemantic, and how many polysemantic; the rest are dead. -1 where W is not finite.
+    """How many neurons (rows of W) are monosemantic, and how many polysemantic; the others are dead.
 
-    Of neurons (rows) whose norm is over 0.1, one is monosemantic where one feature carries over 90 % of the squared norm.
+    A neuron is dead where its norm is at most 0.1, monosemantic where a single feature carries over 90 % of its
+    squared norm, and else polysemantic.
+
+    Args:
+        w: `[..., hidden, feature]`.
+
+    Returns:
+        Two arrays `[...]`: the numbers of monosemantic and of polysemantic neurons; both -1 where W is not finite
+        (training failed).
 
     >>> mono, poly = features_of_neurons(np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.01]]))
     >>> int(mono), int(poly)
@@ -243,7 +357,7 @@ def features_of_neurons(w: Matrices) -> tuple[Any, Any]:
     squared = w**2
     total = squared.sum(-1)
     alive = total > 0.01
-    one = squared.max(-1) > 0.9 * total
-    finite = (total == total).all(-1)  # a NaN equals nothing; for NumPy and JAX alike
-    count = lambda which: which.sum(-1) * finite - ~finite
-    return count(alive & one), count(alive & ~one)
+    monosemantic = squared.max(-1) > 0.9 * total
+    finite = (total - total == 0).all(-1)  # neither NaN nor infinite; this runs in NumPy and JAX alike
+    count = lambda neurons: neurons.sum(-1) * finite - ~finite
+    return count(alive & monosemantic), count(alive & ~monosemantic)

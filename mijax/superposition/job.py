@@ -1,4 +1,4 @@
-"""What training compiles: one model's steps, for all models `[seed, cell]` at once."""
+"""The compiled part of training: one model's initialisation, steps and loss, mapped over all models `[seed, cell]`."""
 
 import inspect
 import math
@@ -21,11 +21,17 @@ if TYPE_CHECKING:
     import optax
 
 Settings = dict[str, Any]
-_INIT, _TRAINING, _JUDGING = range(3)  # what a key is for
+_INIT, _TRAINING, _JUDGING = range(3)  # the purpose of a key, folded into it
 
 
 class State(NamedTuple):
-    """A model while it is trained; `failed_at` is the number of steps after which it was no longer finite, or -1."""
+    """A model in training.
+
+    Attributes:
+        params: the model's parameters.
+        optimizer: the optimizer's state.
+        failed_at: the number of steps after which the parameters were no longer finite, or -1.
+    """
 
     params: Params
     optimizer: Any
@@ -33,7 +39,16 @@ class State(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """What a training computes for one cell, as the user's functions are now: factories are called, and what they return traced."""
+    """The traced programs of a training, for one model.
+
+    The user's factories are called, and the functions that they return traced, when these are made
+    (`mijax.programs.convert`).
+
+    Attributes:
+        begin: `(settings, seed) -> State`, initialisation.
+        step: `(number, settings, seed, state) -> State`, one step.
+        judged: `(settings, seed, state) -> {name: array}`, the loss and the logged quantities.
+    """
 
     begin: Converted
     step: Converted
@@ -41,7 +56,15 @@ class Programs(NamedTuple):
 
 
 class TrainingJob(NamedTuple):
-    """Everything of a training but its settings."""
+    """A training without its settings; the methods are for one model.
+
+    Attributes:
+        toy: gives the toy model, from settings by parameter name.
+        optimizer: gives the optimizer, from settings by parameter name.
+        batch: number of examples in a step; `None` trains on the exact expectation of the loss.
+        judge: number of examples of the final loss; `None` takes the exact expectation.
+        log: names and functions `(toy, params) -> array` of the logged quantities.
+    """
 
     toy: Callable[..., Toy]
     optimizer: "Callable[..., optax.GradientTransformation]"
@@ -50,13 +73,29 @@ class TrainingJob(NamedTuple):
     log: tuple[tuple[str, Callable[[Toy, Params], Array]], ...]
 
     def made(self, settings: Settings, seed: Any) -> "tuple[Toy, optax.GradientTransformation]":
-        """The toy model and the optimizer of a cell."""
-        given = {**settings, "seed": seed}
-        own = lambda f: {name: given[name] for name in inspect.signature(f).parameters if name in given}
-        return self.toy(**own(self.toy)), self.optimizer(**own(self.optimizer))
+        """The toy model and the optimizer of a cell: each factory is called with the settings that it takes.
+
+        Args:
+            settings: the cell's settings.
+            seed: the seed, which is a setting too.
+
+        Returns:
+            The toy model and the optimizer.
+        """
+        values = {**settings, "seed": seed}
+        taken = lambda f: {name: values[name] for name in inspect.signature(f).parameters if name in values}
+        return self.toy(**taken(self.toy)), self.optimizer(**taken(self.optimizer))
 
     def programs(self, settings: Settings, seed: Any) -> Programs:
-        """Its functions for settings and a seed of these shapes."""
+        """Trace `begin`, `step` and `judged`.
+
+        Args:
+            settings: a cell's settings, of which only shapes and dtypes matter.
+            seed: a seed, likewise.
+
+        Returns:
+            The traced programs.
+        """
         shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
         settings, seed = jax.tree.map(shape, (settings, seed))
         begin = convert(self.begin, settings, seed, name="the toy or the optimizer")
@@ -67,47 +106,97 @@ class TrainingJob(NamedTuple):
         return Programs(begin, step, convert(self.judged, settings, seed, state, name="the toy, or what is logged,"))
 
     def begin(self, settings: Settings, seed: Any) -> State:
-        """A model before its first step."""
+        """A model before its first step.
+
+        Args:
+            settings: the cell's settings.
+            seed: the seed.
+
+        Returns:
+            The initial state.
+        """
         toy, optimizer = self.made(settings, seed)
         params = toy.model.init(_key(seed, _INIT))
         return State(params, optimizer.init(params), jnp.int32(-1))
 
     def step(self, number: Any, settings: Settings, seed: Any, state: State) -> State:
-        """One step of the optimizer."""
+        """One step of the optimizer.
+
+        Args:
+            number: index of the step.
+            settings: the cell's settings.
+            seed: the seed.
+            state: the state before the step.
+
+        Returns:
+            The state after it.
+        """
         toy, optimizer = self.made(settings, seed)
         gradient = jax.grad(self.loss)(state.params, toy, seed, number)
-        params, kept = _updated(optimizer, gradient, state.params, state.optimizer)
+        params, optimizer_state = _updated(optimizer, gradient, state.params, state.optimizer)
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
-        return State(params, kept, jnp.where(finite | (state.failed_at >= 0), state.failed_at, number + 1))
+        return State(params, optimizer_state, jnp.where(finite | (state.failed_at >= 0), state.failed_at, number + 1))
 
     def loss(self, params: Params, toy: Toy, seed: Any, number: Any) -> Array:
-        """What step `number` follows the gradient of."""
+        """The loss whose gradient step `number` follows: exact, or on that step's batch.
+
+        Args:
+            params: the model's parameters.
+            toy: the toy model.
+            seed: the seed.
+            number: index of the step.
+
+        Returns:
+            The loss, a scalar.
+        """
         if self.batch is None:
             return population_loss(toy, params)
         return loss(toy, params, _sampled(toy, _key(seed, _TRAINING, number), self.batch))
 
     def check(self, settings: Settings, seed: Any, state: State) -> None:
-        """Raise `ValueError` for data, model and target that do not fit together."""
+        """Check that data, model and target fit together.
+
+        Args:
+            settings: the cell's settings.
+            seed: the seed.
+            state: the initial state.
+
+        Raises:
+            ValueError: for a model that does not take the examples, an output or a target of another shape than
+                theirs, or a sampler that gives another shape than `[feature, batch]`.
+        """
         toy, _ = self.made(settings, seed)
         x = jnp.zeros((toy.data.n, 2)) if self.batch is None else _sampled(toy, _key(seed, _TRAINING, 0), self.batch)
         try:
-            given, wanted = toy.model.apply(state.params, x).shape, toy.wanted(x).shape
-        except (TypeError, IndexError) as fault:
-            raise ValueError(f"the model does not take examples of {toy.data.n} features: {fault}") from fault
-        if not given == wanted == x.shape:
+            output, target = toy.model.apply(state.params, x).shape, toy.wanted(x).shape
+        except (TypeError, IndexError) as error:
+            raise ValueError(f"the model does not take examples of {toy.data.n} features: {error}") from error
+        if not output == target == x.shape:
             raise ValueError(
-                f"examples are {x.shape}, the model gives {given} and the target is {wanted}: the same is expected of all"
+                f"examples are {x.shape}, the model gives {output} and the target is {target}: the same is expected of all"
             )
 
     def judged(self, settings: Settings, seed: Any, state: State) -> dict[str, Array]:
-        """What is logged, and the loss: exact, or on examples that are the same for all models, a batch at a time."""
+        """The logged quantities, and the loss.
+
+        The loss is the exact expectation where `batch` or `judge` is `None`. Else it is the mean over examples that
+        are the same for all models, computed a batch at a time.
+
+        Args:
+            settings: the cell's settings.
+            seed: the seed.
+            state: the state to judge.
+
+        Returns:
+            "loss", and each logged quantity by name.
+        """
         toy, _ = self.made(settings, seed)
         logged = {name: function(toy, state.params) for name, function in self.log}
         if self.batch is None or self.judge is None:
             return {"loss": population_loss(toy, state.params), **logged}
         batch = self.batch
-        one = lambda number: loss(toy, state.params, _sampled(toy, _key(0, _JUDGING, number), batch))
-        return {"loss": jax.lax.map(one, jnp.arange(-(-self.judge // batch))).mean(), **logged}
+        batch_loss = lambda number: loss(toy, state.params, _sampled(toy, _key(0, _JUDGING, number), batch))
+        return {"loss": jax.lax.map(batch_loss, jnp.arange(-(-self.judge // batch))).mean(), **logged}
 
 
 def _updated(
@@ -122,6 +211,7 @@ def _updated(
 
 
 def _sampled(toy: Toy, key: PRNGKeyArray, batch: int) -> Array:
+    """A batch `[feature, batch]` of the toy model's data; `ValueError` for a sampler that gives another shape."""
     x = toy.data.sample(key, batch)
     if x.ndim != 2 or x.shape[0] != toy.data.n:
         raise ValueError(f"the sampler gave {x.shape}: (features, batch) with {toy.data.n} features is expected")
@@ -129,7 +219,7 @@ def _sampled(toy: Toy, key: PRNGKeyArray, batch: int) -> Array:
 
 
 def _key(seed: Any, *counts: Any) -> PRNGKeyArray:
-    """Counted out by Threefry, whose draws under `vmap` are those of a loop; other generators' are not."""
+    """A key from a seed and counts, by Threefry: only its draws are the same under `vmap` as in a loop."""
     key = jax.random.key(seed, impl="threefry2x32")
     for count in counts:
         key = jax.random.fold_in(key, count)
@@ -137,9 +227,16 @@ def _key(seed: Any, *counts: Any) -> PRNGKeyArray:
 
 
 def _every(function: Callable) -> Callable:
-    """A function of a cell's settings, a seed, and more, for all `[seed, cell]`: what depends on the seed alone is computed once."""
-    of_cells = lambda settings, seed, *own: jax.vmap(lambda one, *own: function(one, seed, *own))(settings, *own)
-    return lambda settings, seeds, *own: jax.vmap(lambda seed, *own: of_cells(settings, seed, *own))(seeds, *own)
+    """A function of one model, `(settings, seed, *state)`, mapped over all `[seed, cell]`.
+
+    The inner map is over cells, so that what depends on the seed alone is computed once per seed.
+    """
+    of_cells = lambda settings, seed, *state: jax.vmap(lambda cell, *state: function(cell, seed, *state))(
+        settings, *state
+    )
+    return lambda settings, seeds, *state: jax.vmap(lambda seed, *state: of_cells(settings, seed, *state))(
+        seeds, *state
+    )
 
 
 def _begin(program: Converted, settings: Settings, seeds: Array) -> State:
@@ -147,8 +244,8 @@ def _begin(program: Converted, settings: Settings, seeds: Array) -> State:
 
 
 def _advance(program: Converted, settings: Settings, seeds: Array, state: State, start: Array, stop: Array) -> State:
-    one = lambda number: _every(lambda *own: program(number, *own))
-    return jax.lax.fori_loop(start, stop, lambda number, state: one(number)(settings, seeds, state), state)
+    step = lambda number: _every(lambda *args: program(number, *args))
+    return jax.lax.fori_loop(start, stop, lambda number, state: step(number)(settings, seeds, state), state)
 
 
 def _judge(program: Converted, settings: Settings, seeds: Array, state: State) -> dict[str, Array]:
@@ -159,40 +256,89 @@ def _judge(program: Converted, settings: Settings, seeds: Array, state: State) -
 def _run(
     function: Callable, program: Converted, mesh: Mesh | None, settings: Settings, seeds: Array, *rest: Any
 ) -> Any:
-    """The function's result; on a mesh each place along its first axis computes its own cells."""
+    """The function's result; on a mesh the cells are divided over the devices along its first axis."""
     if mesh is None:
         return function(program, settings, seeds, *rest)
     axis = mesh.axis_names[0]
     cells, everywhere = PartitionSpec(None, axis), PartitionSpec()
-    specs = [cells if isinstance(own, State) else everywhere for own in rest]
+    specs = [cells if isinstance(arg, State) else everywhere for arg in rest]
     arrays, fixed = eqx.partition(program, eqx.is_array)
     return jax.shard_map(
         lambda arrays, *args: function(eqx.combine(arrays, fixed), *args), mesh=mesh,
         in_specs=(everywhere, PartitionSpec(axis), everywhere, *specs), out_specs=cells,
-        check_vma=False,  # cells never meet, and what all share need not be told from what varies
+        check_vma=False,  # nothing is communicated between cells, so replicated values need no tracking
     )(arrays, settings, seeds, *rest)  # fmt: skip
 
 
 def begin(programs: Programs, mesh: Mesh | None, settings: Settings, seeds: Any) -> State:
-    """All models before their first step."""
+    """The states of all models before their first step.
+
+    Args:
+        programs: the traced programs.
+        mesh: devices along whose first axis cells are divided, or `None`.
+        settings: `[cell]` values of each setting.
+        seeds: `[seed]`.
+
+    Returns:
+        `[seed, cell, ...]` states.
+    """
     return _run(_begin, programs.begin, mesh, settings, seeds)
 
 
 def advance(
     programs: Programs, mesh: Mesh | None, settings: Settings, seeds: Any, state: State, start: int, stop: int
 ) -> State:
-    """All models after the steps from `start` to `stop`, in one compiled loop whatever these are."""
+    """The states of all models after further steps, in one compiled loop: `start` and `stop` compile nothing anew.
+
+    Args:
+        programs: the traced programs.
+        mesh: devices along whose first axis cells are divided, or `None`.
+        settings: `[cell]` values of each setting.
+        seeds: `[seed]`.
+        state: `[seed, cell, ...]` states after `start` steps.
+        start: index of the first step.
+        stop: index after the last step.
+
+    Returns:
+        `[seed, cell, ...]` states after `stop` steps.
+    """
     return _run(_advance, programs.step, mesh, settings, seeds, state, np.int32(start), np.int32(stop))
 
 
 def judge(programs: Programs, mesh: Mesh | None, settings: Settings, seeds: Any, state: State) -> dict[str, Array]:
-    """The loss and what is logged of all models."""
+    """The loss and the logged quantities of all models.
+
+    Args:
+        programs: the traced programs.
+        mesh: devices along whose first axis cells are divided, or `None`.
+        settings: `[cell]` values of each setting.
+        seeds: `[seed]`.
+        state: `[seed, cell, ...]` states.
+
+    Returns:
+        `[seed, cell, ...]` arrays: "loss", and each logged quantity by name.
+    """
     return _run(_judge, programs.judged, mesh, settings, seeds, state)
 
 
 def model_bytes(job: TrainingJob, settings: Settings, seed: Any, state: State) -> int:
-    """The bytes that one model takes at most: its state, and all that its loss computes, kept for the backward pass."""
-    made = jax.make_jaxpr(lambda *own: job.loss(own[2].params, job.made(*own[:2])[0], own[1], 0))(settings, seed, state)
+    """An upper bound on the bytes that one model takes in training.
+
+    It is the sum of three times the state and of every intermediate value of the loss, as if all were kept for the
+    backward pass.
+
+    Args:
+        job: the training.
+        settings: a cell's settings.
+        seed: a seed.
+        state: a state, or its shapes.
+
+    Returns:
+        The number of bytes.
+    """
+    closed = jax.make_jaxpr(lambda *args: job.loss(args[2].params, job.made(*args[:2])[0], args[1], 0))(
+        settings, seed, state
+    )
     size = lambda v: (
         math.prod(v.shape) * v.dtype.itemsize
         if hasattr(v, "dtype") and not jnp.issubdtype(v.dtype, jax.dtypes.extended)
@@ -205,4 +351,4 @@ def model_bytes(job: TrainingJob, settings: Settings, seed: Any, state: State) -
             sum(map(computed, inner(e))) if inner(e) else sum(size(v.aval) for v in e.outvars) for e in jaxpr.eqns
         )
 
-    return computed(made.jaxpr) + 3 * sum(size(leaf) for leaf in jax.tree.leaves(state))
+    return computed(closed.jaxpr) + 3 * sum(size(leaf) for leaf in jax.tree.leaves(state))

@@ -1,7 +1,7 @@
-"""Phase diagrams: which of a model's features are ignored, share a dimension, or have one, over importance and density.
+"""Phase diagrams: whether a feature is ignored, shares a dimension, or has one, over importance and density.
 
-The last of n features has importance I, the others 1. Four diagrams side by side: the closed form (unit norms, no bias), with the
-bias at its best, with norms and biases free, and trained models.
+The last of n features has importance I, the others 1. There are four kinds of diagram: closed forms with unit
+norms and no bias, closed forms with the optimal bias, minima over norms, angles and biases, and trained models.
 """
 
 from collections.abc import Callable
@@ -21,29 +21,46 @@ from mijax.superposition.train import train
 
 
 class Phase(NamedTuple):
-    """Losses of the candidate configurations `[candidate, importance, density]`, and each one's role of the last feature."""
+    """Losses of the candidate configurations over importance and density.
+
+    Attributes:
+        losses: `[candidate, importance, density]`.
+        roles: the role of the last feature in each candidate: 0 ignored, 1 sharing, 2 dedicated.
+    """
 
     losses: Float[np.ndarray, "candidate importance density"]
     roles: tuple[int, ...]
 
     @property
     def winner(self) -> np.ndarray:
-        """The role of the last feature in the cheapest configuration: 0 ignored, 1 sharing, 2 dedicated."""
+        """`[importance, density]`: the last feature's role in the candidate of the lowest loss, as in `roles`."""
         return np.asarray(self.roles)[self.losses.argmin(0)]
 
 
 def toy(n: int, m: int) -> Callable[..., Toy]:
-    """The toy model of a phase diagram, as a function of density and importance, as `train` takes it."""
+    """The toy model of a phase diagram, as a function of density and importance.
 
-    def of(density: Any, importance: Any) -> Toy:
+    Args:
+        n: number of features.
+        m: number of hidden dimensions.
+
+    Returns:
+        A function `(density, importance) -> Toy`, which `train` takes: a `relu_output` model of independent sparse
+        features, the last of which has this importance, the others 1.
+
+    >>> toy(3, 2)(0.1, 0.5).weights.tolist()
+    [1.0, 1.0, 0.5]
+    """
+
+    def make_toy(density: Any, importance: Any) -> Toy:
         weights = jnp.ones(n, jnp.result_type(float)).at[-1].set(importance)
         return Toy(relu_output(n, m), sparse(n, density), weights)
 
-    return of
+    return make_toy
 
 
-def candidates(n: int, m: int) -> dict[str, tuple[int, np.ndarray]]:
-    """Configurations by name: the last feature's role, and W with unit norms. For n=2, m=1 and n=3, m=2."""
+def _candidates(n: int, m: int) -> dict[str, tuple[int, np.ndarray]]:
+    """Configurations by name: the last feature's role, and W with columns of norm 1 or 0."""
     if (n, m) == (2, 1):
         return {
             "last ignored": (IGNORED, np.array([[1.0, 0.0]])),
@@ -63,7 +80,20 @@ def candidates(n: int, m: int) -> dict[str, tuple[int, np.ndarray]]:
 
 
 def closed_form(n: int, m: int, importance: ArrayLike, density: ArrayLike, *, biased: bool = False) -> Phase:
-    """The diagram of the closed forms of `mijax.superposition.theory`; `biased` lets antipodal pairs choose their bias.
+    """The phase diagram of the closed forms of `mijax.superposition.theory`.
+
+    Args:
+        n: number of features; with m, 2 and 1, or 3 and 2.
+        m: number of hidden dimensions.
+        importance: `[importance]`, importances of the last feature.
+        density: `[density]`, densities of all features.
+        biased: whether antipodal pairs have their optimal bias instead of none.
+
+    Returns:
+        The losses of the candidates.
+
+    Raises:
+        ValueError: for other sizes, or densities outside [0, 1].
 
     >>> closed_form(2, 1, [0.5], [0.01, 1.0]).winner.tolist()
     [[1, 0]]
@@ -82,47 +112,73 @@ def closed_form(n: int, m: int, importance: ArrayLike, density: ArrayLike, *, bi
         ]
     else:
         raise ValueError(f"n={n}, m={m}: closed forms are known for n=2, m=1 and n=3, m=2")
-    return Phase(np.stack(np.broadcast_arrays(*losses)), tuple(r for r, _ in candidates(n, m).values()))
+    return Phase(np.stack(np.broadcast_arrays(*losses)), tuple(r for r, _ in _candidates(n, m).values()))
 
 
 def free(n: int, m: int, importance: ArrayLike, density: ArrayLike, *, steps: int = 400) -> Phase:
-    """The diagram of true minima: each configuration is a start from which norms, angles and biases are optimised on the exact loss.
+    """The phase diagram of true minima: norms, angles and biases optimised on the exact loss, from each configuration.
 
-    Where a start flows into another basin, its role is that of what it ends as: then it counts as that one.
+    The role of an optimised model is that of its final parameters: a start that moves into another configuration's
+    basin counts as that configuration.
+
+    Args:
+        n: number of features; with m, 2 and 1, or 3 and 2.
+        m: number of hidden dimensions.
+        importance: `[importance]`, importances of the last feature.
+        density: `[density]`, densities of all features.
+        steps: number of optimizer steps (Adam, with a cosine decay from 0.03).
+
+    Returns:
+        The lowest loss of each role, infinite where no model ends with it; candidates are roles here.
+
+    Raises:
+        ValueError: for other sizes, or densities outside (0, 1].
 
     >>> free(2, 1, [0.5], [0.01, 1.0], steps=50).winner.tolist()
     [[1, 0]]
     """
     over = {"importance": importance, "density": density}
     optimizer = lambda: optax.adam(optax.cosine_decay_schedule(0.03, steps))
-    own = candidates(n, m)
-    roles = list(dict.fromkeys(r for r, _ in own.values()))
+    configurations = _candidates(n, m)
+    roles = list(dict.fromkeys(r for r, _ in configurations.values()))
     best = np.full((len(roles), len(np.asarray(importance)), len(np.asarray(density))), np.inf)
-    for _, w in own.values():
-        found = train(_started(n, m, w), over, optimizer=optimizer, steps=steps, batch=None, progress=False)
-        ends_as = role(found.W.values)
+    for _, w in configurations.values():
+        results = train(_started(n, m, w), over, optimizer=optimizer, steps=steps, batch=None, progress=False)
+        final_roles = role(results.W.values)
         for k, r in enumerate(roles):
-            best[k] = np.minimum(best[k], np.where(ends_as == r, found.loss.values, np.inf))
+            best[k] = np.minimum(best[k], np.where(final_roles == r, results.loss.values, np.inf))
     return Phase(best, tuple(roles))
 
 
 def _started(n: int, m: int, w: np.ndarray) -> Callable[..., Toy]:
-    """The toy model that begins at a configuration, off its saddle of exact zeros."""
-    begun = w + 0.02 * np.cos(1.7 * np.arange(w.size)).reshape(w.shape)
+    """The toy model with a configuration W as initial parameters, perturbed, since exact zeros are a saddle point."""
+    initial = w + 0.02 * np.cos(1.7 * np.arange(w.size)).reshape(w.shape)
     represented = (w**2).sum(0) > 0
 
-    def of(density: Any, importance: Any) -> Toy:
-        made = toy(n, m)(density, importance)
-        params = {"W": jnp.asarray(begun, jnp.result_type(float)), "b": jnp.where(represented, 0.0, density / 2)}
-        return made._replace(model=made.model._replace(init=lambda key: params))
+    def make_toy(density: Any, importance: Any) -> Toy:
+        base = toy(n, m)(density, importance)
+        params = {"W": jnp.asarray(initial, jnp.result_type(float)), "b": jnp.where(represented, 0.0, density / 2)}
+        return base._replace(model=base.model._replace(init=lambda key: params))
 
-    return of
+    return make_toy
 
 
 def agreement(found: np.ndarray, closed: Phase, true: Phase) -> tuple[float, np.ndarray]:
-    """The fraction of cells whose role is the theory's, of those where closed form and true minimum agree; and which these are.
+    """The fraction of cells whose role is the theory's, among the cells where closed form and true minimum agree.
 
     Where the two differ, in the band between their boundaries, neither role is wrong.
+
+    Args:
+        found: `[importance, density]` roles, of trained models for example.
+        closed: the diagram of the closed form.
+        true: the diagram of true minima.
+
+    Returns:
+        The fraction, and `[importance, density]` whether closed form and true minimum agree.
+
+    >>> closed = closed_form(2, 1, [0.5], [0.01, 1.0])
+    >>> agreement(np.array([[1, 2]]), closed, closed)
+    (0.5, array([[ True,  True]]))
     """
     clear = closed.winner == true.winner
     return float((found == closed.winner)[clear].mean()), clear

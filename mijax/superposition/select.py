@@ -9,7 +9,14 @@ if TYPE_CHECKING:
 
 
 def best(results: "xr.Dataset", over: str = "seed") -> "xr.Dataset":
-    """At every point of the grid the model along `over` whose loss is lowest; masked ones (NaN) come last.
+    """At every point of the grid, the model along `over` whose loss is lowest; masked models (NaN) come last.
+
+    Args:
+        results: what `train` returns; it holds `loss`.
+        over: the dimension along which models are compared.
+
+    Returns:
+        The results of these models, without the dimension `over`.
 
     >>> import xarray as xr
     >>> xr.Dataset({"loss": ("seed", [3.0, 1.0, 2.0])}).pipe(best).loss.item()
@@ -19,9 +26,21 @@ def best(results: "xr.Dataset", over: str = "seed") -> "xr.Dataset":
 
 
 def best_of(results: "xr.Dataset", count: int, over: str = "seed") -> "xr.Dataset":
-    """At every point of the grid the `count` models along `over` of the lowest losses, the lowest first.
+    """At every point of the grid, the `count` models along `over` with the lowest losses, the lowest first.
 
-    The paper's phase diagrams keep 9 of 10: the worst is discarded. `ValueError` for more models than there are.
+    The phase diagrams of Elhage et al. 2022 keep 9 of 10 models: the worst is discarded. Masked models (NaN) come
+    last.
+
+    Args:
+        results: what `train` returns; it holds `loss`.
+        count: number of models to keep.
+        over: the dimension along which models are compared.
+
+    Returns:
+        The results of these models, `count` along `over`.
+
+    Raises:
+        ValueError: for a count below 1, or above the number of models.
 
     >>> import xarray as xr
     >>> xr.Dataset({"loss": ("seed", [3.0, 1.0, 2.0])}).pipe(best_of, 2).loss.values.tolist()

@@ -1,1 +1,1 @@
-"""Grids of edits, run and measured."""
+"""Sweeps: grids of edits, run and measured."""

@@ -1,4 +1,4 @@
-"""Ablation: what a place does, told by taking its activations away; and scaling, for dose and response."""
+"""Ablation: what an activation does, measured by taking it away; and scaling, for dose and response."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -42,14 +42,37 @@ def ablate(
 ) -> Any:
     """Take away the activations at every cell of a grid, and measure.
 
-    `kind` says what stands in their place: `"zero"`; their `"mean"` over the prompts of `reference` (by default
-    `tokens`), position by position counted from the first real token; the `"pooled mean"` over all its real tokens; those of another of its prompts, drawn with
-    `key` (`"resample"`: a derangement where the reference is `tokens`); or `"noise"`: normal noise added, `scale` times the
-    standard deviation of each unit over the reference's real tokens. `draws` of the last two have the dimension `draw`. The
-    rest is as in `patch` and `sweep`.
+    `kind` says what replaces them:
 
-    Raises `ValueError` where a kind cannot be had: without a key, over a reference of other shape, at a site of scores
-    where pooled.
+    * `"zero"`: zero.
+    * `"mean"`: their mean over the prompts of `reference`, position by position counted from the first real token.
+    * `"pooled mean"`: their mean over all real tokens of `reference`.
+    * `"resample"`: those of another prompt of `reference`, drawn with `key`; without a `reference`, no prompt gets
+      its own activations (a derangement).
+    * `"noise"`: normal noise added to them, `scale` times the standard deviation of each unit over the real tokens
+      of `reference`.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        site: name of the site.
+        over: axes of the site, each taken in full, or a `mijax.grid`, as in `patch`.
+        metric: a metric, or metrics by name.
+        kind: what replaces the activations.
+        reference: prompts whose activations are used; by default `tokens`.
+        draws: the number of draws of `"resample"` and `"noise"`, which have the dimension `draw`.
+        scale: standard deviations of `"noise"`.
+        key: random key of `"resample"` and `"noise"`.
+        running: `memory`, `progress`, `save` and `mesh`, as in `sweep`.
+
+    Returns:
+        What `sweep` gives, with the attribute `ablation`. Where `over` names axes, positions that a prompt lacks
+        are NaN.
+
+    Raises:
+        ValueError: where a kind is impossible: without a key or a draw, with a reference of another shape or with
+            fewer positions, pooled at a site of scores, resampled from a single prompt; and what `sweep` raises.
+        TypeError: what `sweep` raises.
 
     >>> import mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -82,7 +105,22 @@ def dose_response(
 ) -> Any:
     """Scale the activations at every cell of a grid by every factor: 1 changes nothing, 0 is zero ablation.
 
-    The first dimension is `factor`.
+    Args:
+        model: the model.
+        tokens: the prompts.
+        site: name of the site.
+        over: axes of the site, each taken in full, or a `mijax.grid`, as in `patch`.
+        factors: the factors.
+        metric: a metric, or metrics by name.
+        running: `memory`, `progress`, `save` and `mesh`, as in `sweep`.
+
+    Returns:
+        What `sweep` gives, with the first dimension `factor`. Where `over` names axes, positions that a prompt
+        lacks are NaN.
+
+    Raises:
+        ValueError: without factors, and what `sweep` raises.
+        TypeError: what `sweep` raises.
 
     >>> import mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -100,7 +138,7 @@ def dose_response(
 def _check_kind(
     model: Model, kind: str, site: Site, tokens: Inputs, reference: Any, draws: int, key: Array | None
 ) -> None:
-    """Raise `ValueError` for what cannot be had of a reference, before it is run."""
+    """Raise `ValueError` for a kind of ablation that the reference does not allow, before it is run."""
     if kind not in Kind.__args__:
         raise ValueError(f"kind must be one of {', '.join(map(repr, Kind.__args__))}, given {kind!r}")
     if kind in ("resample", "noise") and (key is None or draws < 1):
@@ -108,9 +146,9 @@ def _check_kind(
     if kind in ("pooled mean", "noise") and len(_places(site)) != 1:
         raise ValueError(f"site {site.name!r} has no one position: it cannot be pooled over tokens")
     same, reference = reference is None, tokens if reference is None else model.inputs(reference)
-    longest, wanted = (int(np.max(np.asarray(t.lengths))) for t in (reference, tokens))
-    if kind == "mean" and longest < wanted:
-        raise ValueError(f"the reference's prompts have at most {longest} tokens, the longest prompt {wanted}")
+    longest, needed = (int(np.max(np.asarray(t.lengths))) for t in (reference, tokens))
+    if kind == "mean" and longest < needed:
+        raise ValueError(f"the reference's prompts have at most {longest} tokens, the longest prompt {needed}")
     if kind == "resample" and reference.ids.shape[1] != tokens.ids.shape[1]:
         raise ValueError(f"the reference has {reference.ids.shape[1]} columns, the prompts {tokens.ids.shape[1]}")
     if kind == "resample" and same and len(tokens.ids) < 2:
@@ -120,7 +158,7 @@ def _check_kind(
 def _from_reference(
     model, tokens: Inputs, site: Site, places: Grid, kind: str, reference, draws: int, scale: float, key
 ) -> Any:
-    """The interventions of the kinds that look at other prompts."""
+    """The interventions of the kinds that use the activations of reference prompts."""
     same = reference is None
     reference = tokens if same else model.inputs(reference)
     name = site.name
@@ -146,44 +184,46 @@ def _from_reference(
 
 
 def _others(rng: np.random.Generator, batch: int, n: int, same: bool) -> np.ndarray:
-    """For each prompt one of the reference's; another than itself where these are the same prompts."""
+    """For each prompt the number of a prompt of the reference; never its own where both are the same prompts."""
     if not same:
         return rng.integers(0, n, batch)
-    order = rng.permutation(n)  # each takes the place of the next in a random circle
+    order = rng.permutation(n)  # a random cycle, in which each prompt gets the next one
     return order[(np.argsort(order) + 1) % n]
 
 
 def _mean_by_position(acts: np.ndarray, site: Site, reference: Inputs, tokens: Inputs) -> np.ndarray:
-    """The mean over the prompts that have a position, put where each prompt has it."""
-    columns = np.argsort(~np.asarray(reference.mask), axis=1, kind="stable")  # of each position
+    """The mean over the prompts that have a position, at the columns where each prompt has it."""
+    columns = np.argsort(~np.asarray(reference.mask), axis=1, kind="stable")  # the column of each position
     aligned, axis = _along_positions(acts, site, columns), site.axes.index("batch")
-    there = np.arange(columns.shape[1]) < np.asarray(reference.lengths)[:, None]
-    every = np.ones([n if i == axis else 1 for i, n in enumerate(acts.shape)])
-    weight = math.prod((_as_axis(there, acts.ndim, axis, place) for place in _places(site)), start=every)
+    present = np.arange(columns.shape[1]) < np.asarray(reference.lengths)[:, None]
+    ones = np.ones([n if i == axis else 1 for i, n in enumerate(acts.shape)])
+    weight = math.prod((_as_axis(present, acts.ndim, axis, place) for place in _places(site)), start=ones)
     total, count = (aligned * weight).sum(axis=axis, keepdims=True), weight.sum(axis=axis, keepdims=True)
     mean = np.repeat(total / np.maximum(count, 1), tokens.ids.shape[0], axis=axis)
     return _along_positions(mean, site, np.maximum(np.asarray(tokens.positions), 0)).astype(acts.dtype)
 
 
 def _over_tokens(acts: np.ndarray, site: Site, reference: Inputs, statistic: Callable) -> np.ndarray:
-    """A statistic over the real tokens of all prompts, of each layer, head and unit."""
+    """A statistic of each layer, head and unit over the real tokens of all prompts."""
     places, first = _places(site), site.axes.index("batch")
     merged = np.moveaxis(acts, (first, places[0]), (0, 1))[np.asarray(reference.mask)]
     return np.expand_dims(statistic(merged, axis=0), (first, places[0])).astype(acts.dtype)
 
 
 def _places(site: Site) -> list[int]:
+    """The indices of the axes of positions among the site's axes."""
     return [site.axes.index(axis) for axis in site.position_axes]
 
 
 def _as_axis(x: np.ndarray, ndim: int, batch: int, place: int) -> np.ndarray:
-    """`[batch, n]` with these axes at `batch` and `place`, of size 1 elsewhere."""
+    """`[batch, n]` with its axes at the indices `batch` and `place` of `ndim` axes, the others of size 1."""
     shape = [1] * ndim
     shape[batch], shape[place] = x.shape
     return x.reshape(shape)
 
 
 def _along_positions(x: np.ndarray, site: Site, index: np.ndarray) -> np.ndarray:
+    """`x` with the entries `index`, `[batch, n]`, taken along every axis of positions."""
     for place in _places(site):
         x = np.take_along_axis(x, _as_axis(index, x.ndim, site.axes.index("batch"), place), axis=place)
     return x

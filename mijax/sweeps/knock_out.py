@@ -1,4 +1,4 @@
-"""Attention knockout: cut edges from query to key at the scores, so that the rest of the row is renormalised."""
+"""Attention knockout: edges from query to key cut at the scores, so that the rest of the row is renormalised."""
 
 from collections.abc import Mapping
 from typing import Any, Unpack
@@ -26,14 +26,27 @@ def knock_out(
     heads: Any = None,
     **running: Unpack[Running],
 ) -> Any:
-    """Cut attention from queries to keys, in windows of `window` layers around each layer in turn (Geva et al. 2023).
+    """Cut attention from queries to keys, in windows of layers around each layer in turn (Geva et al. 2023).
 
-    `edges` name pairs (query positions, key positions), each what `Where` takes there: every query of an edge is cut off
-    from every key of it. `heads` are the heads in which that is done, by default all. The scores become -inf, so that the
-    softmax shares the weight among the keys that are left (zeroing the pattern would not); a query that has none left
-    gathers zero. Gives what `sweep` gives, over `layer` and `edge`.
+    The scores become -inf, so that the softmax shares the weight among the keys that are left (zeroing the pattern
+    would not); a query without any key left gathers zero.
 
-    Raises what `sweep` raises.
+    Args:
+        model: the model.
+        tokens: the prompts.
+        edges: by name, pairs (query positions, key positions), each as `Where` takes them: every query of an edge
+            is cut off from every key of it.
+        metric: a metric, or metrics by name.
+        window: the number of layers in a window.
+        heads: the heads in which edges are cut, by default all.
+        running: `memory`, `progress`, `save` and `mesh`, as in `sweep`.
+
+    Returns:
+        What `sweep` gives, over `layer` and `edge`.
+
+    Raises:
+        ValueError: what `sweep` raises.
+        TypeError: what `sweep` raises.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -47,5 +60,5 @@ def knock_out(
         grid(layer=layers, query={"": query}, key={"": key}, **({} if heads is None else {"head": {"": heads}}))
         for query, key in edges.values()
     ]
-    places = Grid(side_by_side([one.where for one in grids]), {"layer": range(n), "edge": list(edges)})
+    places = Grid(side_by_side([g.where for g in grids]), {"layer": range(n), "edge": list(edges)})
     return sweep(model, tokens, {"attn_scores": Replace(-np.inf, places)}, metric, **running)

@@ -25,13 +25,30 @@ def mediate(
     metric: AnyMetric,
     **running: Unpack[Running],
 ) -> "xr.Dataset":
-    """What changing the input from `base` to `source` does, and how much of it goes through each mediator.
+    """The effect of changing the input from `base` to `source`, and how much of it goes through each mediator.
 
-    With Y(input, mediator): the `total` effect Y(source, source) - Y(base, base), of every prompt; the natural `indirect`
-    effect Y(base, source) - Y(base, base) of putting the source's activations into the base run; and the natural
-    `direct` effect Y(source, base) - Y(base, base) of the new input with the mediator held at its old value. On a
-    linear model total = direct + indirect. Mediators are the cells of a grid, as in `patch`; the metric on both inputs
-    is beside them as `metric_base` and `metric_source`.
+    With Y(input, mediator): the `total` effect is Y(source, source) - Y(base, base), of every prompt. The natural
+    `indirect` effect Y(base, source) - Y(base, base) is that of putting the source's activations into the base run.
+    The natural `direct` effect Y(source, base) - Y(base, base) is that of the new input with the mediator held at
+    its old value. On a linear model total = direct + indirect.
+
+    Args:
+        model: the model.
+        base: the prompts before the change.
+        source: the prompts after it, of the same shape and padding.
+        site: name of the site.
+        over: axes of the site, each taken in full, or a `mijax.grid`, as in `patch`; the mediators are its cells.
+        metric: the metric Y.
+        running: `memory`, `progress`, `save` and `mesh`, as in `sweep`. In the folder `save`, the indirect and the
+            direct effects have folders of their own.
+
+    Returns:
+        The variables `total`, `direct` and `indirect`; the metric on both inputs is beside them in the coordinates
+        `metric_base` and `metric_source`.
+
+    Raises:
+        ValueError: what `patch` raises.
+        TypeError: what `patch` raises.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -49,8 +66,8 @@ def mediate(
     at_base, at_source = into_base.base, into_base.source
     effects = {"total": at_source - at_base, "direct": into_source - at_base, "indirect": into_base - at_base}
     effects = {name: effect.drop_vars(["base", "source"], errors="ignore") for name, effect in effects.items()}
-    told = xr.Dataset(effects, attrs={**into_base.attrs, "direction": "base to source"})
-    told_on = {
+    result = xr.Dataset(effects, attrs={**into_base.attrs, "direction": "base to source"})
+    metric_coords = {
         f"metric_{side}": value.reset_coords(drop=True) for side, value in (("base", at_base), ("source", at_source))
     }
-    return told.assign_coords(told_on)
+    return result.assign_coords(metric_coords)

@@ -1,4 +1,4 @@
-"""Activation patching: put one run's activations into another, place by place."""
+"""Activation patching: the activations of one run put into another, place by place."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack, overload
@@ -39,17 +39,28 @@ def patch(
 ) -> Any:
     """Replace `site` in one run by its values in the other, at every cell of a grid.
 
-    `direction="denoise"` edits the corrupted run with clean activations (what suffices to restore the
-    behaviour), `"noise"` the clean run with corrupted ones (what is necessary for it). `over` names
-    axes of the site (`"layer"`, `"pos"`, `"head"`, `"unit"`, `"query"`, `"key"`), each taken in full,
-    or is a `mijax.grid`, for chosen layers or named roles. A position that a shorter prompt has not is NaN.
+    See Heimersheim and Nanda 2024, "How to use and interpret activation patching".
 
-    Gives what `sweep` gives, with the coordinate `source` beside `base`, and, over positions, the
-    prompts' tokens as `token`. See Heimersheim and Nanda 2024, "How to use and interpret activation
-    patching".
+    Args:
+        model: the model.
+        clean: the clean prompts.
+        corrupted: the corrupted prompts, of the same shape and padding.
+        site: name of the site.
+        over: names of axes of the site (`"layer"`, `"pos"`, `"head"`, `"unit"`, `"query"`, `"key"`), each taken in
+            full; or a `mijax.grid`, for chosen layers or named roles.
+        metric: a metric, or metrics by name.
+        direction: `"denoise"` edits the corrupted run with clean activations (what suffices to restore the
+            behaviour), `"noise"` the clean run with corrupted ones (what is necessary for it).
+        running: `memory`, `progress`, `save` and `mesh`, as in `sweep`.
 
-    Raises `ValueError` where the batches differ in shape or padding, or `over` has an axis that the
-    site lacks; and what `sweep` raises. Further arguments are `sweep`'s: `memory`, `progress`, `save`, `mesh`.
+    Returns:
+        What `sweep` gives, with the coordinate `source` beside `base`, and, over positions, the prompts' tokens as
+        `token`. A position that a shorter prompt lacks is NaN.
+
+    Raises:
+        ValueError: where the batches differ in shape or padding, or `over` has an axis that the site lacks; and
+            what `sweep` raises.
+        TypeError: what `sweep` raises.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))

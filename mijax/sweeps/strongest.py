@@ -1,4 +1,4 @@
-"""Sweeps too large to hold: the strongest cells of a patching grid, one slab of it at a time."""
+"""Sweeps too large to hold: the strongest cells of a patching grid, computed one slab of the grid at a time."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack
@@ -32,13 +32,30 @@ def strongest(
     direction: Direction = "denoise",
     **running: Unpack[Running],
 ) -> "xr.DataArray":
-    """Patch every cell of a grid and keep the `k` of the largest mean effect in magnitude, never holding the grid.
+    """Patch every cell of a grid and keep the `k` cells with the largest mean effect in magnitude.
 
-    For grids of millions of cells, such as every neuron (`site="post"`, `over=("layer", "unit")`) at every position. The
-    grid is run in slabs along its first dimension. Gives the metric of each kept cell, [cell, batch], strongest first, with
-    the cell's labels as coordinates; `base` and `source` as in `patch`.
+    For grids of millions of cells, such as every neuron (`site="post"`, `over=("layer", "unit")`) at every
+    position: the grid is run in slabs along its first dimension, and the results of all cells are never held
+    together.
 
-    Raises `ValueError` for a `k` of none, or of more cells than there are.
+    Args:
+        model: the model.
+        clean: the clean prompts.
+        corrupted: the corrupted prompts, of the same shape and padding.
+        site: name of the site.
+        over: axes of the site, each taken in full, or a `mijax.grid`, as in `patch`.
+        metric: the metric.
+        k: the number of cells to keep.
+        direction: as in `patch`.
+        running: `memory`, `progress`, `save` and `mesh`, as in `sweep`.
+
+    Returns:
+        The metric of the cells that are kept, `[cell, batch]`, strongest first, with the cells' labels as
+        coordinates, and `base` and `source` as in `patch`.
+
+    Raises:
+        ValueError: for a `k` below 1 or above the number of cells, and what `patch` raises.
+        TypeError: what `patch` raises.
 
     >>> import mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -52,18 +69,25 @@ def strongest(
     places = over if isinstance(over, Grid) else full_grid(model, clean, site, over)
     if not 0 < k <= places.size:
         raise ValueError(f"k must be from 1 to the {places.size} cells of the grid, given {k}")
-    kept, save = None, running.get("save")
+    best, save = None, running.get("save")
     for i, slab in enumerate(_slabs(places)):
-        own: Any = {**running} if save is None else {**running, "save": f"{save}/{i:06d}"}
-        found = patch(
-            model, clean=clean, corrupted=corrupted, site=site, over=slab, metric=metric, direction=direction, **own
+        keywords: Any = {**running} if save is None else {**running, "save": f"{save}/{i:06d}"}
+        patched = patch(
+            model,
+            clean=clean,
+            corrupted=corrupted,
+            site=site,
+            over=slab,
+            metric=metric,
+            direction=direction,
+            **keywords,
         )
-        found = found.stack(cell=places.dims, create_index=False).transpose("cell", "batch")
-        kept = found if kept is None else xr.concat([kept, found], "cell", combine_attrs="override")
-        effect = np.abs((kept - kept.base).mean("batch").values)
-        kept = kept.isel(cell=np.argsort(-effect, kind="stable")[:k])
-    assert kept is not None
-    return kept
+        patched = patched.stack(cell=places.dims, create_index=False).transpose("cell", "batch")
+        best = patched if best is None else xr.concat([best, patched], "cell", combine_attrs="override")
+        effect = np.abs((best - best.base).mean("batch").values)
+        best = best.isel(cell=np.argsort(-effect, kind="stable")[:k])
+    assert best is not None
+    return best
 
 
 def _slabs(places: Grid) -> list[Grid]:

@@ -33,21 +33,33 @@ def sweep(
 ) -> Any:
     """Run every cell of a grid of edits and measure each: one compilation, one labelled result.
 
-    `interventions` are those of `run`, where a `mijax.grid` stands in place of the `Where` of an edit; or a
-    `mijax.stack` of interventions. Edits with the same grid move together, different grids are multiplied (pairs of
-    heads: one edit with one grid, another with a second one). Values are each cell's metric, per example, with
-    dimensions `grid.dims + ("batch",)`; the coordinate `base` is the metric with only the edits that are the same in all
-    cells. A dictionary of metrics is read from one run of each cell and gives a Dataset, whose coordinates are then
-    `base.<name>`.
+    Edits with the same grid move together, different grids are multiplied (pairs of heads: one edit with one grid,
+    another with a second one).
 
-    Only what differs from the base is computed: a cell is resumed at its first edited layer and position, and of the
-    last layer only the positions are computed that the metric's `pos` names. A bidirectional model, an edit at the
-    embedding, a callable, or a metric without `pos` take more, and give the same. New indices, values, answers and prompts
-    of one shape compile nothing, except that work of many seconds gets a program of its own for cells that are twice as short
-    or long. `memory`, `progress`, `save` and `mesh` are told in `mijax.engine.options.Running`.
+    Only what differs from the base is computed: a cell is resumed at its first edited layer and position, and the
+    last layer is computed only at the positions that the metric's `pos` names. A bidirectional model, an edit at
+    the embedding, a callable, or a metric without `pos` need more computation, and give the same numbers. New
+    indices, values, answers and prompts of one shape compile nothing, except that work of many seconds gets a
+    program of its own for cells that are twice as short or long.
 
-    Raises what `run` raises, for all cells, before anything runs; and `ValueError` where there is no
-    grid, where the metric is not finite on the base, or where `memory` does not hold one cell.
+    Args:
+        model: the model.
+        tokens: the prompts.
+        interventions: as `run` takes them, with a `mijax.grid` in place of the `Where` of an edit; or a
+            `mijax.stack` of interventions.
+        metric: a metric, or metrics by name, which are read from one run of each cell.
+        running: `memory`, `progress`, `save` and `mesh`, described at `mijax.engine.options.Running`.
+
+    Returns:
+        Each cell's metric, per example, with dimensions `grid.dims + ("batch",)`; the coordinate `base` is the
+        metric with only the edits that are the same in all cells. Of several metrics a Dataset, whose coordinates
+        are `base.<name>`.
+
+    Raises:
+        ValueError: what `run` raises, for all cells, before anything runs; where there is no grid, where `memory`
+            does not hold one cell, where the folder `save` holds another sweep; and where the metric is not finite
+            on the base.
+        TypeError: what `run` raises; for an unknown keyword, and for a metric that is no function.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Causal tracing (Meng et al. 2022): which activations bring back a fact that noise on its subject took away."""
+"""Causal tracing (Meng et al. 2022): the activations that restore a fact after noise on its subject."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -43,22 +43,37 @@ def trace(
     seed: int = 0,
     **running: Unpack[Running],
 ) -> "xr.Dataset":
-    """Corrupt the subject's token embeddings by noise, restore one place, and see how much of the answer comes back.
+    """Corrupt the subject's embeddings by noise, restore one place, and measure how much of the answer comes back.
 
-    `subject` lists each prompt's positions of its subject, `answer` the token ids [batch] of the objects. The noise is
-    normal, `noise` times the standard deviation of all entries of all subjects' token embeddings; its `draws` are the
-    same in the corrupted and in every restored run. Restored is `site` (the hidden state by default; `mlp_out` and
-    `attn_out` in windows of `window` layers), at every layer and position (NaN where a prompt has not that many), or at the named
-    ones of `pos` (as in `grid`).
-    With `severed`, what the MLPs (or attention) write at the restored position in all later layers is held at
-    its corrupted value, which shows what goes through them.
+    The noise is normal, `noise` times the standard deviation of all entries of all subjects' token embeddings; its
+    draws are the same in the corrupted and in every restored run.
 
-    Gives the probabilities of the answer `clean` [batch], `corrupted` [draw, batch] and `restored` [layer, pos, draw,
-    batch], and their differences: `total` = clean - corrupted and `indirect` = restored - corrupted, means over draws.
-    The average indirect effect is `indirect.mean("batch")`.
+    Args:
+        model: the model.
+        tokens: the prompts.
+        subject: for each prompt, the positions of its subject.
+        answer: `[batch]`, the token ids of the objects.
+        site: the site that is restored: the hidden state by default, or `mlp_out` or `attn_out` in windows of
+            `window` layers.
+        pos: the positions that are restored, by name (as in `grid`); by default every position, NaN where a prompt
+            lacks it.
+        window: the number of layers in a window around each layer.
+        severed: with `"mlp_out"` or `"attn_out"`, what MLPs or attention write at the restored position in all
+            later layers is held at its corrupted value, which shows what goes through them.
+        noise: standard deviations of the noise.
+        draws: the number of draws of the noise.
+        seed: seed of the noise.
+        running: `memory`, `progress`, `save` and `mesh`, as in `sweep`.
 
-    Raises `ValueError` where the model does not give the answer to a prompt (a fact that it does not know cannot be
-    traced), or a prompt has no subject.
+    Returns:
+        The probabilities of the answer `clean` [batch], `corrupted` [draw, batch] and `restored` [layer, pos, draw,
+        batch], and their differences: `total` = clean - corrupted and `indirect` = restored - corrupted, means over
+        draws. The average indirect effect is `indirect.mean("batch")`.
+
+    Raises:
+        ValueError: where the model does not give the answer to a prompt (a fact that it does not know cannot be
+            traced), where a prompt has no subject, for a site without layers or positions, and what `sweep` raises.
+        TypeError: what `sweep` raises.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -68,12 +83,12 @@ def trace(
     {'layer': 2, 'pos': 3, 'draw': 4, 'batch': 1}
     """
     tokens, answer = model.inputs(tokens), np.asarray(answer)
-    restores = site_of(site, model.sites)
-    if "pos" not in restores.axes or not restores.has_layer:
+    entry = site_of(site, model.sites)
+    if "pos" not in entry.axes or not entry.has_layer:
         raise ValueError(f"causal tracing restores a site of layers and positions, given {site!r}")
     mask = _subject_mask(tokens, subject)
     ids, real, noisy = (np.tile(np.asarray(x), (draws, 1)) for x in (tokens.ids, tokens.mask, mask))
-    many, metric, places = (
+    repeated, metric, places = (
         Tokens(ids, real),
         metrics.prob(np.tile(answer, draws)),
         _places(model, tokens, pos, window, draws),
@@ -81,17 +96,17 @@ def trace(
 
     def edits(corruption: Any, source: Any, corrupted: Any) -> dict[str, Any]:
         restored = {"embed": Add(corruption, Where(pos=noisy)), site: Replace(source, places)}
-        held = {} if severed is None else {severed: Replace(corrupted, _later(places, model.n_layers))}
-        return restored | held
+        cut = {} if severed is None else {severed: Replace(corrupted, _later(places, model.n_layers))}
+        return restored | cut
 
-    check_sweep(model, many, edits(0.0, 0.0, 0.0), metric, running)
+    check_sweep(model, repeated, edits(0.0, 0.0, 0.0), metric, running)
     clean, source = _known(model, tokens, answer, site)
     corruption, corrupted = _noise(model, tokens, mask, noise, draws, seed), None
     if severed is not None:
-        corrupted = run(model, many, {"embed": Add(corruption, Where(pos=noisy))}, capture=(severed,)).acts[severed]
-    every = jnp.tile(source, (1, draws, *(1,) * (source.ndim - 2)))
-    restored = sweep(model, many, edits(corruption, every, corrupted), metric, **running)
-    told = {
+        corrupted = run(model, repeated, {"embed": Add(corruption, Where(pos=noisy))}, capture=(severed,)).acts[severed]
+    sources = jnp.tile(source, (1, draws, *(1,) * (source.ndim - 2)))
+    restored = sweep(model, repeated, edits(corruption, sources, corrupted), metric, **running)
+    attrs = {
         "site": site,
         "window": window,
         "severed": severed or "nothing",
@@ -99,31 +114,32 @@ def trace(
         "seed": seed,
         **described(model),
     }
-    if pos is None:  # blank what a shorter prompt has not
+    if pos is None:  # NaN at positions that a prompt lacks
         lengths = restored.base.copy(data=np.tile(np.asarray(tokens.lengths), draws))
         restored = restored.where(restored.pos < lengths.reset_coords(drop=True))
-    return _effects(restored, clean, draws).assign_attrs(told)
+    return _effects(restored, clean, draws).assign_attrs(attrs)
 
 
 def _subject_mask(tokens: Tokens, subject: Sequence[Any]) -> Bool[np.ndarray, "batch pos"]:
+    """The columns of each prompt's subject."""
     positions = np.asarray(tokens.positions)
     if len(subject) != len(positions):
         raise ValueError(f"subject has positions for {len(subject)} prompts, the batch has {len(positions)}")
-    for example, (own, row) in enumerate(zip(subject, positions)):
-        missing = set(map(int, own)) - set(row.tolist())
-        if not len(own) or missing:
+    for example, (indices, row) in enumerate(zip(subject, positions)):
+        missing = set(map(int, indices)) - set(row.tolist())
+        if not len(indices) or missing:
             raise ValueError(
                 f"prompt {example} has no subject"
-                if not len(own)
+                if not len(indices)
                 else f"prompt {example} has no positions {sorted(missing)}"
             )
-    return np.stack([np.isin(row, np.asarray(own)) for own, row in zip(subject, positions)])
+    return np.stack([np.isin(row, np.asarray(indices)) for indices, row in zip(subject, positions)])
 
 
 def _known(
     model: LayeredModel, tokens: Tokens, answer: np.ndarray, site: str
 ) -> tuple[Float[np.ndarray, " batch"], Array]:
-    """The probability of the answers, and the clean activations; raises where an answer is not the model's."""
+    """The answers' probabilities and the clean activations; `ValueError` where the model gives another answer."""
     out = run(model, tokens, capture=(site,))
     rank = np.asarray(metrics.rank(answer)(out))
     if (rank > 0).any():
@@ -136,7 +152,7 @@ def _known(
 def _noise(
     model: LayeredModel, tokens: Tokens, mask: np.ndarray, scale: float, draws: int, seed: int
 ) -> Float[Array, "example pos d_model"]:
-    """`[draw x batch, pos, d_model]`: independent of one another."""
+    """`[draw x batch, pos, d_model]` noise for the embeddings, independent for all draws and prompts."""
     embedded = np.asarray(run(model, tokens, capture=("embed",), readout=False).acts["embed"], np.float32)[mask]
     spread = scale * embedded.std()
     keys = jax.random.split(jax.random.key(seed), draws)
@@ -145,8 +161,9 @@ def _noise(
 
 
 def _places(model: LayeredModel, tokens: Tokens, pos: Mapping[str, Any] | None, window: int, draws: int) -> Grid:
+    """The grid of windows of layers and positions, for prompts repeated `draws` times."""
     n, lengths = model.n_layers, np.asarray(tokens.lengths)
-    if pos is None:  # where prompts differ in length, the last position stands in for those that one has not
+    if pos is None:  # in a shorter prompt, the last position stands in for those that it lacks
         pos = {str(p): np.minimum(p, lengths - 1)[:, None] for p in range(int(lengths.max()))}
         labels: Sequence[Any] = list(map(int, pos))
     else:
@@ -158,13 +175,14 @@ def _places(model: LayeredModel, tokens: Tokens, pos: Mapping[str, Any] | None, 
 
 
 def _later(places: Grid, n_layers: int) -> Grid:
-    """The same positions in all layers after the last restored one."""
+    """The grid of the same positions in all layers after the last restored one."""
     last = np.asarray(places.where.layers(n_layers)).reshape(places.size, -1).max(axis=1)
     later = places.where.only("pos").also(layer=np.arange(n_layers) > last[:, None])
     return places.beside(later)
 
 
 def _effects(restored: "xr.DataArray", clean: Float[np.ndarray, " batch"], draws: int) -> "xr.Dataset":
+    """The labelled probabilities and effects."""
     import xarray as xr
 
     batch, shape = len(clean), restored.shape[:2]
@@ -174,6 +192,6 @@ def _effects(restored: "xr.DataArray", clean: Float[np.ndarray, " batch"], draws
         "corrupted": (("draw", "batch"), restored.base.values.reshape(draws, batch)),
         "restored": (("layer", "pos", "draw", "batch"), restored.values.reshape(*shape, draws, batch)),
     }
-    told = xr.Dataset(data, coords={**coords, "draw": np.arange(draws), "batch": np.arange(batch)})
-    lost = told.corrupted.mean("draw")
-    return told.assign(total=told.clean - lost, indirect=told.restored.mean("draw") - lost)
+    result = xr.Dataset(data, coords={**coords, "draw": np.arange(draws), "batch": np.arange(batch)})
+    corrupted_mean = result.corrupted.mean("draw")
+    return result.assign(total=result.clean - corrupted_mean, indirect=result.restored.mean("draw") - corrupted_mean)

@@ -1,0 +1,115 @@
+"""Effects over a grid as heat maps."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mijax.plots import layout
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from matplotlib.figure import Figure
+
+Panels = Mapping[str, Mapping[str, "xr.DataArray"]]
+"""Rows of panels by title: `{row title: {panel title: effects of two dimensions}}`."""
+
+COLOURS = "RdBu"
+"""The colour map, of matplotlib and of plotly: red negative, white zero, blue positive."""
+_MOST_TICKS = 16
+_LONGEST_LEVEL_LABEL = 5
+"""Characters; longer labels on the horizontal axis (words, tokens) are slanted."""
+
+
+def heatmaps(
+    panels: Panels, *, title: str = "", limit: float | None = None, label: str = "normalised effect"
+) -> "Figure":
+    """Draw rows of heat maps on one colour scale, symmetric about zero.
+
+    The first dimension of each panel runs upwards, the second to the right, both with the labels of their coordinates.
+    NaN cells stay blank.
+
+    Args:
+        panels: `{row title: {panel title: effects}}`, each an array of two dimensions; rows may differ in length.
+        title: of the figure.
+        limit: the value of the strongest colour; by default the largest finite magnitude in all panels.
+        label: what the colours are.
+
+    Returns:
+        A figure with the axes of the panels, row by row, and of the colour bar last.
+
+    Raises:
+        ValueError: for no panels, a panel that does not have two dimensions or has no cells, or a limit that is not
+            positive.
+
+    >>> import numpy as np, xarray as xr, mijax as mj
+    >>> effects = xr.DataArray(np.array([[0.1, -0.4], [0.8, 0.0]]), dims=("layer", "head"))
+    >>> figure = mj.plots.heatmaps({"denoising": {"z": effects}})
+    >>> figure.axes[0].get_title(), figure.axes[0].images[0].get_clim()
+    ('z', (-0.8, 0.8))
+    """
+    import matplotlib
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    limit = colour_limit(panels, limit)
+    colours = ScalarMappable(Normalize(-limit, limit), matplotlib.colormaps[COLOURS])
+    figure, axes = layout.subplots(len(panels), layout.n_columns(panels), (3.1, 3.9), (1.2, 0.6))
+    for row, (row_title, row_panels) in zip(axes, panels.items()):
+        for axis, name, effects in layout.fill(row, row_panels):
+            axis.imshow(effects.values, origin="lower", aspect="auto", cmap=colours.cmap, norm=colours.norm)
+            _label(axis, effects)
+            axis.set(title=name, ylabel=effects.dims[0] if axis is row[0] else "")
+        layout.label_row(row[0], row_title, -0.32)
+    figure.suptitle(title)
+    figure.colorbar(colours, ax=axes, shrink=0.6, label=label, extend="both")
+    return figure
+
+
+def _label(axis: Any, effects: "xr.DataArray") -> None:
+    """Write labels on at most 16 ticks of each axis, and the name of the horizontal one."""
+    y, x = effects.dims
+    for set_ticks, dim in ((axis.set_xticks, x), (axis.set_yticks, y)):
+        labels = tick_labels(effects, dim)
+        step = -(-len(labels) // _MOST_TICKS)
+        set_ticks(range(0, len(labels), step), labels[::step])
+    axis.set_xlabel(dim_name(effects, x))
+    if max(map(len, tick_labels(effects, x))) > _LONGEST_LEVEL_LABEL:
+        axis.tick_params(axis="x", labelrotation=40)
+        for tick in axis.get_xticklabels():
+            tick.set(ha="right", rotation_mode="anchor")
+
+
+def colour_limit(panels: Panels, limit: float | None) -> float:
+    """Check the panels, and return the value of the strongest colour.
+
+    By default that is the largest finite magnitude, or 1 where there is none or it is 0.
+
+    Raises:
+        ValueError: as `heatmaps` does.
+    """
+    layout.n_columns(panels)
+    for row_title, row in panels.items():
+        for name, effects in row.items():
+            if effects.ndim != 2 or not effects.size:
+                raise ValueError(
+                    f"panel {name!r} of row {row_title!r} has the dimensions {dict(effects.sizes)}; expected two, not empty"
+                )
+    if limit is not None:
+        if not limit > 0:
+            raise ValueError(f"limit={limit}: expected a positive number, the value of the strongest colour")
+        return limit
+    magnitudes = [
+        np.abs(effects.values[np.isfinite(effects.values)]) for row in panels.values() for effects in row.values()
+    ]
+    return max(float(values.max(initial=0)) for values in magnitudes) or 1.0
+
+
+def tick_labels(effects: "xr.DataArray", dim: Any) -> list[str]:
+    """The labels of a dimension's coordinate."""
+    return [str(label) for label in effects[dim].values]
+
+
+def dim_name(effects: "xr.DataArray", dim: Any) -> str:
+    """The dimension's name, or "role" for positions that have names."""
+    return "role" if dim == "pos" and effects[dim].dtype.kind in "US" else str(dim)
