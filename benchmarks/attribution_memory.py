@@ -18,13 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 import mijax as mj
 from benchmarks.peers.worker import peak_rss, reset_peak
 from benchmarks.sweeps import machine, random_model, random_tokens
 from mijax.attribution.estimates import AttributionJob, _chunk, layers_bytes, prompt_bytes
+from mijax.attribution.method import Examples
 from mijax.attribution.nodes import nodes_of
 from mijax.files import atomic
 
@@ -72,9 +72,19 @@ def measured(settings: Settings, n_layers: int, tokens: int, checkpoint: int, ru
     given = random_tokens(config, 1, tokens)
     metric = mj.metrics.logit_diff(given["correct"], given["wrong"])
     base = mj.Tokens(given["corrupted"])
-    job = AttributionJob(model, base, base, {"m": metric}, nodes_of(model, base, SITES), mj.AtP(), 0, 0)
-    arguments: Any = (job.method, model, base, jnp.asarray(given["clean"]), {"m": metric}, {}, np.zeros(1, np.int32),
-                      jax.random.key(0), job.layout, 0, checkpoint)  # fmt: skip
+    job = AttributionJob(model, base, base, {"m": metric}, nodes_of(model, base, SITES), mj.AtP())
+    examples = Examples(jnp.zeros(1, jnp.int32), jax.random.key(0))
+    arguments: Any = (
+        job.method,
+        model,
+        base,
+        jnp.asarray(given["clean"]),
+        {"m": metric},
+        {},
+        examples,
+        job.layout,
+        checkpoint,
+    )
     program: Any = _chunk
     compiled = program.lower(*arguments).compile()
     analysis = compiled.compiled.memory_analysis()

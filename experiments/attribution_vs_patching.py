@@ -127,7 +127,7 @@ def error_told(model: mj.Transformer, task: Task, settings: Settings, result: xr
     """Rank correlation, over cells, of the size of the second-order term with that of the actual error."""
     told = mj.attribute(
         model, clean=task.clean, corrupted=task.corrupted, metric=task.metric, sites={"z": ("layer", "head")},
-        probes=settings.probes, memory=settings.memory,
+        method=mj.AtP(probes=settings.probes), memory=settings.memory,
     )  # fmt: skip
     actual, own = result["z.exact"] - result["z.AtP"], told["z.error"].mean("batch")
     ranked: Any = scipy.stats.spearmanr(np.abs(own.values).ravel(), np.abs(actual.values).ravel())

@@ -12,6 +12,7 @@ after every grid. The effect is normalised: 0 where patching changes nothing, 1 
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ import xarray as xr
 import mijax as mj
 from experiments import record
 from experiments.ioi_prompts import IOI, Counterfactual, make
-from mijax.engine.pairs import Direction
 from mijax import plots
+from mijax.engine.pairs import Direction
 
 PICTURE, PAGE = "ioi_patching.png", "ioi_patching.html"
 DIRECTIONS: dict[Direction, str] = {
@@ -32,13 +33,17 @@ DIRECTIONS: dict[Direction, str] = {
 }
 
 
+Patched = Mapping[str, Mapping[Direction, xr.DataArray]]
+"""Metrics of patched runs by grid and direction."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings(record.Study):
     """Activation patching of indirect object identification."""
 
     full: bool = False
     """The whole study: 64 prompts, and also `--projections` and `--heads-by-position`."""
-    prompts: int | None = None
+    prompts: int = 0
     """How many prompts, a multiple of 4; by default 32, of the whole study 64."""
     counterfactual: Counterfactual = "flip"
     """Make the second subject the other name, or put three other names everywhere."""
@@ -93,9 +98,8 @@ def main(settings: Settings) -> xr.Dataset:
 
 def settled(settings: Settings) -> Settings:
     """The settings with what `full` and `prompts` stand for."""
-    prompts = settings.prompts if settings.prompts is not None else 64 if settings.full else 32
-    more = {"projections": True, "heads_by_position": True} if settings.full else {}
-    return dataclasses.replace(settings, prompts=prompts, **more)
+    settings = dataclasses.replace(settings, prompts=settings.prompts or (64 if settings.full else 32))
+    return dataclasses.replace(settings, projections=True, heads_by_position=True) if settings.full else settings
 
 
 def baseline(model: mj.Transformer, ioi: IOI) -> dict[str, float]:
@@ -111,10 +115,13 @@ def baseline(model: mj.Transformer, ioi: IOI) -> dict[str, float]:
     }
 
 
-def study(model: mj.Transformer, ioi: IOI, settings: Settings, started: float) -> dict[str, dict[str, xr.DataArray]]:
-    """Patch each grid in both directions, `{name: {direction: metrics}}`, and draw the figure after each."""
-    metric, patched = mj.metrics.logit_diff(ioi.io, ioi.subject), {}
-    wanted = [(name, direction) for name in grids(model, ioi, settings) for direction in DIRECTIONS]
+def study(model: mj.Transformer, ioi: IOI, settings: Settings, started: float) -> Patched:
+    """Patch each grid in both directions, and draw the figure after each."""
+    metric = mj.metrics.logit_diff(ioi.io, ioi.subject)
+    patched: dict[str, dict[Direction, xr.DataArray]] = {}
+    wanted: list[tuple[str, Direction]] = [
+        (name, direction) for name in grids(model, ioi, settings) for direction in DIRECTIONS
+    ]
     print(f"{len(wanted)} grids; {settings.out / PICTURE} is drawn after each", flush=True)
     for number, (name, direction) in enumerate(wanted, 1):
         site, over = grids(model, ioi, settings)[name]
@@ -140,7 +147,7 @@ def study(model: mj.Transformer, ioi: IOI, settings: Settings, started: float) -
     return patched
 
 
-def as_dataset(patched: dict[str, dict[str, xr.DataArray]], ioi: IOI) -> xr.Dataset:
+def as_dataset(patched: Patched, ioi: IOI) -> xr.Dataset:
     """One variable per grid, `direction` in front."""
     along = xr.Variable("direction", list(DIRECTIONS))
     joined = {
@@ -192,7 +199,7 @@ def strongest(patched: xr.DataArray, tested: dict[str, xr.DataArray], count: int
     return "\n".join(rows)
 
 
-def panels(patched: dict[str, dict[str, xr.DataArray]]) -> plots.Panels:
+def panels(patched: Patched) -> plots.Panels:
     """Normalised effects of what has been patched so far: a row for each direction, a panel for each grid."""
     effects = lambda direction: {
         name: _strongest_head(mj.normalise(by[direction])) for name, by in patched.items() if direction in by

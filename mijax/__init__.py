@@ -8,6 +8,7 @@ from mijax.attribution.attribute import attribute
 from mijax.attribution.concepts import Gradients, concept, gradients
 from mijax.attribution.gradient import AtP
 from mijax.attribution.integrated import IntegratedGradients
+from mijax.attribution.verify import Verify
 from mijax.cache import compilation_cache
 from mijax.checkpoints.load import load
 from mijax.checkpoints.save import save
@@ -68,6 +69,7 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "Transformer",
+    "Verify",
     "Visit",
     "Where",
     "Wrapper",

@@ -10,6 +10,7 @@ import mijax as mj
 from mijax.attribution.concepts import logistic_probe
 from mijax.attribution.estimates import AttributionJob, Schedule, _chunk, estimated, layers_bytes, prompt_bytes
 from mijax.attribution.gradient import AtP
+from mijax.attribution.method import Examples
 from mijax.attribution.nodes import nodes_of
 from mijax.attribution.verify import Verify, most_missed, verified
 from mijax.engine.measure import metric_bytes
@@ -28,10 +29,15 @@ def base_and_source(name, padding, dtype=jnp.float64):
 PLAIN = AtP()
 
 
-def found_by(model, base, source, sites, method=PLAIN, metric=METRIC, probes=0, checkpoint=0, prompts=3, seed=0):
-    """What the method finds in the model's own precision, as it is before it is labelled."""
-    job = AttributionJob(model, base, source, {"m": metric}, nodes_of(model, base, sites), method, probes, seed)
+def found_by(model, base, source, sites, method=PLAIN, metric=METRIC, checkpoint=0, prompts=3):
+    """What the method estimates in the model's own precision, as it is before it is labelled, of a metric "m"."""
+    job = AttributionJob(model, base, source, {"m": metric}, nodes_of(model, base, sites), method)
     return estimated(job, Schedule(prompts, checkpoint, 0), progress=False, save=None)[0]
+
+
+def prompts(n):
+    """So many prompts of a job, as a chunk is given them."""
+    return Examples(np.arange(n, dtype=np.int32), jax.random.key(0))
 
 
 SOME = ("embed", "resid_pre", "q_input", "ln1.scale", "k", "pattern", "z", "attn_out", "mlp_out", "ln_final.scale")
@@ -55,7 +61,7 @@ def test_6_it_is_the_gradient_of_run_at_every_site(name, padding, sites, checkpo
     expected = jax.jit(jax.grad(total))(gates)
     found = found_by(model, base, source, table, checkpoint=checkpoint)
     for site in table:
-        own = np.moveaxis(found[f"term:m:{site}"], 0, mj.SITES[site].axes.index("batch"))
+        own = np.moveaxis(found.terms["m"][site], 0, mj.SITES[site].axes.index("batch"))
         for i in range(3):  # padding has gradient zero, and differences of padding are nobody's business
             ours, theirs = (example(x, site, base, i) for x in (own, expected[site]))
             if np.abs(theirs).max() > 0:
@@ -83,7 +89,7 @@ def test_finite_differences_of_patching_itself(name):
     h = 1e-5
     for site, over in sites.items():
         nodes = nodes_of(model, base, {site: over})[site]
-        terms = nodes.by_cell(found[f"term:m:{site}"], base)
+        terms = nodes.by_cell(found.terms["m"][site], base)
         cells = nodes.where(np.arange(nodes.size), base)
 
         @jax.jit
@@ -123,7 +129,7 @@ def test_exact_on_a_linear_model(method):
         estimate = found_by(model, base, source, {site: over}, method)
         exact = mj.patch(model, clean=source, corrupted=base, site=site, over=over, metric=METRIC)
         nodes = nodes_of(model, base, {site: over})[site]
-        terms = nodes.by_cell(estimate[f"term:m:{site}"], base) + estimate["base:m"]
+        terms = nodes.by_cell(estimate.terms["m"][site], base) + estimate.base["m"]
         there = np.isfinite(exact.values)
         assert error(terms[there], exact.values[there]) < 1e-6, site  # patch gives float32
 
@@ -134,8 +140,8 @@ def test_grids_of_roles_are_sums_of_their_entries(padding):
     model, base, source = base_and_source("llama_gqa", padding)
     roles = {"both": [[0, 1], [2, 2], [-1, 0]], "last": -1}
     grid = mj.grid(layer=range(3), pos=roles)
-    by_role = found_by(model, base, source, {"z": grid})["term:m:z"].T.reshape(3, 2, 3)
-    entries = found_by(model, base, source, ("z",))["term:m:z"].sum(axis=(3, 4))  # [batch, layer, column]
+    by_role = found_by(model, base, source, {"z": grid}).terms["m"]["z"].T.reshape(3, 2, 3)
+    entries = found_by(model, base, source, ("z",)).terms["m"]["z"].sum(axis=(3, 4))  # [batch, layer, column]
     columns = [np.flatnonzero(row) for row in np.asarray(base.mask)]
     for i in range(3):
         both = [columns[i][p] for p in dict.fromkeys(np.asarray(roles["both"][i]) % len(columns[i]))]
@@ -146,8 +152,8 @@ def test_grids_of_roles_are_sums_of_their_entries(padding):
 def test_windows_of_layers_and_overlapping_roles_add_up():
     model, base, source = base_and_source("gpt2", "right", jnp.float32)
     grid = mj.grid(layer={"all": [0, 1, 2], "first": [0]})
-    found = found_by(model, base, source, {"mlp_out": grid})["term:m:mlp_out"]
-    alone = found_by(model, base, source, {"mlp_out": ("layer",)})["term:m:mlp_out"][:, :, 0, 0]
+    found = found_by(model, base, source, {"mlp_out": grid}).terms["m"]["mlp_out"]
+    alone = found_by(model, base, source, {"mlp_out": ("layer",)}).terms["m"]["mlp_out"][:, :, 0, 0]
     assert error(found, np.stack([alone.sum(axis=1), alone[:, 0]], axis=1)) < 1e-5
     with pytest.raises(ValueError, match="share no place"):
         mj.attribute(
@@ -168,9 +174,9 @@ def test_integrated_gradients_are_complete(name, along):
     gaps = []
     for steps in (2, 12):
         found = found_by(model, base, source, sites, mj.IntegratedGradients(steps, along))
-        total = sum(found[f"term:m:{s}"].reshape(3, -1).sum(axis=1) for s in sites)
-        assert error(found["gap:m"] + 1.0, total - np.asarray(whole) + 1.0) < 1e-8  # what is told is what there is
-        gaps.append(np.abs(found["gap:m"]).max())
+        total = sum(found.terms["m"][s].reshape(3, -1).sum(axis=1) for s in sites)
+        assert error(found.gap["m"] + 1.0, total - np.asarray(whole) + 1.0) < 1e-8  # what is told is what there is
+        gaps.append(np.abs(found.gap["m"]).max())
     if name != "normless":  # relu has kinks
         assert gaps[1] < 1e-3 * gaps[0] or gaps[1] < 1e-9, gaps
 
@@ -190,7 +196,7 @@ def test_the_gap_falls_at_the_order_of_the_rule():
             found = found_by(
                 near, mj.Tokens(ids), mj.Tokens(ids + 9), ("embed",), mj.IntegratedGradients(steps, "inputs"), metric
             )
-            gaps[steps, length] = np.abs(found["gap:m"])
+            gaps[steps, length] = np.abs(found.gap["m"])
     for steps in (1, 2):
         order = np.log2(gaps[steps, 0.02] / gaps[steps, 0.01])
         assert np.abs(np.median(order) - (2 * steps + 1)) < 0.5, (steps, order)
@@ -221,7 +227,7 @@ def test_atp_star_sees_through_saturated_attention(over, n_kv_heads, positions, 
             exact = mj.patch(model, clean=source, corrupted=base, site=site, over=over, metric=METRIC)[layer]
             nodes, there = nodes_of(model, base, sites)[site], np.isfinite(exact.values)
             effect = np.where(there, exact.values - exact.base.values, 0.0)
-            terms = [np.where(there, nodes.by_cell(f[f"term:m:{site}"], base)[layer], 0.0) for f in (plain, star)]
+            terms = [np.where(there, nodes.by_cell(f.terms["m"][site], base)[layer], 0.0) for f in (plain, star)]
             off = [np.abs(own - effect).sum() / np.abs(effect).sum() for own in terms]
             # What follows the pattern of the last layer is linear: exact there, to patch's float32. Before, another layer is not.
             assert off[1] < (1e-5 if layer == 1 else 0.5 * off[0]), (site, layer, off)
@@ -232,7 +238,7 @@ def test_a_large_estimate_is_measured_even_where_grad_drop_says_nothing():
     """In two layers, what goes from the first through the second has no magnitude left where either is dropped."""
     model = saturated(0, dtype=jnp.float32)
     r = mj.attribute(model, clean=batch("none", (IDS + 5) % 19), corrupted=batch("none"), metric=METRIC, sites={"v": ("layer", "pos", "head")},
-                     method=mj.AtPStar(), verify=8, sample=0, progress=False)  # fmt: skip
+                     method=mj.AtPStar(), verify=mj.Verify(8, sample=0), progress=False)  # fmt: skip
     size = abs((r.v - r.base).mean("batch")).values.ravel()
     assert (r["v.measured"].values.ravel()[np.argsort(-size)[:3]] == 1).all()
 
@@ -283,7 +289,7 @@ def test_grad_drop_is_the_mean_magnitude_without_each_layer(site, grad_of_stream
     expected = np.moveaxis(total / (3 if grad_of_stream else 2), 1, 0)
     columns = np.asarray(base.mask)
     for i in range(3):
-        ours, theirs = (np.asarray(x)[i][:, columns[i]] for x in (found[f"unsigned:m:{site}"], expected))
+        ours, theirs = (np.asarray(x)[i][:, columns[i]] for x in (found.unsigned["m"][site], expected))
         assert error(ours, theirs) < 1e-10
 
 
@@ -292,7 +298,7 @@ def test_saturated_attention_hides_from_gradients_and_their_error_but_not_from_a
     model = saturated(0, dtype=jnp.float32)
     base, source, sites = batch("none"), batch("none", (IDS + 5) % 19), {"q": ("layer", "pos", "head")}
     both = {"clean": source, "corrupted": base, "metric": METRIC, "progress": False}
-    r = mj.attribute(model, sites=sites, probes=32, verify=6, sample=30, **both)
+    r = mj.attribute(model, sites=sites, method=AtP(probes=32), verify=mj.Verify(6, sample=30), **both)
     exact = mj.patch(model, site="q", over=sites["q"], **both)
     whole = abs(float((r.source - r.base).mean()))
     hidden = (abs((exact - exact.base).mean("batch")) > 0.05 * whole) & (
@@ -320,9 +326,9 @@ def test_curvature_is_the_exact_diagonal_within_its_own_error(sites):
         return METRIC(mj.run(model, base, {site: mj.Mix(gate, acts, where)}))
 
     second = jax.jit(jax.vmap(jax.jacfwd(jax.jacfwd(metric)), in_axes=(None, 0)))(0.0, cells)
-    found = found_by(model, base, source, sites, probes=200)
-    half = nodes.by_cell(found[f"error:m:{site}"], base).reshape(nodes.size, -1)
-    se = nodes.by_cell(found[f"error_se:m:{site}"], base).reshape(nodes.size, -1)
+    found = found_by(model, base, source, sites, AtP(probes=200))
+    half = nodes.by_cell(found.error["m"][site], base).reshape(nodes.size, -1)
+    se = nodes.by_cell(found.error_se["m"][site], base).reshape(nodes.size, -1)
     off, sure = half - np.asarray(second) / 2, se == 0  # what is not read has no curvature, and no error
     assert np.abs(off[sure]).max(initial=0) < 1e-12
     z = off[~sure] / se[~sure]
@@ -331,10 +337,14 @@ def test_curvature_is_the_exact_diagonal_within_its_own_error(sites):
 
 def test_chunks_of_prompts_and_probes_do_not_change_what_is_found():
     model, base, source = base_and_source("llama_gqa", "left", jnp.float32)
-    together, apart = (found_by(model, base, source, ("z", "mlp_out"), probes=4, prompts=n, seed=3) for n in (3, 2))
-    assert together.keys() == apart.keys()
-    for name in together:
-        assert error(apart[name], together[name]) < 1e-5, name
+    together, apart = (
+        found_by(model, base, source, ("z", "mlp_out"), AtP(probes=4, seed=3), prompts=n) for n in (3, 2)
+    )
+    assert together.error["m"].keys() == {"z", "mlp_out"}
+    for (path, whole), part in zip(
+        *(jax.tree_util.tree_flatten_with_path(together)[0], jax.tree.leaves(apart)), strict=True
+    ):
+        assert error(part, whole) < 1e-5, path
 
 
 @pytest.mark.parametrize("missed", [0, 1, 5, 40])
@@ -356,7 +366,7 @@ def test_verify_finds_planted_false_negatives_at_the_rate_of_its_bound():
     whole = abs(float((r.source - r.base).mean()))
     effect = (abs((exact - exact.base).mean("batch")) / whole).values.reshape(-1)
     strong = np.flatnonzero(effect >= 0.05)
-    job = AttributionJob(model, base, source, {"logit_diff": METRIC}, nodes_of(model, base, sites), AtP(), 0, 0)
+    job = AttributionJob(model, base, source, {"logit_diff": METRIC}, nodes_of(model, base, sites), AtP())
     covered, found, expected = [], [], []
     for seed in range(30):
         planted = np.random.default_rng(seed).choice(strong, 12, replace=False)
@@ -383,7 +393,13 @@ def test_gradient_times_input_estimates_a_zero_ablation():
     linear = linear_model(jnp.float32)
     for own, tolerance in ((linear, 1e-4), (model, None)):
         r = mj.attribute(
-            own, clean=base, corrupted=None, sites={"z": ("layer", "head")}, metric=METRIC, verify=3, progress=False
+            own,
+            clean=base,
+            corrupted=None,
+            sites={"z": ("layer", "head")},
+            metric=METRIC,
+            verify=mj.Verify(3),
+            progress=False,
         )
         exact = mj.ablate(own, base, site="z", over=("layer", "head"), metric=METRIC, progress=False)
         assert "source" not in r.coords and r.direction == "noise"
@@ -403,7 +419,9 @@ def test_several_metrics_directions_and_a_file(tmp_path):
     metrics = {"difference": METRIC, "log_prob": mj.metrics.log_prob([3, 5, 7])}
     both = {"clean": source, "corrupted": base, "progress": False, "sites": ("z", "k", "pattern")}
     for direction in ("denoise", "noise"):
-        several = mj.attribute(model, metric=metrics, direction=direction, verify=2, probes=2, **both)
+        several = mj.attribute(
+            model, metric=metrics, direction=direction, verify=mj.Verify(2), method=AtP(probes=2), **both
+        )
         assert several.z.dims == ("metric", "layer", "pos", "head", "batch")
         assert several.k.dims == ("metric", "layer", "pos", "kv_head", "batch")
         for name, metric in metrics.items():
@@ -445,13 +463,19 @@ def test_saved_estimates_go_on_where_they_were(tmp_path):
         mj.attribute(model, clean=batch("left", (IDS + 6) % 19), save=tmp_path, **both)
 
 
-def test_the_seed_of_probes_is_no_matter_where_there_are_none(tmp_path):
+def test_another_seed_of_probes_compiles_nothing_and_is_another_job(tmp_path):
     model, base, source = base_and_source("gpt2", "left", jnp.float32)
-    both = {"clean": source, "corrupted": base, "sites": ("z",), "metric": METRIC, "progress": False, "save": tmp_path}
-    first = mj.attribute(model, **both)
-    assert mj.attribute(model, seed=1, **both).z.equals(first.z)
-    with pytest.raises(ValueError, match="another probes"):
-        mj.attribute(model, probes=2, **both)
+    both = {"clean": source, "corrupted": base, "sites": ("z",), "metric": METRIC, "progress": False}
+    run = lambda seed, **more: mj.attribute(model, method=AtP(probes=2, seed=seed), **both, **more)
+    first = run(0, save=tmp_path)
+    with compilations() as compiled:
+        other = run(1)
+    assert compiled == []
+    assert not (other["z.error"] == first["z.error"]).all() and other.z.equals(first.z)
+    assert (first.attrs["method"], other.attrs["method"]) == ("AtP(probes=2)", "AtP(probes=2, seed=1)")
+    assert run(0, save=tmp_path)["z.error"].equals(first["z.error"])
+    with pytest.raises(ValueError, match="another method"):
+        run(1, save=tmp_path)
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
@@ -602,10 +626,8 @@ def test_the_probe_is_the_minimum_that_scipy_finds():
 
 
 @pytest.mark.parametrize("checkpoint", [0, 1, 2])
-@pytest.mark.parametrize(
-    "method, probes", [(AtP(), 0), (AtP(), 2), (mj.IntegratedGradients(3, "inputs"), 0), (mj.AtPStar(), 0)]
-)
-def test_the_estimate_bounds_what_the_program_takes(checkpoint, method, probes):
+@pytest.mark.parametrize("method", [AtP(), AtP(probes=2), mj.IntegratedGradients(3, "inputs"), mj.AtPStar()], ids=repr)
+def test_the_estimate_bounds_what_the_program_takes(checkpoint, method):
     config = mj.Config(
         n_layers=8, d_model=64, n_heads=4, d_vocab=101, n_ctx=64, mlp="gated", norm="rms", positions="rotary"
     )
@@ -614,10 +636,9 @@ def test_the_estimate_bounds_what_the_program_takes(checkpoint, method, probes):
     base, source = (mj.Tokens(rng.integers(0, 101, (4, 48))) for _ in range(2))
     metric = mj.metrics.logit_diff(3, 4)
     sites = ("resid_pre", "z", "mlp_out", "q", "k", "v", "pattern")
-    job = AttributionJob(model, base, source, {"m": metric}, nodes_of(model, base, sites), method, probes, 0)
+    job = AttributionJob(model, base, source, {"m": metric}, nodes_of(model, base, sites), method)
     estimate = layers_bytes(model) + 4 * prompt_bytes(job, checkpoint) + metric_bytes(model, base, {"m": metric})
-    arguments = (method, model, base, jnp.asarray(source.ids), {"m": metric}, {}, np.arange(4, dtype=np.int32), jax.random.key(0),
-                 job.layout, probes, checkpoint)  # fmt: skip
+    arguments = (method, model, base, jnp.asarray(source.ids), {"m": metric}, {}, prompts(4), job.layout, checkpoint)
     taken = _chunk.lower(*arguments).compile().compiled.memory_analysis()
     taken = taken.temp_size_in_bytes + taken.output_size_in_bytes
     assert taken <= estimate <= 4 * taken, taken / estimate
@@ -631,10 +652,10 @@ def test_no_product_is_computed_twice(checkpoint, passes):
     model, rng = mj.init(c, jax.random.key(0)), np.random.default_rng(0)
     base, source = (mj.Tokens(rng.integers(0, 101, (4, 16))) for _ in range(2))
     job = AttributionJob(
-        model, base, source, {}, nodes_of(model, base, ("resid_pre", "z", "mlp_out", "q", "k", "v")), AtP(), 0, 0
+        model, base, source, {}, nodes_of(model, base, ("resid_pre", "z", "mlp_out", "q", "k", "v")), AtP()
     )
-    arguments = (AtP(), model, base, jnp.asarray(source.ids), {"m": mj.metrics.logit(3)}, {}, np.arange(4, dtype=np.int32),
-                 jax.random.key(0), job.layout, 0, checkpoint)  # fmt: skip
+    metrics = {"m": mj.metrics.logit(3)}
+    arguments = (AtP(), model, base, jnp.asarray(source.ids), metrics, {}, prompts(4), job.layout, checkpoint)
     counted = _chunk.lower(*arguments).compile().compiled.cost_analysis()["flops"]
     products = 2 * 4 * 16 * (4 * c.d_model**2 + 2 * c.d_model * c.d_mlp)
     assert passes <= counted / products < passes + 1
@@ -647,10 +668,10 @@ def test_memory_is_flat_in_depth_where_layers_are_computed_again():
         config = mj.Config(n_layers=n_layers, d_model=32, n_heads=4, d_vocab=101, n_ctx=128)
         model = mj.init(config, jax.random.key(0))
         base = mj.Tokens(np.random.default_rng(0).integers(0, 101, (2, 128)))
-        job = AttributionJob(model, base, base, {}, nodes_of(model, base, ("z", "mlp_out")), AtP(), 0, 0)
+        job = AttributionJob(model, base, base, {}, nodes_of(model, base, ("z", "mlp_out")), AtP())
         for checkpoint in (0, 2):
-            arguments = (AtP(), model, base, jnp.asarray(base.ids), {"m": mj.metrics.logit(3)}, {}, np.arange(2, dtype=np.int32),
-                         jax.random.key(0), job.layout, 0, checkpoint)  # fmt: skip
+            metrics = {"m": mj.metrics.logit(3)}
+            arguments = (AtP(), model, base, jnp.asarray(base.ids), metrics, {}, prompts(2), job.layout, checkpoint)
             taken[n_layers, checkpoint] = (
                 _chunk.lower(*arguments).compile().compiled.memory_analysis().temp_size_in_bytes
             )

@@ -74,6 +74,28 @@ def test_a_layer_that_the_backward_pass_computes_again_gives_the_same(x64, group
     again = {"remat": lambda f: jax.checkpoint(f, prevent_cse=False), "group": group}
     plain, kept = (eqx.filter_grad(lambda m, how=how: value(m, **how))(model) for how in ({}, again))
     assert error(flat(kept), flat(plain)) < 1e-10
+    if group > 1:
+        with pytest.raises(
+            ValueError, match=f"groups of {group} layers are computed again where all layers are walked"
+        ):
+            value(model, last=2, **again)
+
+
+def test_a_part_of_the_layers_may_be_computed_again(x64):
+    model, tokens = random_model(ARCHITECTURES["gpt2"]), batch("right")
+    again = {"remat": lambda f: jax.checkpoint(f, prevent_cse=False)}
+
+    @eqx.filter_jit
+    def slope(model, at, how):
+        def value(model):
+            final, means = stream(model, tokens, {"last": at, **how}, {"first": at, **how})
+            return jnp.sum(jnp.where(jnp.asarray(tokens.mask)[..., None], final, 0.0) ** 2) + jnp.sum(means)
+
+        return eqx.filter_grad(value)(model)
+
+    program = lambda how: str(eqx.filter_make_jaxpr(slope)(model, jnp.int32(1), how)[0])
+    assert "remat" in program(again) and "remat" not in program({})
+    assert error(flat(slope(model, jnp.int32(1), again)), flat(slope(model, jnp.int32(1), {}))) < 1e-10
 
 
 @pytest.mark.parametrize("layers, run", [([0], [0]), ([1], [0, 1]), ([-2, 0], [0, 1]), ([2], [0, 1, 2])])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array
-from mijax.attribution.method import Estimates, Measured, Method, gate_gradients
+from mijax.attribution.method import Estimates, Examples, Measured, Method, gate_gradients
 from mijax.attribution.nodes import Nodes
 from mijax.attribution.taps import RECOMPUTED, Path
 from mijax.model.sites import Site
@@ -44,13 +44,16 @@ class AtPStar(Method):
         del batch
         return Path(recompute=True)
 
-    def __call__(self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site]) -> Estimates:
+    def __call__(
+        self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site], examples: Examples
+    ) -> Estimates:
         """Take one backward pass through all layers, and one for each layer with no gradient through its outputs."""
+        del examples
         n_layers = next(iter(sites.values())).sizes["layer"]
         without = lambda layer: gate_gradients(
             lambda gates: measured(gates, Path(dropped=layer, recompute=True)), gates
         )
-        runs, grads = without(None)
+        (base, source), grads = without(None)
 
         def drop(total, layer):
             _, dropped_grads = without(layer)
@@ -60,4 +63,4 @@ class AtPStar(Method):
         # Nodes inside a layer have no gradient where that layer is dropped; those of the stream always have one.
         n_terms = {name: n_layers - (sites[name].has_layer and not sites[name].is_stream) for name in gates}
         unsigned = {name: {site: t / n_terms[site] for site, t in sums.items()} for name, (sums,) in total.items()}
-        return Estimates(runs, {name: terms for name, (terms,) in grads.items()}, unsigned)
+        return Estimates(base, source, {name: terms for name, (terms,) in grads.items()}, unsigned)

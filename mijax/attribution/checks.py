@@ -1,4 +1,4 @@
-"""What is told before anything runs."""
+"""Checks of attribution that come before any run."""
 
 import functools
 from collections.abc import Mapping
@@ -43,20 +43,16 @@ def check_differ(clean: Tokens, corrupted: Tokens) -> None:
         )
 
 
-def check_nodes(nodes: Mapping[str, Nodes], verify: int, sample: int) -> None:
-    """Raise `ValueError` where cells along one dimension are not the same at all sites, and for more to verify than there are."""
+def check_nodes(nodes: Mapping[str, Nodes]) -> None:
+    """Raise `ValueError` where cells along one dimension are not the same at all sites."""
     places: dict[str, Any] = {}
-    for site, own in nodes.items():
-        if verify > own.size:
-            raise ValueError(f"verify must be from 0 to the {own.size} cells of site {site!r}, given {verify}")
-        for dim, these in own.places.items():
+    for site, cells in nodes.items():
+        for dim, these in cells.places.items():
             if places.setdefault(dim, these) != these:
                 raise ValueError(
                     f"sites with different grids along {dim!r} must be asked for apart; at {site!r} its places are {str(these)[:99]},"
                     f" at another {str(places[dim])[:99]} (key/value heads may be named 'kv_head')"
                 )
-    if sample and not verify:
-        raise ValueError(f"sample counts cells beside those of verify={verify}, given {sample}")
 
 
 def check_gradient(model: LayeredModel, tokens: Tokens, name: str, metric: AnyMetric) -> None:

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax import chunks
-from mijax._types import Array, Int
-from mijax.attribution.curvature import curvature
-from mijax.attribution.method import Method
-from mijax.attribution.nodes import Nodes, spread
+from mijax._types import Array
+from mijax.attribution.method import Estimates, Examples, Method
+from mijax.attribution.nodes import Nodes, gates_at_entries
 from mijax.attribution.side_by_side import gated, group_size
 from mijax.attribution.taps import Path
 from mijax.engine.layout import row_bytes
@@ -29,13 +28,13 @@ Layout: TypeAlias = tuple[tuple[str, tuple[int, ...], int | None], ...]
 CHECKPOINTS = (0, 1, 2)
 
 MEANING = {
-    "term": "the gradient",
+    "terms": "the gradient",
     "unsigned": "the gradient without a layer's",
     "gap": "the sum of the gradients along the path, or the end of the path,",
     "error": "the second derivative",
     "error_se": "the second derivative",
 }
-"""What is told by each kind of array."""
+"""What each field of `Estimates` holds, in messages."""
 
 
 class AttributionJob(NamedTuple):
@@ -47,8 +46,6 @@ class AttributionJob(NamedTuple):
     metrics: Mapping[str, AnyMetric]
     nodes: Mapping[str, Nodes]
     method: Method
-    probes: int
-    seed: int
 
     @property
     def programs(self) -> dict[str, AnyMetric]:
@@ -104,139 +101,164 @@ def layers_bytes(model: LayeredModel) -> int:
 
 
 def prompt_bytes(job: AttributionJob, checkpoint: int) -> int:
-    """The bytes that one more prompt takes: what the backward pass finds kept, what a layer works with, and gates."""
+    """The bytes that one more prompt takes: what the backward pass finds stored, what a layer works with, and gates."""
     pos, sites = job.base.ids.shape[1], job.model.sites
-    leaves, treedef = jax.tree.flatten(jax.tree.map(_shape_of, job.model))
-    kept = functools.partial(_kept, tuple(leaves), treedef, pos, job.source is None, job.layout, job.method)
-    n, itemsize = max(1, job.model.n_layers), job.model.dtype.itemsize
-    streams = kept(1) / n
-    held = kept(0) if checkpoint == 0 else streams * (n if checkpoint == 1 else n // group_size(n) + group_size(n))
-    recomputed = job.method.path(1).recompute
-    runs = 4 if job.method.path(1).inputs is not None else 3  # forwards and backwards
-    scores = sites["pattern"].sizes["head"] * pos**2 * itemsize * (48 if recomputed else 4 * runs)
+    n, itemsize, path = max(1, job.model.n_layers), job.model.dtype.itemsize, job.method.path(1)
+    if checkpoint == 0:
+        stored = _stored(job, 0)
+    else:
+        streams = _stored(job, 1) / n
+        stored = streams * (n if checkpoint == 1 else n // group_size(n) + group_size(n))
+    runs = 4 if path.inputs is not None else 3  # forwards and backwards
+    scores = sites["pattern"].sizes["head"] * pos**2 * itemsize * (48 if path.recompute else 4 * runs)
     layer = runs * pos * row_bytes(job.model, job.nodes) + scores
     gates = sum(int(np.prod(shape if cells is None else (cells,))) for _, shape, cells in job.layout) * itemsize
-    return int((held + layer) * (2.5 if job.probes else 1)) + gates * (4 if job.probes or recomputed else 3)
+    several = job.method.second_order or path.recompute
+    return int((stored + layer) * (2.5 if job.method.second_order else 1)) + gates * (4 if several else 3)
+
+
+def _stored(job: AttributionJob, checkpoint: int) -> int:
+    """The bytes that are stored for the backward pass of one prompt."""
+    leaves, treedef = jax.tree.flatten(jax.tree.map(_shape_of, (job.model, job.method)))
+    return _stored_bytes(tuple(leaves), treedef, job.base.ids.shape[1], job.source is None, job.layout, checkpoint)
 
 
 @functools.lru_cache(maxsize=256)
-def _kept(
-    leaves: tuple[Any, ...], treedef: Any, pos: int, alone: bool, layout: Layout, method: Method, checkpoint: int
-) -> int:
-    """The bytes that are kept of one prompt for the backward pass: read off its trace, for two prompts and for one."""
-    model = jax.tree.unflatten(treedef, leaves)
+def _stored_bytes(leaves: tuple[Any, ...], treedef: Any, pos: int, alone: bool, layout: Layout, checkpoint: int) -> int:
+    """As `_stored`, read off the trace of one prompt's gradient: its residuals less the model's parameters."""
+    model, method = jax.tree.unflatten(treedef, leaves)
 
-    def residuals(batch: int) -> int:
-        ids = jax.ShapeDtypeStruct((batch, pos), jnp.int32)
-        gates = {site: jax.ShapeDtypeStruct((batch, *shape), model.dtype) for site, shape, _ in layout}
+    def residuals(gates, ids, parameters):
+        tokens = Tokens.tree_unflatten(None, (ids, jnp.ones(ids.shape, bool)))
+        model = jax.tree.unflatten(structure, parameters)
+        others = None if alone else ids
+        at = lambda gates: gated(
+            model, tokens, others, gates_at_entries(model.sites, gates, {}, {}), method.path(1), checkpoint
+        )
+        return jax.vjp(lambda gates: jnp.sum(at(gates)[0].readout.final), gates)[1]
 
-        def kept(gates, model, ids):
-            tokens = Tokens.tree_unflatten(None, (ids, jnp.ones(ids.shape, bool)))
-            at = lambda gates: gated(
-                model,
-                tokens,
-                None if alone else ids,
-                spread(model.sites, gates, {}, {}),
-                method.path(batch),
-                checkpoint,
-            )
-            return jax.vjp(lambda gates: jnp.sum(at(gates)[0].readout.final), gates)[1]
-
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(kept, gates, model, ids)))
-
-    return residuals(2) - residuals(1)
+    parameters, structure = jax.tree.flatten(model)
+    gates = {site: jax.ShapeDtypeStruct((1, *shape), model.dtype) for site, shape, _ in layout}
+    jaxpr = jax.make_jaxpr(residuals)(gates, jax.ShapeDtypeStruct((1, pos), jnp.int32), parameters).jaxpr
+    inputs = set(map(id, jaxpr.invars))
+    arrays = {id(x): x.aval for x in jaxpr.outvars if id(x) not in inputs}
+    return sum(aval.size * aval.dtype.itemsize for aval in arrays.values())
 
 
 def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 def estimated(
     job: AttributionJob, order: Schedule, *, progress: bool, save: str | os.PathLike | None
-) -> tuple[dict[str, np.ndarray], Schedule]:
-    """Everything found, examples in front, by `kind:metric` or `kind:metric:site`; and the schedule by which it was, that of the folder."""
+) -> tuple[Estimates, Schedule]:
+    """Run all prompts.
+
+    Args:
+        job: what is attributed.
+        order: how many prompts run together; a folder's own schedule takes its place.
+        progress: whether to show a bar.
+        save: the folder to save chunks of prompts in.
+
+    Returns:
+        The estimates of all prompts, as NumPy arrays with the examples in front; and the schedule by which they were made.
+
+    Raises:
+        ValueError: for a metric, a term or an error that is not finite, and for a folder of another job.
+    """
     batch = len(job.base.ids)
     store = None if save is None else _store(save, job)
     if store is not None:
-        kept = store.begin(
-            {name: np.asarray(value) for name, value in order._asdict().items()}, {"sites": list(job.nodes)}
-        )
-        order = Schedule(*(int(kept[name]) for name in Schedule._fields))
-    whole, count, programs = order.prompts == batch, -(-batch // order.prompts), job.programs
-    found: dict[str, list[np.ndarray]] = {}
+        plan = {name: np.asarray(value) for name, value in order._asdict().items()}
+        saved = store.begin(plan, {"sites": list(job.nodes)})
+        order = Schedule(*(int(saved[name]) for name in Schedule._fields))
+    whole, programs = order.prompts == batch, job.programs
+    key = jax.random.key(jnp.asarray(job.method.seed))
+    parts: list[Estimates] = []
 
     def run(numbers: Sequence[int]) -> Mapping[str, Array]:
         first = numbers[0] * order.prompts
         examples: Any = np.minimum(np.arange(first, first + order.prompts, dtype=np.int32), batch - 1)
         some = lambda tree: tree if whole else jax.tree.map(lambda a: np.asarray(a)[examples], tree)
         metrics: Any = programs if whole else taken(job.model, some(job.base), job.metrics, examples)
-        members: Any = {site: own.members[examples] for site, own in job.nodes.items() if own.members is not None}
+        members: Any = {site: n.members[examples] for site, n in job.nodes.items() if n.members is not None}
         source: Any = None if job.source is None else jnp.asarray(some(job.source.ids))
-        key = jax.random.key(job.seed)
+        together = Examples(examples, key)
         return _chunk(
-            job.method, job.model, some(job.base), source, metrics, members, examples, key, job.layout, job.probes,
-            order.checkpoint,
-        )  # fmt: skip
+            job.method, job.model, some(job.base), source, metrics, members, together, job.layout, order.checkpoint
+        )
 
-    def keep(number: int, own: Mapping[str, np.ndarray]) -> int:
-        count = min(order.prompts, batch - number * order.prompts)
-        own = {name: value[:count] for name, value in own.items()}
-        _check_finite(own, number * order.prompts)
-        for name, value in own.items():
-            found.setdefault(name, []).append(value)
+    def keep(number: int, arrays: Mapping[str, np.ndarray]) -> int:
+        first = number * order.prompts
+        count = min(order.prompts, batch - first)
+        part = _nested({name: value[:count] for name, value in arrays.items()}, list(job.metrics), list(job.nodes))
+        _check_finite(part, first)
+        parts.append(part)
         return count
 
     with chunks.progress_bar(batch, "attribute", "prompt", progress) as bar:
-        chunks.run_chunks(run, keep, count, bar, store=store)
-    return {name: np.concatenate(parts) for name, parts in found.items()}, order
+        chunks.run_chunks(run, keep, -(-batch // order.prompts), bar, store=store)
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts), order
 
 
-def _check_finite(found: Mapping[str, np.ndarray], first: int) -> None:
-    """Raise `ValueError` where a metric, a term, or what is told of their error is not finite; the examples count from `first`."""
-    for run in ("base", "source"):
-        checked({k.partition(":")[2]: v for k, v in found.items() if k.startswith(f"{run}:")}, run, first)
-    for name, value in found.items():
-        bad = np.argwhere(~np.isfinite(value))
-        if len(bad):
-            kind, _, of = name.partition(":")
-            metric, _, site = of.partition(":")
-            raise ValueError(
-                f"{MEANING[kind]} of metric {metric!r}{f' at site {site!r}' if site else ''} is not finite in example {first + int(bad[0][0])}: the"
-                " metric has no slope where the run is (a root at zero, say), or the model overflows"
-            )
+def _check_finite(estimates: Estimates, first: int) -> None:
+    """Raise `ValueError` for a metric, a term, or an error that is not finite; the examples count from `first`."""
+    checked(estimates.base, "base", first)
+    checked(estimates.source, "source", first)
+    for field, meaning in MEANING.items():
+        for metric, value in (getattr(estimates, field) or {}).items():
+            for site, array in value.items() if isinstance(value, dict) else [("", value)]:
+                bad = np.argwhere(~np.isfinite(array))
+                if len(bad):
+                    where = f" at site {site!r}" if site else ""
+                    raise ValueError(
+                        f"{meaning} of metric {metric!r}{where} is not finite in example {first + int(bad[0][0])}: the"
+                        " metric has no slope where the run is (a root at zero, say), or the model overflows"
+                    )
 
 
 def _store(save: Any, job: AttributionJob) -> chunks.Store:
-    grids = {site: (own.axes, own.members) for site, own in job.nodes.items()}
+    grids = {site: (nodes.axes, nodes.members) for site, nodes in job.nodes.items()}
     parts = {"model": job.model, "prompts": (job.base, job.source), "sites": (job.layout, grids)}
     parts |= {"metric": chunks.repeatable(lambda: job.programs, save), "method": job.method}
-    parts |= {"probes": (job.probes, job.seed)} if job.probes else {}
     return chunks.Store(save, {name: chunks.fingerprint(part) for name, part in parts.items()})
 
 
 @JitNow
 def _chunk(
     method: Method, model: LayeredModel, tokens: Tokens, source: Array | None, metrics: Any, members: dict[str, Array],
-    examples: Int[Array, " batch"], key: Array, layout: Layout, probes: int, checkpoint: int,
+    examples: Examples, layout: Layout, checkpoint: int,
 ) -> dict[str, Array]:  # fmt: skip
-    """What is found for a chunk of prompts."""
+    """The estimates of prompts that run together, by `_name`."""
     dtype, shapes = model.dtype, {site: shape for site, shape, _ in layout}
-    gates = {
-        s: jnp.zeros((len(examples), *(shape if cells is None else (cells,))), dtype) for s, shape, cells in layout
-    }
+    batch = len(examples.numbers)
+    gates = {s: jnp.zeros((batch, *(shape if cells is None else (cells,))), dtype) for s, shape, cells in layout}
 
     def measured(gates: dict[str, Array], path: Path):
-        read, opened = captures_of(model, metrics), spread(model.sites, gates, shapes, members)
-        own, other = gated(model, tokens, source, opened, path, checkpoint, read)
-        of = lambda out: {} if out is None else values_of(metrics, out.readout, out.taps)
-        return of(own), of(other)
+        read, spread = captures_of(model, metrics), gates_at_entries(model.sites, gates, shapes, members)
+        runs = gated(model, tokens, source, spread, path, checkpoint, read)
+        base, other = ({} if out is None else values_of(metrics, out.readout, out.taps) for out in runs)
+        return base, other
 
-    found = method(measured, gates, model.sites)
-    flat = {f"{run}:{name}": v for run, own in zip(("base", "source"), found.runs) for name, v in own.items()}
-    flat |= {f"gap:{name}": v for name, v in (found.gap or {}).items()}
-    by_site = {"term": found.terms, "unsigned": found.unsigned}
-    if probes:
-        by_site["error"], by_site["error_se"] = curvature(measured, gates, key, examples, probes)
-    for kind, terms in by_site.items():
-        flat |= {f"{kind}:{name}:{site}": t for name, own in (terms or {}).items() for site, t in own.items()}
-    return flat
+    estimates = method(measured, gates, model.sites, examples)
+    leaves = jax.tree_util.tree_flatten_with_path(estimates)[0]
+    key = lambda entry: entry.name if isinstance(entry, jax.tree_util.GetAttrKey) else entry.key
+    return {_name(*map(key, path)): x for path, x in leaves}
+
+
+def _name(field: str, metric: str, site: str = "") -> str:
+    """The name of one array of `Estimates` among all that a chunk gives."""
+    return f"{field}:{metric}:{site}" if site else f"{field}:{metric}"
+
+
+def _nested(arrays: Mapping[str, np.ndarray], metrics: list[str], sites: list[str]) -> Estimates:
+    """The estimates that `_name` names."""
+    by_metric = lambda field: {m: arrays[_name(field, m)] for m in metrics if _name(field, m) in arrays}
+    by_site = lambda field, m: {s: arrays[_name(field, m, s)] for s in sites if _name(field, m, s) in arrays}
+    values = {field: by_metric(field) for field in ("base", "source", "gap")}
+    terms = {
+        field: {m: by_site(field, m) for m in metrics if by_site(field, m)}
+        for field in ("terms", "unsigned", "error", "error_se")
+    }
+    fields = {name: value for name, value in (values | terms).items() if value}
+    return Estimates(**{"source": {}, **fields})

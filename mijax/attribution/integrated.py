@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array
-from mijax.attribution.method import Estimates, Measured, Method, gate_gradients
+from mijax.attribution.method import Estimates, Examples, Measured, Method, gate_gradients
 from mijax.attribution.nodes import Nodes, overlap
 from mijax.attribution.taps import Path
 from mijax.model.sites import Site
@@ -63,10 +63,12 @@ class IntegratedGradients(Method):
         """Open gates along the gates; along the inputs a path whose `inputs` are moved."""
         return Path(opened=True) if self.along == "gate" else Path(inputs=jnp.zeros((batch,)))
 
-    def __call__(self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site]) -> Estimates:
+    def __call__(
+        self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site], examples: Examples
+    ) -> Estimates:
         """Take `steps` backward passes, in the memory of one."""
-        runs = measured(gates, Path())
-        base = runs[0]
+        del sites, examples
+        base, source = measured(gates, Path())
         batch, dtype = next((len(v), v.dtype) for v in base.values())
         points, weights = np.polynomial.legendre.leggauss(self.steps)
         opened = lambda gates, part: {s: g + part.reshape(-1, *(1,) * (g.ndim - 1)) for s, g in gates.items()}
@@ -85,4 +87,4 @@ class IntegratedGradients(Method):
         grads, _ = jax.lax.scan(step, zeros, rule)
         end, _ = values_at(gates, jnp.ones((batch,), dtype))
         gap = {name: grads[name][1] - (end[name] - base[name]) for name in base}
-        return Estimates(runs, {name: terms for name, (terms, _) in grads.items()}, gap=gap)
+        return Estimates(base, source, {name: terms for name, (terms, _) in grads.items()}, gap=gap)

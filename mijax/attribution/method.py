@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Float
+from mijax._types import Array, Float, Int
 from mijax.attribution.nodes import Nodes
 from mijax.attribution.taps import Path
 from mijax.model.sites import Site
@@ -25,24 +25,64 @@ Gates other than zero take `Path(opened=True)`."""
 
 
 class Estimates(NamedTuple):
-    """What a method finds: the metrics of the base and the source, and by how much it says that each cell changes them.
+    """What a method estimates, arrays with the examples in front.
 
-    `unsigned` are magnitudes, which are no changes. `gap` is what the terms
-    on the path sum to, less what they should sum to.
+    Attributes:
+        base: the metrics of the base run.
+        source: the metrics of the source run; empty without one.
+        terms: by how much patching each cell changes them.
+        unsigned: magnitudes that rank cells and are no changes.
+        gap: what the terms along a path sum to, less what they should sum to.
+        error: the second-order term of each cell, which `terms` leave out.
+        error_se: the standard error of `error`.
     """
 
-    runs: tuple[Values, Values]
+    base: Values
+    source: Values
     terms: Terms
     unsigned: Terms | None = None
     gap: Values | None = None
+    error: Terms | None = None
+    error_se: Terms | None = None
+
+
+class Examples(NamedTuple):
+    """The prompts that run together.
+
+    Attributes:
+        numbers: their numbers among all prompts.
+        key: the random key of all prompts.
+    """
+
+    numbers: Int[Array, " batch"]
+    key: Array
 
 
 class Method(eqx.Module):
-    """A way of turning gradients with respect to gates into estimates of what patching does."""
+    """A way of turning gradients with respect to gates into estimates of what patching does; abstract.
+
+    `second_order` says whether it takes second derivatives, for which the backward pass keeps more. `seed` is of its
+    random draws.
+    """
+
+    second_order = False
+    seed = 0
 
     @abc.abstractmethod
-    def __call__(self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site]) -> Estimates:
-        """The terms at `gates`, which are zeros; `sites` are the model's."""
+    def __call__(
+        self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site], examples: Examples
+    ) -> Estimates:
+        """Estimate.
+
+        Args:
+            measured: the metrics as a function of the gates.
+            gates: `[batch, ...]` zeros by site, at which to estimate.
+            sites: the model's table of sites.
+            examples: the prompts that run together.
+
+        Returns:
+            The estimates.
+        """
 
     def check(self, n_layers: int, nodes: Mapping[str, Nodes], alone: bool) -> None:
         """Raise `ValueError` for cells, or a model, that it has no estimate for; `alone`, where there is no source."""

@@ -180,7 +180,7 @@ def _masks(model: LayeredModel, site: Site, tokens: Tokens, where: Where) -> Boo
     return jax.lax.map(cell, where)
 
 
-def spread(
+def gates_at_entries(
     sites: Mapping[str, Site],
     gates: Mapping[str, Array],
     shapes: Mapping[str, tuple[int, ...]],

@@ -1,10 +1,12 @@
 """Measuring exactly the cells in doubt, and a sample of the others, which bounds what was missed."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mijax._types import Float, Int
+from mijax.attribution.checks import check_count
 from mijax.attribution.estimates import AttributionJob
 from mijax.attribution.nodes import Nodes
 from mijax.engine.cells import cells_of
@@ -21,14 +23,46 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 
 
-class Verify(NamedTuple):
-    """How many cells of each site to measure because of their score, and how many at random; from which part of source -
-    base on a cell of the rest counts as missed; the seed of the sample."""
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Measuring exactly, with the sweep engine, the cells in doubt and a random sample of the others.
+
+    It adds to each site of a result `<site>.exact`, NaN where not measured, and `<site>.measured` (0 not, 1 among the
+    `k`, 2 in the sample). The attribute `missed_at_most` of the latter bounds, with 95 % confidence, how many of the rest
+    change the metric by at least `threshold` of source - base (of the base, without a source), as `missed_in_sample` of
+    the sample do.
+
+    Args:
+        k: how many cells of each site to measure: those whose mean effect and error are estimated largest together.
+        sample: how many of the rest to measure at random, by default `k`.
+        threshold: the part of |source - base| from which on a cell of the rest counts as missed.
+        seed: the seed of the sample.
+
+    Raises:
+        TypeError: for numbers that are not whole.
+        ValueError: for negative numbers, no cell at all, and a threshold that is not over 0.
+
+    >>> Verify(20)
+    Verify(k=20, sample=None, threshold=0.05, seed=0)
+    """
 
     k: int
-    sample: int
-    threshold: float
-    seed: int
+    sample: int | None = None
+    threshold: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, value in {"k": self.k, "sample": self.n_sample, "seed": self.seed}.items():
+            check_count(value, name)
+        if not self.k + self.n_sample:
+            raise ValueError("verify some cells: k and sample are both 0")
+        if not 0 < self.threshold < np.inf:
+            raise ValueError(f"threshold must be a part of source - base, over 0, given {self.threshold!r}")
+
+    @property
+    def n_sample(self) -> int:
+        """The number of cells of the random sample."""
+        return self.k if self.sample is None else self.sample
 
 
 class Chosen(NamedTuple):
@@ -40,6 +74,15 @@ class Chosen(NamedTuple):
 
 def choose(score: Float[np.ndarray, " cell"], k: int, sample: int, rng: np.random.Generator) -> Chosen:
     """The `k` cells of the highest score, and up to `sample` of the others, each as likely as any other.
+
+    Args:
+        score: of each cell.
+        k: the number of cells of the highest score.
+        sample: the number of others.
+        rng: draws them.
+
+    Returns:
+        The numbers of the cells.
 
     >>> choose(np.array([0.1, 3.0, 0.2, 2.0]), 2, 9, np.random.default_rng(0))
     Chosen(top=array([1, 3]), sample=array([0, 2]))
@@ -54,6 +97,15 @@ def most_missed(rest: int, sample: int, missed: int, confidence: float = CONFIDE
 
     The largest number with which so few in the sample would still have a probability over 1 - confidence: in a share of at
     least `confidence` of samples the truth is no larger (the hypergeometric distribution's one-sided bound).
+
+    Args:
+        rest: the number of cells that the sample was drawn from.
+        sample: the size of the sample.
+        missed: how many of the sample are missed.
+        confidence: the probability that the bound holds.
+
+    Returns:
+        The bound, a number of cells from `missed` to `rest`.
 
     >>> most_missed(1000, 0, 0), most_missed(1000, 100, 0), most_missed(1000, 1000, 3)
     (1000, 28, 3)
@@ -71,10 +123,24 @@ def most_missed(rest: int, sample: int, missed: int, confidence: float = CONFIDE
 
 
 def verified(
-    job: AttributionJob, result: "xr.Dataset", asked: Verify, memory: int | None, progress: bool
+    job: AttributionJob, result: "xr.Dataset", verify: Verify, memory: int | None, progress: bool
 ) -> "xr.Dataset":
-    """Add to every site of `result` what exact runs of some of its cells find."""
-    rng = np.random.default_rng(asked.seed)
+    """Add exact measurements of some cells to every site of a result.
+
+    Args:
+        job: what is attributed.
+        result: the estimates, as `mijax.attribute` returns them.
+        verify: which cells.
+        memory: the bytes that the sweeps may take.
+        progress: whether to show bars.
+
+    Returns:
+        The result with `<site>.exact` and `<site>.measured`: see `Verify`.
+
+    Raises:
+        ValueError: where the metric's means on base and source coincide.
+    """
+    rng = np.random.default_rng(verify.seed)
     if coincide(result):
         raise ValueError(
             f"the metric is {result.base.mean('batch').values} on the base, and the source run's is no other: they coincide, so that"
@@ -83,21 +149,21 @@ def verified(
     whole = _whole(result)
     for site, nodes in job.nodes.items():
         score = _score(result, site, whole)
-        chosen = choose(score, asked.k, asked.sample, rng)
+        chosen = choose(score, verify.k, verify.n_sample, rng)
         cells = np.concatenate(chosen)
         found = _exact(job, nodes, cells, Options(memory, progress))
         exact = _placed(result, site, job, cells, found)
         effect = np.abs((exact - result.base).mean("batch") / whole)
         if "metric" in effect.dims:
             effect = effect.max("metric")
-        missed = int((effect.values.reshape(-1)[chosen.sample] >= asked.threshold).sum())
+        missed = int((effect.values.reshape(-1)[chosen.sample] >= verify.threshold).sum())
         mark = np.zeros(nodes.size, np.int8)
         mark[chosen.top], mark[chosen.sample] = 1, 2
         told = {
             "meaning": "0 not measured, 1 measured for its score, 2 measured in the random sample of the rest",
             "rest": nodes.size - len(chosen.top), "sample": len(chosen.sample), "missed_in_sample": missed,
             "missed_at_most": most_missed(nodes.size - len(chosen.top), len(chosen.sample), missed),
-            "confidence": CONFIDENCE, "threshold": asked.threshold,
+            "confidence": CONFIDENCE, "threshold": verify.threshold,
         }  # fmt: skip
         marks = (tuple(nodes.labels), mark.reshape([len(own) for own in nodes.labels.values()]), told)
         result = result.assign({f"{site}.exact": exact, f"{site}.measured": marks})
@@ -105,7 +171,14 @@ def verified(
 
 
 def coincide(result: "xr.Dataset") -> bool:
-    """Whether a metric has one mean on source and base; whether the base's is zero, without a source."""
+    """Whether some metric has one mean on source and base, or, without a source, a mean of zero on the base.
+
+    Args:
+        result: the estimates, as `mijax.attribute` returns them.
+
+    Returns:
+        Whether there is such a metric.
+    """
     return not (_whole(result) > 1e-6 * np.abs(result.base.mean("batch"))).all()
 
 
@@ -125,10 +198,22 @@ def _score(result: "xr.Dataset", site: str, whole: "xr.DataArray") -> Float[np.n
     return (size.max("metric") if "metric" in size.dims else size).values.reshape(-1)
 
 
-def check_exact(job: AttributionJob, count: int, memory: int | None) -> None:
-    """Raise where `count` cells of some site could not be measured, before anything runs."""
-    for nodes in job.nodes.values():
-        edits = {nodes.site.name: Replace(0.0, _grid(job, nodes, np.arange(min(count, nodes.size))))}
+def check_exact(job: AttributionJob, verify: Verify, memory: int | None) -> None:
+    """Raise where cells could not be measured, before anything runs.
+
+    Args:
+        job: what is attributed.
+        verify: which cells are to be measured.
+        memory: the bytes that the sweeps may take.
+
+    Raises:
+        ValueError: for more cells than a site has, and for memory that holds no cell.
+    """
+    for site, nodes in job.nodes.items():
+        if verify.k > nodes.size:
+            raise ValueError(f"verify must be from 0 to the {nodes.size} cells of site {site!r}, given {verify.k}")
+        some = np.arange(min(verify.k + verify.n_sample, nodes.size))
+        edits = {nodes.site.name: Replace(0.0, _grid(job, nodes, some))}
         check_sweep(job.model, job.base, edits, job.metrics, {"memory": memory})
 
 

@@ -86,11 +86,14 @@ def walk(
         first: the first layer; may be traced.
         last: the layer after the last, by default the number of layers; may be traced.
         remat: wraps the functions that the backward pass is to compute again (`jax.checkpoint` with a policy): each
-            layer, and around them each group of `group` layers. Ignored unless all layers are walked.
+            layer, and around them each group of `group` layers.
         group: the number of layers of a group.
 
     Returns:
         The last carry, and the `y` stacked over all layers, zeros for those outside the range.
+
+    Raises:
+        ValueError: for groups of a part of the layers.
     """
     n = config.n_layers
     whole = isinstance(first, int) and first == 0 and (last is None or (isinstance(last, int) and last == n))
@@ -101,7 +104,8 @@ def walk(
         return body(Layer(config, index, jax.tree.map(take, blocks)), carry, jax.tree.map(take, xs))
 
     def ranged(carry: Any, index: Int[Array, ""]) -> tuple[Any, Any]:
-        program, (_, empty) = jax.make_jaxpr(sliced, return_shape=True)(carry, index)  # traced once for both branches
+        call = sliced if remat is None else remat(sliced)
+        program, (_, empty) = jax.make_jaxpr(call, return_shape=True)(carry, index)  # traced once for both branches
         structure = jax.tree.structure((carry, empty))
 
         def take(carry: Any) -> Any:
@@ -111,6 +115,8 @@ def walk(
         return jax.lax.cond((index >= first) & (index < last), take, skip, carry)
 
     numbers = jnp.arange(n, dtype=jnp.int32)
+    if not whole and group > 1:
+        raise ValueError(f"groups of {group} layers are computed again where all layers are walked, not a part of them")
     if not whole:  # parameters are sliced in the branch of layers that run, so that a skipped layer costs nothing
         return jax.lax.scan(ranged, carry, numbers)
     if remat is None:  # parameters are scanned over: their gradient is written once, not summed over the layers

@@ -59,6 +59,6 @@ def _writer(figure: Any) -> tuple[str, list[str], Callable[[Path], None]]:
 
 
 def _is_a(figure: Any, module: str, name: str) -> bool:
-    """Whether `figure` is an instance of a class, whose module is not imported for it: an instance's module is loaded."""
+    """Whether `figure` is an instance of a class; its module is not imported, since that of an instance is loaded."""
     loaded = sys.modules.get(module)
     return loaded is not None and isinstance(figure, getattr(loaded, name))

@@ -127,7 +127,7 @@ def test_an_attribution_that_could_not_be_verified_is_told_before_anything_runs(
         sys.modules["mijax.attribution.attribute"], "estimated", Mock(side_effect=AssertionError("ran"))
     )
     with refused(ValueError, "no cell"):
-        run(memory=enough, verify=2)
+        run(memory=enough, verify=mj.Verify(2))
 
 
 def test_a_folder_of_another_sweep_is_told_before_anything_runs(model, monkeypatch, tmp_path):

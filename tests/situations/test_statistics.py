@@ -122,7 +122,7 @@ def test_a_float64_model_gives_float64_results(x64):
         and np.abs(patched.base.values / loop(model, {}) - 1).max() < 1e-12
     )
     found = mj.attribute(
-        model, clean=OTHERS, corrupted=IDS, sites={"z": ("layer",)}, metric=METRIC, verify=3, progress=False
+        model, clean=OTHERS, corrupted=IDS, sites={"z": ("layer",)}, metric=METRIC, verify=mj.Verify(3), progress=False
     )
     assert {found[name].dtype for name in ("z", "z.exact", "base", "source")} == {np.dtype(np.float64)}
     assert np.abs(found["z.exact"].values / expected - 1).max() < 1e-12
