@@ -1,4 +1,23 @@
-"""mijax: mechanistic interpretability in JAX, the forward pass as a pure function of data."""
+"""mijax: mechanistic interpretability in JAX, the forward pass as a pure function of data.
+
+Begin with `load` or `init`, `run`, `patch`, `sweep`, `ablate`, `attribute`, `generate`. The code, from the ground up (a package imports
+from those before it):
+
+    display, cache, files, memory, meshes   values in notebooks; folders; bytes; arrays on explicit meshes
+    programs        users' functions as programs, traced at each call and compared by structure
+    chunks          many small jobs: progress, saved and resumed, over devices, within memory
+    model           configuration, the table of sites, taps, positions, norm, attention, MLP, the one block and the one walk over
+                    layers; `model.model` is the protocol of what is run
+    superposition   toy models of superposition: data, models, losses, a trainer, theory, geometry
+    checkpoints     Hugging Face folders, the hub, GGUF, the bundled model; tokenizer and chat template
+    interventions   where, edits and their operands, and the taps that edit and capture
+    forward         `run`: what is above reaches the model through it, or through the same walk
+    metrics, generation
+    engine          what families of methods share: grids, cells, the plan of a sweep and what runs it, labels, statistics
+    sweeps          sweep, patching, ablation, knockout, mediation, causal tracing, the strongest cells
+    attribution     gradients: AtP, AtP*, integrated gradients; their own error; concepts
+    plots           results to figures
+"""
 
 import importlib.metadata
 
@@ -16,6 +35,7 @@ from mijax.checkpoints.tokenizer import Tokenizer
 from mijax.engine.cells import Stack, stack
 from mijax.engine.grid import Grid, grid
 from mijax.engine.statistics import bootstrap, normalise, sign_flips
+from mijax.forward import Out, run
 from mijax.generation.generate import Generated, generate
 from mijax.generation.masks import current_tokens, new_tokens, prompt_tokens
 from mijax.interventions.edits import Add, Apply, Edit, Interchange, Mix, Project, Replace, Scale
@@ -28,7 +48,6 @@ from mijax.model.sites import SITES, Site, sites
 from mijax.model.tap import Point, Tap, Visit, called
 from mijax.model.tokens import Inputs, Tokens
 from mijax.model.transformer import Transformer, init
-from mijax.run import Out, run
 from mijax.sweeps.ablate import ablate, dose_response
 from mijax.sweeps.knock_out import knock_out
 from mijax.sweeps.mediate import mediate

@@ -15,18 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Bool, Float, Int, Logits, Real
+from mijax.display import ShownAsTree
+from mijax.forward import Out, as_captures
 from mijax.interventions.places import of_examples
 from mijax.interventions.where import Where
 from mijax.model.readout import Readout
 from mijax.model.tokens import Tokens, as_tokens, integers, is_concrete
-from mijax.run import Out, as_captures
 
 AnyMetric: TypeAlias = Callable[[Out], Array]
 """A function of a run's output to one number per example. Any function may declare what `Metric` declares (`name`,
 `sites`, `pos`, `per_example`), by attributes of the same names."""
 
 
-class Metric(eqx.Module):
+class Metric(ShownAsTree):
     """One number per example of a run's output; abstract.
 
     Attributes:

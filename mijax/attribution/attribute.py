@@ -17,11 +17,11 @@ from mijax.attribution.verify import Verify, check_exact, coincide, verified
 from mijax.engine.labels import positions_told
 from mijax.engine.measure import Metrics, as_floats, described, is_split, named
 from mijax.engine.pairs import Direction, check_pair
+from mijax.forward import check
 from mijax.memory import PeakMemory, default_memory
 from mijax.meshes import automatic
 from mijax.model.model import LayeredModel
 from mijax.model.tokens import Tokens
-from mijax.run import check
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -11,6 +11,7 @@ from mijax._types import Array, ArrayLike, Float
 from mijax.attribution.checks import check_apart, check_differ, check_gradient, check_layered
 from mijax.engine.measure import as_programs, captures_of, checked, described, named, values_of
 from mijax.engine.pairs import check_pair
+from mijax.forward import check, run, zero_varying_like
 from mijax.interventions.edits import Add
 from mijax.interventions.where import Where
 from mijax.meshes import automatic
@@ -19,7 +20,6 @@ from mijax.model.model import LayeredModel
 from mijax.model.sites import field_of, site_of
 from mijax.model.tokens import Tokens
 from mijax.programs.now import JitNow
-from mijax.run import check, run, zero_varying_like
 
 if TYPE_CHECKING:
     import xarray as xr

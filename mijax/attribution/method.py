@@ -4,13 +4,13 @@ import abc
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Float, Int
 from mijax.attribution.nodes import Nodes
 from mijax.attribution.taps import Path
+from mijax.display import ShownAsTree
 from mijax.model.sites import Site
 
 Values: TypeAlias = dict[str, Float[Array, " batch"]]
@@ -58,7 +58,7 @@ class Examples(NamedTuple):
     key: Array
 
 
-class Method(eqx.Module):
+class Method(ShownAsTree):
     """A way of turning gradients with respect to gates into estimates of what patching does; abstract.
 
     `second_order` says whether it takes second derivatives, for which the backward pass keeps more. `seed` is of its

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from mijax._types import Array, Ids, Stream
 from mijax.attribution.taps import KEPT, Gates, Held, Path, Together, Toward, gated_sites, known
+from mijax.forward import Out
 from mijax.interventions.capturing import Capturing
 from mijax.model.model import LayeredModel
 from mijax.model.tap import Chain
 from mijax.model.tokens import Tokens
-from mijax.run import Out
 
 
 class _Carry(NamedTuple):

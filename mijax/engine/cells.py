@@ -10,6 +10,7 @@ import numpy as np
 
 from mijax._types import Int
 from mijax.engine.grid import Grid
+from mijax.forward import check, field_lengths, of_prompts
 from mijax.interventions.edits import Apply, Interventions, as_edits, canonical
 from mijax.interventions.functions import has_functions
 from mijax.interventions.places import together
@@ -17,7 +18,6 @@ from mijax.interventions.where import check_range
 from mijax.model.model import Model
 from mijax.model.tokens import Inputs
 from mijax.programs.convert import Converted, is_array
-from mijax.run import check, field_lengths, of_prompts
 
 
 class Stack(NamedTuple):

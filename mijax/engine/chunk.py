@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Float, Int, Stream
+from mijax.forward import Edits, Out, run
 from mijax.interventions.capturing import Capturing
 from mijax.interventions.rows import CapturingRows, EditingRows
 from mijax.model.attention import KVCache
@@ -20,7 +21,6 @@ from mijax.model.position import Packed, Rows, pack
 from mijax.model.sites import cached_sites
 from mijax.model.tap import Chain, Tap
 from mijax.model.tokens import Tokens
-from mijax.run import Edits, Out, run
 
 
 class Base(NamedTuple):

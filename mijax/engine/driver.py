@@ -19,6 +19,7 @@ from mijax.engine.layout import Layout, SweepJob, job_of, layout_bytes, layout_o
 from mijax.engine.measure import Metrics, Values, captures_of, checked, named, reads_activations, values_of
 from mijax.engine.options import Options, Running, options_of
 from mijax.engine.plan import Plan, chunk_of, columns_read, plan, work
+from mijax.forward import run
 from mijax.interventions.edits import Interventions
 from mijax.memory import PeakMemory
 from mijax.meshes import automatic
@@ -27,7 +28,6 @@ from mijax.model.model import LayeredModel, Model
 from mijax.model.tokens import Inputs
 from mijax.model.transformer import Transformer
 from mijax.programs.now import JitNow
-from mijax.run import run
 
 
 class Swept(NamedTuple):

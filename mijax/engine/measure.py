@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, Float, Int
+from mijax.forward import Captures, Out, as_captures, check, run
 from mijax.interventions.capturing import Capturing
 from mijax.interventions.selecting import narrowed_shape
 from mijax.metrics import OWN, AnyMetric, position
@@ -19,7 +20,6 @@ from mijax.model.numerics import accumulator
 from mijax.model.tokens import Inputs
 from mijax.programs.convert import Converted, convert, for_mesh_axes, shape_of
 from mijax.programs.now import JitNow
-from mijax.run import Captures, Out, as_captures, check, run
 
 Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
 Values: TypeAlias = dict[str, np.ndarray]

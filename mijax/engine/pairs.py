@@ -15,6 +15,7 @@ from mijax.engine.examples import Prompts
 from mijax.engine.grid import Grid
 from mijax.engine.measure import measure
 from mijax.engine.options import Options
+from mijax.forward import check
 from mijax.interventions.edits import Replace
 from mijax.interventions.selecting import known_axes, selection
 from mijax.interventions.where import Where
@@ -24,7 +25,6 @@ from mijax.model.model import LayeredModel, Model
 from mijax.model.sites import Site
 from mijax.model.tap import Point
 from mijax.model.tokens import Inputs
-from mijax.run import check
 
 Direction = Literal["denoise", "noise"]
 

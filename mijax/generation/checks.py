@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from mijax.forward import Edits
 from mijax.interventions.edits import Apply
 from mijax.interventions.where import Where
 from mijax.model.tokens import Tokens, is_concrete
-from mijax.run import Edits
 
 
 def check_acts(text: Tokens, edits: Edits, captures: dict[str, Where | None]) -> None:

@@ -9,6 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Bool, Int
+from mijax.display import as_html
+from mijax.forward import (
+    Capture,
+    Edits,
+    as_captures,
+    check_places,
+    check_selects,
+    faulty,
+    forward,
+    in_canonical_form,
+    nan_where,
+    on_device,
+)
 from mijax.generation.checks import check_acts, check_settings
 from mijax.generation.room import edits_with_columns, room_for, with_columns
 from mijax.generation.sampling import as_sampling, sample
@@ -26,18 +39,6 @@ from mijax.model.sites import Site, cached_sites
 from mijax.model.tap import Chain, Point
 from mijax.model.tokens import Tokens, is_concrete, resized
 from mijax.programs.now import JitNow
-from mijax.run import (
-    Capture,
-    Edits,
-    as_captures,
-    check_places,
-    check_selects,
-    faulty,
-    forward,
-    in_canonical_form,
-    nan_where,
-    on_device,
-)
 
 
 class Generated(NamedTuple):
@@ -53,6 +54,9 @@ class Generated(NamedTuple):
     ids: Int[Array, "batch pos"]
     mask: Bool[Array, "batch pos"]
     acts: dict[str, Array]
+
+    def _repr_html_(self) -> str:
+        return as_html(self._asdict())  # treescope would ask the tuple itself for its page
 
 
 _POSITIONS = ("pos", "query", "key", "batch")  # fields of `capture` applied to the finished text, not token by token

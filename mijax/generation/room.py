@@ -5,10 +5,10 @@ from typing import Any
 
 import equinox as eqx
 
+from mijax.forward import Edits
 from mijax.interventions.edits import Apply, Edit
 from mijax.model.sites import Site
 from mijax.model.tokens import Tokens, resized
-from mijax.run import Edits
 
 SMALLEST = 16
 """The least number of new tokens for which a program is compiled, where the context has room for them."""

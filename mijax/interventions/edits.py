@@ -13,6 +13,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from mijax._types import Array, ArrayLike, Float, Int
+from mijax.display import ShownAsTree
 from mijax.interventions.operands import basis_in_full, check_basis, check_operand, in_full
 from mijax.interventions.where import Where
 from mijax.model.numerics import accumulator
@@ -55,7 +56,7 @@ def _orthonormal(basis: Float[Array, "*layer k unit"]) -> Float[Array, "*layer k
     return jnp.where(degenerate[..., None, None], jnp.nan, jnp.swapaxes(q, -1, -2))
 
 
-class Edit(eqx.Module):
+class Edit(ShownAsTree):
     """An edit: `edit(x)` is the edited activation, and the site takes its values at the entries that `where` selects.
 
     The arrays named in `operands` broadcast against the site as in NumPy: an operand of lower rank has the last of

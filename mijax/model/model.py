@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Asked, Bool, Int, Stream
+from mijax.display import ShownAsTree
 from mijax.model.position import Columns, Frame, Sight, Whole
 from mijax.model.readout import Readout
 from mijax.model.sites import Site
@@ -18,7 +19,7 @@ from mijax.model.tap import Nothing, Tap
 from mijax.model.tokens import Inputs, Tokens, as_tokens
 
 
-class Model(eqx.Module):
+class Model(ShownAsTree):
     """A model that can be run, edited, captured and ablated by whole runs; abstract.
 
     A subclass names the points of its forward pass (`sites`), converts its inputs (`inputs`), and calls the tap at each

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from mijax._types import Array, Int
+from mijax.display import ShownAsTree
 from mijax.model.position import Frame
 from mijax.model.sites import Site
 
@@ -31,7 +32,7 @@ class Point(NamedTuple):
     copy: bool = False
 
 
-class Tap(eqx.Module):
+class Tap(ShownAsTree):
     """What a run does at some of its sites: a pytree whose arrays may be vmapped and differentiated.
 
     The tap is called at `sites` only, and the copies per head of a site are computed only where a tap names that site.

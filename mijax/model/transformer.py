@@ -1,6 +1,7 @@
 """The parameters of a transformer, their initialisation, and what is computed before and after the layers."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -188,9 +189,28 @@ def init(config: Config, key: Array, dtype=jnp.float32) -> Transformer:
     >>> mj.run(mj.init(config, jax.random.key(0)), [[1, 2, 3]]).logits.shape
     (1, 3, 11)
     """
+    return _drawn(config, key, jnp.dtype(dtype))
+
+
+@eqx.filter_jit
+def _drawn(config: Config, key: Array, dtype: Any) -> Transformer:
+    """As `init`: one program with one draw, since each draw takes half a second to compile."""
+    zeros = lambda shape, scale: jnp.zeros(shape, dtype)
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: _with_weights(config, dtype, zeros)))
+    numbers, start = jax.random.normal(key, (sum(leaf.size for leaf in leaves),), dtype), 0
+
+    def normal(shape: tuple[int, ...], scale: float) -> Array:
+        nonlocal start
+        begin, start = start, start + math.prod(shape)
+        return numbers[begin:start].reshape(shape) * jnp.asarray(scale, dtype)
+
+    return _with_weights(config, dtype, normal)
+
+
+def _with_weights(config: Config, dtype: Any, weights: Callable[[tuple[int, ...], float], Array]) -> Transformer:
+    """A model whose weights are `weights(shape, standard deviation)`, its biases zero and its norms one."""
     c, n = config, config.n_layers
-    keys = iter(jax.random.split(key, 10))
-    normal = lambda *shape, scale=0.02: jax.random.normal(next(keys), shape, dtype) * jnp.asarray(scale, dtype)
+    normal = lambda *shape, scale=0.02: weights(shape, scale)
     bias = lambda exists, *shape: jnp.zeros(shape, dtype) if exists else None
     norm = lambda *stack: Norm.init(c, *stack, dtype=dtype)
     to_stream = 0.02 / max(1, 2 * n) ** 0.5
@@ -248,4 +268,6 @@ def check_parameters(model: Transformer) -> None:
 
 
 def _empty(config: Config) -> Transformer:
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return jax.eval_shape(
+        lambda: _with_weights(config, jnp.float32, lambda shape, scale: jnp.zeros(shape, jnp.float32))
+    )

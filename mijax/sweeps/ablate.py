@@ -16,11 +16,11 @@ from mijax.engine.grid import Grid
 from mijax.engine.labels import positions_told
 from mijax.engine.measure import Metrics
 from mijax.engine.options import Running
+from mijax.forward import run
 from mijax.interventions.edits import Add, Replace, Scale
 from mijax.model.model import Model
 from mijax.model.sites import Site, site_of
 from mijax.model.tokens import Inputs
-from mijax.run import run
 from mijax.sweeps.sweep import sweep
 
 Kind = Literal["zero", "mean", "pooled mean", "resample", "noise"]

@@ -14,12 +14,12 @@ from mijax.engine.driver import check_sweep
 from mijax.engine.grid import Grid, grid
 from mijax.engine.measure import described
 from mijax.engine.options import Running
+from mijax.forward import run
 from mijax.interventions.edits import Add, Replace
 from mijax.interventions.where import Where
 from mijax.model.model import LayeredModel
 from mijax.model.sites import site_of
 from mijax.model.tokens import Tokens
-from mijax.run import run
 from mijax.sweeps.sweep import sweep
 
 if TYPE_CHECKING:

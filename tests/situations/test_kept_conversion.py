@@ -14,8 +14,8 @@ import pytest
 import mijax as mj
 from mijax.checkpoints import bundled
 from tests.architectures import error
+from tests.checkpoints.test_checkpoints import no_index, write_gguf, write_wheel
 from tests.situations.checkpoints import logits, stored_logits
-from tests.test_checkpoints import no_index, write_gguf, write_wheel
 
 __all__ = ["no_index"]  # a fixture: pip sees one folder, and the cache is empty
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from mijax._types import Array, ArrayLike, Bool, Float, Int, Logits, Stream
+from mijax.display import as_html
 from mijax.interventions.capturing import Capturing
 from mijax.interventions.editing import Editing
 from mijax.interventions.edits import Edit, Interventions, as_edits, canonical, check_shapes
@@ -42,6 +43,9 @@ class Out(NamedTuple):
     readout: Readout
     acts: dict[str, Array]
     taps: tuple[Any, ...] = ()
+
+    def _repr_html_(self) -> str:
+        return as_html(self._asdict())  # treescope would ask the tuple itself for its page
 
     @property
     def logits(self) -> Logits:
