@@ -145,7 +145,7 @@ def _stored_bytes(leaves: tuple[Any, ...], treedef: Any, pos: int, alone: bool, 
     return sum(aval.size * aval.dtype.itemsize for aval in arrays.values())
 
 
-def _shape_of(x: Array) -> jax.ShapeDtypeStruct:
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
