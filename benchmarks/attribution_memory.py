@@ -85,8 +85,7 @@ def measured(settings: Settings, n_layers: int, tokens: int, checkpoint: int, ru
         job.layout,
         checkpoint,
     )
-    program: Any = _chunk
-    compiled = program.lower(*arguments).compile()
+    compiled = _chunk.lower(*arguments).compile()
     analysis = compiled.compiled.memory_analysis()
     found = {
         "layers": n_layers, "tokens": tokens, "checkpoint": checkpoint, "peak": None, "cpu": None,

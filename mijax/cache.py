@@ -12,7 +12,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MIJAX_CACHE") or default).expanduser()
 
 
-def compilation_cache(folder: str | os.PathLike | None = None) -> Path:
+def compilation_cache(folder: str | os.PathLike[str] | None = None) -> Path:
     """Keep the programs that JAX compiles in a folder, for later processes.
 
     This changes three settings of JAX for the process (which importing mijax never does): the folder, and that

@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from mijax.files import atomic
 from mijax.memory import compiler_memory_freed
 from mijax.programs.convert import Converted
 from mijax.programs.key import LIBRARIES, text_of
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
@@ -41,6 +44,14 @@ def long_work() -> float:
     return 1e12 if jax.default_backend() == "cpu" else 1e14
 
 
+def small_work() -> float:
+    """The number of floating-point operations up to which the time of compiling a program is all that matters.
+
+    They take a millisecond in a slow program.
+    """
+    return 1e7 if jax.default_backend() == "cpu" else 0.0
+
+
 class Store:
     """A folder of finished chunks: the identity of the job, its plan, and one file for each chunk.
 
@@ -59,8 +70,9 @@ class Store:
             precision), is a file, or holds other files.
     """
 
-    def __init__(self, folder: str | os.PathLike, identity: Mapping[str, str]):
-        self.folder, self.identity = Path(folder), {**identity, **_environment()}
+    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, str]):
+        self.folder: Path = Path(folder)
+        self.identity: dict[str, str] = {**identity, **_environment()}
         self._about, self._arrays = self.folder / "job.json", self.folder / "plan.npz"
         self.plan: Arrays | None = None
         if self._about.exists():
@@ -149,7 +161,7 @@ class Store:
         return self.folder / f"chunk_{number:06d}.npz"
 
 
-def is_begun(folder: str | os.PathLike) -> bool:
+def is_begun(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a job.
 
     Args:
@@ -208,7 +220,7 @@ def _source() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def progress_bar(jobs: int, label: str, unit: str, progress: bool) -> Any:
+def progress_bar(jobs: int, label: str, unit: str, progress: bool) -> "tqdm[NoReturn]":
     """A progress bar, a context manager, that appears where the work takes more than a second.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A context that gives a temporary path, which replaces `path` on exit if nothing is raised.
 
     The temporary file has the name of `path` and stands in a temporary folder beside it, so that the replacement is

@@ -1,7 +1,7 @@
 """The waist: one pure function from (model, tokens, interventions) to a readout and activations. All methods use it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -18,17 +18,18 @@ from mijax.interventions.functions import convert_edits
 from mijax.interventions.where import Where, any_out_of_range, check_range, check_structure
 from mijax.meshes import batch_spec, with_automatic_axes
 from mijax.model.attention import KVCache
-from mijax.model.model import LayeredModel, Model
+from mijax.model.model import LayeredModel, Model, Output
 from mijax.model.position import Frame
 from mijax.model.readout import Readout
 from mijax.model.sites import Site, field_of, site_of
-from mijax.model.tap import Chain, Tap
+from mijax.model.tap import Chain, Result, Tap
 from mijax.model.tokens import Inputs, is_concrete
 from mijax.programs.now import JitNow
 
 Capture: TypeAlias = Iterable[str] | Mapping[str, Where | None]
 Edits: TypeAlias = dict[str, tuple[Edit, ...]]
 Captures: TypeAlias = dict[str, Where | None]
+T = TypeVar("T")
 
 
 class Out(NamedTuple):
@@ -42,7 +43,7 @@ class Out(NamedTuple):
 
     readout: Readout
     acts: dict[str, Array]
-    taps: tuple[Any, ...] = ()
+    taps: tuple[Result, ...] = ()
 
     def _repr_html_(self) -> str:
         return as_html(self._asdict())  # treescope would ask the tuple itself for its page
@@ -118,7 +119,7 @@ def run(
     # Outside the compiled program, so that the readout refers to the model's parameters and not to copies of them.
     if readout and isinstance(model, LayeredModel):
         result = model.readout(result, prompts)  # pyright: ignore[reportArgumentType]
-    return Out(result, acts, tap_results)  # pyright: ignore[reportArgumentType]
+    return Out(result, acts, tap_results)
 
 
 def _check_taps(model: Model, taps: Sequence[Any]) -> None:
@@ -168,7 +169,7 @@ def check_selects(edits: Edits) -> None:
                     )
 
 
-def on_device(tree: Any) -> Any:
+def on_device(tree: T) -> T:
     """Move the host arrays of a tree to the device.
 
     The transfer is explicit, so that `jax.transfer_guard` accepts it.
@@ -281,7 +282,7 @@ def check_places(model: Model, tokens: Inputs, edits: Edits, captures: Captures)
 @JitNow
 def _run(
     model: Model, inputs: Inputs, edits: Edits, captures: Captures, taps: tuple[Tap, ...], readout: bool
-) -> tuple[Any, dict[str, Array], tuple[Any, ...]]:
+) -> tuple[Output, dict[str, Array], tuple[Result, ...]]:
     tap, frame = Chain((Editing(edits), *taps, Capturing(captures, model.n_layers))), model.frame(inputs)
     bad = faulty(model, inputs, edits, captures)
     if not isinstance(model, LayeredModel):
@@ -338,7 +339,7 @@ def forward(
     held: KVCache | None = None,
     last: Int[Array, ""] | None = None,
     readout: bool = True,
-) -> tuple[Stream | None, Any]:
+) -> tuple[Stream | None, Result]:
     """Run the embedding, the layers and the final norm on some tokens, under a tap.
 
     Args:
@@ -449,7 +450,7 @@ def faulty(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> Bo
     return bad
 
 
-def zero_varying_like(tree: Any, dtype) -> Float[Array, "1 1 1"]:
+def zero_varying_like(tree: Any, dtype: Any) -> Float[Array, "1 1 1"]:
     """Zero, marked inside `shard_map` as varying over the mesh axes over which the tree's arrays vary.
 
     The carry of the scan over layers must have one type: the stream before the first layer must vary over the axes

@@ -6,14 +6,16 @@ same devices.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+T = TypeVar("T")
 
-def automatic(tree: Any) -> Any:
+
+def automatic(tree: T) -> T:
     """Move arrays from meshes with explicit axes to meshes of the same devices with automatic axes.
 
     Args:
@@ -25,7 +27,7 @@ def automatic(tree: Any) -> Any:
     return jax.tree.map(_moved, tree, is_leaf=lambda x: isinstance(x, Mesh))
 
 
-def with_automatic_axes(function: Callable, *arguments: Any, like: Any, out_axes: Callable[[Any], Any]) -> Any:
+def with_automatic_axes(function: Callable[..., T], *arguments: Any, like: Any, out_axes: Callable[[Any], Any]) -> T:
     """`function(*arguments)`, with the explicit axes of the arguments' mesh as automatic axes inside.
 
     Where no argument has explicit axes, the function is called directly.
@@ -44,7 +46,7 @@ def with_automatic_axes(function: Callable, *arguments: Any, like: Any, out_axes
     spec = jax.typeof(like).sharding.spec if isinstance(like, jax.Array) else ()
     inside = lambda arrays: function(*eqx.combine(arrays, rest))
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(inside, out_sharding=out_axes(spec[0] if spec else None))(arrays)
+        return jax.sharding.auto_axes(inside, out_sharding=out_axes(spec[0] if spec else None))(arrays)  # pyright: ignore[reportReturnType]
 
 
 def _is_explicit(x: Any) -> bool:

@@ -42,7 +42,7 @@ class Metric(ShownAsTree):
     """
 
     name = ""
-    sites = ()
+    sites = ()  # type: Any  # (an annotation would make it a field)
     pos = None
     per_example = False
 
@@ -313,7 +313,7 @@ class KL(Metric):
     reference: Any = eqx.field(converter=jnp.asarray)
     pos: Any = eqx.field(converter=lambda pos: None if pos is None else position(pos), default=-1)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         expected = 3 if self.pos is None else 2
         if self.reference.ndim != expected:
             shown = "None" if self.pos is None else "one position"
@@ -348,7 +348,7 @@ class CrossEntropy(Metric):
     per_example = True
     tokens: Tokens = eqx.field(converter=as_tokens)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         if is_concrete(self.tokens.mask):
             lengths = np.asarray(self.tokens.mask).sum(axis=1)
             if (lengths < 2).any():
@@ -392,7 +392,7 @@ class Function(Metric):
         """`[batch]`, the function's result."""
         return self.function(out)
 
-    def take(self, examples):
+    def take(self, examples: Int[Array, " k"] | Int[np.ndarray, " k"]) -> "Function":
         """The same function (which may hold no data of single examples), its per-example positions narrowed."""
         if not self.per_example:
             raise ValueError(f"metric {self.name!r} does not say that its arrays are per example")
@@ -402,8 +402,14 @@ class Function(Metric):
         return Function(self.function, sites, pos, self.name, self.per_example)
 
 
-logit, logit_diff, log_prob, prob, rank = Logit, LogitDiff, LogProb, Prob, Rank
-accuracy, kl, cross_entropy = Accuracy, KL, CrossEntropy
+logit = Logit
+logit_diff = LogitDiff
+log_prob = LogProb
+prob = Prob
+rank = Rank
+accuracy = Accuracy
+kl = KL
+cross_entropy = CrossEntropy
 OWN = (Logit, LogitDiff, LogProb, Prob, Rank, Accuracy, KL, CrossEntropy)
 """The metrics whose result depends only on their arrays and on the run's output."""
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,8 @@ def programs_timed() -> Iterator[list[float]]:
 
     originals = {name: getattr(module, name) for name in ("_based", "_chunk")}
     for name, program in originals.items():
-        setattr(module, name, partial(waited, program))
+        in_its_way = lambda quickly, program=program: partial(waited, program.compiled(quickly))
+        setattr(module, name, SimpleNamespace(compiled=in_its_way))
     try:
         yield spent
     finally:

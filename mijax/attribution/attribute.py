@@ -43,7 +43,7 @@ def attribute(
     verify: Verify | None = None,
     memory: int | None = None,
     progress: bool = True,
-    save: str | os.PathLike | None = None,
+    save: str | os.PathLike[str] | None = None,
 ) -> "xr.Dataset":
     """Estimate what `patch` would measure at every cell of every site, from gradients.
 

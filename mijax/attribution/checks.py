@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,6 +16,8 @@ from mijax.engine.measure import as_shapes, output_like, values_of
 from mijax.metrics import AnyMetric
 from mijax.model.model import LayeredModel
 from mijax.model.tokens import Tokens
+
+T = TypeVar("T")
 
 
 def check_count(value: Any, what: str) -> None:
@@ -94,7 +96,7 @@ def _slope(leaves: tuple[Any, ...], treedef: Any) -> tuple[Any, bool]:
     return dtype, any(found)
 
 
-def with_final(readout: Any, final: Array) -> Any:
+def with_final(readout: T, final: Array) -> T:
     """A readout with another final stream."""
     return eqx.tree_at(lambda out: out.final, readout, final)
 

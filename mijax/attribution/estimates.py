@@ -16,7 +16,7 @@ from mijax.attribution.nodes import Nodes, gates_at_entries
 from mijax.attribution.side_by_side import gated, group_size
 from mijax.attribution.taps import Path
 from mijax.engine.layout import row_bytes
-from mijax.engine.measure import as_programs, captures_of, checked, is_split, metric_bytes, taken, values_of
+from mijax.engine.measure import as_programs, captures_of, checked, is_small, is_split, metric_bytes, taken, values_of
 from mijax.metrics import AnyMetric
 from mijax.model.model import LayeredModel
 from mijax.model.tokens import Tokens
@@ -150,7 +150,7 @@ def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def estimated(
-    job: AttributionJob, order: Schedule, *, progress: bool, save: str | os.PathLike | None
+    job: AttributionJob, order: Schedule, *, progress: bool, save: str | os.PathLike[str] | None
 ) -> tuple[Estimates, Schedule]:
     """Run all prompts.
 
@@ -175,6 +175,7 @@ def estimated(
     whole, programs = order.prompts == batch, job.programs
     key = jax.random.key(jnp.asarray(job.method.seed))
     parts: list[Estimates] = []
+    small = is_small(job.model, job.base, runs=30)  # forwards and backwards, at several points or by several probes
 
     def run(numbers: Sequence[int]) -> Mapping[str, Array]:
         first = numbers[0] * order.prompts
@@ -184,7 +185,7 @@ def estimated(
         members: Any = {site: n.members[examples] for site, n in job.nodes.items() if n.members is not None}
         source: Any = None if job.source is None else jnp.asarray(some(job.source.ids))
         together = Examples(examples, key)
-        return _chunk(
+        return _chunk.compiled(small)(
             job.method, job.model, some(job.base), source, metrics, members, together, job.layout, order.checkpoint
         )
 

@@ -47,17 +47,17 @@ class AtP(Method):
     probes: int = eqx.field(static=True, default=0)
     seed: Any = eqx.field(converter=_seed, default=0)
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         check_count(self.probes, "probes")
         if self.probes == 1:
             raise ValueError("a standard error takes at least two probes, given probes=1")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         shown = {"probes": self.probes, "seed": self.seed}
         return f"AtP({', '.join(f'{name}={value}' for name, value in shown.items() if not _is_zero(value))})"
 
     @property
-    def second_order(self):
+    def second_order(self) -> bool:
         """With probes."""
         return self.probes > 0
 

@@ -39,7 +39,7 @@ class IntegratedGradients(Method):
     steps: int = eqx.field(static=True, default=5)
     along: Literal["gate", "inputs"] = eqx.field(static=True, default="gate")
 
-    def __check_init__(self):
+    def __check_init__(self) -> None:
         is_whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
         if self.along not in ("gate", "inputs") or not is_whole or self.steps < 1:
             raise ValueError(

@@ -96,7 +96,7 @@ class Method(ShownAsTree):
 
 def gate_gradients(
     measured: Callable[..., tuple[Values, Values]], *at: Any
-) -> tuple[tuple[Values, Values], dict[str, tuple]]:
+) -> tuple[tuple[Values, Values], dict[str, tuple[Any, ...]]]:
     """The metrics, and each one's gradient with respect to every argument. (Examples know nothing of each other, so the
     gradient of their sum is each one's own.)"""
     values, pull, source = jax.vjp(measured, *at, has_aux=True)

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mijax._types import Array, Float, Int, Scores
 from mijax.attribution.recompute import keys_changed, queries_changed
+from mijax.model.position import Frame
 from mijax.model.sites import Site
 from mijax.model.tap import Point, Tap
 
@@ -94,7 +95,7 @@ class Gated(Tap):
     touched: frozenset[str] = eqx.field(static=True)
 
     @property
-    def sites(self):
+    def sites(self) -> frozenset[str]:
         """The sites of `gated_sites`."""
         return self.touched
 
@@ -128,7 +129,7 @@ class Together(Gated):
 
     runs: tuple[str, ...] = eqx.field(static=True)
 
-    def init(self, sites, frame, zero):
+    def init(self, sites: Mapping[str, Site], frame: Frame, zero: Array) -> Held:
         """Empty, but for zeros at sites that only some layers have."""
         batch, pos = frame.positions.shape[0] // (1 + len(self.runs)), frame.positions.shape[1]
         partial = [sites[name] for name in self.touched if sites[name].is_inside and not sites[name].has_layer]
@@ -137,7 +138,7 @@ class Together(Gated):
         products, changes = of(lambda name: sites[name].product), of(lambda name: self.gate(name) is not None)
         return Held({run: dict(zeros) for run in self.runs}, products, changes)
 
-    def at(self, point, x, state):
+    def at(self, point: Point, x: Array, state: Held) -> tuple[Array, Held]:
         """Record the activations in `Held`, and apply an open gate to the base run."""
         site, name = point.site, point.site.name
         first, *rest = self.split(x)
@@ -177,11 +178,11 @@ class Toward(Gated):
     held: Held
     scale: float = eqx.field(static=True, default=1.0)
 
-    def init(self, sites, frame, zero):
+    def init(self, sites: Mapping[str, Site], frame: Frame, zero: Array) -> dict[str, Array]:
         """Empty."""
         return {}
 
-    def at(self, point, x, state):
+    def at(self, point: Point, x: Array, state: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         """Put known values in place of computed ones, and apply the gate."""
         site, name = point.site, point.site.name
         held = Held(self.held.others, {}, {}) if point.copy else self.held

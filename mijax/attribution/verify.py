@@ -51,7 +51,7 @@ class Verify:
     threshold: float = 0.05
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in {"k": self.k, "sample": self.n_sample, "seed": self.seed}.items():
             check_count(value, name)
         if not self.k + self.n_sample:

@@ -1,6 +1,7 @@
 """Fills a `Transformer` from named tensors, which are read one at a time."""
 
 import dataclasses
+import operator
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -71,7 +72,7 @@ def build(config: Config, family: Family, tensors: Tensors, dtype: Any, source: 
     for weight in table:
         arrays = _stacked(config, weight, shapes, lambda name: tensors.read(lookup(name) or name), faults)
         if not faults:
-            places = lambda m, weight=weight: [get(m, path) for path in weight.ours]
+            places = lambda m, weight=weight: [operator.attrgetter(path)(m) for path in weight.ours]
             model = eqx.tree_at(places, model, arrays, is_leaf=lambda x: x is None)
     _fail(source, faults)
     return model
@@ -81,7 +82,7 @@ def _table(config: Config, family: Family, dtype: Any) -> tuple[Transformer, lis
     """The model as `jax.ShapeDtypeStruct`s, and those weights of the family that this config has, largest first."""
     shapes = jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
     table = [w for w in family.weights(config) if get(shapes, w.ours[0]) is not None]
-    return shapes, sorted(table, key=lambda w: -get(shapes, w.ours[0]).size * len(w.ours))
+    return shapes, sorted(table, key=lambda w: -get(shapes, w.ours[0]).size * len(w.ours))  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _check_names(
@@ -167,7 +168,7 @@ def tensor_names(theirs: str, config: Config) -> list[str]:
     return [theirs.format(layer=i) for i in range(config.n_layers)] if "{layer}" in theirs else [theirs]
 
 
-def get(model: Any, path: str) -> Any:
+def get(model: Any, path: str) -> jax.Array | np.ndarray | jax.ShapeDtypeStruct | None:
     """The parameter at a dotted path.
 
     Args:
@@ -184,7 +185,7 @@ def get(model: Any, path: str) -> Any:
 
 def _stacked(config: Config, weight: Weight, shapes: Transformer, read: Callable, faults: list[str]) -> list[jax.Array]:
     """Read one weight of all layers; returns one array for each of `weight.ours`, and appends to `faults`."""
-    slots = [get(shapes, path) for path in weight.ours]
+    slots: list[Any] = [get(shapes, path) for path in weight.ours]
     hosts = [_aligned(slot.shape, slot.dtype) for slot in slots]
     per_layer = "{layer}" in weight.theirs
     sizes = axis_sizes(weight, config)

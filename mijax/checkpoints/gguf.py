@@ -50,6 +50,7 @@ class GGUF:
 
     def __init__(self, path: Path):
         self.path = path
+        self.fields: dict[str, Any]
         self.fields, tensors = read_header(path)
         values = gguf_metadata.checked(self.fields, path)
         if any(tensor.name == "rope_freqs.weight" for tensor in tensors):

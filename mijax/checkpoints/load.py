@@ -20,7 +20,7 @@ from mijax.model.transformer import Transformer
 
 
 def load(
-    source: str | os.PathLike, *, dtype: Any = jnp.float32, revision: str | None = None, tokenizer: bool = True
+    source: str | os.PathLike[str], *, dtype: Any = jnp.float32, revision: str | None = None, tokenizer: bool = True
 ) -> tuple[Transformer, Tokenizer | None]:
     """Load a pretrained model and its tokenizer.
 

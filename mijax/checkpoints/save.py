@@ -89,7 +89,7 @@ def _expressed(config: Config) -> tuple[str, Family, dict[str, Any]]:
 def _tensors(model: Transformer, family: Family) -> Iterator[tuple[str, int, Any]]:
     """Each tensor's name, its size in bytes, and a function that returns it in the family's arrangement of axes."""
     for weight in family.weights(model.config):
-        arrays = [get(model, ours) for ours in weight.ours]
+        arrays: list[Any] = [get(model, ours) for ours in weight.ours]
         if arrays[0] is None:
             continue
         ours, theirs = (side.strip() for side in reversed(weight.axes.split("->")))

@@ -52,8 +52,8 @@ class Tokenizer:
         if isinstance(chat_template, Mapping):  # a single template is stored as its text, none as None
             chat_template = dict(chat_template) if chat_template.keys() - {"default"} else chat_template.get("default")
         self.chat_template = chat_template
-        self.special_tokens = dict(special_tokens or {})
-        self.extra_special_tokens = tuple(extra_special_tokens)
+        self.special_tokens: dict[str, str] = dict(special_tokens or {})
+        self.extra_special_tokens: tuple[str, ...] = tuple(extra_special_tokens)
         self._end_tokens = tuple(end_tokens)
 
     @classmethod

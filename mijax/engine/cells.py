@@ -32,8 +32,8 @@ class Stack(NamedTuple):
 
     dim: str
     labels: tuple[Any, ...]
-    interventions: dict[str, tuple]
-    varies: dict[str, tuple]
+    interventions: dict[str, tuple[Any, ...]]
+    varies: dict[str, tuple[Any, ...]]
 
 
 def stack(dim: str, interventions: Mapping[Any, Interventions]) -> Stack:
@@ -85,8 +85,8 @@ class Cells(NamedTuple):
         labels: the labels of the choices, by dimension.
     """
 
-    edits: dict[str, tuple]
-    group: dict[str, tuple]
+    edits: dict[str, tuple[Any, ...]]
+    group: dict[str, tuple[Any, ...]]
     picks: Int[np.ndarray, "group cell"]
     labels: dict[str, Sequence[Any]]
 
@@ -101,11 +101,11 @@ class Cells(NamedTuple):
         return self.picks.shape[1]
 
     @property
-    def stacked(self) -> dict[str, tuple]:
+    def stacked(self) -> dict[str, tuple[Any, ...]]:
         """For each array of `edits`, whether it differs between cells."""
         return jax.tree.map(lambda group: group >= 0, self.group)
 
-    def take(self, cells: Int[np.ndarray, " k"] | int) -> dict[str, tuple]:
+    def take(self, cells: Int[np.ndarray, " k"] | int) -> dict[str, tuple[Any, ...]]:
         """The edits of one cell or of several cells.
 
         Args:
@@ -128,7 +128,7 @@ class Cells(NamedTuple):
         """
         return eqx.partition(self.take(cells), self.stacked)
 
-    def shared(self) -> dict[str, tuple]:
+    def shared(self) -> dict[str, tuple[Any, ...]]:
         """The edits that are the same in all cells, which are those of the base run."""
         varies = lambda group: any(g >= 0 for g in jax.tree.leaves(group))
         shared_edits = {

@@ -19,7 +19,7 @@ from mijax.model.attention import KVCache
 from mijax.model.model import LayeredModel
 from mijax.model.position import Packed, Rows, pack
 from mijax.model.sites import cached_sites
-from mijax.model.tap import Chain, Tap
+from mijax.model.tap import Chain, State, Tap
 from mijax.model.tokens import Tokens
 
 
@@ -147,8 +147,8 @@ def _of_rows(model: LayeredModel, base: Base, tap: Capturing) -> CapturingRows:
 
 
 def _begin(
-    model: LayeredModel, tokens: Tokens, base: Base, chunk: Chunk, packed: Packed, tap: Tap, state: Any
-) -> tuple[Stream, Any]:
+    model: LayeredModel, tokens: Tokens, base: Base, chunk: Chunk, packed: Packed, tap: Tap, state: State
+) -> tuple[Stream, State]:
     """The residual stream of the rows at the chunk's first half-layer, and the tap's state."""
     rows = chunk.rows
     x = base.states[chunk.start, rows.example, rows.column][None]

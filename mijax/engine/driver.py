@@ -15,8 +15,8 @@ from mijax._types import Array, Int
 from mijax.engine.cells import Cells, Stack, cells_of
 from mijax.engine.chunk import Base, Chunk, base_of, run_chunk
 from mijax.engine.examples import Prompts, groups
-from mijax.engine.layout import Layout, SweepJob, job_of, layout_bytes, layout_of
-from mijax.engine.measure import Metrics, Values, captures_of, checked, named, reads_activations, values_of
+from mijax.engine.layout import Layout, SweepJob, job_of, layout_bytes, layout_of, operations
+from mijax.engine.measure import Metrics, Values, captures_of, checked, is_small, named, reads_activations, values_of
 from mijax.engine.options import Options, Running, options_of
 from mijax.engine.plan import Plan, chunk_of, columns_read, plan, work
 from mijax.forward import run
@@ -203,12 +203,14 @@ def _group(
         *_replicated(mesh, (prompts.tokens, start.base, prompts.metrics, None if todo.whole else read)),
     )
 
+    small = operations(job) <= chunks.small_work()
+
     def measured(numbers: Sequence[int]) -> dict[str, Array]:
         prepared = [chunk_of(todo, schedule, number) for number in numbers]
         data: Any = [(chunk, *cells.take_split(indices)) for indices, chunk in prepared]
         if mesh is None:
             arguments: Any = (*shared, cells.stacked, *data[0])
-            return _chunk(*arguments)
+            return _chunk.compiled(small)(*arguments)
         width = mesh.devices.shape[0]
         per_device = [(chunk, varying) for chunk, varying, _ in data]
         per_device = jax.tree.map(lambda *a: np.stack([*a, *a[-1:] * (width - len(a))]), *per_device)
@@ -251,7 +253,7 @@ def _replicated(mesh: Mesh | None, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, everywhere) if eqx.is_array_like(x) and not on_mesh(x) else x, tree)
 
 
-def _store(save: str | os.PathLike, job: SweepJob, source: Inputs | None) -> chunks.Store:
+def _store(save: str | os.PathLike[str], job: SweepJob, source: Inputs | None) -> chunks.Store:
     """The folder of a sweep, identified by model, prompts, grid and metrics."""
     cells = job.cells
     grid = (cells.edits, cells.group, cells.picks, dict(cells.labels))
@@ -295,7 +297,7 @@ def kept_base(
     Raises:
         ValueError: where a metric is not finite.
     """
-    values, base, acts = _based(model, tokens, edits, metrics, capture)
+    values, base, acts = _based.compiled(is_small(model, tokens))(model, tokens, edits, metrics, capture)
     return checked(values, "base", first), base, acts
 
 

@@ -1,6 +1,6 @@
 """Labelled results: xarray objects with named dimensions, and the prompts' tokens beside their positions."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -8,8 +8,11 @@ from mijax.engine.axes import POSITIONS
 from mijax.engine.driver import Swept
 from mijax.model.tokens import Inputs
 
+if TYPE_CHECKING:
+    import xarray as xr
 
-def labelled(done: Swept, *, single: bool, attrs: dict) -> Any:
+
+def labelled(done: Swept, *, single: bool, attrs: dict[str, Any]) -> "xr.DataArray | xr.Dataset":
     """The metrics of a sweep as an xarray object, with dimensions of the grid and `batch`.
 
     The metrics of the base run and of other runs (the source's) are coordinates along `batch`: `base`, or
@@ -41,7 +44,11 @@ def labelled(done: Swept, *, single: bool, attrs: dict) -> Any:
     return next(iter(arrays.values())) if single else xr.Dataset(arrays, attrs=attrs)
 
 
-def positions_told(result: Any, tokens: Inputs) -> Any:
+@overload
+def positions_told(result: "xr.DataArray", tokens: Inputs) -> "xr.DataArray": ...
+@overload
+def positions_told(result: "xr.Dataset", tokens: Inputs) -> "xr.Dataset": ...
+def positions_told(result: "xr.DataArray | xr.Dataset", tokens: Inputs) -> "xr.DataArray | xr.Dataset":
     """The result with NaN at positions that a prompt lacks, and with the tokens along axes of positions.
 
     Args:

@@ -118,7 +118,7 @@ def layout_of(job: SweepJob, memory: int) -> Layout:
         ValueError: where `memory` does not hold one cell, of one prompt or of all prompts that must run together.
     """
     # Where the work is long, a program for the sweep's own lengths saves more time than its compilation takes.
-    batch, long = len(job.tokens.ids), _operations(job) > chunks.long_work()
+    batch, long = len(job.tokens.ids), operations(job) > chunks.long_work()
 
     def smallest(prompts: int) -> int:
         per_row, per_cell = unit_bytes(job, prompts)
@@ -195,7 +195,11 @@ def cell_bytes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -
     return numbers * model.dtype.itemsize + metric_bytes(model, tokens, metrics)
 
 
-def _operations(job: SweepJob) -> float:
-    """Multiplications and additions in the matrix products of all cells."""
+def operations(job: SweepJob) -> float:
+    """Multiplications and additions in the matrix products of all cells.
+
+    Args:
+        job: the sweep.
+    """
     halves = job.work.start / 2
     return 2.0 * job.model.products_per_token * float(job.work.rows() @ (job.model.n_layers - halves))

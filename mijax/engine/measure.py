@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, Float, Int
+from mijax.chunks import small_work
 from mijax.forward import Captures, Out, as_captures, check, run
 from mijax.interventions.capturing import Capturing
 from mijax.interventions.selecting import narrowed_shape
@@ -225,7 +226,7 @@ def measure(
     Raises:
         ValueError: where a metric is not finite.
     """
-    values, acts = _measured(model, tokens, edits, metrics, capture)
+    values, acts = _measured.compiled(is_small(model, tokens))(model, tokens, edits, metrics, capture)
     return checked(values, what, first), acts
 
 
@@ -298,6 +299,20 @@ def checked(values: Mapping[str, Any], what: str, first: int = 0) -> Values:
                 " of range, or a model that overflows"
             )
     return arrays
+
+
+def is_small(model: Model, tokens: Inputs, runs: float = 1.0) -> bool:
+    """Whether some runs of prompts are so little work that only the time of compiling them matters.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        runs: the number of runs.
+
+    Returns:
+        Whether it is small (`mijax.chunks.small_work`).
+    """
+    return 2.0 * model.products_per_token * model.n_layers * np.size(tokens.mask) * runs <= small_work()
 
 
 @JitNow

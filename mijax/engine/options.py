@@ -28,7 +28,7 @@ class Running(TypedDict, total=False):
 
     memory: int | None
     progress: bool
-    save: str | os.PathLike | None
+    save: str | os.PathLike[str] | None
     mesh: Mesh | None
 
 
@@ -37,7 +37,7 @@ class Options(NamedTuple):
 
     memory: int | None = None
     progress: bool = True
-    save: str | os.PathLike | None = None
+    save: str | os.PathLike[str] | None = None
     mesh: Mesh | None = None
 
     @property

@@ -13,7 +13,7 @@ from mijax.engine.cells import cells_of
 from mijax.engine.driver import Start, Swept, kept_base, swept
 from mijax.engine.examples import Prompts
 from mijax.engine.grid import Grid
-from mijax.engine.measure import measure
+from mijax.engine.measure import is_small, measure
 from mijax.engine.options import Options
 from mijax.forward import check
 from mijax.interventions.edits import Replace
@@ -25,6 +25,7 @@ from mijax.model.model import LayeredModel, Model
 from mijax.model.sites import Site
 from mijax.model.tap import Point
 from mijax.model.tokens import Inputs
+from mijax.programs.now import JitNow
 
 Direction = Literal["denoise", "noise"]
 
@@ -70,7 +71,9 @@ def patched(
         if not isinstance(model, LayeredModel):  # every cell is run whole
             return Start(prompts.cells._replace(edits=edits), runs, base_states)
         differs, places_of_cells = base_acts[site] != source_acts[site], edits[site][0].where
-        first = _first_change(model, model.sites[site], tokens, places_of_cells, differs)
+        first = _first_change.compiled(is_small(model, tokens))(
+            model, model.sites[site], tokens, places_of_cells, differs
+        )
         return Start(prompts.cells._replace(edits=edits), runs, base_states, np.asarray(first))
 
     cells = cells_of({site: Replace(0.0, places)})
@@ -96,7 +99,7 @@ def _first_difference(causal: bool, base: Inputs, source: Inputs) -> Int[np.ndar
     return np.where(differs.any(axis=1), first, differs.shape[1]).astype(np.int32)
 
 
-@eqx.filter_jit
+@JitNow
 def _first_change(
     model: LayeredModel, site: Site, tokens: Inputs, cells: Where, differs: Bool[Array, "..."]
 ) -> Int[Array, "cell batch"]:

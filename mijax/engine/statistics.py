@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def normalise(result: "xr.DataArray") -> "xr.DataArray": ...
 @overload
 def normalise(result: "xr.Dataset") -> "xr.Dataset": ...
-def normalise(result: Any) -> Any:
+def normalise(result: "xr.DataArray | xr.Dataset") -> "xr.DataArray | xr.Dataset":
     """The effect as a share of the whole difference: (result - base) / (source - base), of means over the batch.
 
     0 is no effect, 1 that of the whole source. Where a prompt is NaN in a cell (it lacks the cell's position), that
@@ -51,7 +51,9 @@ def _normalised(result: Any) -> Any:
 def bootstrap(result: "xr.DataArray", *, level: float = ..., draws: int = ..., seed: int = ...) -> "xr.DataArray": ...
 @overload
 def bootstrap(result: "xr.Dataset", *, level: float = ..., draws: int = ..., seed: int = ...) -> "xr.Dataset": ...
-def bootstrap(result: Any, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Any:
+def bootstrap(
+    result: "xr.DataArray | xr.Dataset", *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> "xr.DataArray | xr.Dataset":
     """Percentile intervals of the mean effect, over prompts drawn with replacement (Efron 1979).
 
     The effect is `normalise(result)`; or, where there is no source (as `sweep` and `ablate` give it), the mean of
@@ -86,7 +88,7 @@ def bootstrap(result: Any, *, level: float = 0.95, draws: int = 2000, seed: int 
 def sign_flips(result: "xr.DataArray", *, clusters: Any = ..., draws: int = ..., seed: int = ...) -> "xr.Dataset": ...
 @overload
 def sign_flips(result: "xr.Dataset", *, clusters: Any = ..., draws: int = ..., seed: int = ...) -> "xr.Dataset": ...
-def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: int = 0) -> Any:
+def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: int = 0) -> "xr.Dataset":
     """Which cells have an effect other than zero: p-values corrected for looking at the whole grid.
 
     The effects (result - base) of each prompt, or of each cluster of prompts, keep or change their sign at random,

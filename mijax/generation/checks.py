@@ -1,14 +1,18 @@
 """Checks of the arguments of `generate`, before anything is computed."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
-from mijax.forward import Edits
+from mijax._types import Array
+from mijax.forward import Captures, Edits
 from mijax.interventions.edits import Apply
-from mijax.interventions.where import Where
+from mijax.model.model import LayeredModel
 from mijax.model.tokens import Tokens, is_concrete
 
 
-def check_acts(text: Tokens, edits: Edits, captures: dict[str, Where | None]) -> None:
+def check_acts(text: Tokens, edits: Edits, captures: Captures) -> None:
     """Check that every edit acts where something is sampled or captured.
 
     Args:
@@ -39,7 +43,10 @@ def check_acts(text: Tokens, edits: Edits, captures: dict[str, Where | None]) ->
                     )
 
 
-def check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key, captures) -> None:
+def check_settings(
+    model: LayeredModel, tokens: Tokens, edits: Edits, count: int, temperature: Any, top_k: Any, top_p: Any, min_p: Any,
+    stop_ids: Sequence[int], key: Array | None, captures: Captures,
+) -> None:  # fmt: skip
     """Check the settings of `generate`.
 
     Args:

@@ -1,5 +1,6 @@
 """The tap that keeps activations."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import equinox as eqx
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 from mijax._types import Array, Int
 from mijax.interventions.selecting import known_axes, narrow, narrowed_shape
 from mijax.interventions.where import Where
-from mijax.model.tap import Tap
+from mijax.model.position import Frame
+from mijax.model.sites import Site
+from mijax.model.tap import Point, Tap
 
 
 class Kept(NamedTuple):
@@ -41,11 +44,11 @@ class Capturing(Tap):
     n_layers: int = eqx.field(static=True)
 
     @property
-    def sites(self):
+    def sites(self) -> frozenset[str]:
         """The captured sites."""
         return frozenset(self.captures)
 
-    def init(self, sites, frame, zero):
+    def init(self, sites: Mapping[str, Site], frame: Frame, zero: Array) -> Kept:
         """Zeros in all slots, and at the sites that stand inside the layers without a layer axis."""
         batch, pos, keys = *frame.positions.shape, frame.keys.shape[1]
         slots = {}
@@ -57,7 +60,7 @@ class Capturing(Tap):
         shape = lambda site: narrowed_shape(self.captures[site.name], site.axes, site.shape(batch, pos, keys))
         return Kept({}, slots, {site.name: jax.lax.full_like(zero, 0, shape=shape(site)) for site in inside})
 
-    def at(self, point, x, state):
+    def at(self, point: Point, x: Array, state: Kept) -> tuple[Array, Kept]:
         """Keep the activation, and return it unchanged."""
         if point.copy:
             return x, state
@@ -73,11 +76,11 @@ class Capturing(Tap):
         filled = state.slots[name].at[slot].set(activation, mode="drop")
         return x, state._replace(slots={**state.slots, name: filled})
 
-    def close(self, state):
+    def close(self, state: Kept) -> tuple[Kept, dict[str, Array]]:
         """Hand over this layer's activations, to be stacked over layers."""
         return state._replace(layer={}), state.layer
 
-    def result(self, state, stacked):
+    def result(self, state: Kept, stacked: dict[str, Array]) -> dict[str, Array]:
         """All activations by site."""
         of_first = lambda layers: jnp.argmax(layers[:, None] == layers[None, :], axis=1)  # a layer may be listed twice
         slots = {name: x[of_first(self._layers()[name])] for name, x in state.slots.items()}

@@ -7,11 +7,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array
+from mijax._types import Array, Int
 from mijax.interventions.edits import Apply, Edit
 from mijax.interventions.selecting import Axis, known_axes, selection
 from mijax.model.sites import Site
-from mijax.model.tap import Point, Tap, all_heads
+from mijax.model.tap import Point, State, Tap, all_heads
 
 
 class Editing(Tap):
@@ -24,17 +24,17 @@ class Editing(Tap):
     edits: dict[str, tuple[Edit, ...]]
 
     @property
-    def sites(self):
+    def sites(self) -> frozenset[str]:
         """The edited sites."""
         return frozenset(self.edits)
 
-    def at(self, point, x, state):
+    def at(self, point: Point, x: Array, state: State) -> tuple[Array, State]:
         """The edited activation."""
         for edit in self.edits[point.site.name]:
             x = edited(edit, point, x)
         return x, state
 
-    def heads(self, site):
+    def heads(self, site: Site) -> Int[Array, " k"]:
         """The heads that the edits select."""
         full = all_heads(site)
         lists = [None if isinstance(edit, Apply) else edit.where.heads(full.size) for edit in self.edits[site.name]]
@@ -45,7 +45,7 @@ class Editing(Tap):
             else jnp.concatenate(selected)
         )
 
-    def per_layer(self, sites):
+    def per_layer(self, sites: Mapping[str, Site]) -> tuple["Editing", "Editing"]:
         """Split off the operands and bases that have an axis of layers."""
         layered, rest = {}, {}
         for name, site_edits in self.edits.items():

@@ -103,12 +103,12 @@ class Replace(Edit):
     [0.5, 0.5]
     """
 
-    operands = ("value",)
+    operands: ClassVar[tuple[str, ...]] = ("value",)
     value: Any = eqx.field(converter=_number)
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x, *point):
+    def __call__(self, x: Array, *point: Any) -> Array:
         """`value`."""
         return _fit(self.value, x)
 
@@ -128,12 +128,12 @@ class Scale(Edit):
     [2.0, 6.0]
     """
 
-    operands = ("factor",)
+    operands: ClassVar[tuple[str, ...]] = ("factor",)
     factor: Any = eqx.field(converter=_number)
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x, *point):
+    def __call__(self, x: Array, *point: Any) -> Array:
         """`x * factor`."""
         return x * _fit(self.factor, x)
 
@@ -153,12 +153,12 @@ class Add(Edit):
     [2.0, 3.0]
     """
 
-    operands = ("vector",)
+    operands: ClassVar[tuple[str, ...]] = ("vector",)
     vector: Any = eqx.field(converter=_number)
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x, *point):
+    def __call__(self, x: Array, *point: Any) -> Array:
         """`x + vector`."""
         return x + _fit(self.vector, x)
 
@@ -182,12 +182,12 @@ class Project(Edit):
     [[1.0, 0.0]]
     """
 
-    bases = ("basis",)
+    bases: ClassVar[tuple[str, ...]] = ("basis",)
     basis: Any = eqx.field(converter=_basis)
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x, *point):
+    def __call__(self, x: Array, *point: Any) -> Array:
         """`x` without its part in the subspace."""
         return x - _onto(self.basis, x)
 
@@ -212,14 +212,14 @@ class Interchange(Edit):
     [[1.0, 7.0]]
     """
 
-    operands = ("value",)
-    bases = ("basis",)
+    operands: ClassVar[tuple[str, ...]] = ("value",)
+    bases: ClassVar[tuple[str, ...]] = ("basis",)
     value: Any = eqx.field(converter=_number)
     basis: Any = eqx.field(converter=_basis)
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x, *point):
+    def __call__(self, x: Array, *point: Any) -> Array:
         """`x` with the subspace's part exchanged."""
         return x + _onto(self.basis, _fit(self.value, x) - x)
 
@@ -242,13 +242,13 @@ class Mix(Edit):
     [3.0, 5.0]
     """
 
-    operands = ("gate", "value")
+    operands: ClassVar[tuple[str, ...]] = ("gate", "value")
     gate: Any = eqx.field(converter=_number)
     value: Any = eqx.field(converter=_number)
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, kw_only=True)
 
-    def __call__(self, x, *point):
+    def __call__(self, x: Array, *point: Any) -> Array:
         """`(1 - gate) * x + gate * value`: exactly `x` at gate 0, `value` at gate 1, even if the other is infinite."""
         return _mix(_fit(self.gate, x), x, _fit(self.value, x))
 
@@ -294,7 +294,7 @@ class Apply(Edit):
     where: Any = eqx.field(default_factory=Where)
     axes: tuple[str, ...] | None = eqx.field(static=True, default=None, init=False)
 
-    def __call__(self, x, *point):
+    def __call__(self, x: Array, *point: Any) -> Array:
         """`function(x, *point)`."""
         return self.function(x, *point)
 

@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
+from mijax._types import Array
 from mijax.model.sites import Site, field_of
 
 
-def in_full(value: Any, operand: str, told: Sequence[str] | None, site: Site, stacked: bool = False) -> Any:
+def in_full(
+    value: Any, operand: str, told: Sequence[str] | None, site: Site, stacked: bool = False
+) -> Array | np.ndarray:
     """An operand with one axis for each axis of the site, of size 1 where the operand has no such axis.
 
     Args:
@@ -40,7 +44,7 @@ def in_full(value: Any, operand: str, told: Sequence[str] | None, site: Site, st
     return moved.reshape(*lead, *(sizes.get(axis, 1) for axis in site.axes))
 
 
-def basis_in_full(basis: Any, site: Site, stacked: bool = False) -> Any:
+def basis_in_full(basis: Any, site: Site, stacked: bool = False) -> Array | np.ndarray:
     """A basis with the layer and head axes of the site in front of its rows, of size 1 where the basis has none.
 
     Args:

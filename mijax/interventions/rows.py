@@ -1,5 +1,6 @@
 """The taps of packed rows: the tokens of many cells at once, edited and captured as each token's cell prescribes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -12,9 +13,9 @@ from mijax.interventions.editing import edited
 from mijax.interventions.edits import Apply, Edit
 from mijax.interventions.selecting import Axis, index_of_rows, known_axes, narrow, selection
 from mijax.interventions.where import Where
-from mijax.model.position import Packed, Rows
+from mijax.model.position import Frame, Packed, Rows
 from mijax.model.sites import Site
-from mijax.model.tap import Point, Tap
+from mijax.model.tap import Point, Result, State, Tap
 
 
 class EditingRows(Tap):
@@ -32,11 +33,11 @@ class EditingRows(Tap):
     stacked: dict[str, tuple[Any, ...]]
 
     @property
-    def sites(self):
+    def sites(self) -> frozenset[str]:
         """The edited sites."""
         return frozenset(self.edits)
 
-    def at(self, point, x, state):
+    def at(self, point: Point, x: Array, state: State) -> tuple[Array, State]:
         """The edited rows."""
         site, frame = point.site, point.frame
         assert isinstance(frame, Packed)
@@ -70,11 +71,11 @@ class CapturingRows(Tap):
     n_layers: int = eqx.field(static=True)
 
     @property
-    def sites(self):
+    def sites(self) -> frozenset[str]:
         """The captured sites."""
         return frozenset(self.captures)
 
-    def init(self, sites, frame, zero):
+    def init(self, sites: Mapping[str, Site], frame: Frame, zero: Array) -> dict[str, Array]:
         """The base run's activations, once for each cell: the result of a cell that changes nothing."""
         assert isinstance(frame, Packed)
         state, cells = {}, frame.rows.place.shape[0]
@@ -86,7 +87,7 @@ class CapturingRows(Tap):
             state[name] = jnp.repeat(jnp.expand_dims(narrowed, axis), cells, axis=axis)
         return state
 
-    def at(self, point, x, state):
+    def at(self, point: Point, x: Array, state: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         """Keep the activation in every cell, and return it unchanged."""
         if point.copy:
             return x, state
@@ -100,13 +101,13 @@ class CapturingRows(Tap):
             activation = state[name].at[slot].set(activation, mode="drop")
         return x, {**state, name: activation}
 
-    def result(self, state, stacked):
+    def result(self, state: dict[str, Array], stacked: Result) -> dict[str, Array]:
         """The activations by site, with the cells in front."""
         of_first = lambda layers: jnp.argmax(layers[:, None] == layers[None, :], axis=1)  # a layer may be listed twice
         moved = lambda name: jnp.moveaxis(state[name][of_first(self._layers(name))], 1, 0)
         return {name: moved(name) if name in self.layered else state[name] for name in state}
 
-    def per_layer(self, sites):
+    def per_layer(self, sites: Mapping[str, Site]) -> tuple["CapturingRows", "CapturingRows"]:
         """Split off the base run's activations at sites with a layer axis."""
         layered = {name: x if name in self.layered else None for name, x in self.base.items()}
         rest = {name: None if name in self.layered else x for name, x in self.base.items()}

@@ -145,7 +145,7 @@ class Where(eqx.Module):
         """The entries of the axes that are narrowed by masks, by field."""
         return {field: index for field, index in self.given.items() if index.dtype == bool}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         show = lambda x: x.tolist() if isinstance(x, np.ndarray) else x
         return f"Where({', '.join(f'{k}={show(v)}' for k, v in self.given.items())})"
 

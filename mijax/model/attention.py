@@ -11,7 +11,7 @@ from mijax.model.config import Config
 from mijax.model.norm import Norm, normalised
 from mijax.model.numerics import einsum
 from mijax.model.position import Frame, rotate
-from mijax.model.tap import Visit
+from mijax.model.tap import State, Visit
 
 
 class Attention(eqx.Module):
@@ -49,8 +49,8 @@ class Branch(NamedTuple):
 
 
 def attention(
-    config: Config, params: Attention, ln1: Norm, x: Stream, visit: Visit, state: Any, held: KVCache | None = None
-) -> tuple[Asked, Any]:
+    config: Config, params: Attention, ln1: Norm, x: Stream, visit: Visit, state: State, held: KVCache | None = None
+) -> tuple[Asked, State]:
     """What attention adds to the residual stream, at the positions that the frame reads.
 
     Args:
@@ -89,7 +89,9 @@ def attention(
     return visit("attn_out", out + change, state)
 
 
-def _mix(config: Config, q: Heads, k: KVHeads, v: KVHeads, visit: Visit, state: Any, dtype) -> tuple[Heads, Any]:
+def _mix(
+    config: Config, q: Heads, k: KVHeads, v: KVHeads, visit: Visit, state: State, dtype: Any
+) -> tuple[Heads, State]:
     """`z`, the pattern-weighted sum of values (zero for a query without any key), and the tap's state."""
     batch, n_query = q.shape[:2]
     scores, state = visit("attn_scores", scaled_scores(q, k, config.attn_scale, dtype), state)
@@ -105,7 +107,7 @@ def _mix(config: Config, q: Heads, k: KVHeads, v: KVHeads, visit: Visit, state: 
     return jnp.where(bad_queries[..., None], jnp.nan, z.reshape(q.shape)), state
 
 
-def scaled_scores(q: Heads, k: KVHeads, scale: float, dtype) -> Scores:
+def scaled_scores(q: Heads, k: KVHeads, scale: float, dtype: Any) -> Scores:
     """Products of each query with the keys of its key/value head, times `scale`.
 
     Args:
@@ -142,8 +144,8 @@ def masked_softmax(scores: Scores, frame: Frame) -> Scores:
 
 
 def _project(
-    config: Config, branch: Branch, W: Array, b: Array | None, name: str, visit: Visit, state: Any
-) -> tuple[Heads, Any]:
+    config: Config, branch: Branch, W: Array, b: Array | None, name: str, visit: Visit, state: State
+) -> tuple[Heads, State]:
     """Queries, keys or values (`name` is "q", "k" or "v"), and the tap's state.
 
     Where the tap is called at the heads' input site (`q_input`, ...), the projection of each listed head is changed by
@@ -165,8 +167,8 @@ def _project(
 
 
 def _result_change(
-    z: Heads, W_O: Float[Array, "head d_head d_model"], visit: Visit, state: Any
-) -> tuple[Stream | float, Any]:
+    z: Heads, W_O: Float[Array, "head d_head d_model"], visit: Visit, state: State
+) -> tuple[Stream | float, State]:
     """The change that edits of `result` make to its sum over heads, computed for the edited heads only."""
     heads = visit.heads("result")
     if heads is None:

@@ -1,7 +1,5 @@
 """One layer. No other module computes it: every kind of run calls `block`, through the walk over layers."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 
@@ -10,7 +8,7 @@ from mijax.model.attention import Attention, KVCache, attention
 from mijax.model.config import Config
 from mijax.model.mlp import MLP, mlp
 from mijax.model.norm import Norm
-from mijax.model.tap import Visit
+from mijax.model.tap import State, Visit
 
 
 class Block(eqx.Module):
@@ -27,10 +25,10 @@ def block(
     params: Block,
     x: Stream,
     visit: Visit,
-    state: Any,
+    state: State,
     held: KVCache | None = None,
     attended: Bool[Array, ""] | None = None,
-) -> tuple[Asked, Any]:
+) -> tuple[Asked, State]:
     """Run one layer.
 
     Args:
@@ -66,8 +64,8 @@ def block(
 
 
 def _attend(
-    config: Config, params: Block, x: Stream, visit: Visit, state: Any, held: KVCache | None
-) -> tuple[Asked, Asked, Any]:
+    config: Config, params: Block, x: Stream, visit: Visit, state: State, held: KVCache | None
+) -> tuple[Asked, Asked, State]:
     """The stream before and after attention, at the positions that the frame reads, and the tap's state."""
     x, state = visit("resid_pre", x, state)
     attn_out, state = attention(config, params.attn, params.ln1, x, visit, state, held)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Collection, Iterator
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 import numpy as np
 
@@ -12,6 +12,8 @@ Positions = Literal["learned", "rotary", "none"]
 NormKind = Literal["layer", "rms", "none"]
 MLPKind = Literal["dense", "gated", "none"]
 Activation = Literal["relu", "gelu", "gelu_new", "silu"]
+FieldValue: TypeAlias = Any
+"""The value of one field of a config: of the type that the field has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class RotaryScaling:
     high_freq: float = 4.0
     original_n_ctx: int = 8192
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Check all fields."""
         faults = list(_check_fields(self).values())
         if not faults and self.high_freq <= self.low_freq:
@@ -126,7 +128,7 @@ class Config:
     attn_scale: float = 0.0  # 0: 1 / sqrt(d_head)
     name: str = dataclasses.field(default="", compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Check all fields, and fill in those whose 0 stands for a value derived from others."""
         field_faults = _check_fields(self)
         faults = [*field_faults.values(), *self._misfits(field_faults)]
@@ -164,7 +166,7 @@ _POSITIVE |= {"factor", "low_freq", "high_freq", "original_n_ctx"}
 _NOT_NEGATIVE = {"n_layers", "d_head", "n_kv_heads", "d_mlp", "rotary_dim", "norm_eps", "attn_scale"}
 
 
-def check_field(owner: type, name: str, value: Any, label: str = "") -> Any:
+def check_field(owner: type, name: str, value: Any, label: str = "") -> FieldValue:
     """Check the value of one field of a config, and convert it to the field's Python type.
 
     Args:

@@ -1,6 +1,6 @@
 """The MLP: dense or gated."""
 
-from typing import Any
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -9,9 +9,9 @@ from mijax._types import Array, Float, Stream
 from mijax.model.config import Config
 from mijax.model.norm import Norm, normalised
 from mijax.model.numerics import einsum
-from mijax.model.tap import Visit
+from mijax.model.tap import State, Visit
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -30,7 +30,7 @@ class MLP(eqx.Module):
     b_gate: Float[Array, "layer d_mlp"] | None
 
 
-def mlp(config: Config, params: MLP, ln2: Norm, x: Stream, visit: Visit, state: Any) -> tuple[Stream, Any]:
+def mlp(config: Config, params: MLP, ln2: Norm, x: Stream, visit: Visit, state: State) -> tuple[Stream, State]:
     """What the MLP adds to the residual stream.
 
     Args:

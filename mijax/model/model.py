@@ -3,7 +3,7 @@
 import abc
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -15,8 +15,11 @@ from mijax.display import ShownAsTree
 from mijax.model.position import Columns, Frame, Sight, Whole
 from mijax.model.readout import Readout
 from mijax.model.sites import Site
-from mijax.model.tap import Nothing, Tap
+from mijax.model.tap import Nothing, State, Tap
 from mijax.model.tokens import Inputs, Tokens, as_tokens
+
+Output: TypeAlias = Any
+"""What a model computes: a pytree of arrays with a leading axis of examples, of whatever structure the model chooses."""
 
 
 class Model(ShownAsTree):
@@ -58,7 +61,7 @@ class Model(ShownAsTree):
         """The dtype of every activation."""
 
     @abc.abstractmethod
-    def forward(self, inputs: Inputs, frame: Frame, tap: Tap, state: Any) -> tuple[Any, Any]:
+    def forward(self, inputs: Inputs, frame: Frame, tap: Tap, state: State) -> tuple[Output, State]:
         """The forward pass.
 
         At each site it calls `x, state = visit("name", x, state)`, with `visit = mijax.Visit(tap, self.sites, frame)`.
@@ -79,7 +82,7 @@ class Model(ShownAsTree):
         return type(self).__name__
 
     @property
-    def identity(self) -> Any:
+    def identity(self) -> object:
         """A value that, beside the arrays, tells this model from others: saved results are compared by it."""
         return f"{type(self).__module__}.{type(self).__qualname__}"
 
@@ -153,7 +156,7 @@ class Model(ShownAsTree):
         """Whether a layer's MLP reads the output of its attention, so that a run can begin between them."""
         return False
 
-    def output_like(self, inputs: Inputs, **keywords: Any) -> Any:
+    def output_like(self, inputs: Inputs, **keywords: Any) -> Output:
         """What a metric sees as `out.readout`, with shapes in place of the arrays that differ between runs.
 
         Args:
@@ -219,7 +222,7 @@ class LayeredModel(Model):
         """
 
     @abc.abstractmethod
-    def embed(self, ids: Int[Array, "batch pos"], frame: Frame, tap: Tap, state: Any) -> tuple[Stream, Any]:
+    def embed(self, ids: Int[Array, "batch pos"], frame: Frame, tap: Tap, state: State) -> tuple[Stream, State]:
         """Embed tokens.
 
         Args:
@@ -249,7 +252,7 @@ class LayeredModel(Model):
         """
 
     @abc.abstractmethod
-    def layer(self, index: int) -> Callable[..., tuple[Asked, Any]]:
+    def layer(self, index: int) -> Callable[..., tuple[Asked, State]]:
         """One layer, as `walk` passes it to its body.
 
         Args:
@@ -260,7 +263,7 @@ class LayeredModel(Model):
         """
 
     @abc.abstractmethod
-    def final(self, x: Stream, frame: Frame, tap: Tap, state: Any) -> tuple[Stream, Any]:
+    def final(self, x: Stream, frame: Frame, tap: Tap, state: State) -> tuple[Stream, State]:
         """Apply the last norm.
 
         Args:
@@ -304,7 +307,7 @@ class LayeredModel(Model):
         """Prompts as `Tokens`: returned unchanged, or made of plain ids, all of which are real tokens."""
         return as_tokens(given)
 
-    def forward(self, inputs: Any, frame: Frame, tap: Tap, state: Any) -> tuple[Readout, Any]:
+    def forward(self, inputs: Any, frame: Frame, tap: Tap, state: State) -> tuple[Readout, State]:
         """Embed the tokens, run all layers, and apply the last norm."""
         x, state = self.embed(jnp.asarray(inputs.ids), frame, tap, state)
         step = lambda layer, carry, _: (layer(carry[0], frame, tap, carry[1]), None)
@@ -344,110 +347,112 @@ class Wrapper(LayeredModel):
         """
 
     @property
-    def dtype(self):
+    def dtype(self) -> jnp.dtype:
         """The inner model's."""
         return self.model.dtype
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The inner model's."""
         return self.model.name
 
     @property
-    def identity(self):
+    def identity(self) -> object:
         """The identities of the wrapper's class and of the inner model."""
         return super().identity, self.model.identity
 
     @property
-    def n_layers(self):
+    def n_layers(self) -> int:
         """The inner model's."""
         return self.model.n_layers
 
     @property
-    def causal(self):
+    def causal(self) -> bool:
         """The inner model's."""
         return self.model.causal
 
     @property
-    def has_halves(self):
+    def has_halves(self) -> bool:
         """The inner model's."""
         return self.model.has_halves
 
     @property
-    def layer_bytes(self):
+    def layer_bytes(self) -> int:
         """The inner model's."""
         return self.model.layer_bytes
 
     @property
-    def d_vocab(self):
+    def d_vocab(self) -> int:
         """The inner model's."""
         return self.model.d_vocab
 
     @property
-    def n_ctx(self):
+    def n_ctx(self) -> int:
         """The inner model's."""
         return self.model.n_ctx
 
-    def inputs(self, given):
+    def inputs(self, given: Any) -> Tokens:
         """The inner model's."""
         return self.model.inputs(given)
 
-    def check(self):
+    def check(self) -> None:
         """The inner model's."""
         self.model.check()
 
-    def check_inputs(self, inputs):
+    def check_inputs(self, inputs: Inputs) -> None:
         """The inner model's."""
         self.model.check_inputs(inputs)
 
-    def bad_inputs(self, inputs):
+    def bad_inputs(self, inputs: Inputs) -> Bool[Array, ""]:
         """The inner model's."""
         return self.model.bad_inputs(inputs)
 
-    def frame(self, inputs):
+    def frame(self, inputs: Any) -> Whole:
         """The inner model's."""
         return self.model.frame(inputs)
 
-    def frame_of(self, tokens, columns, alone=False):
+    def frame_of(self, tokens: Tokens, columns: Int[Array, " pos"], alone: bool = False) -> Columns:
         """The inner model's."""
         return self.model.frame_of(tokens, columns, alone)
 
-    def embed(self, ids, frame, tap, state):
+    def embed(self, ids: Int[Array, "batch pos"], frame: Frame, tap: Tap, state: State) -> tuple[Stream, State]:
         """The inner model's, with the wrapped tap."""
         return self.model.embed(ids, frame, self.around(tap), state)
 
-    def walk(self, body, carry, xs=None, **how):
+    def walk(
+        self, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None, **how: Any
+    ) -> tuple[Any, Any]:
         """The inner model's, with the wrapped tap in every layer."""
         return self.model.walk(lambda layer, carry, x: body(self._around(layer), carry, x), carry, xs, **how)
 
-    def layer(self, index):
+    def layer(self, index: int) -> "AroundLayer":
         """The inner model's, with the wrapped tap."""
         return self._around(self.model.layer(index))
 
-    def final(self, x, frame, tap, state):
+    def final(self, x: Stream, frame: Frame, tap: Tap, state: State) -> tuple[Stream, State]:
         """The inner model's, with the wrapped tap."""
         return self.model.final(x, frame, self.around(tap), state)
 
-    def readout(self, final, tokens):
+    def readout(self, final: Stream, tokens: Tokens) -> Readout:
         """The inner model's."""
         return self.model.readout(final, tokens)
 
-    def numbers_per_token(self, sites):
+    def numbers_per_token(self, sites: Iterable[str]) -> int:
         """The inner model's, plus those of the added sites at which a tap is called."""
         inner = [name for name in sites if name in self.model.sites]
         added = [self.sites[name] for name in sites if name not in inner]
         return self.model.numbers_per_token(inner) + sum(3 * math.prod(site.shape(1, 1)) for site in added)
 
-    def numbers_per_batch(self, batch, pos):
+    def numbers_per_batch(self, batch: int, pos: int) -> int:
         """The inner model's."""
         return self.model.numbers_per_batch(batch, pos)
 
     @property
-    def products_per_token(self):
+    def products_per_token(self) -> int:
         """The inner model's."""
         return self.model.products_per_token
 
-    def _around(self, layer: Any) -> Any:
+    def _around(self, layer: Any) -> "AroundLayer":
         return AroundLayer(self, layer)
 
 
@@ -467,6 +472,6 @@ class AroundLayer(eqx.Module):
         """The number of the layer."""
         return self.inside.index
 
-    def __call__(self, x: Stream, frame: Frame, tap: Tap, state: Any, *rest: ArrayLike | Any) -> tuple[Asked, Any]:
+    def __call__(self, x: Stream, frame: Frame, tap: Tap, state: State, *rest: ArrayLike | Any) -> tuple[Asked, State]:
         """Run the layer: see `mijax.model.walk.Layer`."""
         return self.inside(x, frame, self.wrapper.around(tap), state, *rest)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mijax._types import Array, Float
 from mijax.model.config import Config
-from mijax.model.tap import Visit
+from mijax.model.tap import State, Visit
 
 
 class Norm(eqx.Module):
@@ -17,7 +17,7 @@ class Norm(eqx.Module):
     bias: Float[Array, "*layer d_model"] | None
 
     @classmethod
-    def init(cls, config: Config, *stack: int, dtype) -> "Norm":
+    def init(cls, config: Config, *stack: int, dtype: Any) -> "Norm":
         """A norm whose weights are one and whose biases are zero.
 
         Args:
@@ -36,8 +36,8 @@ class Norm(eqx.Module):
 
 
 def normalised(
-    config: Config, norm: Norm, x: Float[Array, "*axes d_model"], name: str, visit: Visit, state: Any
-) -> tuple[Float[Array, "*axes d_model"], Any]:
+    config: Config, norm: Norm, x: Float[Array, "*axes d_model"], name: str, visit: Visit, state: State
+) -> tuple[Float[Array, "*axes d_model"], State]:
     """Centre (LayerNorm only), divide by the scale, and apply weight and bias.
 
     The sites `{name}.scale` and `{name}.normalized` are visited on the way.

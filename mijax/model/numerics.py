@@ -1,11 +1,13 @@
 """The matrix product that the whole model uses, and the dtypes of its inputs and output."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def accumulator(dtype) -> jnp.dtype:
+def accumulator(dtype: Any) -> jnp.dtype:
     """The dtype of every activation of a model whose parameters have `dtype`: at least float32.
 
     Args:
@@ -21,7 +23,7 @@ def accumulator(dtype) -> jnp.dtype:
     return dtype if jnp.finfo(dtype).bits > 32 else jnp.dtype(jnp.float32)
 
 
-def einsum(spec: str, x: Float[Array, "..."], w: Float[Array, "..."], dtype=None) -> Float[Array, "..."]:
+def einsum(spec: str, x: Float[Array, "..."], w: Float[Array, "..."], dtype: Any = None) -> Float[Array, "..."]:
     """Multiply in the dtype of the parameters, and accumulate in at least float32.
 
     float32 means float32 on every device, although GPUs and TPUs by default round it to fewer bits;

@@ -1,6 +1,6 @@
 """What a run computes from positions before the first layer: rotary angles, and which keys a query may see."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -209,11 +209,11 @@ class Columns(Frame):
     columns: Int[Array, " pos"]
 
     @property
-    def entries(self):
+    def entries(self) -> Int[Array, " pos"]:
         """The columns."""
         return self.columns
 
-    def join(self, computed, held):
+    def join(self, computed: Array, held: Array | None) -> Array:
         """The computed keys or values put into the cached ones, or alone where there is no cache."""
         return computed if held is None else held.at[:, self.columns].set(computed)
 
@@ -231,26 +231,26 @@ class Packed(Frame):
     whole: Whole
     last: "tuple[Packed, Int[Array, ' query']] | None" = None
 
-    def join(self, computed, held):
+    def join(self, computed: Array, held: Array | None) -> Array:
         """Keys or values of each variant's batch: the base run's (`held`) where no row computes a token."""
         assert held is not None
         return self.rows.fill(computed, held)
 
-    def spread(self, q):
+    def spread(self, q: Array) -> Array:
         """Put rows into slots, grouped by variant and example."""
         return self.rows.spread(q)
 
-    def gather(self, z):
+    def gather(self, z: Array) -> Array:
         """Take rows out of the slots."""
         return self.rows.gather(z)
 
     @property
-    def reading(self):
+    def reading(self) -> "tuple[Packed, Int[Array, ' query']] | None":
         """The field `last`."""
         return self.last
 
 
-def frame(config: Config, tokens: Tokens, dtype) -> Whole:
+def frame(config: Config, tokens: Tokens, dtype: Any) -> Whole:
     """The frame of a whole batch, computed once per run for all layers.
 
     Args:
@@ -265,7 +265,7 @@ def frame(config: Config, tokens: Tokens, dtype) -> Whole:
     return Whole(positions, positions, jnp.asarray(tokens.lengths), _sight(config, positions, positions, dtype))
 
 
-def frame_of(config: Config, tokens: Tokens, dtype, columns: Int[Array, " pos"], alone: bool = False) -> Columns:
+def frame_of(config: Config, tokens: Tokens, dtype: Any, columns: Int[Array, " pos"], alone: bool = False) -> Columns:
     """The frame of some columns of a batch.
 
     Args:
@@ -283,7 +283,7 @@ def frame_of(config: Config, tokens: Tokens, dtype, columns: Int[Array, " pos"],
     return Columns(positions, keys, jnp.asarray(tokens.lengths), _sight(config, positions, keys, dtype), columns)
 
 
-def _sight(config: Config, positions: Int[Array, "batch pos"], keys: Int[Array, "batch key"], dtype) -> Sight:
+def _sight(config: Config, positions: Int[Array, "batch pos"], keys: Int[Array, "batch key"], dtype: Any) -> Sight:
     allowed = jnp.broadcast_to(keys[:, None, :] >= 0, (*positions.shape, keys.shape[1]))
     if config.causal:
         allowed = allowed & (positions[:, :, None] >= keys[:, None, :])

@@ -277,7 +277,7 @@ class SiteInfo(NamedTuple):
 class SiteTable(dict[str, SiteInfo]):
     """Rows by site name, shown as a table."""
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         rows = [("site", "axes", "shape", "dtype", "MiB", "meaning")]
         rows += [
             (name, " ".join(i.axes), " ".join(map(str, i.shape)), str(i.dtype), f"{i.bytes / 2**20:.3g}", i.meaning)

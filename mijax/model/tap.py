@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,6 +11,12 @@ from mijax._types import Array, Int
 from mijax.display import ShownAsTree
 from mijax.model.position import Frame
 from mijax.model.sites import Site
+
+State: TypeAlias = Any
+"""What a tap remembers during a run: a pytree of arrays, of whatever structure the tap chooses."""
+
+Result: TypeAlias = Any
+"""What a tap gives in `Out.taps`, or keeps of a layer: a pytree of arrays, of whatever structure the tap chooses."""
 
 
 class Point(NamedTuple):
@@ -61,7 +67,7 @@ class Tap(ShownAsTree):
         """The names of the sites at which the tap is called: a property, or an attribute of the class."""
 
     @abc.abstractmethod
-    def at(self, point: Point, x: Array, state: Any) -> tuple[Array, Any]:
+    def at(self, point: Point, x: Array, state: State) -> tuple[Array, State]:
         """Edit or keep an activation.
 
         Args:
@@ -73,7 +79,7 @@ class Tap(ShownAsTree):
             The activation with which the run goes on, of the same shape and dtype; and the state.
         """
 
-    def init(self, sites: Mapping[str, Site], frame: Frame, zero: Array) -> Any:
+    def init(self, sites: Mapping[str, Site], frame: Frame, zero: Array) -> State:
         """The state before the run: `None` by default.
 
         Args:
@@ -87,7 +93,7 @@ class Tap(ShownAsTree):
         """
         del sites, frame, zero
 
-    def close(self, state: Any) -> tuple[Any, Any]:
+    def close(self, state: State) -> tuple[State, Result]:
         """Finish a layer.
 
         Args:
@@ -99,7 +105,7 @@ class Tap(ShownAsTree):
         """
         return state, None
 
-    def result(self, state: Any, stacked: Any) -> Any:
+    def result(self, state: State, stacked: Result) -> Result:
         """The result of the tap in the run's output.
 
         Args:
@@ -150,7 +156,7 @@ def all_heads(site: Site) -> Int[Array, " k"]:
     return jnp.arange(site.sizes[site.head_axis], dtype=jnp.int32)
 
 
-def called(tap: Tap, point: Point, x: Array, state: Any) -> tuple[Array, Any]:
+def called(tap: Tap, point: Point, x: Array, state: State) -> tuple[Array, State]:
     """Call a tap at a point, as the run does; for taps that call another tap.
 
     Args:
@@ -202,7 +208,7 @@ class Nothing(Tap):
         """No sites."""
         return frozenset()
 
-    def at(self, point, x, state):
+    def at(self, point: Point, x: Array, state: State) -> tuple[Array, State]:
         """Return the activation unchanged."""
         return x, state
 
@@ -221,27 +227,27 @@ class Chain(Tap):
         """The sites of all taps."""
         return frozenset().union(*(tap.sites for tap in self.taps))
 
-    def at(self, point, x, state):
+    def at(self, point: Point, x: Array, state: State) -> tuple[Array, State]:
         """Call each tap with the activation that the tap before it returned."""
         states = list(state)
         for i, tap in enumerate(self.taps):
             x, states[i] = called(tap, point, x, states[i])
         return x, tuple(states)
 
-    def init(self, sites, frame, zero):
+    def init(self, sites: Mapping[str, Site], frame: Frame, zero: Array) -> State:
         """A tuple of the taps' initial states."""
         return tuple(tap.init(sites, frame, zero) for tap in self.taps)
 
-    def close(self, state):
+    def close(self, state: State) -> tuple[State, Result]:
         """Close each tap."""
         pairs = [tap.close(tap_state) for tap, tap_state in zip(self.taps, state)]
         return tuple(tap_state for tap_state, _ in pairs), tuple(arrays for _, arrays in pairs)
 
-    def result(self, state, stacked):
+    def result(self, state: State, stacked: Result) -> Result:
         """A tuple of the taps' results."""
         return tuple(tap.result(*arguments) for tap, *arguments in zip(self.taps, state, stacked))
 
-    def heads(self, site):
+    def heads(self, site: Site) -> Int[Array, " k"]:
         """The heads of all taps one after the other (some may be listed twice), or all heads where that is shorter."""
         heads = [tap.heads(site) for tap in self.taps if site.name in tap.sites]
         full = all_heads(site)
@@ -249,7 +255,7 @@ class Chain(Tap):
             heads[0] if len(heads) == 1 else full if sum(h.size for h in heads) >= full.size else jnp.concatenate(heads)
         )
 
-    def per_layer(self, sites):
+    def per_layer(self, sites: Mapping[str, Site]) -> tuple["Chain", "Chain"]:
         """Split each tap."""
         pairs = [tap.per_layer(sites) for tap in self.taps]
         chain_of = lambda taps: eqx.tree_at(lambda chain: chain.taps, self, tuple(taps))
@@ -273,7 +279,7 @@ class Visit(NamedTuple):
     layer: Int[Array, ""] | None = None
     copy: bool = False
 
-    def __call__(self, site: str, x: Array, state: Any, heads: Int[Array, " k"] | None = None) -> tuple[Array, Any]:
+    def __call__(self, site: str, x: Array, state: State, heads: Int[Array, " k"] | None = None) -> tuple[Array, State]:
         """Call the tap.
 
         Args:

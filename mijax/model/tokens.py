@@ -58,7 +58,7 @@ class Inputs:
         return jnp.where(self.mask, jnp.cumsum(self.mask, axis=1, dtype=jnp.int32) - 1, PADDING)
 
     @property
-    def lengths(self) -> Any:
+    def lengths(self) -> Int[Array | np.ndarray, " batch"]:
         """`[batch]`, the number of real tokens of each prompt; a host array where the mask is one."""
         return self.mask.sum(axis=1, dtype=np.int32)
 
@@ -95,7 +95,7 @@ class Tokens(Inputs):
         end_tokens: Sequence[int] = (),
     ):
         # Host arrays stay on the host until they are used, so that checks of their values need no device transfer.
-        self.ids = integers(ids, "token ids")
+        self.ids: Ids | np.ndarray = integers(ids, "token ids")
         if self.ids.ndim != 2 or 0 in self.ids.shape or self.ids.dtype == bool:
             raise ValueError(
                 f"token ids must be a non-empty [batch, pos] of integers, given shape {tuple(self.ids.shape)}"
@@ -103,13 +103,14 @@ class Tokens(Inputs):
         real = np.ones(self.ids.shape, bool) if mask is None else integers(mask, "a mask")
         if is_concrete(real) and not np.isin(np.asarray(real), (0, 1)).all():
             raise ValueError("a mask must be boolean, or 0 and 1")
-        self.mask = real.astype(bool)
-        self.values = self.ids
+        self.mask: Mask | np.ndarray = real.astype(bool)
+        self.values: Any = self.ids
         if self.mask.shape != self.ids.shape:
             raise ValueError(f"the mask has shape {tuple(self.mask.shape)}, the token ids {tuple(self.ids.shape)}")
-        self.strings, self.end_tokens = strings, tuple(end_tokens)
+        self.strings: Sequence[Sequence[str]] | None = strings
+        self.end_tokens: tuple[int, ...] = tuple(end_tokens)
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
         """`ids` and `mask` are the leaves."""
         return (self.ids, self.mask), None
 
@@ -123,7 +124,7 @@ class Tokens(Inputs):
         tokens.strings, tokens.end_tokens = None, ()
         return tokens
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Tokens(batch={self.ids.shape[0]}, pos={self.ids.shape[1]})"
 
 
@@ -158,7 +159,7 @@ def is_concrete(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
-def resized(x: Any, axis: int, size: int, value: Any) -> Any:
+def resized(x: Any, axis: int, size: int, value: Any) -> Array | np.ndarray:
     """Cut an array, or fill it up, to a given size along an axis.
 
     Args:
@@ -179,7 +180,7 @@ def resized(x: Any, axis: int, size: int, value: Any) -> Any:
     return xp.moveaxis(xp.pad(x, widths, constant_values=value), -1, axis)
 
 
-def integers(x: Any, what: str) -> Any:
+def integers(x: Any, what: str) -> Array | np.ndarray:
     """Convert integers to int32.
 
     Numbers too large for int32 are clipped to its limits, and so stay out of every range.

@@ -20,7 +20,7 @@ from mijax.model.parameters import check_fit
 from mijax.model.position import Columns, Frame, Whole, frame, frame_of
 from mijax.model.readout import Readout
 from mijax.model.sites import Site, transformer_sites
-from mijax.model.tap import Tap, Visit
+from mijax.model.tap import State, Tap, Visit
 from mijax.model.tokens import Tokens, check_tokens
 from mijax.model.walk import Body, Layer, walk
 
@@ -63,22 +63,22 @@ class Transformer(LayeredModel):
         return transformer_sites(self.config)
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The label in the config."""
         return self.config.name or "unnamed"
 
     @property
-    def layer_bytes(self):
+    def layer_bytes(self) -> int:
         """The size of the parameters of one layer, in bytes."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.blocks)) // max(1, self.n_layers)
 
     @property
-    def d_vocab(self):
+    def d_vocab(self) -> int:
         """The size of the vocabulary."""
         return self.config.d_vocab
 
     @property
-    def n_ctx(self):
+    def n_ctx(self) -> int:
         """The greatest number of tokens of a prompt."""
         return self.config.n_ctx
 
@@ -118,7 +118,7 @@ class Transformer(LayeredModel):
         """The positions of some columns of a batch."""
         return frame_of(self.config, tokens, self.dtype, columns, alone)
 
-    def embed(self, ids: Ids, frame: Frame, tap: Tap, state: Any) -> tuple[Stream, Any]:
+    def embed(self, ids: Ids, frame: Frame, tap: Tap, state: State) -> tuple[Stream, State]:
         """The residual stream before the first layer (sites `embed` and `pos_embed`), and the tap's state."""
         visit = Visit(tap, self.sites, frame)
         x, state = visit("embed", self.W_E[ids].astype(self.dtype), state)
@@ -136,7 +136,7 @@ class Transformer(LayeredModel):
         """Run `body(layer, carry, x) -> carry, y` on the layers in turn."""
         return walk(self.config, self.blocks, body, carry, xs, **how)
 
-    def final(self, x: Stream, frame: Frame, tap: Tap, state: Any) -> tuple[Stream, Any]:
+    def final(self, x: Stream, frame: Frame, tap: Tap, state: State) -> tuple[Stream, State]:
         """The stream as the unembedding reads it, and the tap's state."""
         visit = Visit(tap, self.sites, frame)
         x, state = visit("final_in", x, state)
@@ -163,14 +163,14 @@ class Transformer(LayeredModel):
         """How many multiplications a layer takes per token: the total size of its matrices."""
         return sum(a.size for a in jax.tree.leaves(self.blocks) if a.ndim > 2) // max(1, self.n_layers)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         arrays = [a for a in jax.tree.leaves(self) if eqx.is_array(a)]
         return (
             f"Transformer({self.config.name or 'unnamed'}: {sum(a.size for a in arrays):,} parameters, {self.config})"
         )
 
 
-def init(config: Config, key: Array, dtype=jnp.float32) -> Transformer:
+def init(config: Config, key: Array, dtype: Any = jnp.float32) -> Transformer:
     """A model with random weights, initialised as GPT-2 is.
 
     Weights are normal with standard deviation 0.02, divided by `sqrt(2 * n_layers)` for the matrices that write to the

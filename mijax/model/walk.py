@@ -14,7 +14,7 @@ from mijax.model.block import Block, block
 from mijax.model.config import Config
 from mijax.model.position import Frame
 from mijax.model.sites import transformer_sites
-from mijax.model.tap import Tap, Visit
+from mijax.model.tap import State, Tap, Visit
 
 
 class Layer(eqx.Module):
@@ -35,10 +35,10 @@ class Layer(eqx.Module):
         x: Stream,
         frame: Frame,
         tap: Tap,
-        state: Any,
+        state: State,
         held: KVCache | None = None,
         attended: Bool[Array, ""] | None = None,
-    ) -> tuple[Asked, Any]:
+    ) -> tuple[Asked, State]:
         """Run the layer.
 
         Args:

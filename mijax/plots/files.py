@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _DOTS_PER_INCH = 120
 
 
-def save(figure: "Figure | Page", *paths: str | os.PathLike) -> None:
+def save(figure: "Figure | Page", *paths: str | os.PathLike[str]) -> None:
     """Write a figure to files, each whole or not at all.
 
     Folders are made where they are missing.

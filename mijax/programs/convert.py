@@ -14,7 +14,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -29,6 +29,9 @@ from mijax.programs.hoist import evaluate, has_inner_constants
 from mijax.programs.key import RULES, Key, digest, key_of, without_numbers
 
 T = TypeVar("T")
+
+Shapes: TypeAlias = Any
+"""The shapes and dtypes of a result: a pytree of `jax.ShapeDtypeStruct`, of the result's structure."""
 
 REPEATS = 8
 """At so many programs of one function that differ in Python numbers only, a warning says that each is compiled."""
@@ -58,8 +61,12 @@ class Program:
         jaxpr = closed.jaxpr
         about = jex.DebugInfo("program", name, None, None)
         # Constants become inputs: from jax 0.12 on a jaxpr holds the values of its constants.
-        self.jaxpr = jex.Jaxpr([], [*jaxpr.constvars, *jaxpr.invars], jaxpr.outvars, jaxpr.eqns, jaxpr.effects, about)
-        self.name, self.structure, self.key = name, structure, key
+        self.jaxpr: jex.Jaxpr = jex.Jaxpr(
+            [], [*jaxpr.constvars, *jaxpr.invars], jaxpr.outvars, jaxpr.eqns, jaxpr.effects, about
+        )
+        self.name: str = name
+        self.structure: Any = structure
+        self.key: Key = key
 
     def __call__(self, arrays: Sequence[Array | np.ndarray]) -> Any:
         """The function's result.
@@ -92,7 +99,7 @@ class Program:
                 " compared with it: leave `save=` out, or write it in JAX"
             ) from error
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Program({self.name})"
 
 
@@ -118,8 +125,8 @@ class Converted(eqx.Module):
         return self.program([*self.constants, *self.leaves, *_arrays(arguments)])
 
     @property
-    def out(self) -> Any:
-        """The shapes and dtypes of the result, a pytree of `jax.ShapeDtypeStruct`."""
+    def out(self) -> Shapes:
+        """The shapes and dtypes of the result."""
         shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.program.jaxpr.outvars]  # pyright: ignore[reportAttributeAccessIssue]
         return jax.tree.unflatten(self.program.structure, shapes)
 
@@ -284,7 +291,7 @@ def for_mesh_axes(convert: Callable[[dict[str, Any]], T], beside: Any) -> T:
     return convert(keywords(frozenset().union(*map(_axes_of, jax.tree.leaves((beside, widest))))))
 
 
-def shape_of(x: Any) -> Any:
+def shape_of(x: T) -> T | jax.ShapeDtypeStruct:
     """An array as a `jax.ShapeDtypeStruct`: its shape, its dtype, and the mesh axes over which it varies.
 
     Args:

@@ -35,10 +35,10 @@ class ById:
     def __init__(self, value: Any):
         self.value = value
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return id(self.value)
 
-    def __eq__(self, other: object):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, ById) and other.value is self.value
 
 
@@ -211,7 +211,7 @@ def _vjp_rule(eqn: Any, rule: list[Any]) -> Key:
     return _traced_rule(eqn, rule, back)
 
 
-RULES = {
+RULES: dict[str, tuple[tuple[str, ...], Any]] = {
     "custom_jvp_call": (("jvp_jaxpr_fun",), _jvp_rule),
     "custom_vjp_call": (("fwd_jaxpr_thunk", "bwd", "out_trees"), _vjp_rule),
 }

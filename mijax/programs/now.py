@@ -2,11 +2,20 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
+import jaxlib.version
 
 from mijax.programs.convert import Converted, convert, is_array
+
+Lowered: TypeAlias = Any
+"""What the `lower` of `equinox.filter_jit` returns, a class that Equinox does not export."""
+
+QUICKLY = {"xla_backend_optimization_level": 0} | (
+    {"xla_cpu_use_fusion_emitters": False} if jaxlib.version.__version_info__ < (0, 11) else {}
+)
+"""Options of XLA on a CPU: a program compiles in a third of the time, and its loops run several times slower."""
 
 
 class JitNow:
@@ -24,16 +33,32 @@ class JitNow:
         functools.update_wrapper(self, function)
         self.function: Any = function
         self.jitted: Any = eqx.filter_jit(function)
+        self.jitted_quickly: Any = eqx.filter_jit(function, compiler_options=QUICKLY)  # pyright: ignore[reportCallIssue]
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's result."""
+        return self.compiled(quickly=False)(*arguments)
+
+    def compiled(self, quickly: bool) -> Callable:
+        """The function, compiled in one of two ways.
+
+        Args:
+            quickly: whether compilation should be fast rather than the program: for so little work, on a CPU, that the
+                program takes no time either way. Such a call cannot stand in another `jax.jit`.
+
+        Returns:
+            A function of the same arguments.
+        """
+        return functools.partial(self._called, quickly)
+
+    def _called(self, quickly: bool, *arguments: Any) -> Any:
         parts = [part for a in arguments for part in (a if isinstance(a, tuple | list) else (a,))]
         if not any(getattr(part, "users_code", False) for part in parts):
-            return self.jitted(*arguments)
+            return (self.jitted_quickly if quickly else self.jitted)(*arguments)
         converted = convert(self.function, *arguments, name=self.function.__name__.strip("_"))
-        return _call(converted, eqx.filter(arguments, is_array))
+        return (_call_quickly if quickly else _call)(converted, eqx.filter(arguments, is_array))
 
-    def lower(self, *arguments: Any) -> Any:
+    def lower(self, *arguments: Any) -> Lowered:
         """Lower the function, as the `lower` of `jax.jit` does.
 
         Args:
@@ -42,6 +67,9 @@ class JitNow:
         return self.jitted.lower(*arguments)
 
 
-@eqx.filter_jit
-def _call(converted: Converted, arguments: Any) -> Any:
+def _apply(converted: Converted, arguments: Any) -> Any:
     return converted(*arguments)
+
+
+_call: Any = eqx.filter_jit(_apply)
+_call_quickly: Any = eqx.filter_jit(_apply, compiler_options=QUICKLY)  # pyright: ignore[reportCallIssue]

@@ -5,7 +5,7 @@ group and name arrangements, or compute an energy) take one matrix.
 """
 
 import itertools
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -13,11 +13,13 @@ from mijax._types import Array, Float
 
 Matrices: TypeAlias = Float[Array | np.ndarray, "*model hidden feature"]
 Matrix: TypeAlias = Float[Array | np.ndarray, "hidden feature"]
+PerFeature: TypeAlias = Float[Array | np.ndarray, "*model feature"]
+X = TypeVar("X", Array, np.ndarray)
 
 _TINY = 1e-12
 
 
-def norms(w: Matrices) -> Any:
+def norms(w: Float[X, "*model hidden feature"]) -> Float[X, "*model feature"]:
     """The Euclidean norm of each feature's direction: about 1 where it is represented, about 0 where not.
 
     Args:
@@ -29,10 +31,10 @@ def norms(w: Matrices) -> Any:
     >>> norms(np.array([[3.0, 0.0], [4.0, 1.0]])).tolist()
     [5.0, 1.0]
     """
-    return (w**2).sum(-2) ** 0.5
+    return (w**2).sum(-2) ** 0.5  # pyright: ignore[reportReturnType]
 
 
-def interference(w: Matrices) -> Any:
+def interference(w: Float[X, "*model hidden feature"]) -> Float[X, "*model feature"]:
     """How much other features share each feature's direction: the sum over j other than i of (W_i_hat . W_j)^2.
 
     W_i_hat is W_i divided by its norm. Elhage et al. 2022.
@@ -49,7 +51,7 @@ def interference(w: Matrices) -> Any:
     return _squared_shares(w) - norms(w) ** 2
 
 
-def dimensionality(w: Matrices) -> Any:
+def dimensionality(w: Float[X, "*model hidden feature"]) -> Float[X, "*model feature"]:
     """The fraction of a dimension that each feature has: D_i = |W_i|^2 / sum_j (W_i_hat . W_j)^2. Elhage et al. 2022.
 
     The fractions sum to at most the number of hidden dimensions, with equality for tight arrangements. 1 is a
@@ -78,7 +80,7 @@ def _ratio(numerator: Any, denominator: Any) -> Any:
     return numerator / (denominator + (denominator == 0).astype(denominator.dtype))
 
 
-def dimensions_per_feature(w: Matrices) -> Any:
+def dimensions_per_feature(w: Float[X, "*model hidden feature"]) -> Float[X, "*model"] | np.floating:
     """D* = m / |W|_F^2: hidden dimensions per represented feature. Elhage et al. 2022.
 
     Args:
@@ -101,11 +103,11 @@ class Represented(NamedTuple):
         shared: `[..., feature]`, the sum over j other than i of (W_i_hat . W_j)^2.
     """
 
-    norm: Any
-    shared: Any
+    norm: PerFeature
+    shared: PerFeature
 
 
-def represented(w: Matrices) -> Represented:
+def represented(w: Float[X, "*model hidden feature"]) -> Represented:
     """Which features are represented, and which of these have a dedicated dimension: `norms` and `interference`.
 
     Args:

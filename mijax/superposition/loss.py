@@ -215,5 +215,5 @@ def _positive(slope: Array, start: Array) -> tuple[Array, Array]:
 
 def _product(s1: Array, c1: Array, s2: Array, c2: Array, from_: ArrayLike, to: ArrayLike) -> Array:
     """The integral of (s1 t + c1) (s2 t + c2) over t between `from_` and `to`."""
-    power = lambda k: (to**k - from_**k) / k  # pyright: ignore[reportOperatorIssue]
+    power = lambda k: (to**k - from_**k) / k
     return s1 * s2 * power(3) + (s1 * c2 + c1 * s2) * power(2) + c1 * c2 * power(1)

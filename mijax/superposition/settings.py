@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +73,7 @@ class SettingsGrid(NamedTuple):
         )
 
 
-def grid_of(over: Mapping[str, ArrayLike], takers: Mapping[str, Callable]) -> SettingsGrid:
+def grid_of(over: Mapping[str, ArrayLike], takers: Mapping[str, Callable[..., Any]]) -> SettingsGrid:
     """The product of all settings.
 
     Args:

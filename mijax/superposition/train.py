@@ -42,7 +42,7 @@ def train(
     nan: Literal["raise", "mask"] = "raise",
     memory: int | None = None,
     progress: bool = True,
-    save: str | os.PathLike | None = None,
+    save: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
 ) -> "xr.Dataset":
     """Train a toy model at every point of a grid of settings, thousands at a time.

@@ -1,8 +1,8 @@
 """Ablation: what an activation does, measured by taking it away; and scaling, for dose and response."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Unpack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,27 @@ from mijax.engine.measure import Metrics
 from mijax.engine.options import Running
 from mijax.forward import run
 from mijax.interventions.edits import Add, Replace, Scale
+from mijax.metrics import AnyMetric
 from mijax.model.model import Model
 from mijax.model.sites import Site, site_of
 from mijax.model.tokens import Inputs
 from mijax.sweeps.sweep import sweep
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 Kind = Literal["zero", "mean", "pooled mean", "resample", "noise"]
 
 
+@overload
+def ablate(model: Model, tokens: Inputs | ArrayLike, *, site: str, over: Sequence[str] | Grid, metric: AnyMetric,
+           kind: Kind = ..., reference: Inputs | ArrayLike | None = ..., draws: int = ..., scale: float = ...,
+           key: Array | None = ..., **running: Unpack[Running]) -> "xr.DataArray": ...  # fmt: skip
+@overload
+def ablate(model: Model, tokens: Inputs | ArrayLike, *, site: str, over: Sequence[str] | Grid,
+           metric: Mapping[str, AnyMetric], kind: Kind = ..., reference: Inputs | ArrayLike | None = ...,
+           draws: int = ..., scale: float = ..., key: Array | None = ...,
+           **running: Unpack[Running]) -> "xr.Dataset": ...  # fmt: skip
 def ablate(
     model: Model,
     tokens: Inputs | ArrayLike,
@@ -39,7 +52,7 @@ def ablate(
     scale: float = 1.0,
     key: Array | None = None,
     **running: Unpack[Running],
-) -> Any:
+) -> "xr.DataArray | xr.Dataset":
     """Take away the activations at every cell of a grid, and measure.
 
     `kind` says what replaces them:
@@ -93,6 +106,14 @@ def ablate(
     return result if isinstance(over, Grid) else positions_told(result, tokens)
 
 
+@overload
+def dose_response(model: Model, tokens: Inputs | ArrayLike, *, site: str, over: Sequence[str] | Grid,
+                  factors: Iterable[float], metric: AnyMetric,
+                  **running: Unpack[Running]) -> "xr.DataArray": ...  # fmt: skip
+@overload
+def dose_response(model: Model, tokens: Inputs | ArrayLike, *, site: str, over: Sequence[str] | Grid,
+                  factors: Iterable[float], metric: Mapping[str, AnyMetric],
+                  **running: Unpack[Running]) -> "xr.Dataset": ...  # fmt: skip
 def dose_response(
     model: Model,
     tokens: Inputs | ArrayLike,
@@ -102,7 +123,7 @@ def dose_response(
     factors: Iterable[float],
     metric: Metrics,
     **running: Unpack[Running],
-) -> Any:
+) -> "xr.DataArray | xr.Dataset":
     """Scale the activations at every cell of a grid by every factor: 1 changes nothing, 0 is zero ablation.
 
     Args:

@@ -1,7 +1,7 @@
 """Attention knockout: edges from query to key cut at the scores, so that the rest of the row is renormalised."""
 
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
@@ -11,11 +11,22 @@ from mijax.engine.grid import Grid, grid, side_by_side
 from mijax.engine.measure import Metrics
 from mijax.engine.options import Running
 from mijax.interventions.edits import Replace
+from mijax.metrics import AnyMetric
 from mijax.model.model import Model
 from mijax.model.tokens import Inputs
 from mijax.sweeps.sweep import sweep
 
+if TYPE_CHECKING:
+    import xarray as xr
 
+
+@overload
+def knock_out(model: Model, tokens: Inputs | ArrayLike, edges: Mapping[str, tuple[Any, Any]], metric: AnyMetric, *,
+              window: int = ..., heads: Any = ..., **running: Unpack[Running]) -> "xr.DataArray": ...  # fmt: skip
+@overload
+def knock_out(model: Model, tokens: Inputs | ArrayLike, edges: Mapping[str, tuple[Any, Any]],
+              metric: Mapping[str, AnyMetric], *, window: int = ..., heads: Any = ...,
+              **running: Unpack[Running]) -> "xr.Dataset": ...  # fmt: skip
 def knock_out(
     model: Model,
     tokens: Inputs | ArrayLike,
@@ -25,7 +36,7 @@ def knock_out(
     window: int = 1,
     heads: Any = None,
     **running: Unpack[Running],
-) -> Any:
+) -> "xr.DataArray | xr.Dataset":
     """Cut attention from queries to keys, in windows of layers around each layer in turn (Geva et al. 2023).
 
     The scores become -inf, so that the softmax shares the weight among the keys that are left (zeroing the pattern

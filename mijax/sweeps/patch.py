@@ -1,7 +1,7 @@
 """Activation patching: the activations of one run put into another, place by place."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Unpack, overload
 
 from mijax._types import ArrayLike
 from mijax.engine.axes import full_grid
@@ -36,7 +36,7 @@ def patch(
     metric: Metrics,
     direction: Direction = "denoise",
     **running: Unpack[Running],
-) -> Any:
+) -> "xr.DataArray | xr.Dataset":
     """Replace `site` in one run by its values in the other, at every cell of a grid.
 
     See Heimersheim and Nanda 2024, "How to use and interpret activation patching".

@@ -1,7 +1,7 @@
 """Sweeps: a metric at every cell of a grid of edits, each resumed from the base run where it begins to differ."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Unpack, overload
 
 from mijax._types import ArrayLike
 from mijax.engine.cells import Stack, cells_of
@@ -30,7 +30,7 @@ def sweep(
     interventions: Interventions | Stack,
     metric: Metrics,
     **running: Unpack[Running],
-) -> Any:
+) -> "xr.DataArray | xr.Dataset":
     """Run every cell of a grid of edits and measure each: one compilation, one labelled result.
 
     Edits with the same grid move together, different grids are multiplied (pairs of heads: one edit with one grid,

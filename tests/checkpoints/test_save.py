@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,7 @@ def test_round_trip(name, dtype, tmp_path):
     back, tokenizer = mj.load(tmp_path / "saved", dtype=dtype)
     assert tokenizer is None and back.config == model.config
     assert jax.tree.structure(back) == jax.tree.structure(model)
-    assert all((a == b).all() and a.dtype == b.dtype for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(back)))
+    chex.assert_trees_all_equal(jax.tree.leaves(model), jax.tree.leaves(back))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -69,7 +70,7 @@ def test_shards_and_tokenizer(tmp_path):
     index = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in jax.tree.leaves(model))
     back, same = mj.load(tmp_path / "saved")
-    assert all((a == b).all() for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(back)))
+    chex.assert_trees_all_equal(jax.tree.leaves(model), jax.tree.leaves(back))
     assert same.backend.to_str() == tokenizer.backend.to_str()
 
 

@@ -1,5 +1,6 @@
 """What stands in a padded column is no prediction: its logits are NaN, so that a mistake is loud."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ def test_padding_has_no_gradient_and_real_tokens_have_theirs(side):
     loss = lambda m, tokens: jnp.sum(jnp.nan_to_num(mj.run(m, tokens).logits[1]) ** 2)
     given = jax.grad(loss)(model(), padded(side))
     alone = jax.grad(lambda m: jnp.sum(mj.run(m, [[5, 6]]).logits[0] ** 2))(model())
-    assert all(np.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(alone)))
+    chex.assert_trees_all_close(given, alone, rtol=1e-3, atol=1e-3)
 
 
 def test_a_metric_of_ones_own_that_reads_the_last_column():

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import warnings
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def test_save_and_load_every_combination_of_what_a_config_announces(base, values
     assert (kind == "mijax") == any("own format" in str(w.message) for w in said)
     back, _ = mj.load(tmp_path / "saved")
     assert back.config == model.config and jax.tree.structure(back) == jax.tree.structure(model)
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(back)))
+    chex.assert_trees_all_equal(jax.tree.leaves(model), jax.tree.leaves(back))
 
 
 @pytest.mark.parametrize("norm_bias", [True, False])

@@ -170,12 +170,14 @@ def test_a_split_metric_that_closes_over_all_answers_is_told_how_to_hold_them(mo
     answers = jnp.asarray(ANSWERS[0])
     share = lambda out: jnp.take_along_axis(out.readout.logits(pos=-1), answers[:, None], axis=1)[:, 0]
     metric = mj.metrics.Function(share, name="share", per_example=True)
-    run = lambda model, **kw: mj.sweep(model, prompts(), {"z": mj.Scale(0.0, HEADS)}, metric, progress=False, **kw)
+    run = lambda metric=metric, **kw: mj.sweep(
+        model, prompts(), {"z": mj.Scale(0.0, HEADS)}, metric, progress=False, **kw
+    )
     with pytest.raises((TypeError, ValueError)) as caught:
-        run(model, memory=3 * bytes_of_one(lambda memory: run(model, memory=memory)))
+        run(memory=3 * bytes_of_one(lambda memory: run(METRIC, memory=memory)))
     notes = " ".join(caught.value.__notes__)
-    assert "for 3 of the examples: a metric that is `per_example` must work for any part of the batch" in notes
-    assert run(model).attrs["prompts_together"] == 7
+    assert "of the examples: a metric that is `per_example` must work for any part of the batch" in notes
+    assert run().attrs["prompts_together"] == 7
 
 
 def test_what_cannot_be_split_says_why(model):
