@@ -19,8 +19,19 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
+from tests import tiers
+
 settings.register_profile("mijax", deadline=None, max_examples=20, derandomize=True, print_blob=True)
 settings.load_profile("mijax")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests of `slow.txt`."""
+    names = tiers.slow()
+    for item in items:
+        if item.nodeid in names:
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -301,7 +301,7 @@ def checked(values: Mapping[str, Any], what: str, first: int = 0) -> Values:
     return arrays
 
 
-def is_small(model: Model, tokens: Inputs, runs: float = 1.0) -> bool:
+def is_small(model: Model, tokens: Inputs, runs: int = 1) -> bool:
     """Whether some runs of prompts are so little work that only the time of compiling them matters.
 
     Args:
