@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-BUDGET, LONG = 6.0, 14.0
+BUDGET, LONG = 3.0, 7.0
 """Seconds of a test's cases in the default tier; seconds from which on a case is slow whatever it is (on a busy machine)."""
 FILE = Path(__file__).with_name("slow.txt")
 

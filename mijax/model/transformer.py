@@ -1,5 +1,6 @@
 """The parameters of a transformer, their initialisation, and what is computed before and after the layers."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -189,7 +190,8 @@ def init(config: Config, key: Array, dtype: Any = jnp.float32) -> Transformer:
     >>> mj.run(mj.init(config, jax.random.key(0)), [[1, 2, 3]]).logits.shape
     (1, 3, 11)
     """
-    return _drawn(config, key, jnp.dtype(dtype))
+    drawn = _drawn(config, key, jnp.dtype(dtype))
+    return dataclasses.replace(drawn, config=config)  # one program serves configs of several names
 
 
 @eqx.filter_jit

@@ -1,5 +1,7 @@
 """The forward pass, and the value and effect of every site, against the NumPy statement (float64, 1e-10)."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -100,3 +102,10 @@ def test_rotary_scaling(kind, expected):
                 smooth = (64 / wavelength - 1) / (4 - 1)
                 want = (1 - smooth) * f / 4 + smooth * f
             assert abs(s - want) < 1e-12
+
+
+def test_init_keeps_the_name_of_the_config():
+    """Two configs that differ in their names are one to the compiler."""
+    for name in ("first", "second"):
+        config = dataclasses.replace(ARCHITECTURES["gpt2"], name=name)
+        assert mj.init(config, jax.random.key(0)).config.name == name
