@@ -26,7 +26,7 @@ if __name__ == "__main__":
     table = _Table()
     here = str(pathlib.Path(__file__).parent)
     code = pytest.main(
-        [here, "-n", "0", "-q", "--no-header", "--tb=no", "--show-capture=no", *sys.argv[1:]], plugins=[table]
+        [here, "-m", "", "-n", "0", "-q", "--no-header", "--tb=no", "--show-capture=no", *sys.argv[1:]], plugins=[table]
     )
     widths = [max((len(row[i]) for row in table.rows), default=0) for i in range(2)]
     for kind, situation, outcome in table.rows:
