@@ -46,7 +46,7 @@ class Generated(NamedTuple):
 
     Attributes:
         ids: the ids of prompt and new tokens; new ones are -1 where an index that is known only inside a trace is
-            out of range.
+            out of range, and from where logits are NaN or infinite, which no token can be drawn from.
         mask: False at padding and after a stop token.
         acts: the captured activations by site.
     """
@@ -204,11 +204,13 @@ def _generate(
         return final, {name: acts[name] for name in captures}, KVCache(*(acts[site] for site in cached))
 
     def draw(final, step):
-        """The next token of each example, from its final stream `[batch, 1, d_model]`."""
+        """The next token of each example, from its final stream `[batch, 1, d_model]`; -1 where its logits are NaN or infinite."""
         logits = model.readout(final, Tokens(jnp.zeros(final.shape[:2], jnp.int32))).logits()[:, 0]
         if sampling is None:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return sample(logits, sampling, filtered, jax.random.fold_in(key, step)).astype(jnp.int32)
+            token = jnp.argmax(logits, axis=-1)
+        else:
+            token = sample(logits, sampling, filtered, jax.random.fold_in(key, step))
+        return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), token, -1).astype(jnp.int32)
 
     prompt = jnp.arange(width, dtype=jnp.int32)
     final, acts, computed = run_columns(prompt, text.ids[:, :width])
@@ -220,9 +222,10 @@ def _generate(
     def step(carry, i):
         """Run the new token `i` and draw the next."""
         cache, token = carry
-        final, acts, computed = run_columns((width + i)[None], token[:, None], cache)
+        final, acts, computed = run_columns((width + i)[None], jnp.maximum(token, 0)[:, None], cache)
         cache = KVCache(*(c.at[:, :, width + i].set(x[:, :, 0]) for c, x in zip(cache, computed)))
-        return (cache, draw(final, i + 1)), (token, acts)
+        following = jnp.where(token < 0, -1, draw(final, i + 1))  # nothing follows a token that was not
+        return (cache, following), (token, acts)
 
     if captures:
         _, (new_ids, new_acts) = jax.lax.scan(step, (cache, token), jnp.arange(room, dtype=jnp.int32))

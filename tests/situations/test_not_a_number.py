@@ -103,3 +103,18 @@ def test_a_broken_stream_at_padding_is_nobodys_business():
         edits = {"resid_pre": mj.Replace(np.inf, mj.Where(layer=0, pos=mask))}
         real = np.asarray(padded(side).mask)
         assert np.allclose(logits(model(), padded(side), edits)[real], logits(model(), padded(side))[real])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_no_token_is_generated_from_logits_that_are_not_finite(value, temperature):
+    """Broken at the second prompt's second new token: from there on it has none, and the other prompt is as it was."""
+    prompts, key = [[1, 2, 3, 4], [4, 3, 2, 1]], jax.random.key(0)
+    pos = np.zeros((2, 8), bool)
+    pos[1, 4] = True
+    run = lambda edits=None, **how: np.asarray(
+        mj.generate(model(), prompts, edits, max_new_tokens=4, temperature=temperature, key=key, **how).ids
+    )
+    for how in ({}, {"capture": ("z",)}):
+        broken, plain = run({"resid_post": mj.Replace(value, mj.Where(layer=2, pos=pos))}, **how), run(**how)
+        assert (broken[0] == plain[0]).all() and (broken[1, :5] == plain[1, :5]).all() and (broken[1, 5:] == -1).all()
