@@ -42,12 +42,13 @@ from mijax.interventions.edits import Add, Apply, Edit, Interchange, Mix, Projec
 from mijax.interventions.where import Where
 from mijax.model import processing
 from mijax.model.config import Config, RotaryScaling
-from mijax.model.model import LayeredModel, Model, Wrapper
+from mijax.model.model import LayeredModel, Model
 from mijax.model.readout import Readout
 from mijax.model.sites import SITES, Site, sites
 from mijax.model.tap import Point, Tap, Visit, called
 from mijax.model.tokens import Inputs, Tokens
 from mijax.model.transformer import Transformer, init
+from mijax.model.wrapper import Wrapper
 from mijax.sweeps.ablate import ablate, dose_response
 from mijax.sweeps.knock_out import knock_out
 from mijax.sweeps.mediate import mediate

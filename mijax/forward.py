@@ -1,7 +1,7 @@
 """The waist: one pure function from (model, tokens, interventions) to a readout and activations. All methods use it."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -11,24 +11,21 @@ from jax.sharding import PartitionSpec
 
 from mijax._types import Array, ArrayLike, Bool, Float, Int, Logits, Stream
 from mijax.display import as_html
-from mijax.interventions.capturing import Capturing
+from mijax.interventions.capturing import Capture, Captures, Capturing, as_captures
+from mijax.interventions.checks import check, check_selects, faulty
 from mijax.interventions.editing import Editing
-from mijax.interventions.edits import Edit, Interventions, as_edits, canonical, check_shapes
-from mijax.interventions.functions import convert_edits
-from mijax.interventions.where import Where, any_out_of_range, check_range, check_structure
+from mijax.interventions.edits import Edits, Interventions, as_edits
+from mijax.interventions.functions import of_prompts
 from mijax.meshes import batch_spec, with_automatic_axes
 from mijax.model.attention import KVCache
 from mijax.model.model import LayeredModel, Model, Output
 from mijax.model.position import Frame
 from mijax.model.readout import Readout
-from mijax.model.sites import Site, field_of, site_of
+from mijax.model.sites import site_of
 from mijax.model.tap import Chain, Result, Tap
 from mijax.model.tokens import Inputs, is_concrete
 from mijax.programs.now import JitNow
 
-Capture: TypeAlias = Iterable[str] | Mapping[str, Where | None]
-Edits: TypeAlias = dict[str, tuple[Edit, ...]]
-Captures: TypeAlias = dict[str, Where | None]
 T = TypeVar("T")
 
 
@@ -151,24 +148,6 @@ def _check_reached(model: LayeredModel, edits: Edits, captures: Captures) -> Non
                 )
 
 
-def check_selects(edits: Edits) -> None:
-    """Check that edits select something.
-
-    Args:
-        edits: edits by site.
-
-    Raises:
-        ValueError: for an edit with an empty mask whose values are known: it would silently never act.
-    """
-    for name, site_edits in edits.items():
-        for edit in site_edits:
-            for field, mask in edit.where.masks.items():
-                if is_concrete(mask) and not np.asarray(mask).any():
-                    raise ValueError(
-                        f"{type(edit).__name__} at site {name!r} selects nothing: its mask over {field!r} is all False"
-                    )
-
-
 def on_device(tree: T) -> T:
     """Move the host arrays of a tree to the device.
 
@@ -189,94 +168,6 @@ def _out_axes(model: Model, captures: Captures) -> Any:
     whole = lambda name: captures[name] is None or captures[name].batch is None  # pyright: ignore[reportOptionalMemberAccess]
     acts = lambda batch: {name: batch_spec(axes, batch if whole(name) else None) for name, axes in axes_by_site.items()}
     return lambda batch: (batch_spec(("batch",), batch), acts(batch), PartitionSpec())
-
-
-def of_prompts(model: Model, tokens: Inputs, edits: Edits) -> Edits:
-    """Prepare checked edits for a run of all of `tokens`.
-
-    Args:
-        model: what is run.
-        tokens: its inputs.
-        edits: edits that `check` accepts.
-
-    Returns:
-        The edits in canonical form, each of the user's functions converted to the program that it computes at this
-        call.
-    """
-    batch, pos = tokens.ids.shape
-    edits = in_canonical_form(model, edits)
-    return convert_edits(model, edits, batch, pos, pos, (model, tokens))
-
-
-def in_canonical_form(model: Model, edits: Edits) -> Edits:
-    """Give the operands of checked edits an axis for each axis of their site.
-
-    Args:
-        model: whose sites are edited.
-        edits: edits that `check` accepts.
-
-    Returns:
-        The edits by site.
-    """
-    return {
-        name: tuple(canonical(edit, model.sites[name]) for edit in site_edits) for name, site_edits in edits.items()
-    }
-
-
-def check(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> None:
-    """Check inputs, edits and captures, as far as is possible before anything runs.
-
-    Args:
-        model: what is run.
-        tokens: its inputs.
-        edits: edits by site.
-        captures: what to keep by site.
-
-    Raises:
-        ValueError: for inputs that the model does not take, and for what `check_places` refuses.
-        TypeError: for what `check_places` refuses.
-    """
-    model.check_inputs(tokens)
-    check_places(model, tokens, edits, captures)
-
-
-def check_places(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> None:
-    """Check that sites, places and operands fit inputs of the shape and padding of `tokens`.
-
-    Args:
-        model: what is run.
-        tokens: inputs, of which ids are not read.
-        edits: edits by site.
-        captures: what to keep by site.
-
-    Raises:
-        ValueError: for a site that the model lacks, an axis that a site lacks, an index out of range, an operand
-            that does not broadcast to its site, a capture narrowed by a mask or by different layers for each
-            example.
-        TypeError: for a place that is no `Where`.
-    """
-    for name in (*edits, *captures):
-        site = site_of(name, model.sites)
-        shape = site.shape(*tokens.ids.shape)
-        sizes, fields = dict(zip(site.axes, shape)), field_lengths(site, tokens)
-        for edit in edits.get(name, ()):
-            if not isinstance(edit.where, Where):
-                raise TypeError(
-                    f"expected a mijax.Where at site {name!r}, given {type(edit.where).__name__}; a grid goes to mijax.sweep"
-                )
-            check_structure(edit.where, name, site.axes, sizes)
-            check_range(edit.where, name, fields)
-            check_shapes(edit, site, shape)
-        captured = captures.get(name)
-        if captured is not None:
-            if captured.masks:
-                raise ValueError(f"capture at site {name!r} must be narrowed by indices: a mask has no fixed size")
-            if np.ndim(captured.layer) == 2:
-                raise ValueError(
-                    f"capture at site {name!r} keeps the same layers of every example: give them as one list"
-                )
-            check_structure(captured, name, site.axes, sizes, zipped=False)
-            check_range(captured, name, fields)
 
 
 @JitNow
@@ -389,65 +280,6 @@ def _check_state(tap: Tap, before: Any, after: Any) -> None:
                 f"the state of {type(part).__name__} must have one structure whenever a layer begins: it was {shapes[0]}, and is"
                 f" {shapes[1]} after the layer"
             )
-
-
-def as_captures(capture: Capture) -> Captures:
-    """Read a `capture` argument.
-
-    Args:
-        capture: names of sites, or sites mapped to a `Where` or to `None`.
-
-    Returns:
-        The place to keep by site; `None` is all of the site.
-
-    Raises:
-        TypeError: for a bare string, or a site that is mapped to anything but a `Where` or `None`.
-    """
-    if isinstance(capture, str):
-        raise TypeError(f"capture must be a sequence of sites, given the string {capture!r}; write ({capture!r},)")
-    if not isinstance(capture, Mapping):
-        return dict.fromkeys(capture)
-    for site, where in capture.items():
-        if not (where is None or isinstance(where, Where)):
-            raise TypeError(
-                f"capture must map sites to a mijax.Where or None, given {type(where).__name__} at site {site!r}"
-            )
-    return dict(capture)
-
-
-def field_lengths(site: Site, tokens: Inputs) -> dict[str, Any]:
-    """The number of entries that each field of `Where` indexes at a site.
-
-    Args:
-        site: the site.
-        tokens: the inputs.
-
-    Returns:
-        The number by field; along positions the lengths of the prompts, `[batch]`.
-    """
-    sizes = zip(site.axes, site.shape(*tokens.ids.shape))
-    return {field_of(axis): tokens.lengths if axis in site.position_axes else size for axis, size in sizes}
-
-
-def faulty(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> Bool[Array, ""]:
-    """Find, inside a trace, the faults that depend on values.
-
-    Args:
-        model: what is run.
-        tokens: its inputs.
-        edits: edits by site.
-        captures: what to keep by site.
-
-    Returns:
-        Whether an index is out of range, or an input is one that the model does not take.
-    """
-    bad = model.bad_inputs(tokens)
-    for name in (*edits, *captures):
-        fields = field_lengths(model.sites[name], tokens)
-        wheres = [edit.where for edit in edits.get(name, ())]
-        for where in (*wheres, captures.get(name) or Where()):
-            bad = bad | any_out_of_range(where, fields)
-    return bad
 
 
 def zero_varying_like(tree: Any, dtype: Any) -> Float[Array, "1 1 1"]:

@@ -17,7 +17,7 @@ from mijax.attribution.verify import Verify, check_exact, coincide, verified
 from mijax.engine.labels import positions_told
 from mijax.engine.measure import Metrics, as_floats, described, is_split, named
 from mijax.engine.pairs import Direction, check_pair
-from mijax.forward import check
+from mijax.interventions.checks import check
 from mijax.memory import PeakMemory, default_memory
 from mijax.meshes import automatic
 from mijax.model.model import LayeredModel

@@ -11,7 +11,8 @@ from mijax._types import Array, ArrayLike, Float
 from mijax.attribution.checks import check_apart, check_differ, check_gradient, check_layered
 from mijax.engine.measure import as_programs, captures_of, checked, described, named, values_of
 from mijax.engine.pairs import check_pair
-from mijax.forward import check, run, zero_varying_like
+from mijax.forward import run, zero_varying_like
+from mijax.interventions.checks import check
 from mijax.interventions.edits import Add
 from mijax.interventions.where import Where
 from mijax.meshes import automatic

@@ -67,54 +67,121 @@ def gated(
     others = {} if source is None else {"source": source}
     if path.inputs is not None:  # gates then add differences from the base run with its embeddings unmoved
         others["base"] = ids
-    runs, n_runs = tuple(others), 1 + len(others)
-    frame = model.frame(tokens)
-    tiled = lambda a: jnp.tile(jnp.asarray(a), (n_runs, 1))
-    all_frame = model.frame(Tokens.tree_unflatten(None, (tiled(tokens.ids), tiled(tokens.mask))))
     layered, inside, around = _by_place(model, gates)
-    sites, zero = gated_sites(model.sites, gates, path), jnp.zeros((1, 1, 1), model.dtype)
-    watched = Chain(tuple(read))
-    all_watched = Chain(tuple(tap.tiled(n_runs) for tap in read if others))  # of all runs, in the order of `all_frame`
-    keep = Chain((Capturing(dict.fromkeys((*around, "embed")), model.n_layers), watched))
+    layers = _Layers(model, tokens, path, gated_sites(model.sites, gates, path), inside, tuple(others), tuple(read))
+    ends = _Ends(layers, {**around, **inside}, Capturing(dict.fromkeys((*around, "embed")), model.n_layers))
 
-    def apart(part: Callable, base: Array, streams: dict[str, Array], states: dict[str, Any], seen: Any):
-        """The embedding or the final norm of each run by itself; of the base run last, since it reads the others."""
-        ends = {run: part(x, frame, keep, states[run]) for run, x in streams.items()}
-        held = Held({run: captured.outer for run, (_, (captured, _)) in ends.items()}, {}, {})
-        toward = Toward({**around, **inside}, path, sites, held)
-        base, (_, seen) = part(base, frame, Chain((toward, watched)), ({}, seen))
-        return base, {run: x for run, (x, _) in ends.items()}, {run: state for run, (_, state) in ends.items()}, seen
-
-    def body(layer: Any, carry: _Carry, layer_gates: dict[str, Array]) -> Any:
-        layer_gates = {**layer_gates, **inside}
-        base, others, constant_gates = jax.lax.stop_gradient((carry.base, carry.others, layer_gates))
-        together = Together(constant_gates, path, sites, runs)
-        state = (together.init(model.sites, all_frame, base), carry.all_seen)
-        streams = jnp.concatenate([base, *(others[run] for run in runs)])
-        new_streams, (held, all_seen) = layer(streams, all_frame, Chain((together, all_watched)), state)
-        base, *new_others = together.split(new_streams)
-        toward = Toward(layer_gates, path, sites, held, model.sites["attn_scores"].scale)
-        computed, (_, seen) = layer(carry.base, frame, Chain((toward, watched)), ({}, carry.seen))
-        (seen, stacked), (all_seen, all_stacked) = watched.close(seen), all_watched.close(all_seen)
-        return _Carry(known(computed, base), dict(zip(runs, new_others)), seen, all_seen), (stacked, all_stacked)
-
-    states = {run: keep.init(model.sites, frame, zero) for run in runs}
-    base, streams, states, seen = apart(model.embed, ids, others, states, watched.init(model.sites, frame, zero))
-    carry = _Carry(base, streams, seen, all_watched.init(model.sites, all_frame, zero))
+    zero = jnp.zeros((1, 1, 1), model.dtype)
+    seen, all_seen, states = (
+        layers.watched.init(model.sites, layers.frame, zero),
+        layers.all_init(zero),
+        ends.init(zero),
+    )
+    base, streams, states, seen = ends.run(model.embed, ids, others, states, seen)
     group = group_size(model.n_layers) if checkpoint == 2 else 1
     remat = lambda function: _again(function, checkpoint)
-    carry, (stacked, all_stacked) = model.walk(body, carry, layered, remat=remat, group=group)
-    base, streams, states, seen = apart(model.final, carry.base, carry.others, states, carry.seen)
+    carry = _Carry(base, streams, seen, all_seen)
+    carry, (stacked, all_stacked) = model.walk(layers.run, carry, layered, remat=remat, group=group)
+    base, streams, states, seen = ends.run(model.final, carry.base, carry.others, states, carry.seen)
 
-    base_out = Out(model.readout(base, tokens), {}, watched.result(seen, stacked))
+    base_out = Out(model.readout(base, tokens), {}, layers.watched.result(seen, stacked))
     if source is None:
         return base_out, None
-    of_source = lambda name, act: jnp.split(act, n_runs, axis=model.sites[name].axes.index("batch"))[1]
-    within = [
-        {n: of_source(n, act) for n, act in acts.items()} for acts in all_watched.result(carry.all_seen, all_stacked)
-    ]
+    within = layers.of_source(layers.all_watched.result(carry.all_seen, all_stacked))
     acts = tuple({**inner, **captured.outer} for inner, captured in zip(within, states["source"][1]))
     return base_out, Out(model.readout(streams["source"], Tokens.tree_unflatten(None, (source, tokens.mask))), {}, acts)
+
+
+class _Layers:
+    """What is done with each layer: all runs go through it together, then the base run alone.
+
+    Args:
+        model: the model.
+        tokens: the base prompts.
+        path: how else the base run is changed.
+        sites: the sites at which the taps of attribution are called.
+        gates: the gates at sites that only some layers have.
+        others: the names of the other runs.
+        read: the activations to capture of both runs.
+    """
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        tokens: Tokens,
+        path: Path,
+        sites: frozenset[str],
+        gates: dict[str, Array],
+        others: tuple[str, ...],
+        read: tuple[Capturing, ...],
+    ):
+        self.model, self.path, self.sites, self.gates, self.others = model, path, sites, gates, others
+        self.n_runs = 1 + len(others)
+        tiled = lambda a: jnp.tile(jnp.asarray(a), (self.n_runs, 1))
+        self.frame = model.frame(tokens)
+        self.all_frame = model.frame(Tokens.tree_unflatten(None, (tiled(tokens.ids), tiled(tokens.mask))))
+        self.watched = Chain(read)
+        self.all_watched = Chain(tuple(tap.tiled(self.n_runs) for tap in read if others))
+
+    def run(self, layer: Any, carry: _Carry, layer_gates: dict[str, Array]) -> tuple[_Carry, Any]:
+        """The body of the walk."""
+        gates = {**layer_gates, **self.gates}
+        streams, held, all_seen = self._together(layer, carry, gates)
+        toward = Toward(gates, self.path, self.sites, held, self.model.sites["attn_scores"].scale)
+        computed, (_, seen) = layer(carry.base, self.frame, Chain((toward, self.watched)), ({}, carry.seen))
+        (seen, stacked), (all_seen, all_stacked) = self.watched.close(seen), self.all_watched.close(all_seen)
+        base, *others = streams
+        return _Carry(known(computed, base), dict(zip(self.others, others)), seen, all_seen), (stacked, all_stacked)
+
+    def _together(self, layer: Any, carry: _Carry, gates: dict[str, Array]) -> tuple[list[Array], Held, Any]:
+        """All runs through a layer, without a derivative: their streams, the values to hold, the captures' state."""
+        base, others, gates = jax.lax.stop_gradient((carry.base, carry.others, gates))
+        together = Together(gates, self.path, self.sites, self.others)
+        state = (together.init(self.model.sites, self.all_frame, base), carry.all_seen)
+        streams = jnp.concatenate([base, *(others[run] for run in self.others)])
+        streams, (held, all_seen) = layer(streams, self.all_frame, Chain((together, self.all_watched)), state)
+        return together.split(streams), held, all_seen
+
+    def all_init(self, zero: Array) -> Any:
+        """The state of the captures of all runs before the first layer."""
+        return self.all_watched.init(self.model.sites, self.all_frame, zero)
+
+    def of_source(self, captured: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
+        """Of activations captured of all runs, those of the source run."""
+        batch = lambda name: self.model.sites[name].axes.index("batch")
+        source = lambda name, act: jnp.split(act, self.n_runs, axis=batch(name))[1]
+        return [{name: source(name, act) for name, act in acts.items()} for acts in captured]
+
+
+class _Ends(NamedTuple):
+    """What is done with the embedding and the final norm: each run goes through them by itself.
+
+    Attributes:
+        layers: what is done with each layer.
+        gates: the gates at sites around the layers, and at those that only some layers have.
+        around: the tap that keeps what gates and captures need of the other runs.
+    """
+
+    layers: _Layers
+    gates: dict[str, Array]
+    around: Capturing
+
+    def init(self, zero: Array) -> dict[str, Any]:
+        """The states of the captures, by run."""
+        return {run: self._keep.init(self.layers.model.sites, self.layers.frame, zero) for run in self.layers.others}
+
+    def run(self, part: Callable, base: Array, streams: dict[str, Array], states: dict[str, Any], seen: Any) -> Any:
+        """Run the base run last, since it reads the others: its result, the others', their states, its state."""
+        layers = self.layers
+        ends = {run: part(x, layers.frame, self._keep, states[run]) for run, x in streams.items()}
+        held = Held({run: captured.outer for run, (_, (captured, _)) in ends.items()}, {}, {})
+        toward = Toward(self.gates, layers.path, layers.sites, held)
+        base, (_, seen) = part(base, layers.frame, Chain((toward, layers.watched)), ({}, seen))
+        return base, {run: x for run, (x, _) in ends.items()}, {run: state for run, (_, state) in ends.items()}, seen
+
+    @property
+    def _keep(self) -> Chain:
+        return Chain((self.around, self.layers.watched))
 
 
 def _by_place(model: LayeredModel, gates: Gates) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:

@@ -10,9 +10,9 @@ import numpy as np
 
 from mijax._types import Int
 from mijax.engine.grid import Grid
-from mijax.forward import check, field_lengths, of_prompts
+from mijax.interventions.checks import check, field_lengths
 from mijax.interventions.edits import Apply, Interventions, as_edits, canonical
-from mijax.interventions.functions import has_functions
+from mijax.interventions.functions import has_functions, of_prompts
 from mijax.interventions.places import together
 from mijax.interventions.where import check_range
 from mijax.model.model import Model

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Float, Int, Stream
-from mijax.forward import Edits, Out, run
+from mijax.forward import Out, run
 from mijax.interventions.capturing import Capturing
+from mijax.interventions.edits import Edits
 from mijax.interventions.rows import CapturingRows, EditingRows
 from mijax.model.attention import KVCache
 from mijax.model.model import LayeredModel

@@ -12,10 +12,11 @@ import numpy as np
 
 from mijax._types import Array, Float, Int
 from mijax.chunks import small_work
-from mijax.forward import Captures, Out, as_captures, check, run
-from mijax.interventions.capturing import Capturing
+from mijax.forward import Out, run
+from mijax.interventions.capturing import Captures, Capturing, as_captures
+from mijax.interventions.checks import check
 from mijax.interventions.selecting import narrowed_shape
-from mijax.metrics import OWN, AnyMetric, position
+from mijax.metrics import AnyMetric, position
 from mijax.model.model import Model
 from mijax.model.numerics import accumulator
 from mijax.model.tokens import Inputs
@@ -115,6 +116,7 @@ class MetricProgram(eqx.Module):
         pos: the position at which it reads the final stream; `None` for any.
     """
 
+    users_code = False
     function: Converted
     sites: Any
     pos: Any
@@ -157,7 +159,7 @@ def as_programs(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) 
 
 def _as_program(model: Model, tokens: Inputs, name: str, metric: Any) -> AnyMetric:
     """One metric, converted."""
-    if isinstance(metric, (MetricProgram, *OWN)):
+    if not getattr(metric, "users_code", True):
         return metric
     if not callable(metric):
         raise TypeError(f"metric {name!r} must be a function of a run's output, given {metric!r}")

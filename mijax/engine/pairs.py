@@ -15,7 +15,7 @@ from mijax.engine.examples import Prompts
 from mijax.engine.grid import Grid
 from mijax.engine.measure import is_small, measure
 from mijax.engine.options import Options
-from mijax.forward import check
+from mijax.interventions.checks import check
 from mijax.interventions.edits import Replace
 from mijax.interventions.selecting import known_axes, selection
 from mijax.interventions.where import Where

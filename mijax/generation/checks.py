@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from mijax._types import Array
-from mijax.forward import Captures, Edits
-from mijax.interventions.edits import Apply
+from mijax.interventions.capturing import Captures
+from mijax.interventions.edits import Apply, Edits
 from mijax.model.model import LayeredModel
 from mijax.model.tokens import Tokens, is_concrete
 

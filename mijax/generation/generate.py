@@ -10,25 +10,15 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike, Bool, Int
 from mijax.display import as_html
-from mijax.forward import (
-    Capture,
-    Edits,
-    as_captures,
-    check_places,
-    check_selects,
-    faulty,
-    forward,
-    in_canonical_form,
-    nan_where,
-    on_device,
-)
+from mijax.forward import forward, nan_where, on_device
 from mijax.generation.checks import check_acts, check_settings
 from mijax.generation.room import edits_with_columns, room_for, with_columns
 from mijax.generation.sampling import as_sampling, sample
-from mijax.interventions.capturing import Capturing
+from mijax.interventions.capturing import Capture, Capturing, as_captures
+from mijax.interventions.checks import check_places, check_selects, faulty
 from mijax.interventions.editing import Editing
-from mijax.interventions.edits import Interventions, as_edits
-from mijax.interventions.functions import convert_edits
+from mijax.interventions.edits import Edits, Interventions, as_edits
+from mijax.interventions.functions import convert_edits, in_canonical_form
 from mijax.interventions.selecting import known_axes, narrow
 from mijax.interventions.where import Where
 from mijax.meshes import batch_spec, with_automatic_axes

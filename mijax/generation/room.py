@@ -5,8 +5,7 @@ from typing import Any
 
 import equinox as eqx
 
-from mijax.forward import Edits
-from mijax.interventions.edits import Apply, Edit
+from mijax.interventions.edits import Apply, Edit, Edits
 from mijax.model.sites import Site
 from mijax.model.tokens import Tokens, resized
 

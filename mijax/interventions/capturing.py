@@ -1,7 +1,7 @@
 """The tap that keeps activations."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -13,6 +13,33 @@ from mijax.interventions.where import Where
 from mijax.model.position import Frame
 from mijax.model.sites import Site
 from mijax.model.tap import Point, Tap
+
+Capture: TypeAlias = Iterable[str] | Mapping[str, Where | None]
+Captures: TypeAlias = dict[str, Where | None]
+
+
+def as_captures(capture: Capture) -> Captures:
+    """Read a `capture` argument.
+
+    Args:
+        capture: names of sites, or sites mapped to a `Where` or to `None`.
+
+    Returns:
+        The place to keep by site; `None` is all of the site.
+
+    Raises:
+        TypeError: for a bare string, or a site that is mapped to anything but a `Where` or `None`.
+    """
+    if isinstance(capture, str):
+        raise TypeError(f"capture must be a sequence of sites, given the string {capture!r}; write ({capture!r},)")
+    if not isinstance(capture, Mapping):
+        return dict.fromkeys(capture)
+    for site, where in capture.items():
+        if not (where is None or isinstance(where, Where)):
+            raise TypeError(
+                f"capture must map sites to a mijax.Where or None, given {type(where).__name__} at site {site!r}"
+            )
+    return dict(capture)
 
 
 class Kept(NamedTuple):

@@ -313,6 +313,9 @@ Interventions: TypeAlias = Mapping[str, AnyEdit | Sequence[AnyEdit]]
 EDITS = (Replace, Scale, Add, Project, Interchange, Mix, Apply)
 
 
+Edits: TypeAlias = dict[str, tuple[Edit, ...]]
+
+
 def as_edits(interventions: Interventions | None) -> dict[str, tuple[Edit, ...]]:
     """The edits of each site, in the order in which they act, with functions as `Apply`.
 

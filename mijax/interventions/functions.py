@@ -8,12 +8,45 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax.interventions.edits import Apply, Edit
+from mijax.interventions.edits import Apply, Edit, Edits, canonical
 from mijax.model.model import Model
 from mijax.model.sites import Site
+from mijax.model.tokens import Inputs
 from mijax.programs.convert import Converted, convert, for_mesh_axes, name_of
 
 SIGNATURE = "(x, site, layer, positions)"
+
+
+def of_prompts(model: Model, tokens: Inputs, edits: Edits) -> Edits:
+    """Prepare checked edits for a run of all of `tokens`.
+
+    Args:
+        model: what is run.
+        tokens: its inputs.
+        edits: edits that `check` accepts.
+
+    Returns:
+        The edits in canonical form, each of the user's functions converted to the program that it computes at this
+        call.
+    """
+    batch, pos = tokens.ids.shape
+    edits = in_canonical_form(model, edits)
+    return convert_edits(model, edits, batch, pos, pos, (model, tokens))
+
+
+def in_canonical_form(model: Model, edits: Edits) -> Edits:
+    """Give the operands of checked edits an axis for each axis of their site.
+
+    Args:
+        model: whose sites are edited.
+        edits: edits that `check` accepts.
+
+    Returns:
+        The edits by site.
+    """
+    return {
+        name: tuple(canonical(edit, model.sites[name]) for edit in site_edits) for name, site_edits in edits.items()
+    }
 
 
 def has_functions(edits: Mapping[str, tuple[Edit, ...]]) -> bool:

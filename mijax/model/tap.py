@@ -11,6 +11,7 @@ from mijax._types import Array, Int
 from mijax.display import ShownAsTree
 from mijax.model.position import Frame
 from mijax.model.sites import Site
+from mijax.programs.now import UsersCode
 
 State: TypeAlias = Any
 """What a tap remembers during a run: a pytree of arrays, of whatever structure the tap chooses."""
@@ -38,7 +39,7 @@ class Point(NamedTuple):
     copy: bool = False
 
 
-class Tap(ShownAsTree):
+class Tap(UsersCode, ShownAsTree):
     """What a run does at some of its sites: a pytree whose arrays may be vmapped and differentiated.
 
     The tap is called at `sites` only, and the copies per head of a site are computed only where a tap names that site.
@@ -58,8 +59,6 @@ class Tap(ShownAsTree):
     >>> mj.run(model, [[1, 2, 3]], taps=[Norms()]).taps[0].shape
     (2, 1, 3)
     """
-
-    users_code = True
 
     @property
     @abc.abstractmethod

@@ -18,6 +18,20 @@ QUICKLY = {"xla_backend_optimization_level": 0} | (
 """Options of XLA on a CPU: a program compiles in a third of the time, and its loops run several times slower."""
 
 
+class UsersCode:
+    """The base of what users subclass: a class is taken for a user's unless its own body says `users_code = False`.
+
+    Attributes:
+        users_code: whether methods of the class may read what changes between two calls.
+    """
+
+    users_code = True
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls.users_code = vars(cls).get("users_code", True)  # not inherited: a subclass may read anything
+
+
 class JitNow:
     """`equinox.filter_jit` of a function that sees changes in what the users' code among its arguments reads.
 
