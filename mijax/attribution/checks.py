@@ -75,14 +75,14 @@ def check_gradient(model: LayeredModel, tokens: Tokens, name: str, metric: AnyMe
 @functools.lru_cache
 def _slope(leaves: tuple[Any, ...], treedef: Any) -> tuple[Any, bool]:
     """The dtype of a metric, and whether JAX finds any derivative: where there is none it says so by a symbol, not by zeros."""
-    (readout, acts, metrics), found = jax.tree.unflatten(treedef, leaves), []
+    (readout, acts, metrics), varies = jax.tree.unflatten(treedef, leaves), []
 
     @jax.custom_jvp
     def watched(y: Array) -> Array:
         return y
 
     def rule(primals: tuple[Array], tangents: tuple[Any]) -> tuple[Array, Any]:
-        found.append(not isinstance(tangents[0], SymbolicZero))
+        varies.append(not isinstance(tangents[0], SymbolicZero))
         return primals[0], tangents[0]
 
     watched.defjvp(rule, symbolic_zeros=True)
@@ -93,7 +93,7 @@ def _slope(leaves: tuple[Any, ...], treedef: Any) -> tuple[Any, bool]:
 
     along = lambda seen, *others: jax.jvp(lambda seen: value(seen, *others), (seen,), (seen,))
     dtype = eqx.filter_eval_shape(along, (readout.final, acts), readout, metrics)[0].dtype
-    return dtype, any(found)
+    return dtype, any(varies)
 
 
 def with_final(readout: T, final: Array) -> T:
@@ -127,5 +127,5 @@ def _mixes(readout: Any, acts: dict[str, Array], axes: dict[str, int], metric: A
         final, acts = jax.tree.map(jnp.nan_to_num, pull((batch == example).astype(values.dtype))[0])
         return [final, *(jnp.moveaxis(act, axes[site], 0) for site, act in acts.items())]
 
-    others = [own[1:] for own in of(0)] + [own[:-1] for own in of(len(values) - 1)]
-    return jnp.any(jnp.stack([jnp.any(own != 0) for own in others]))
+    others = [slope[1:] for slope in of(0)] + [slope[:-1] for slope in of(len(values) - 1)]
+    return jnp.any(jnp.stack([jnp.any(slope != 0) for slope in others]))

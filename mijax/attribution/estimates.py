@@ -55,7 +55,9 @@ class AttributionJob(NamedTuple):
     @property
     def layout(self) -> Layout:
         """What of the nodes the compiled program depends on."""
-        return tuple((site, own.shape, None if own.grid is None else own.size) for site, own in self.nodes.items())
+        return tuple(
+            (site, nodes.shape, None if nodes.grid is None else nodes.size) for site, nodes in self.nodes.items()
+        )
 
 
 class Schedule(NamedTuple):
@@ -75,19 +77,19 @@ def schedule(job: AttributionJob, memory: int) -> Schedule:
     splits = all(map(is_split, job.metrics.values()))
     full = min(batch, -(-chunks.full_rows() // pos)) if splits else batch
     read, fixed = 2 * metric_bytes(job.model, job.base, job.programs), layers_bytes(job.model)
-    fits, each, checkpoint = 0, 0, 0
+    fits, prompt, checkpoint = 0, 0, 0
     for checkpoint in CHECKPOINTS:
-        each = -(-read // batch) + prompt_bytes(job, checkpoint)
-        fits = min(batch, max(0, memory - fixed) // each)
+        prompt = -(-read // batch) + prompt_bytes(job, checkpoint)
+        fits = min(batch, max(0, memory - fixed) // prompt)
         if fits >= full:
             break
     prompts = _equal(batch, fits) if splits and fits else batch
     if fits < prompts:
         raise ValueError(
-            f"{'one prompt takes' if splits else 'the prompts take'} about {fixed + each * (1 if splits else batch):,} bytes,"
+            f"{'one prompt takes' if splits else 'the prompts take'} about {fixed + prompt * (1 if splits else batch):,} bytes,"
             f" memory={memory:,} allows none"
         )
-    return Schedule(prompts, checkpoint, fixed + each * prompts)
+    return Schedule(prompts, checkpoint, fixed + prompt * prompts)
 
 
 def _equal(batch: int, most: int) -> int:

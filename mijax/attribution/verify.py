@@ -151,21 +151,21 @@ def verified(
         score = _score(result, site, whole)
         chosen = choose(score, verify.k, verify.n_sample, rng)
         cells = np.concatenate(chosen)
-        found = _exact(job, nodes, cells, Options(memory, progress))
-        exact = _placed(result, site, job, cells, found)
+        measured = _exact(job, nodes, cells, Options(memory, progress))
+        exact = _placed(result, site, job, cells, measured)
         effect = np.abs((exact - result.base).mean("batch") / whole)
         if "metric" in effect.dims:
             effect = effect.max("metric")
         missed = int((effect.values.reshape(-1)[chosen.sample] >= verify.threshold).sum())
         mark = np.zeros(nodes.size, np.int8)
         mark[chosen.top], mark[chosen.sample] = 1, 2
-        told = {
+        attrs = {
             "meaning": "0 not measured, 1 measured for its score, 2 measured in the random sample of the rest",
             "rest": nodes.size - len(chosen.top), "sample": len(chosen.sample), "missed_in_sample": missed,
             "missed_at_most": most_missed(nodes.size - len(chosen.top), len(chosen.sample), missed),
             "confidence": CONFIDENCE, "threshold": verify.threshold,
         }  # fmt: skip
-        marks = (tuple(nodes.labels), mark.reshape([len(own) for own in nodes.labels.values()]), told)
+        marks = (tuple(nodes.labels), mark.reshape([len(labels) for labels in nodes.labels.values()]), attrs)
         result = result.assign({f"{site}.exact": exact, f"{site}.measured": marks})
     return result
 
@@ -230,7 +230,7 @@ def _grid(job: AttributionJob, nodes: Nodes, cells: Int[np.ndarray, " k"]) -> Gr
 
 
 def _placed(
-    result: "xr.Dataset", site: str, job: AttributionJob, cells: Int[np.ndarray, " k"], found: Values
+    result: "xr.Dataset", site: str, job: AttributionJob, cells: Int[np.ndarray, " k"], measured: Values
 ) -> "xr.DataArray":
     """The exact metrics in their cells, NaN in the others and where a prompt has not the position."""
     estimate = result[site]
@@ -238,7 +238,7 @@ def _placed(
     shape = [estimate.sizes[dim] for dim in estimate.dims if dim != "metric"]
     arrays = []
     for name in job.metrics:
-        own = np.full((int(np.prod(shape[:-1])), shape[-1]), np.nan, found[name].dtype)
-        own[cells] = found[name]
-        arrays.append(own.reshape(shape))
+        values = np.full((int(np.prod(shape[:-1])), shape[-1]), np.nan, measured[name].dtype)
+        values[cells] = measured[name]
+        arrays.append(values.reshape(shape))
     return estimate.copy(data=np.stack(arrays) if several else arrays[0]).where(estimate.notnull())

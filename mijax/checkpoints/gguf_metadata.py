@@ -183,18 +183,18 @@ def faults(values: Mapping[str, Any], rules: Mapping[str, Rule], families: tuple
     ]
 
 
-def refuse(path: Path, found: Sequence[str]) -> None:
+def refuse(path: Path, faults: Sequence[str]) -> None:
     """Raise one error for all faults; do nothing where there are none.
 
     Args:
         path: the file, for the error message.
-        found: messages about the faults.
+        faults: messages about them.
 
     Raises:
-        ValueError: where `found` is not empty.
+        ValueError: where there are faults.
     """
-    if found:
-        raise ValueError(f"{path}: unsupported GGUF metadata: {'; '.join(found)}")
+    if faults:
+        raise ValueError(f"{path}: unsupported GGUF metadata: {'; '.join(faults)}")
 
 
 def config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Any]:

@@ -37,14 +37,14 @@ class Swept(NamedTuple):
         cells: the cells.
         values: the metrics of the cells, `[cell, batch]` each.
         runs: the metrics of the base run and of other runs (the source's), `[batch]` each, by run and metric.
-        told: attributes for the labelled result: the number of prompts that ran together, the bytes estimated and
+        attrs: attributes for the labelled result: the number of prompts that ran together, the bytes estimated and
             measured.
     """
 
     cells: Cells
     values: Values
     runs: dict[str, Values]
-    told: dict[str, Any]
+    attrs: dict[str, Any]
 
 
 class Start(NamedTuple):

@@ -21,7 +21,7 @@ def labelled(done: Swept, *, single: bool, attrs: dict[str, Any]) -> "xr.DataArr
     Args:
         done: the sweep.
         single: whether the user gave one metric, not a dictionary of metrics.
-        attrs: attributes of the result; those of the sweep (`Swept.told`) and the metric's name are added.
+        attrs: attributes of the result; those of the sweep (`Swept.attrs`) and the metric's name are added.
 
     Returns:
         A DataArray where `single`, else a Dataset with a variable per metric.
@@ -34,7 +34,7 @@ def labelled(done: Swept, *, single: bool, attrs: dict[str, Any]) -> "xr.DataArr
     for which, metrics in done.runs.items():
         for name, value in metrics.items():
             coords[which if single else f"{which}.{name}"] = ("batch", value)
-    attrs = {**attrs, **done.told}
+    attrs = {**attrs, **done.attrs}
     arrays = {
         name: xr.DataArray(
             value.reshape(*shape, -1), coords, (*labels, "batch"), name=name, attrs={**attrs, "metric": name}

@@ -12,14 +12,14 @@ from mijax.model.sites import Site, field_of
 
 
 def in_full(
-    value: Any, operand: str, told: Sequence[str] | None, site: Site, stacked: bool = False
+    value: Any, operand: str, names: Sequence[str] | None, site: Site, stacked: bool = False
 ) -> Array | np.ndarray:
     """An operand with one axis for each axis of the site, of size 1 where the operand has no such axis.
 
     Args:
         value: the operand, an array of at most the site's rank (besides the axis of choices).
         operand: its name, for errors.
-        told: the names of the operand's axes, as the user gave them; `None` for the last axes of the site.
+        names: the names of the operand's axes, as the user gave them; `None` for the last axes of the site.
         site: the site that the operand acts at.
         stacked: whether the operand has an axis of choices in front, which stays in front.
 
@@ -30,14 +30,16 @@ def in_full(
         ValueError: for axes that the site lacks, or whose number is not the rank of the operand.
     """
     lead, shape = jnp.shape(value)[:stacked], jnp.shape(value)[stacked:]
-    if told is None or not shape:
+    if names is None or not shape:
         return value.reshape(*lead, *(1,) * (len(site.axes) - len(shape)), *shape)
-    names = {name: axis for axis in site.axes for name in (axis, field_of(axis))}
-    axes = [names.get(name) for name in told]
+    axis_of = {name: axis for axis in site.axes for name in (axis, field_of(axis))}
+    axes = [axis_of.get(name) for name in names]
     if None in axes or len(set(axes)) < len(axes):
-        raise ValueError(f"axes={tuple(told)} must be different axes of site {site.name!r}, some of {', '.join(names)}")
+        raise ValueError(
+            f"axes={tuple(names)} must be different axes of site {site.name!r}, some of {', '.join(axis_of)}"
+        )
     if len(shape) != len(axes):
-        raise ValueError(f"axes={tuple(told)} are {len(axes)}, the {operand} at site {site.name!r} has shape {shape}")
+        raise ValueError(f"axes={tuple(names)} are {len(axes)}, the {operand} at site {site.name!r} has shape {shape}")
     order = sorted(range(len(axes)), key=lambda i: site.axes.index(axes[i]))
     sizes = {axes[i]: shape[i] for i in order}
     moved = value.transpose([*range(stacked), *(i + stacked for i in order)])

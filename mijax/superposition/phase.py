@@ -163,13 +163,13 @@ def _started(n: int, m: int, w: np.ndarray) -> Callable[..., Toy]:
     return make_toy
 
 
-def agreement(found: np.ndarray, closed: Phase, true: Phase) -> tuple[float, np.ndarray]:
+def agreement(roles: np.ndarray, closed: Phase, true: Phase) -> tuple[float, np.ndarray]:
     """The fraction of cells whose role is the theory's, among the cells where closed form and true minimum agree.
 
     Where the two differ, in the band between their boundaries, neither role is wrong.
 
     Args:
-        found: `[importance, density]` roles, of trained models for example.
+        roles: `[importance, density]` roles, of trained models for example.
         closed: the diagram of the closed form.
         true: the diagram of true minima.
 
@@ -181,4 +181,4 @@ def agreement(found: np.ndarray, closed: Phase, true: Phase) -> tuple[float, np.
     (0.5, array([[ True,  True]]))
     """
     clear = closed.winner == true.winner
-    return float((found == closed.winner)[clear].mean()), clear
+    return float((roles == closed.winner)[clear].mean()), clear
