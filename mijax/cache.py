@@ -7,7 +7,11 @@ import jax
 
 
 def cache_folder() -> Path:
-    """The folder of converted models: `$MIJAX_CACHE`, or `mijax` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
+    """Find the folder of converted models.
+
+    Returns:
+        `$MIJAX_CACHE`, or else `mijax` in `$XDG_CACHE_HOME`, by default in `~/.cache`; the folder need not exist.
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mijax"
     return Path(os.environ.get("MIJAX_CACHE") or default).expanduser()
 

@@ -32,22 +32,32 @@ UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 def full_rows() -> int:
-    """The number of rows of a matrix product that keep the device busy.
+    """Give the number of rows of a matrix product that keep the device busy.
 
     A larger chunk would not run faster, and would mix jobs that could begin at different layers.
+
+    Returns:
+        The number of rows: 2048 on a CPU, 16384 on other devices.
     """
     return 2048 if jax.default_backend() == "cpu" else 16384
 
 
 def long_work() -> float:
-    """The number of floating-point operations above which saving a tenth is worth a compilation (a few seconds)."""
+    """Give the number of operations above which saving a tenth of them is worth a compilation (a few seconds).
+
+    Returns:
+        The number of floating-point operations: 1e12 on a CPU, 1e14 on other devices.
+    """
     return 1e12 if jax.default_backend() == "cpu" else 1e14
 
 
 def small_work() -> float:
-    """The number of floating-point operations up to which the time of compiling a program is all that matters.
+    """Give the number of operations up to which the time of compiling a program is all that matters.
 
     They take a millisecond in a slow program.
+
+    Returns:
+        The number of floating-point operations: 1e7 on a CPU, 0 on other devices.
     """
     return 1e7 if jax.default_backend() == "cpu" else 0.0
 
@@ -162,10 +172,13 @@ class Store:
 
 
 def is_begun(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a job.
+    """Tell whether a folder holds a job.
 
     Args:
         folder: any path.
+
+    Returns:
+        Whether `job.json`, the last file that `Store.begin` writes, is in it.
     """
     return Path(folder, "job.json").exists()
 
@@ -221,13 +234,16 @@ def _source() -> str:
 
 
 def progress_bar(jobs: int, label: str, unit: str, progress: bool) -> "tqdm[NoReturn]":
-    """A progress bar, a context manager, that appears where the work takes more than a second.
+    """Make a progress bar that appears where the work takes more than a second.
 
     Args:
         jobs: the number of jobs.
         label: the text before the bar.
         unit: the name of a job.
         progress: whether to show the bar.
+
+    Returns:
+        The bar, a context manager, with the method `update(jobs)`.
     """
     from tqdm import tqdm
 
@@ -319,7 +335,7 @@ def fingerprint(tree: Any) -> str:
 
 
 def repeatable(convert: Callable[[], T], save: Any) -> T:
-    """The result of `convert()`, checked for being the same a second time where it is to be saved.
+    """Convert users' functions, and check that a second conversion gives the same where the job is to be saved.
 
     A function that draws random numbers or reads a clock has no result that a later process could continue.
 
@@ -327,8 +343,12 @@ def repeatable(convert: Callable[[], T], save: Any) -> T:
         convert: converts users' functions; returns a pytree of them.
         save: the folder of the job; `None` for no folder and no check.
 
+    Returns:
+        The result of the first conversion.
+
     Raises:
         ValueError: where a second conversion differs from the first.
+        TypeError: with `save`, for a function whose program has a part that no checksum can cover (`fingerprint`).
 
     >>> repeatable(lambda: {"x": np.ones(2)}, None)
     {'x': array([1., 1.])}

@@ -9,13 +9,19 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A context that gives a temporary path, which replaces `path` on exit if nothing is raised.
+    """Give a temporary path, which replaces `path` on exit from the context if nothing is raised.
 
     The temporary file has the name of `path` and stands in a temporary folder beside it, so that the replacement is
     atomic. Parent folders are created.
 
     Args:
         path: the file to be written.
+
+    Yields:
+        The temporary path, at which the context writes the file.
+
+    Raises:
+        OSError: where a folder cannot be created, or the context wrote no file.
 
     >>> import tempfile, pathlib
     >>> target = pathlib.Path(tempfile.mkdtemp()) / "new" / "note.txt"

@@ -14,9 +14,12 @@ SLOW = 0.5
 
 
 def default_memory() -> int:
-    """The bytes that a chunk of jobs may take: at most half of what the device has left, and 1 GiB on a CPU.
+    """Choose the memory that a chunk of jobs may take: at most half of what the device has left, and 1 GiB on a CPU.
 
     (A CPU's matrix products are at full speed well below that, and smaller chunks show progress.)
+
+    Returns:
+        The size in bytes, a power of two.
     """
     stats = _device_memory()
     if "bytes_limit" in stats:
@@ -59,10 +62,14 @@ def _device_memory() -> dict[str, int]:
 
 @contextlib.contextmanager
 def compiler_memory_freed() -> Iterator[None]:
-    """Between each compilation inside and the program's first run, what the compiler is done with goes back to the system.
+    """Return to the system, after each compilation in the context, the memory that the compiler is done with.
 
-    glibc would keep it (about 100 MB, in the heaps of the compiler's threads), beside which the program then takes its own.
-    Where the C library cannot, nothing is done.
+    glibc would keep it (about 100 MB, in the heaps of the compiler's threads), beside which the program then takes its
+    own at its first run. Compilations of up to `SLOW` seconds are left out; where the C library cannot, nothing is
+    done.
+
+    Yields:
+        Nothing.
     """
     trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 

@@ -28,7 +28,7 @@ def automatic(tree: T) -> T:
 
 
 def with_automatic_axes(function: Callable[..., T], *arguments: Any, like: Any, out_axes: Callable[[Any], Any]) -> T:
-    """`function(*arguments)`, with the explicit axes of the arguments' mesh as automatic axes inside.
+    """Call a function, with the explicit axes of the arguments' mesh as automatic axes inside.
 
     Where no argument has explicit axes, the function is called directly.
 
@@ -38,6 +38,9 @@ def with_automatic_axes(function: Callable[..., T], *arguments: Any, like: Any, 
         like: the array whose first axis is the axis of examples, and tells how the examples are sharded.
         out_axes: `out_axes(b)` returns the partition specs of the result, `b` being the mesh axis of the examples,
             `None` where they are not sharded.
+
+    Returns:
+        The result of `function(*arguments)`, sharded as `out_axes` says where an argument has explicit axes.
     """
     mesh = next((jax.typeof(x).sharding.mesh for x in jax.tree.leaves(arguments) if _is_explicit(x)), None)
     if mesh is None:
@@ -62,11 +65,14 @@ def _moved(x: Any) -> Any:
 
 
 def batch_spec(axes: tuple[str, ...], batch: Any) -> PartitionSpec:
-    """The partition spec of an array that is sharded along its axis of examples.
+    """Make the partition spec of an array that is sharded along its axis of examples.
 
     Args:
         axes: the names of the array's axes.
         batch: the mesh axis along which the axis `batch` is sharded; `None` for none.
+
+    Returns:
+        The spec, with `batch` at the axis `batch` and `None` at the other axes.
 
     >>> tuple(batch_spec(("layer", "batch", "pos"), "data"))
     (None, 'data', None)

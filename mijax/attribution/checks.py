@@ -21,7 +21,16 @@ T = TypeVar("T")
 
 
 def check_count(value: Any, what: str) -> None:
-    """Raise `TypeError` or `ValueError` for anything but a whole number that is not negative."""
+    """Check that a value is a count.
+
+    Args:
+        value: the value.
+        what: what messages call it.
+
+    Raises:
+        TypeError: for anything but an integer of Python or NumPy; a boolean is none.
+        ValueError: for a negative number.
+    """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{what} must be a whole number, given {value!r}")
     if value < 0:
@@ -29,7 +38,14 @@ def check_count(value: Any, what: str) -> None:
 
 
 def check_layered(model: Any) -> None:
-    """Raise `TypeError` for a model whose layers cannot be walked."""
+    """Check that the layers of a model can be walked.
+
+    Args:
+        model: the model.
+
+    Raises:
+        TypeError: for anything but a `LayeredModel`.
+    """
     if not isinstance(model, LayeredModel):
         raise TypeError(
             f"attribution walks the layers of a model, which those of {type(model).__name__} cannot be: mijax.ablate takes any"
@@ -37,7 +53,15 @@ def check_layered(model: Any) -> None:
 
 
 def check_differ(clean: Tokens, corrupted: Tokens) -> None:
-    """Raise `ValueError` where an example is the same prompt in both batches."""
+    """Check that the two prompts of each example differ.
+
+    Args:
+        clean: the prompts, `[batch, pos]`.
+        corrupted: the prompts that they are compared with, of the same shape and padding.
+
+    Raises:
+        ValueError: where an example has the same real tokens in both batches; it names the first such example.
+    """
     same = (np.asarray(clean.ids) == np.asarray(corrupted.ids)) | ~np.asarray(clean.mask)
     if same.all(axis=1).any():
         raise ValueError(
@@ -46,7 +70,14 @@ def check_differ(clean: Tokens, corrupted: Tokens) -> None:
 
 
 def check_nodes(nodes: Mapping[str, Nodes]) -> None:
-    """Raise `ValueError` where cells along one dimension are not the same at all sites."""
+    """Check that the cells along each dimension are the same at all sites.
+
+    Args:
+        nodes: the cells by site.
+
+    Raises:
+        ValueError: where two sites have different places along one dimension.
+    """
     places: dict[str, Any] = {}
     for site, cells in nodes.items():
         for dim, these in cells.places.items():
@@ -58,9 +89,19 @@ def check_nodes(nodes: Mapping[str, Nodes]) -> None:
 
 
 def check_gradient(model: LayeredModel, tokens: Tokens, name: str, metric: AnyMetric) -> None:
-    """Raise `TypeError` for a metric that JAX has no derivative of; nothing is computed.
+    """Check that JAX has a derivative of a metric, without computing any number.
 
-    (One whose derivative happens to be zero has a derivative.)
+    A metric whose derivative happens to be zero has one.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        name: the name of the metric, for error messages.
+        metric: the metric, as `as_programs` returns it.
+
+    Raises:
+        TypeError: for a metric that gives complex numbers, and for one that has no derivative with respect to the final
+            stream and the activations that it reads.
     """
     dtype, slope = _slope(*as_shapes(model, tokens, {name: metric}))
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -97,12 +138,33 @@ def _slope(leaves: tuple[Any, ...], treedef: Any) -> tuple[Any, bool]:
 
 
 def with_final(readout: T, final: Array) -> T:
-    """A readout with another final stream."""
+    """Replace the final stream of a readout.
+
+    Args:
+        readout: the readout.
+        final: the stream that takes the place of its own, `[batch, pos, d_model]`.
+
+    Returns:
+        The readout with that stream, and otherwise unchanged.
+    """
     return eqx.tree_at(lambda out: out.final, readout, final)
 
 
 def check_apart(model: LayeredModel, tokens: Tokens, name: str, metric: AnyMetric) -> None:
-    """Raise `ValueError` where an example's metric depends on other examples: the gradient of their sum is then not its own."""
+    """Check that the metric of an example depends on no other example.
+
+    Otherwise the gradient of the sum over examples would not be each example's own. The metrics of the first and of
+    the last example are differentiated, at random outputs of a run. A single example passes.
+
+    Args:
+        model: the model.
+        tokens: the prompts.
+        name: the name of the metric, for error messages.
+        metric: the metric, as `as_programs` returns it.
+
+    Raises:
+        ValueError: where one of these gradients is not zero at another example.
+    """
     if len(tokens.ids) == 1:
         return
     rng, like = np.random.default_rng(0), lambda a: isinstance(a, jax.ShapeDtypeStruct)

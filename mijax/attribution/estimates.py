@@ -69,9 +69,20 @@ class Schedule(NamedTuple):
 
 
 def schedule(job: AttributionJob, memory: int) -> Schedule:
-    """As little computed again as `memory` allows for as many prompts as fill the device.
+    """Choose how many prompts run together, and what the backward pass computes again.
 
-    Prompts are split only where every metric can be (`AnyMetric`). Raises `ValueError` where not one prompt fits.
+    As little is computed again as `memory` allows for as many prompts as fill the device. Prompts are split, into
+    chunks of equal size, only where every metric can be (`AnyMetric`).
+
+    Args:
+        job: what is attributed.
+        memory: the bytes that the prompts that run together may take.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        ValueError: where `memory` does not hold one prompt, or all prompts where these cannot be split.
     """
     batch, pos = job.base.ids.shape
     splits = all(map(is_split, job.metrics.values()))
@@ -98,12 +109,31 @@ def _equal(batch: int, most: int) -> int:
 
 
 def layers_bytes(model: LayeredModel) -> int:
-    """The bytes of the parameters of two layers, of which XLA makes copies as it comes to them, forwards and backwards."""
+    """Compute the size of the parameters of two layers.
+
+    XLA makes copies of a layer's parameters as it comes to it, forwards and backwards.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The size in bytes.
+    """
     return 2 * model.layer_bytes
 
 
 def prompt_bytes(job: AttributionJob, checkpoint: int) -> int:
-    """The bytes that one more prompt takes: what the backward pass finds stored, what a layer works with, and gates."""
+    """Estimate the memory that one more prompt takes.
+
+    It is that of what the backward pass finds stored, of what a layer works with, and of gates.
+
+    Args:
+        job: what is attributed.
+        checkpoint: what the backward pass computes again: 0, 1 or 2, as in `side_by_side.gated`.
+
+    Returns:
+        The size in bytes, without what the metrics read and compute (`metric_bytes`).
+    """
     pos, sites = job.base.ids.shape[1], job.model.sites
     n, itemsize, path = max(1, job.model.n_layers), job.model.dtype.itemsize, job.method.path(1)
     if checkpoint == 0:

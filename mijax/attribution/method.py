@@ -97,8 +97,18 @@ class Method(ShownAsTree):
 def gate_gradients(
     measured: Callable[..., tuple[Values, Values]], *at: Any
 ) -> tuple[tuple[Values, Values], dict[str, tuple[Any, ...]]]:
-    """The metrics, and each one's gradient with respect to every argument. (Examples know nothing of each other, so the
-    gradient of their sum is each one's own.)"""
+    """Compute the metrics, and the gradient of each with respect to every argument.
+
+    No example's metric depends on another example, so that the gradient of the sum over examples is each one's own.
+
+    Args:
+        measured: a function that returns the metrics, `[batch]` by name, and a result that is not differentiated (the
+            metrics of the source run).
+        at: its arguments, pytrees of arrays at which the derivatives are taken.
+
+    Returns:
+        What `measured` returns; and by metric the gradients, one for each of `at` and of its structure.
+    """
     values, pull, source = jax.vjp(measured, *at, has_aux=True)
     alone = lambda name: {n: jnp.ones_like(v) if n == name else jnp.zeros_like(v) for n, v in values.items()}
     return (values, source), {name: pull(alone(name)) for name in values}

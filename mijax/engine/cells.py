@@ -203,13 +203,16 @@ def check_cells(model: Model, tokens: Inputs, cells: Cells) -> None:
 
 
 def canonical_cells(model: Model, cells: Cells) -> Cells:
-    """The cells with operands in canonical form, with an axis for each of the site's axes.
+    """Give the operands of cells an axis for each of their site's axes.
 
     An operand that differs between cells has the axis of choices in front of the site's axes.
 
     Args:
         model: the model.
         cells: cells that `check_cells` accepts.
+
+    Returns:
+        The cells with their edits in canonical form (`interventions.edits.canonical`).
     """
     edits, group = {}, {}
     for name, site_edits in cells.edits.items():
@@ -220,7 +223,7 @@ def canonical_cells(model: Model, cells: Cells) -> Cells:
 
 
 def convert_cells(model: Model, tokens: Inputs, cells: Cells) -> Cells:
-    """The cells with users' functions converted to programs, as their code is at the time of the call.
+    """Convert users' functions among the edits of cells to programs, as their code is at the time of the call.
 
     There is one program for all cells; its arrays differ between cells where the function's arrays do.
 
@@ -228,6 +231,14 @@ def convert_cells(model: Model, tokens: Inputs, cells: Cells) -> Cells:
         model: the model.
         tokens: the prompts.
         cells: the cells.
+
+    Returns:
+        The cells with programs in place of functions; cells without functions are returned unchanged.
+
+    Raises:
+        ValueError: for a function whose result has another shape or dtype than its input.
+        TypeError: for a function that takes other arguments.
+        Exception: whatever a function itself raises, with a note that names its site.
     """
     if not has_functions(cells.edits):
         return cells

@@ -88,11 +88,14 @@ def groups(
 
 
 def tokens_of(tokens: Inputs, examples: Examples) -> Inputs:
-    """Some of the prompts.
+    """Take some of the prompts.
 
     Args:
         tokens: all prompts.
         examples: numbers of the prompts to take.
+
+    Returns:
+        These prompts in the order of `examples`, as host arrays.
     """
     return jax.tree.map(lambda a: np.asarray(a)[examples], tokens)
 

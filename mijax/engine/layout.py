@@ -141,11 +141,14 @@ def layout_of(job: SweepJob, memory: int) -> Layout:
 
 
 def layout_bytes(job: SweepJob, layout: Layout) -> int:
-    """The bytes that a chunk takes.
+    """Estimate the memory that a chunk takes.
 
     Args:
         job: the sweep.
         layout: its layout.
+
+    Returns:
+        The size in bytes.
     """
     per_row, per_cell = unit_bytes(job, layout.prompts)
     return layout.size.rows * per_row + layout.size.cells * per_cell
@@ -170,24 +173,33 @@ def unit_bytes(job: SweepJob, prompts: int) -> tuple[int, int]:
 
 
 def row_bytes(model: Model, sites: Iterable[str]) -> int:
-    """The bytes that one row (a token of a cell) takes while a layer runs.
+    """Estimate the memory that one row (a token of a cell) takes while a layer runs.
 
     Args:
         model: the model.
         sites: the sites that are edited.
+
+    Returns:
+        The size in bytes.
     """
     return model.numbers_per_token(sites) * model.dtype.itemsize
 
 
 def cell_bytes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> int:
-    """The bytes that a cell takes in addition to its rows.
+    """Estimate the memory that a cell takes in addition to its rows.
 
-    They are those of attention over all tokens of the cell, and of what the metrics read and compute.
+    It is that of attention over all tokens of the cell, and of what the metrics read and compute.
 
     Args:
         model: the model.
         tokens: the prompts that run together.
         metrics: the metrics by name.
+
+    Returns:
+        The size in bytes.
+
+    Raises:
+        Exception: what a metric raises for outputs of these shapes.
     """
     read = {site for metric in metrics.values() for site in read_by(metric)}
     whole = sum(math.prod(model.sites[site].shape(*tokens.ids.shape)[model.sites[site].has_layer :]) for site in read)
@@ -196,10 +208,13 @@ def cell_bytes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -
 
 
 def operations(job: SweepJob) -> float:
-    """Multiplications and additions in the matrix products of all cells.
+    """Count the multiplications and additions in the matrix products of all cells.
 
     Args:
         job: the sweep.
+
+    Returns:
+        The number of floating-point operations, over the layers and tokens that each cell computes.
     """
     halves = job.work.start / 2
     return 2.0 * job.model.products_per_token * float(job.work.rows() @ (job.model.n_layers - halves))

@@ -28,12 +28,15 @@ Values: TypeAlias = dict[str, np.ndarray]
 
 
 def named(metric: Metrics) -> dict[str, AnyMetric]:
-    """Metrics by name.
+    """Give every metric a name.
 
     A single metric has the name that it says (`name`), or else that of its function or its class.
 
     Args:
         metric: one metric, or metrics by name.
+
+    Returns:
+        The metrics by name, in the order given.
 
     Raises:
         TypeError: for names that are no strings.
@@ -48,19 +51,31 @@ def named(metric: Metrics) -> dict[str, AnyMetric]:
 
 
 def read_by(metric: Any) -> Captures:
-    """The activations that a metric reads, by site.
+    """Tell which activations a metric reads.
 
     Args:
         metric: a metric; one without an attribute `sites` reads none.
+
+    Returns:
+        The place that it reads by site; `None` is all of the site.
+
+    Raises:
+        TypeError: for `sites` that are a bare string, or that map a site to anything but a `Where` or `None`.
     """
     return as_captures(getattr(metric, "sites", ()))
 
 
 def reads_activations(metrics: Mapping[str, AnyMetric]) -> bool:
-    """Whether some metric reads activations, and not only the readout.
+    """Tell whether some metric reads activations, and not only the readout.
 
     Args:
         metrics: the metrics by name.
+
+    Returns:
+        Whether one does.
+
+    Raises:
+        TypeError: what `read_by` raises for the `sites` of a metric.
     """
     return any(read_by(metric) for metric in metrics.values())
 
@@ -79,11 +94,17 @@ def _check_read(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) 
 
 
 def captures_of(model: Model, metrics: Mapping[str, AnyMetric]) -> tuple[Capturing, ...]:
-    """The taps that keep what the metrics read, one for each metric.
+    """Make the taps that keep what the metrics read.
 
     Args:
         model: the model.
         metrics: the metrics by name.
+
+    Returns:
+        One tap for each metric, in the order of the metrics.
+
+    Raises:
+        TypeError: what `read_by` raises for the `sites` of a metric.
     """
     return tuple(Capturing(read_by(metric), model.n_layers) for metric in metrics.values())
 
@@ -235,13 +256,16 @@ def measure(
 def taken(
     model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric], examples: Int[np.ndarray, " k"]
 ) -> dict[str, AnyMetric]:
-    """The programs of metrics for some of the examples.
+    """Convert metrics to programs for some of the examples.
 
     Args:
         model: the model.
         tokens: the prompts of these examples.
         metrics: the metrics of all examples, each of which must be `per_example` (see `mijax.metrics.AnyMetric`).
         examples: the numbers of the examples.
+
+    Returns:
+        The metrics of these examples by name, as `as_programs` returns them.
 
     Raises:
         Exception: what `as_programs` raises, with a note on what a `per_example` metric must do.
@@ -259,19 +283,25 @@ def taken(
 
 
 def is_split(metric: AnyMetric) -> bool:
-    """Whether a metric says that it can be taken for some of the examples.
+    """Tell whether a metric can be taken for some of the examples.
 
     Args:
         metric: the metric.
+
+    Returns:
+        Whether it says so by a true `per_example`, and has a method `take`.
     """
     return bool(getattr(metric, "per_example", False)) and callable(getattr(metric, "take", None))
 
 
 def as_floats(value: Any) -> np.ndarray:
-    """A NumPy array of floating point, of the same precision but of float32 at least.
+    """Convert a value to a NumPy array of floating point, of the same precision but of float32 at least.
 
     Args:
         value: an array or a number.
+
+    Returns:
+        The array; float32 where `value` is not of floating point.
 
     >>> as_floats(np.array([1, 2])).dtype, as_floats(np.float16(0.5)).dtype
     (dtype('float32'), dtype('float32'))
@@ -282,12 +312,15 @@ def as_floats(value: Any) -> np.ndarray:
 
 
 def checked(values: Mapping[str, Any], what: str, first: int = 0) -> Values:
-    """Metrics as NumPy arrays of floating point, all of them finite.
+    """Convert metrics to NumPy arrays of floating point, and check that they are finite.
 
     Args:
         values: the metrics, `[batch]` by name.
         what: name of the run, for error messages.
         first: number of the first example, for error messages.
+
+    Returns:
+        The metrics, `[batch]` by name.
 
     Raises:
         ValueError: where a metric is not finite; it names the metric and the example.
@@ -325,12 +358,15 @@ def _measured(model, tokens, edits, metrics, capture):
 
 
 def metric_bytes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> int:
-    """The bytes of everything that metrics compute from a run, and of the activations that they read.
+    """Compute the size of everything that metrics compute from a run, and of the activations that they read.
 
     Args:
         model: the model.
         tokens: the prompts.
         metrics: the metrics by name.
+
+    Returns:
+        The size in bytes, of all prompts together.
 
     Raises:
         Exception: what a metric raises for outputs of these shapes.
@@ -366,10 +402,13 @@ def _metric_bytes(leaves: tuple[Any, ...], treedef: Any) -> int:
 
 
 def described(model: Model) -> dict[str, str]:
-    """Attributes that a result holds of the model, and of the software that made it.
+    """Describe the model of a result, and the software and the device that made it.
 
     Args:
         model: the model.
+
+    Returns:
+        Attributes of the result by name: `model`, the versions of `mijax` and `jax`, and `device`.
     """
     return {
         "model": model.name,

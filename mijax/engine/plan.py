@@ -120,8 +120,11 @@ def work(
         model: the model.
         tokens: the prompts.
         cells: the cells.
-        read: the columns at which the metrics read the final stream; `None` for all.
+        read: the columns at which the metrics read the final stream, `[batch, read]`; `None` for all.
         padding: whether padding is computed too, because a metric may read activations there.
+
+    Returns:
+        What each cell must compute.
     """
     mask = np.asarray(tokens.mask)
     if not isinstance(model, LayeredModel):
@@ -182,7 +185,7 @@ class Size(NamedTuple):
 
 
 def tokens_of_cell(work: Work, prompts: int, specialise: bool) -> int:
-    """The number of tokens that a cell may compute.
+    """Count the tokens that a cell may compute.
 
     A cell that must be whole computes all columns in any case.
 
@@ -190,6 +193,9 @@ def tokens_of_cell(work: Work, prompts: int, specialise: bool) -> int:
         work: what cells must compute.
         prompts: the number of prompts that run together.
         specialise: whether to count only the real tokens, in the longest prompts, instead of all columns.
+
+    Returns:
+        The number of tokens in all of these prompts.
     """
     if work.whole or not specialise:
         return prompts * work.computed.shape[1]
@@ -200,7 +206,7 @@ def capacity(
     work: Work, shape: Shape, bytes_per_row: int, bytes_per_cell: int, memory: int, most_rows: int, specialise: bool,
     prompts: int | None = None,
 ) -> Size:  # fmt: skip
-    """The size of every chunk: what `memory` holds, but at most `most_rows` rows, or those of one cell.
+    """Choose the size of every chunk: what `memory` holds, but at most `most_rows` rows, or those of one cell.
 
     It follows from the sweep's shape alone, so that the compiled program is kept when a grid moves or prompts
     change. Only with `specialise` does it depend on the share of the tokens that cells compute on average, to the
@@ -216,6 +222,9 @@ def capacity(
         most_rows: the number of rows that fill the device.
         specialise: whether the program may depend on the share of tokens that cells compute.
         prompts: the number of prompts that run together; by default all.
+
+    Returns:
+        The numbers of cells and of rows of a chunk, and of slots for each example of a cell.
     """
     batch, positions = work.computed.shape
     total = tokens_of_cell(work, batch if prompts is None else prompts, specialise)

@@ -317,10 +317,13 @@ Edits: TypeAlias = dict[str, tuple[Edit, ...]]
 
 
 def as_edits(interventions: Interventions | None) -> dict[str, tuple[Edit, ...]]:
-    """The edits of each site, in the order in which they act, with functions as `Apply`.
+    """Convert interventions to the edits of each site, with functions as `Apply`.
 
     Args:
         interventions: one edit or several for each site; `None` for no edits.
+
+    Returns:
+        The edits by site, in the order in which they act.
 
     Raises:
         TypeError: for interventions that are not a mapping, and for an edit that is not callable or is an instance

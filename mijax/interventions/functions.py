@@ -50,10 +50,13 @@ def in_canonical_form(model: Model, edits: Edits) -> Edits:
 
 
 def has_functions(edits: Mapping[str, tuple[Edit, ...]]) -> bool:
-    """Whether some edit is a function that is not converted yet.
+    """Tell whether some edit is a function that is not converted yet.
 
     Args:
         edits: the edits of each site.
+
+    Returns:
+        Whether one is.
     """
     return any(_unconverted(edit) for site_edits in edits.values() for edit in site_edits)
 

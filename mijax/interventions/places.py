@@ -91,17 +91,20 @@ def first_column(index: np.ndarray, mask: Bool[np.ndarray, "batch pos"]) -> Int[
 
 
 def moving_fields(where: Where, stacked: Any) -> dict[str, np.ndarray]:
-    """The fields of a `Where` that differ between choices, with their entries.
+    """Find the fields of a `Where` that differ between choices.
 
     Args:
         where: the places, with an axis of choices at the `stacked` fields.
         stacked: a `Where` of booleans that marks the fields with an axis of choices.
+
+    Returns:
+        Their entries by field, with the axis of choices in front.
     """
     return {field: np.asarray(index) for field, index in where.given.items() if getattr(stacked, field)}
 
 
 def together(where: Where, stacked: Any) -> Where:
-    """The indices of all choices in one `Where`, axis by axis: what a check of ranges reads.
+    """Collect the indices of all choices in one `Where`, axis by axis: what a check of ranges reads.
 
     The lists of different axes do not belong together entry by entry. Masks and fields that all choices share are
     left out.
@@ -109,6 +112,9 @@ def together(where: Where, stacked: Any) -> Where:
     Args:
         where: the places, with an axis of choices at the `stacked` fields.
         stacked: a `Where` of booleans that marks the fields with an axis of choices.
+
+    Returns:
+        A `Where` without an axis of choices: `[k]` indices, `[batch, k]` where they differ between examples.
     """
     fields = {}
     for field, index in moving_fields(where, stacked).items():
@@ -119,11 +125,14 @@ def together(where: Where, stacked: Any) -> Where:
 
 
 def zips_examples(where: Where, stacked: Any) -> bool:
-    """Whether a list of examples is zipped, entry by entry, with lists on other axes.
+    """Tell whether a list of examples is zipped, entry by entry, with lists on other axes.
 
     Args:
         where: the places, with an axis of choices at the `stacked` fields.
         stacked: a `Where` of booleans that marks the fields with an axis of choices.
+
+    Returns:
+        Whether `batch` and another field have lists of more than one index.
     """
     lists = {f for f, i in _by_choice(where, stacked).items() if i.dtype != bool and i.ndim > 1 and i.shape[-1] > 1}
     return "batch" in lists and len(lists) > 1

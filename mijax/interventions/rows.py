@@ -126,7 +126,7 @@ class CapturingRows(Tap):
 
 
 def needs_whole_cells(edit: Edit, stacked: Any) -> bool:
-    """Whether an edit must be given all tokens of a cell.
+    """Tell whether an edit must be given all tokens of a cell.
 
     A user's function may look at all tokens. A basis that differs between cells would be made orthonormal for each
     row rather than once for each cell.
@@ -134,6 +134,9 @@ def needs_whole_cells(edit: Edit, stacked: Any) -> bool:
     Args:
         edit: the edit.
         stacked: a pytree of booleans that marks the arrays of the edit that differ between cells.
+
+    Returns:
+        Whether it is a user's function, or has a basis that differs between cells.
     """
     return isinstance(edit, Apply) or any(getattr(stacked, name) for name in edit.bases)
 

@@ -121,12 +121,15 @@ def narrow(x: Array, where: Where, axes: Sequence[str], known: Mapping[str, Axis
 
 
 def narrowed_shape(where: Where | None, axes: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the result of `narrow`.
+    """Compute the shape of the result of `narrow`.
 
     Args:
-        where: which entries are kept; `None` for all.
+        where: which entries are kept, by indices; `None` for all.
         axes: the axes of the activation.
         shape: their sizes.
+
+    Returns:
+        The size of each axis: the number of its indices in `where`, or its size in `shape` where it has none there.
 
     >>> narrowed_shape(Where(pos=[0, -1], head=3), ("batch", "pos", "head", "d_head"), (4, 9, 8, 16))
     (4, 2, 1, 16)

@@ -212,11 +212,14 @@ def _out_of_range(index: Any, length: Any) -> Any:
 
 
 def any_out_of_range(where: Where, lengths: Mapping[str, Any]) -> Bool[Array, ""]:
-    """Whether some index does not exist; a traced value inside a trace.
+    """Tell whether some index does not exist.
 
     Args:
         where: the places.
         lengths: by field, the length of the axis: an integer, or `[batch]` lengths of prompts.
+
+    Returns:
+        `[]`, a boolean; a traced value inside a trace.
     """
     bad = jnp.zeros((), bool)
     for field, index in where.given.items():

@@ -196,7 +196,21 @@ class Accuracy(OfAnswer):
 
 
 def logits_at(readout: Readout, pos: Int[Array, "..."], *answers: Int[Array, "..."]) -> Logits:
-    """Logits `[batch, n]` of `n` answers (of the whole vocabulary, without answers) at one position of each example."""
+    """Compute the logits of answers at one position of each example.
+
+    Args:
+        readout: the readout of a run.
+        pos: one position, negative from the end; or one per example as `[batch, 1]`.
+        answers: `n` answers, each one token id, or one per example (`[batch]`); without answers, the whole vocabulary.
+
+    Returns:
+        `[batch, n]` logits, in the order of the answers; `[batch, vocab]` without answers.
+
+    Raises:
+        ValueError: for a position or an answer per example of another number of examples than the batch has.
+        IndexError: for a position that a prompt does not have, or a token outside the vocabulary. Inside a trace,
+            where values are not known, these logits are NaN instead.
+    """
     batch = readout.final.shape[0]
     for index in (pos, *answers):
         if index.ndim and index.shape[0] != batch:

@@ -144,7 +144,20 @@ def position(pos: ArrayLike) -> Int[Array, "..."]:
 
 
 def readout_of(metric: Metric, out: Any) -> Readout:
-    """The readout of a run's output; a bare readout is accepted too, since these metrics read only logits."""
+    """Get the readout of a run's output.
+
+    A bare readout is accepted too, since the metrics that call this read only logits.
+
+    Args:
+        metric: the metric that reads it, whose name is in the error message.
+        out: the run's output, or a readout.
+
+    Returns:
+        The readout.
+
+    Raises:
+        TypeError: for anything that is no `Readout` and has none.
+    """
     readout = out if isinstance(out, Readout) else getattr(out, "readout", None)
     if not isinstance(readout, Readout):
         raise TypeError(f"metric {metric.name!r} reads a run's output, mijax.run(...), given {type(out).__name__}")

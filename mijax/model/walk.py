@@ -99,12 +99,16 @@ def walk(
     whole = isinstance(first, int) and first == 0 and (last is None or (isinstance(last, int) and last == n))
     last = n if last is None else last
 
-    def sliced(carry: Any, index: Int[Array, ""]) -> tuple[Any, Any]:
-        take = lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False)
-        return body(Layer(config, index, jax.tree.map(take, blocks)), carry, jax.tree.map(take, xs))
+    def at(index: Int[Array, ""], tree: Any) -> Any:
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), tree)
+
+    def sliced(carry: Any, inputs: tuple[Int[Array, ""], Any]) -> tuple[Any, Any]:
+        index, x = inputs
+        return body(Layer(config, index, at(index, blocks)), carry, x)
 
     def ranged(carry: Any, index: Int[Array, ""]) -> tuple[Any, Any]:
-        call = sliced if remat is None else remat(sliced)
+        all_sliced = lambda carry, index: sliced(carry, (index, at(index, xs)))
+        call = all_sliced if remat is None else remat(all_sliced)
         program, (_, empty) = jax.make_jaxpr(call, return_shape=True)(carry, index)  # traced once for both branches
         structure = jax.tree.structure((carry, empty))
 
@@ -123,12 +127,13 @@ def walk(
         scanned = lambda carry, inputs: body(Layer(config, *inputs[:2]), carry, inputs[2])
         return jax.lax.scan(scanned, carry, (numbers, blocks, xs))
     # Parameters are sliced inside the function that is computed again: scanned over, each layer's parameters would be
-    # stored for the backward pass a second time.
-    layers = lambda carry, numbers: jax.lax.scan(remat(sliced), carry, numbers)
+    # stored for the backward pass a second time. Other inputs are scanned over, since their gradient is written once.
+    layers = lambda carry, inputs: jax.lax.scan(remat(sliced), carry, inputs)
     if group == 1:
-        return layers(carry, numbers)
+        return layers(carry, (numbers, xs))
     n_grouped = n // group * group
-    carry, ys = jax.lax.scan(remat(layers), carry, numbers[:n_grouped].reshape(-1, group))
-    carry, rest = remat(layers)(carry, numbers[n_grouped:])
+    grouped = jax.tree.map(lambda a: a[:n_grouped].reshape(-1, group, *a.shape[1:]), (numbers, xs))
+    carry, ys = jax.lax.scan(remat(layers), carry, grouped)
+    carry, rest = remat(layers)(carry, jax.tree.map(lambda a: a[n_grouped:], (numbers, xs)))
     merged = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), ys)
     return carry, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), merged, rest)

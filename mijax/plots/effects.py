@@ -81,12 +81,18 @@ def _label(axis: Any, effects: "xr.DataArray") -> None:
 
 
 def colour_limit(panels: Panels, limit: float | None) -> float:
-    """Check the panels, and return the value of the strongest colour.
+    """Check the panels, and choose the value of the strongest colour.
 
-    By default that is the largest finite magnitude, or 1 where there is none or it is 0.
+    Args:
+        panels: `{row title: {panel title: effects}}`, as `heatmaps` takes it.
+        limit: the value; `None` for the largest finite magnitude in all panels, or 1 where there is none or it is 0.
+
+    Returns:
+        The value, in the effects' unit.
 
     Raises:
-        ValueError: as `heatmaps` does.
+        ValueError: for no panels, a panel that does not have two dimensions or has no cells, or a limit that is not
+            positive.
     """
     layout.n_columns(panels)
     for row_title, row in panels.items():
@@ -106,10 +112,26 @@ def colour_limit(panels: Panels, limit: float | None) -> float:
 
 
 def tick_labels(effects: "xr.DataArray", dim: Any) -> list[str]:
-    """The labels of a dimension's coordinate."""
+    """Write the labels of a dimension's coordinate as text.
+
+    Args:
+        effects: the effects of a panel.
+        dim: the name of one of their dimensions.
+
+    Returns:
+        A text for each entry along the dimension: its label, or its index where the dimension has no coordinate.
+    """
     return [str(label) for label in effects[dim].values]
 
 
 def dim_name(effects: "xr.DataArray", dim: Any) -> str:
-    """The dimension's name, or "role" for positions that have names."""
+    """Choose the name that a figure gives to a dimension.
+
+    Args:
+        effects: the effects of a panel.
+        dim: the name of one of their dimensions.
+
+    Returns:
+        The dimension's name, or "role" for positions (`pos`) whose labels are text.
+    """
     return "role" if dim == "pos" and effects[dim].dtype.kind in "US" else str(dim)

@@ -14,13 +14,16 @@ Inches = tuple[float, float]
 
 
 def subplots(n_rows: int, n_columns: int, panel: Inches, margin: Inches = (0.6, 0.6)) -> tuple["Figure", np.ndarray]:
-    """A figure and its axes `[n_rows, n_columns]`.
+    """Make a figure with rows and columns of panels.
 
     Args:
-        n_rows: of panels.
-        n_columns: of panels.
-        panel: the size of one panel.
-        margin: what the figure is larger than its panels.
+        n_rows: the number of rows.
+        n_columns: the number of columns.
+        panel: the width and height of one panel, in inches.
+        margin: by how much the figure is wider and higher than its panels, in inches.
+
+    Returns:
+        The figure, and its axes `[n_rows, n_columns]`.
     """
     from mijax.plots.notebook import NotebookFigure
 
@@ -30,7 +33,15 @@ def subplots(n_rows: int, n_columns: int, panel: Inches, margin: Inches = (0.6, 
 
 
 def gallery(n_panels: int, columns: int, panel: Inches) -> tuple["Figure", np.ndarray]:
-    """A figure and its axes in reading order `[rows * columns]`, with at most `columns` panels in a row.
+    """Make a figure of panels in reading order.
+
+    Args:
+        n_panels: the number of panels.
+        columns: how many panels stand in a row at most.
+        panel: the width and height of one panel, in inches.
+
+    Returns:
+        The figure, and its axes `[n]` in reading order; `n` is above `n_panels` where the last row is not full.
 
     Raises:
         ValueError: for no panels, or no columns.
@@ -44,7 +55,13 @@ def gallery(n_panels: int, columns: int, panel: Inches) -> tuple["Figure", np.nd
 
 
 def n_columns(rows: Mapping[str, Mapping[str, Any]]) -> int:
-    """The number of panels in the longest row.
+    """Count the panels of the longest row.
+
+    Args:
+        rows: `{row title: {panel title: panel}}`.
+
+    Returns:
+        The number of panels, at least 1.
 
     Raises:
         ValueError: for no panels.
@@ -56,7 +73,15 @@ def n_columns(rows: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def fill(axes: np.ndarray, panels: Mapping[str, Panel]) -> Iterator[tuple[Any, str, Panel]]:
-    """Pair axes with panels, `(axes, panel title, panel)`; axes without a panel are switched off."""
+    """Pair axes with panels, and switch off the axes that are left over.
+
+    Args:
+        axes: `[n]`, at least as many axes as there are panels.
+        panels: the panels by title.
+
+    Yields:
+        `(axes, panel title, panel)`, in the order of the panels.
+    """
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis, (title, panel) in zip(axes, panels.items()):
@@ -64,5 +89,11 @@ def fill(axes: np.ndarray, panels: Mapping[str, Panel]) -> Iterator[tuple[Any, s
 
 
 def label_row(axis: Any, title: str, offset: float) -> None:
-    """Write a row's title left of its first panel, at `offset` panel widths from the panel's left edge."""
+    """Write the title of a row beside its first panel, upwards.
+
+    Args:
+        axis: the axes of the row's first panel.
+        title: the title.
+        offset: where the title stands, in panel widths from the panel's left edge; negative to the left of it.
+    """
     axis.annotate(title, (offset, 0.5), xycoords="axes fraction", rotation=90, ha="center", va="center", weight="bold")

@@ -194,10 +194,13 @@ def convert(function: Callable, *arguments: Any, name: str | None = None) -> Con
 
 
 def name_of(function: Any) -> str:
-    """The name of a function in errors: its `__name__`, or the name of its class.
+    """Name a function, for error messages.
 
     Args:
         function: any callable.
+
+    Returns:
+        Its `__name__`, or the name of its class.
 
     >>> name_of(len), name_of(jax.tree_util.Partial(len))
     ('len', 'Partial')
@@ -245,10 +248,13 @@ def _tell_repeats(name: str, key: Key) -> None:
 
 
 def is_array(x: Any) -> bool:
-    """Whether a leaf of a function's pytree is an input: arrays are, while Python numbers are part of the program.
+    """Tell whether a leaf of a function's pytree is an input: arrays are, Python numbers are part of the program.
 
     Args:
         x: the leaf.
+
+    Returns:
+        Whether it is an array or a scalar of JAX or NumPy.
 
     >>> is_array(np.zeros(2)), is_array(2.0)
     (True, False)
@@ -292,10 +298,13 @@ def for_mesh_axes(convert: Callable[[dict[str, Any]], T], beside: Any) -> T:
 
 
 def shape_of(x: T) -> T | jax.ShapeDtypeStruct:
-    """An array as a `jax.ShapeDtypeStruct`: its shape, its dtype, and the mesh axes over which it varies.
+    """Describe an array by its shape, its dtype, and the mesh axes over which it varies.
 
     Args:
-        x: the array; any other value is returned unchanged.
+        x: the array, or any other value.
+
+    Returns:
+        The `jax.ShapeDtypeStruct` of an array; any other value unchanged.
 
     >>> shape_of(np.zeros((2, 3), np.float32)), shape_of("text")
     (ShapeDtypeStruct(shape=(2, 3), dtype=float32), 'text')

@@ -10,10 +10,13 @@ from mijax.programs.key import apply
 
 
 def has_inner_constants(jaxpr: Any) -> bool:
-    """Whether some nested jaxpr that `evaluate` can run holds arrays as constants.
+    """Tell whether some nested jaxpr that `evaluate` can run holds arrays as constants.
 
     Args:
         jaxpr: the outermost jaxpr.
+
+    Returns:
+        Whether one does.
     """
     return any(_opens(eqn) for eqn in jaxpr.eqns)
 

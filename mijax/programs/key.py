@@ -43,7 +43,7 @@ class ById:
 
 
 def key_of(jaxpr: Any, constants: Sequence[Any] = ()) -> Key:
-    """The structure of a jaxpr as a hashable value: variables are numbered, nested jaxprs are included.
+    """Write the structure of a jaxpr as a hashable value: variables are numbered, nested jaxprs are included.
 
     The text of a jaxpr cannot serve as a key: it leaves out the constants of nested jaxprs, and prints functions as
     addresses. A `ClosedJaxpr` hashes by identity. Objects that cannot be compared, such as callbacks, enter by
@@ -52,6 +52,9 @@ def key_of(jaxpr: Any, constants: Sequence[Any] = ()) -> Key:
     Args:
         jaxpr: the jaxpr.
         constants: the constants of a nested jaxpr, which enter by value.
+
+    Returns:
+        The key; jaxprs of equal keys compute the same from the same inputs.
     """
     numbers: dict[Any, int] = {}
     number = lambda v: numbers.setdefault(v, len(numbers))
@@ -66,10 +69,13 @@ def key_of(jaxpr: Any, constants: Sequence[Any] = ()) -> Key:
 
 
 def digest(key: Key) -> str:
-    """A checksum of a key that is the same in every process.
+    """Compute a checksum of a key that is the same in every process.
 
     Args:
         key: nested tuples of hashable values.
+
+    Returns:
+        A hexadecimal SHA-256 digest.
 
     Raises:
         UnknownError: where a part of the key is known only by its identity in this process.
@@ -81,10 +87,13 @@ def digest(key: Key) -> str:
 
 
 def without_numbers(key: Key) -> Key:
-    """The key with every literal number left out: equal for programs that differ in Python numbers only.
+    """Leave every literal number out of a key.
 
     Args:
         key: nested tuples, as `key_of` returns them.
+
+    Returns:
+        The key without numbers: equal for programs that differ in Python numbers only.
 
     >>> without_numbers(("mul", ("literal", "float", 2.0), "x"))
     ('mul', ('number',), 'x')
@@ -251,11 +260,14 @@ def _constants(eqn: Any) -> int:
 
 
 def text_of(value: Any) -> str:
-    """A value as text that is the same in every process.
+    """Write a value as text that is the same in every process.
 
     Args:
         value: a number, a string, an array's dtype, a function or class of a library, ..., or nested tuples, lists
             and dataclasses of these.
+
+    Returns:
+        The text.
 
     Raises:
         UnknownError: where a part of the value is known only by its identity in this process.
