@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from mijax._types import Array, ArrayLike, Bool, Float, Int, Logits, Stream
 from mijax.display import as_html
 from mijax.interventions.capturing import Capture, Captures, Capturing, as_captures
-from mijax.interventions.checks import check, check_selects, faulty
+from mijax.interventions.checks import check, check_reached, check_selects, faulty
 from mijax.interventions.editing import Editing
 from mijax.interventions.edits import Edits, Interventions, as_edits
 from mijax.interventions.functions import of_prompts
@@ -23,7 +23,7 @@ from mijax.model.position import Frame
 from mijax.model.readout import Readout
 from mijax.model.sites import site_of
 from mijax.model.tap import Chain, Result, Tap
-from mijax.model.tokens import Inputs, is_concrete
+from mijax.model.tokens import Inputs
 from mijax.programs.now import JitNow
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ def run(
         capture: names of sites; or sites mapped to a `Where` that says which entries to keep, axis by axis (`{"z":
             Where(layer=[3, 9], pos=-1)}` keeps the last position of two layers), or to `None` for all. The
             activation after the edits of its site is captured. No axis is dropped, so that the activations captured
-            at a place broadcast to that place in another run.
+            at one entry of an axis, or at all of them in order, broadcast to that place in another run.
         taps: `mijax.Tap`s of the user's; at each site they act after the edits and before the capture.
         readout: whether to compute the final stream. With `False`, only what `capture` needs is computed: no layer
             above the last one that it names (all layers, where there are taps), and no final norm.
@@ -104,10 +104,10 @@ def run(
     model.check()
     prompts, edits, captures = model.inputs(tokens), as_edits(interventions), as_captures(capture)
     check(model, prompts, edits, captures)
-    check_selects(edits)
+    check_selects(model, prompts, edits)
     _check_taps(model, taps)
     if not (readout or taps) and isinstance(model, LayeredModel):
-        _check_reached(model, edits, captures)
+        check_reached(model, edits, captures)
     prompts, edits, captures = on_device((prompts, of_prompts(model, prompts, edits), captures))
     result, acts, tap_results = with_automatic_axes(
         _run, model, prompts, edits, captures, tuple(taps), readout,
@@ -130,22 +130,6 @@ def _check_taps(model: Model, taps: Sequence[Any]) -> None:
             )
         for name in tap.sites:
             site_of(name, model.sites)
-
-
-def _check_reached(model: LayeredModel, edits: Edits, captures: Captures) -> None:
-    """Raise `ValueError` for an edit above the last captured layer, which would silently never act."""
-    last = _last(model, captures)
-    if last is None or not is_concrete(last):
-        return
-    for name, site_edits in edits.items():
-        site = model.sites[name]
-        for edit in site_edits:
-            layers = edit.where.layers(model.n_layers) if site.has_layer else site.layers
-            first = 0 if layers is None or not is_concrete(layers) else int(np.min(np.asarray(layers)))
-            if site.part == "final" or (site.is_inside and first >= int(last)):
-                raise ValueError(
-                    f"{type(edit).__name__} at site {name!r} acts above all that is captured, which readout=False leaves out"
-                )
 
 
 def on_device(tree: T) -> T:

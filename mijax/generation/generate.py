@@ -1,6 +1,5 @@
 """Generation under interventions: one run of the prompts, then one step per new token, with cached keys and values."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -11,7 +10,7 @@ import numpy as np
 from mijax._types import Array, ArrayLike, Bool, Int
 from mijax.display import as_html
 from mijax.forward import forward, nan_where, on_device
-from mijax.generation.checks import check_acts, check_settings
+from mijax.generation.checks import check_acts, check_mixing, check_settings, stop_tokens, whole_number
 from mijax.generation.room import edits_with_columns, room_for, with_columns
 from mijax.generation.sampling import as_sampling, sample
 from mijax.interventions.capturing import Capture, Capturing, as_captures
@@ -100,7 +99,7 @@ def generate(
     Raises:
         ValueError: as in `run`, for the finished text; for settings out of their range, a text that would outgrow
             the context (by how much), an edit that can act neither on a drawn token nor on a captured activation,
-            and a callable edit that declares that it mixes positions.
+            and a function as edit whose result at one position depends on others.
         TypeError: as in `run`; for a model that is not one of tokens, or a number of new tokens that is not a whole
             number.
 
@@ -113,13 +112,13 @@ def generate(
         raise TypeError(f"generation takes a model of tokens, given {type(model).__name__}")
     model.check()
     tokens, edits, captures = model.inputs(tokens), as_edits(interventions), as_captures(capture)
-    count = _whole_number(max_new_tokens)
-    stop_ids: Any = tokens.end_tokens if stop is None else np.atleast_1d(np.asarray(stop)).tolist()
+    count = whole_number(max_new_tokens, "max_new_tokens")
+    stop_ids = list(tokens.end_tokens) if stop is None else stop_tokens(stop)
     check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key, captures)
     text = _extended(tokens, count)
     model.check_inputs(tokens)
     check_places(model, text, edits, captures)
-    check_selects(edits)
+    check_selects(model, text, edits)
     check_acts(text, edits, captures)
     sampling, filtered = as_sampling(temperature, top_k, top_p, min_p, model.d_vocab)
     batch, width = tokens.ids.shape
@@ -127,6 +126,7 @@ def generate(
     edits = edits_with_columns(in_canonical_form(model, edits), model.sites, width + count, total)
     text = with_columns(text, total)
     shapes = ((width, width), (1, total))  # (computed tokens, keys), of the run of the prompt and of each new token
+    check_mixing(model, edits, batch, width)
     step_edits = tuple(convert_edits(model, edits, batch, *shape, (model, text)) for shape in shapes)
     text, step_edits, captures, n_steps = on_device((text, step_edits, captures, np.int32(count)))
     result = with_automatic_axes(
@@ -157,15 +157,6 @@ def _out_axes(model: LayeredModel, captures: dict[str, Where | None], batch: Any
         site: batch_spec(model.sites[site].axes, None if narrowed(where) else batch) for site, where in captures.items()
     }
     return Generated(token_spec, token_spec, acts)  # pyright: ignore[reportArgumentType]
-
-
-def _whole_number(count: Any) -> int:
-    try:
-        return operator.index(count)
-    except TypeError as error:
-        raise TypeError(
-            f"max_new_tokens must be a whole number that is known before anything is compiled, given {count!r}"
-        ) from error
 
 
 def _extended(tokens: Tokens, count: int) -> Tokens:
@@ -213,6 +204,7 @@ def _generate(
         """Run the new token `i` and draw the next."""
         cache, token = carry
         final, acts, computed = run_columns((width + i)[None], jnp.maximum(token, 0)[:, None], cache)
+        acts = {name: _nan_at(token < 0, act, model.sites[name]) for name, act in acts.items()}
         cache = KVCache(*(c.at[:, :, width + i].set(x[:, :, 0]) for c, x in zip(cache, computed)))
         following = jnp.where(token < 0, -1, draw(final, i + 1))  # nothing follows a token that was not
         return (cache, following), (token, acts)
@@ -254,6 +246,12 @@ def _was_there(width: int, total: int) -> Bool[np.ndarray, "query key"]:
     """Which keys existed when a query was computed: a prompt is computed at once, new tokens one by one."""
     column = np.arange(total)
     return column[None, :] <= np.maximum(column[:, None], width - 1)
+
+
+def _nan_at(lacking: Bool[Array, " batch"], act: Array, site: Site) -> Array:
+    """An activation with NaN at the examples that have no new token."""
+    batch_axis = site.axes.index("batch")
+    return jnp.where(lacking.reshape(-1, *(1,) * (act.ndim - batch_axis - 1)), jnp.nan, act)
 
 
 def _joined(prompt: Array, new: Array, site: Site) -> Array:

@@ -39,7 +39,8 @@ def as_sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any, d_vocab: i
 def sample(logits: Logits, sampling: Sampling, filtered: bool, key: Array) -> Int[Array, " batch"]:
     """Draw tokens from softmax(logits / temperature).
 
-    The distribution is cut by `top_k`, then `top_p`, then `min_p`, as the library transformers does.
+    The distribution is cut by `top_k`, then `top_p`, then `min_p`, as the library transformers does. Of equal logits at
+    the edge, `top_k` keeps all, and `top_p` the first.
 
     Args:
         logits: `[batch, vocab]`.
@@ -48,18 +49,21 @@ def sample(logits: Logits, sampling: Sampling, filtered: bool, key: Array) -> In
         key: the random key.
 
     Returns:
-        `[batch]` token ids.
+        `[batch]` token ids; -1 at a temperature that is negative or not finite (which a trace may hold).
     """
-    temperature, top_k, top_p, min_p = sampling
-    logits = logits / temperature.astype(logits.dtype)
+    temperature, top_p, min_p = (x.astype(logits.dtype) for x in (sampling.temperature, sampling.top_p, sampling.min_p))
+    is_greedy = temperature < jnp.finfo(logits.dtype).tiny  # a smaller divisor is zero on some devices
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    logits = (logits - largest) / jnp.where(is_greedy, 1, temperature)  # at most 0: nothing overflows
     if filtered:
-        ordered = -jnp.sort(-logits, axis=-1)
-        keep = (jnp.arange(logits.shape[-1]) < top_k)[None]
+        order = jnp.argsort(-logits, axis=-1)
+        ordered = jnp.take_along_axis(logits, order, axis=-1)
+        rank = jnp.arange(logits.shape[-1])[None]
+        keep = ordered >= jnp.min(jnp.where(rank < sampling.top_k, ordered, 0), axis=-1, keepdims=True)
         probs = jax.nn.softmax(jnp.where(keep, ordered, -jnp.inf), axis=-1)
         preceding = jnp.cumsum(probs, axis=-1) - probs  # the probability of all likelier tokens
-        keep = keep & ((preceding < top_p.astype(logits.dtype)) | (top_p >= 1))
-        keep = keep & (probs >= min_p.astype(logits.dtype) * probs[:, :1])
-        logits = jnp.where(
-            logits >= jnp.min(jnp.where(keep, ordered, jnp.inf), axis=-1, keepdims=True), logits, -jnp.inf
-        )
-    return jax.random.categorical(key, logits, axis=-1)
+        keep = keep & ((preceding < top_p) | (rank == 0) | (top_p >= 1))
+        keep = keep & (probs >= min_p * probs[:, :1])
+        logits = jnp.where(jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1), logits, -jnp.inf)
+    token = jnp.where(is_greedy, jnp.argmax(logits, axis=-1), jax.random.categorical(key, logits, axis=-1))
+    return jnp.where((temperature >= 0) & jnp.isfinite(temperature), token, -1)

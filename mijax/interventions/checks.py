@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from mijax._types import Array, Bool
+from mijax._types import Array, Bool, Int
 from mijax.interventions.capturing import Captures
-from mijax.interventions.edits import Edits, check_shapes
+from mijax.interventions.edits import Edit, Edits, canonical, check_shapes
 from mijax.interventions.where import Where, any_out_of_range, check_range, check_structure
-from mijax.model.model import Model
+from mijax.model.model import LayeredModel, Model
 from mijax.model.sites import Site, field_of, site_of
 from mijax.model.tokens import Inputs, is_concrete
 
@@ -69,22 +70,126 @@ def check_places(model: Model, tokens: Inputs, edits: Edits, captures: Captures)
             check_range(captured, name, fields)
 
 
-def check_selects(edits: Edits) -> None:
-    """Check that edits select something.
+def check_selects(model: Model, tokens: Inputs, edits: Edits) -> None:
+    """Check that edits select something, and say which value goes where: faults that would be silent.
 
     Args:
-        edits: edits by site.
+        model: what is run.
+        tokens: its inputs.
+        edits: edits by site, which `check_places` accepts.
 
     Raises:
-        ValueError: for an edit with an empty mask whose values are known: it would silently never act.
+        ValueError: where values are known, for an edit with an empty mask, one that selects padding alone, and one of
+            attention scores that selects only keys which the queries cannot see; and for an operand with a value
+            for each entry of an axis that `where` lists in another order.
     """
     for name, site_edits in edits.items():
         for edit in site_edits:
+            _check_order(edit, model.sites[name])
+            what = f"{type(edit).__name__} at site {name!r}"
             for field, mask in edit.where.masks.items():
                 if is_concrete(mask) and not np.asarray(mask).any():
-                    raise ValueError(
-                        f"{type(edit).__name__} at site {name!r} selects nothing: its mask over {field!r} is all False"
-                    )
+                    raise ValueError(f"{what} selects nothing: its mask over {field!r} is all False")
+            if is_concrete(tokens.mask):
+                _check_sees(model, model.sites[name], np.asarray(tokens.mask), edit.where, what)
+
+
+def _check_sees(model: Model, site: Site, mask: Bool[np.ndarray, "batch pos"], where: Where, what: str) -> None:
+    """Raise `ValueError` for places at padding alone, or scores of keys alone that come after the queries."""
+    columns = {}
+    for field in map(field_of, site.position_axes):
+        selected = selected_columns(where, field, mask)
+        columns[field] = mask if selected is None else selected
+        if not columns[field].any():
+            raise ValueError(f"{what} selects nothing: its mask over {field!r} is True at padding alone")
+    if site.masked and model.causal:
+        n = mask.shape[1]
+        last_query = n - 1 - columns["query"][:, ::-1].argmax(axis=1)
+        sees = columns["query"].any(axis=1) & columns["key"].any(axis=1) & (columns["key"].argmax(axis=1) <= last_query)
+        if not sees.any():
+            raise ValueError(f"{what} never acts: its queries come before its keys, which they cannot see")
+
+
+def _check_order(edit: Edit, site: Site) -> None:
+    """Raise `ValueError` for an operand whose entries could be meant in the order of the axis or of the list."""
+    full = canonical(edit, site)
+    for axis, *sizes in zip(site.axes, *(jnp.shape(getattr(full, name)) for name in edit.operands)):
+        index = edit.where.given.get(field_of(axis))
+        if index is None or index.dtype == bool or not is_concrete(index) or np.ndim(index) == 0:
+            continue
+        rows = np.atleast_2d(np.asarray(index))
+        n = rows.shape[1]
+        rows = np.where(rows < 0, rows + n, rows)
+        if n > 1 and n in sizes and (rows != np.arange(n)).any() and (rows < n).all():
+            raise ValueError(
+                f"{type(edit).__name__} at site {site.name!r} has {n} values along {axis!r}, and its Where lists {n} entries in another"
+                " order: a value belongs to the entry of the axis, not of the list; list the entries in the order of the axis"
+            )
+
+
+def selected_columns(
+    where: Where, field: str, mask: Bool[np.ndarray, "batch pos"]
+) -> Bool[np.ndarray, "batch pos"] | None:
+    """Find the columns of real tokens that an entry over positions selects.
+
+    Args:
+        where: the places, whose indices are in range.
+        field: "pos", "query" or "key".
+        mask: `[batch, pos]`, True at real tokens.
+
+    Returns:
+        `[batch, pos]`; `None` where the axis is taken whole, or the entry is known only inside a trace.
+    """
+    entry = where.only(field).given.get(field)
+    if entry is None or not is_concrete(entry):
+        return None
+    entry = np.asarray(entry)
+    if entry.dtype == bool:
+        return mask & entry
+    place = np.cumsum(mask, axis=1) - 1  # of each column among the real ones of its row
+    entry = entry if entry.ndim == 2 else entry.reshape(1, -1)
+    entry = np.where(entry < 0, entry + mask.sum(axis=1, keepdims=True), entry)
+    return mask & (place[:, :, None] == entry[:, None]).any(axis=2)
+
+
+def check_reached(model: LayeredModel, edits: Edits, captures: Captures) -> None:
+    """Check that every edit acts on something that is captured, in a run that computes nothing above that.
+
+    Args:
+        model: what is run.
+        edits: edits by site.
+        captures: what is kept by site.
+
+    Raises:
+        ValueError: where layers are known, for an edit above all captures: it would silently never act.
+    """
+    order, n = list(model.sites), model.n_layers
+    top = (-1, -1)
+    for name, where in captures.items():
+        layers = _layers(model.sites[name], where, n)
+        if layers is None:
+            return
+        top = max(top, (int(np.max(layers)), order.index(name)))
+    for name, site_edits in edits.items():
+        for edit in site_edits:
+            layers = _layers(model.sites[name], edit.where, n)
+            if layers is not None and (int(np.min(layers)), order.index(name)) > top:
+                raise ValueError(
+                    f"{type(edit).__name__} at site {name!r} acts above all that is captured, which readout=False leaves out"
+                )
+
+
+def _layers(site: Site, where: Where | None, n: int) -> Int[np.ndarray, " k"] | None:
+    """The layers of places at a site, -1 before all and `n` after all; `None` where they are known only in a trace."""
+    if not site.is_inside:
+        return np.array([-1 if site.part == "embedding" else n])
+    index = (where.layer if where is not None and site.has_layer else None) if site.layers is None else site.layers
+    if index is None:
+        return np.arange(n)
+    if not is_concrete(index):
+        return None
+    index = np.asarray(index)
+    return np.flatnonzero(index) if index.dtype == bool else index.reshape(-1) % n
 
 
 def field_lengths(site: Site, tokens: Inputs) -> dict[str, Any]:

@@ -80,11 +80,17 @@ def edited(edit: Edit, point: Point, x: Array) -> Array:
         The activation, in which the entries that `edit.where` selects are edited, with the shape of `x`.
     """
     axes = known_axes(point, x.shape)
+    selected = selection(edit.where, point.site.inner_axes, axes)
     if isinstance(edit, Apply):
-        new = edit(x, point.site.name, point.layer, point.frame.positions)
-    else:
-        new = _narrowed(edit, point.site.inner_axes, axes)(x)
-    return jnp.where(selection(edit.where, point.site.inner_axes, axes), new, x)
+        return jnp.where(selected, edit(x, point.site.name, point.layer, point.frame.positions), x)
+    edit, entries = _narrowed(edit, point.site.inner_axes, axes), x
+    if not edit.bases and edit.where.given:
+        # What is not selected goes into no product either: the derivative of one, 0 times inf, would be NaN.
+        for name in edit.operands:
+            operand = jnp.where(selected, getattr(edit, name), 0.0)
+            edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, operand)
+        entries = jnp.where(selected, x, 0.0)
+    return jnp.where(selected, edit(entries), x)
 
 
 def _narrowed(edit: Edit, axes: Sequence[str], known: Mapping[str, Axis]) -> Any:

@@ -26,7 +26,7 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool | int | float):
         return np.asarray(value, np.float64)  # `_fit` rounds it to the dtype of the site
     if not isinstance(value, jax.Array):
-        value = np.asarray(value)
+        value = np.array(value)  # a copy: the caller may fill the array anew
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"an edit's value must be floating point, given dtype {value.dtype}")
     return value
@@ -274,8 +274,10 @@ class Apply(Edit):
 
     In place of `Apply(function)` the function itself may be given. It is called anew at every call of `run` or a
     driver, so that it may read outer variables; its arrays may be vmapped and differentiated where it is an Equinox
-    module or closes over them. A function that mixes positions declares it by an attribute
-    `mixes_positions = True`: generation, which computes positions separately, then refuses it.
+    module or closes over them. Generation, which computes positions separately, refuses a function whose result at one
+    position depends on others. What JAX itself keeps of a function that has a name of its own inside yours (decorated
+    with `jax.jit`, a branch of `jax.lax.cond`, the body of a `scan`, the argument of `jax.checkpoint`) it does not read
+    anew: give such functions what changes as an argument, or define them inside yours.
 
     Args:
         function: `function(x, site, layer, positions)` returns the edited `x`, of the same shape and dtype. `x` is

@@ -16,7 +16,7 @@ FIELDS = ("layer", "batch", "pos", "head", "unit", "query", "key")
 
 
 def _index(value: Any) -> Any:
-    if value is None or (isinstance(value, jax.Array | np.ndarray) and value.dtype in (np.int32, np.bool_)):
+    if value is None or (isinstance(value, jax.Array) and value.dtype in (np.int32, np.bool_)):
         return value
     return integers(list(value) if isinstance(value, range) else value, f"an index (given {value!r})")
 

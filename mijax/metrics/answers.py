@@ -226,8 +226,9 @@ def _log_prob(readout: Readout, answer: Array, pos: Array) -> Float[Array, " bat
 
 def _rank(readout: Readout, answer: Array, pos: Array) -> Float[Array, " batch"]:
     logits = logits_at(readout, pos)
-    failed = jnp.isnan(logits_at(readout, pos, answer)[:, 0]) | jnp.any(jnp.isnan(logits), axis=-1)
+    no_distribution = ~jnp.isfinite(jnp.max(logits, axis=-1))  # NaN, or a logit of infinity
+    failed = no_distribution | jnp.isnan(logits_at(readout, pos, answer)[:, 0])
     answer_logit = jnp.take_along_axis(logits, jnp.broadcast_to(answer, logits.shape[:1])[:, None], axis=1, mode="clip")
     larger = jnp.sum(logits > answer_logit, axis=-1).astype(logits.dtype)
-    # A comparison with NaN is False: without this, a failed run would have the best rank.
+    # A comparison with NaN is False: a failed run would have the best rank.
     return jnp.where(failed, jnp.nan, larger)

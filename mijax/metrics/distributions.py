@@ -37,7 +37,7 @@ class KL(Metric):
     name = "kl"
     users_code = False
     per_example = True
-    reference: Any = eqx.field(converter=jnp.asarray)
+    reference: Any = eqx.field(converter=lambda x: x if isinstance(x, jax.Array) else jnp.array(x))
     pos: Any = eqx.field(converter=lambda pos: None if pos is None else position(pos), default=-1)
 
     def __check_init__(self) -> None:
@@ -93,7 +93,8 @@ def _kl(readout: Readout, reference: Logits, pos: Array | None) -> Float[Array, 
         raise ValueError(f"kl's reference has shape {reference.shape}, the run's logits {logits.shape}")
     log_q, log_p = jax.nn.log_softmax(logits), jax.nn.log_softmax(reference.astype(logits.dtype))
     p = jnp.exp(log_p)
-    divergence = jnp.sum(jnp.where(p == 0, 0.0, p * (log_p - log_q)), axis=-1)  # p = NaN is not 0, and stays NaN
+    log_ratio = jnp.where(p == 0, 0.0, log_p) - jnp.where(p == 0, 0.0, log_q)  # p = NaN is not 0, and stays NaN
+    divergence = jnp.sum(p * log_ratio, axis=-1)
     return _mean(divergence, jnp.asarray(readout.tokens.mask)) if pos is None else divergence
 
 

@@ -81,12 +81,12 @@ def attention(
         q, state = visit("rot_q", rotate(config, q, frame), state)
     z, state = _mix(config, frame.spread(q), k, v, visit, state, params.W_Q.dtype)
     z, state = visit("z", frame.gather(z), state)
+    z, edited, state = _results(z, params.W_O, visit, state)
     # W_O is flattened to one matrix, whose transpose XLA's products read as it is; with a head axis XLA would copy it.
     out = einsum("bpi,id->bpd", z.reshape(*z.shape[:2], -1), params.W_O.reshape(-1, config.d_model))
     if params.b_O is not None:
         out = out + params.b_O.astype(out.dtype)[None, None]
-    change, state = _result_change(z, params.W_O, visit, state)
-    return visit("attn_out", out + change, state)
+    return visit("attn_out", out + edited, state)
 
 
 def _mix(
@@ -100,7 +100,7 @@ def _mix(
     pattern = jnp.where((visit.frame.keys >= 0)[:, None, None, :], pattern, 0.0)
     by_group = pattern.reshape(batch, config.n_kv_heads, -1, n_query, k.shape[1])
     # 0 * inf is NaN: a value that is not finite must make NaN of the queries that attend to it, and of no others.
-    finite = jnp.isfinite(v)
+    finite = jnp.isfinite(v.astype(dtype))  # which may have fewer bits, and no place for a large value
     z = einsum("bhgqk,bkhe->bqhge", by_group, jnp.where(finite, v, 0.0), dtype)
     bad_keys = jnp.moveaxis(~jnp.all(finite, axis=-1), 1, 2)[:, :, None, None]  # [batch, kv_head, 1, 1, key]
     bad_queries = jnp.moveaxis(jnp.any(bad_keys & (by_group != 0), axis=-1), 3, 1).reshape(q.shape[:3])
@@ -138,9 +138,7 @@ def masked_softmax(scores: Scores, frame: Frame) -> Scores:
         `[batch, head, query, key]`, rows that sum to one, or to zero.
     """
     allowed = frame.sight.allowed[:, None] & (scores != -jnp.inf)  # NaN is not masked and stays NaN
-    # A row without any key (padding, or all keys cut) comes out of the softmax uniform, and is set to zero; never NaN.
-    pattern = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min), axis=-1)
-    return jnp.where(allowed, pattern, 0.0)
+    return jax.nn.softmax(scores, axis=-1, where=allowed)
 
 
 def _project(
@@ -148,34 +146,46 @@ def _project(
 ) -> tuple[Heads, State]:
     """Queries, keys or values (`name` is "q", "k" or "v"), and the tap's state.
 
-    Where the tap is called at the heads' input site (`q_input`, ...), the projection of each listed head is changed by
-    the projection of the change in its input.
+    Where the tap is called at the heads' input site (`q_input`, ...), each listed head whose input is edited has the
+    projection of that input. (Where it is not, the change of zero is projected: its derivative is that of the input.)
     """
     flat = einsum("bpd,di->bpi", branch.normed, W.reshape(config.d_model, -1))
     out = flat.reshape(*flat.shape[:2], *W.shape[1:])
-    if b is not None:
-        out = out + b.astype(out.dtype)[None, None]
     heads = visit.heads(f"{name}_input")
     if heads is not None:
         before = jnp.broadcast_to(branch.stream[:, :, None], (*branch.stream.shape[:2], heads.size, config.d_model))
         after, state = visit(f"{name}_input", before, state, heads)
         copy = visit._replace(copy=True)
         norm = jax.vmap(lambda x: normalised(config, branch.params, x, "ln1", copy, state)[0], in_axes=2, out_axes=2)
-        change = einsum("bpjd,dje->bpje", norm(after) - branch.normed[:, :, None], W[:, heads])
-        out = out.at[:, :, heads].add(jnp.where(_first_of_each(heads), change, 0.0))
+        edited, new = _differ(after, before), norm(after)
+        new = einsum("bpjd,dje->bpje", new - jnp.where(edited, 0.0, branch.normed[:, :, None]), W[:, heads])
+        out = out.at[:, :, heads].set(jnp.where(edited, 0.0, out[:, :, heads]))
+        out = out.at[:, :, heads].add(jnp.where(_first_of_each(heads), new, 0.0))
+    if b is not None:
+        out = out + b.astype(out.dtype)[None, None]
     return visit(name, out, state)
 
 
-def _result_change(
+def _results(
     z: Heads, W_O: Float[Array, "head d_head d_model"], visit: Visit, state: State
-) -> tuple[Stream | float, State]:
-    """The change that edits of `result` make to its sum over heads, computed for the edited heads only."""
+) -> tuple[Heads, Stream | float, State]:
+    """`z` without the heads whose `result` is edited, the sum of these heads' results, and the tap's state.
+
+    (Of listed heads that are not edited, the sum has the change of zero: its derivative is that of the result.)
+    """
     heads = visit.heads("result")
     if heads is None:
-        return 0.0, state
+        return z, 0.0, state
     before = einsum("bpje,jed->bpjd", z[:, :, heads], W_O[heads])
     after, state = visit("result", before, state, heads)
-    return jnp.sum(jnp.where(_first_of_each(heads), after - before, 0.0), axis=2), state
+    edited = _differ(after, before)
+    results = jnp.where(_first_of_each(heads), after - jnp.where(edited, 0.0, before), 0.0)
+    return z.at[:, :, heads].set(jnp.where(edited, 0.0, z[:, :, heads])), jnp.sum(results, axis=2), state
+
+
+def _differ(after: Array, before: Array) -> Bool[Array, "batch pos k 1"]:
+    """Which heads' vectors an edit has changed; NaN differs from itself."""
+    return jnp.any(after != before, axis=-1, keepdims=True)
 
 
 def _first_of_each(heads: Int[Array, " k"]) -> Bool[Array, "1 1 k 1"]:

@@ -34,7 +34,7 @@ class Inputs:
     end_tokens: tuple[int, ...] = ()
 
     def __init__(self, values: Any):
-        self.values = values if isinstance(values, jax.Array) else jnp.asarray(np.asarray(values))
+        self.values = values if isinstance(values, jax.Array) else jnp.asarray(np.array(values))
         if self.values.ndim < 1 or len(self.values) == 0:
             raise ValueError(f"a batch has the examples in front, given shape {self.values.shape}")
         self.ids = np.zeros((len(self.values), 1), np.int32)
@@ -200,7 +200,7 @@ def integers(x: Any, what: str) -> Array | np.ndarray:
     [1, 2147483647]
     """
     try:
-        x = x if isinstance(x, jax.Array) else np.asarray(x)
+        x = x if isinstance(x, jax.Array) else np.array(x)  # a copy: the caller may fill the array anew
     except ValueError as error:
         raise ValueError(f"{what} must be one number or a rectangular list") from error
     if x.dtype == bool:
@@ -242,6 +242,22 @@ def columns(
     positions, lengths = tokens.positions[:, None, :], jnp.asarray(tokens.lengths)[:, None, None]
     matches = (positions == targets) | (positions - lengths == targets)
     return jnp.argmax(matches, axis=-1).astype(jnp.int32), jnp.any(matches, axis=-1)
+
+
+def check_key(key: Any) -> None:
+    """Check that a value is one random key.
+
+    Args:
+        key: `jax.random.key(seed)`, or the older array of two numbers.
+
+    Raises:
+        TypeError: for anything else, a seed or several keys among them.
+    """
+    is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_raw = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1
+    if not (is_raw or (is_typed and key.ndim == 0)):
+        shown = f"an array {key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
+        raise TypeError(f"key must be one random key, jax.random.key(0) say, given {shown}")
 
 
 def check_tokens(d_vocab: int, n_ctx: int, tokens: Tokens) -> None:

@@ -110,3 +110,64 @@ def test_scores_of_keys_that_were_not_there_yet_are_nan():
     )
     seen = np.arange(5)[None] <= np.maximum(np.arange(5)[:, None], 2)
     assert np.allclose(given[..., seen], np.asarray(whole)[..., seen], atol=1e-5) and np.isnan(given[..., ~seen]).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_over_padding_alone(side):
+    mask = ~np.asarray(padded(side).mask)
+    with refused(ValueError, "at site 'resid_post' selects nothing: its mask over 'pos' is True at padding alone"):
+        mj.run(model(), padded(side), {"resid_post": mj.Replace(0.0, mj.Where(pos=mask))})
+
+
+@pytest.mark.parametrize(
+    "where", [{"query": 0, "key": 2}, {"query": [[0], [1]], "key": [[-1], [-1]]}, {"query": [0, 1], "key": [2, 3]}]
+)
+def test_keys_that_the_queries_cannot_see(where):
+    prompts = [[1, 2, 3, 4], [5, 6, 7, 8]]
+    with refused(ValueError, "at site 'attn_scores' never acts: its queries come before its keys"):
+        mj.run(model(), prompts, {"attn_scores": mj.Replace(-np.inf, mj.Where(layer=0, **where))})
+
+
+def test_the_last_new_token_by_a_mask():
+    mask = np.zeros((1, 7), bool)
+    mask[0, 6] = True
+    edit = {"resid_post": mj.Scale(0.0, mj.Where(pos=mask))}
+    with refused(ValueError, "acts on the last new token alone"):
+        mj.generate(model(), [[1, 2, 3]], edit, max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize(
+    "site, layer", [("resid_post", 0), ("attn_out", 0), ("z", 1), ("z", np.array([False, True, True]))]
+)
+def test_an_edit_above_what_is_kept(site, layer):
+    with refused(ValueError, "acts above all that is captured"):
+        edit = {site: mj.Scale(2.0, mj.Where(layer=layer))}
+        mj.run(model(), [[1, 2, 3]], edit, capture={"z": mj.Where(layer=0)}, readout=False)
+
+
+def test_an_edit_of_the_same_layer_below_what_is_kept():
+    keep = {"capture": {"z": mj.Where(layer=0)}, "readout": False}
+    edit = {"attn_scores": mj.Replace(-np.inf, mj.Where(layer=0, key=0))}
+    kept, plain = (np.asarray(mj.run(model(), [[1, 2, 3]], e, **keep).acts["z"]) for e in (edit, None))
+    assert (kept[:, :, 0] == 0).all() and np.abs(kept - plain).max() > 0.1
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("mix", [
+    lambda x: x - x.mean(1, keepdims=True), lambda x: jnp.cumsum(x, axis=1), lambda x: jnp.where(x > x[:, -1:], x, 0.0),
+])  # fmt: skip
+def test_a_function_that_mixes_positions_while_generating(mix, width):
+    """Also through a `partial`, and in one layer only."""
+    in_one = lambda scale, x, site, layer, positions: jnp.where(layer == 2, mix(x), x)
+    with refused(ValueError, "'mlp_out' mixes positions"):
+        edit = {"mlp_out": jax.tree_util.Partial(in_one, 1.0)}
+        mj.generate(model(), [list(range(1, width + 1))], edit, max_new_tokens=3)
+
+
+def test_a_function_of_keys_heads_and_examples_while_generating():
+    """Only positions are computed apart; inside the user's `jit` too."""
+    normalise = lambda x, site, layer, positions: (
+        x / jnp.maximum(x.sum(-1, keepdims=True), 1e-6) - 0.0 * x.mean((0, 1), keepdims=True)
+    )
+    go = lambda model: mj.generate(model, [[1, 2, 3], [3, 2, 1]], {"pattern": normalise}, max_new_tokens=3).ids
+    assert (np.asarray(go(model())) == np.asarray(jax.jit(go)(model()))).all()

@@ -97,10 +97,9 @@ def test_a_broken_value_at_a_late_token_leaves_earlier_ones_alone(name, value, h
 
 
 def test_a_broken_stream_at_padding_is_nobodys_business():
-    for side, column in (("left", 0), ("right", 3)):
-        mask = np.zeros((2, 4), bool)
-        mask[1, column] = True
-        edits = {"resid_pre": mj.Replace(np.inf, mj.Where(layer=0, pos=mask))}
+    break_padding = lambda x, site, layer, positions: jnp.where(positions[..., None] < 0, jnp.inf, x)
+    for side in ("left", "right"):
+        edits = {"resid_pre": break_padding}
         real = np.asarray(padded(side).mask)
         assert np.allclose(logits(model(), padded(side), edits)[real], logits(model(), padded(side))[real])
 
@@ -118,3 +117,81 @@ def test_no_token_is_generated_from_logits_that_are_not_finite(value, temperatur
     for how in ({}, {"capture": ("z",)}):
         broken, plain = run({"resid_post": mj.Replace(value, mj.Where(layer=2, pos=pos))}, **how), run(**how)
         assert (broken[0] == plain[0]).all() and (broken[1, :5] == plain[1, :5]).all() and (broken[1, 5:] == -1).all()
+
+
+LOWEST = float(np.finfo(np.float32).min)  # what other libraries put in place of a cut
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_lowest_float_as_a_cut(side):
+    """Of a query's keys one is cut: the others share the weight; where all are, they are equal, as softmax says."""
+    edit = lambda **where: {"attn_scores": mj.Replace(LOWEST, mj.Where(layer=0, head=0, **where))}
+    first = np.asarray(mj.run(model(), PROMPT, edit(key=0), capture=("pattern",)).acts["pattern"])[0, 0, 0]
+    assert np.array_equal(first[0], [1, 0, 0, 0]) and np.allclose(first[1:].sum(-1), 1) and (first[1:, 0] == 0).all()
+    every = np.asarray(mj.run(model(), PROMPT, edit(), capture=("pattern",)).acts["pattern"])[0, 0, 0]
+    assert np.allclose(every, np.tril(np.ones((4, 4))) / np.arange(1, 5)[:, None])
+    tokens = padded(side)
+    together = logits(model(), tokens, edit(key=0))[np.asarray(tokens.mask)]
+    alone = [logits(model(), [row], edit(key=0))[0] for row in ([1, 2, 3, 4], [5, 6])]
+    assert np.allclose(together, np.concatenate(alone), atol=1e-4)
+
+
+def test_values_too_large_for_the_parameters_dtype():
+    """1e5 at the last token is infinite in float16: NaN there, and nowhere before."""
+    half = jax.tree.map(lambda a: a.astype(jnp.float16), model())
+    edit = {"v": mj.Replace(1e5, mj.Where(layer=0, pos=3))}
+    broken, plain = logits(half, PROMPT, edit), logits(half, PROMPT)
+    assert np.allclose(broken[:, :3], plain[:, :3]) and np.isnan(broken[:, 3]).all()
+
+
+@pytest.mark.parametrize("make", [mj.metrics.rank, mj.metrics.accuracy, mj.metrics.prob, mj.metrics.log_prob])
+def test_infinite_logits_have_no_rank(make):
+    bias = jnp.zeros(11).at[jnp.array([3, 5])].set(jnp.inf)
+    config = mj.Config(**{**CONFIG.__dict__, "unembed_bias": True})
+    broken = eqx.tree_at(lambda m: m.b_U, model(config), bias)
+    for answer in (3, 5):
+        assert np.isnan(np.asarray(make(answer)(mj.run(broken, PROMPT)))).all()
+    cut = eqx.tree_at(lambda m: m.b_U, model(config), -bias)  # a cut token is behind all others
+    assert np.asarray(mj.metrics.rank(3)(mj.run(cut, PROMPT)))[0] >= 9
+
+
+@pytest.mark.parametrize("edit", [
+    lambda g: {"resid_post": mj.Mix(g, np.float32([1, 2, np.inf, 3])[:, None] * np.ones(8, np.float32), mj.Where(layer=0, pos=0))},
+    lambda g: {"z": [mj.Replace(np.inf, mj.Where(layer=2, pos=3)), mj.Scale(g, mj.Where(layer=2, pos=0))]},
+])  # fmt: skip
+def test_what_is_not_selected_has_no_gradient(edit):
+    """Infinite at another position than the edit's: against central differences."""
+    value = lambda g: mj.run(model(), PROMPT, edit(g)).readout.logits(pos=0)[0, 5]
+    step = 1e-2
+    slope = (float(value(0.3 + step)) - float(value(0.3 - step))) / (2 * step)
+    assert abs(float(jax.grad(value)(0.3)) - slope) < 2e-2 * max(1, abs(slope))
+
+
+def test_the_gradient_of_a_divergence_of_cut_tokens():
+    reference = jnp.asarray(np.random.default_rng(0).normal(size=(1, 11)), jnp.float32).at[0, 3].set(-jnp.inf)
+    config = mj.Config(**{**CONFIG.__dict__, "unembed_bias": True})
+    cut = eqx.tree_at(lambda m: m.b_U, model(config), jnp.zeros(11).at[3].set(-jnp.inf))
+    out = mj.run(cut, PROMPT)
+    slope = np.asarray(jax.grad(lambda r: mj.metrics.kl(r)(out)[0])(reference))[0]
+    p, q = (np.asarray(jax.nn.log_softmax(x)) for x in (reference[0], out.readout.logits(pos=-1)[0]))
+    ratio = np.subtract(p, q, where=np.isfinite(p), out=np.zeros(11, np.float32))
+    expected = np.exp(p) * (ratio - (np.exp(p) * ratio).sum())  # the softmax's derivative of sum p (log p - log q)
+    assert np.allclose(slope, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["resid_post", "z", "pattern"])
+def test_no_activations_of_tokens_that_were_not_generated(site):
+    """Logits are NaN after token 7, which nothing then follows."""
+    free = np.asarray(mj.generate(model(), PROMPT, max_new_tokens=4).ids)[0]
+    broken = eqx.tree_at(lambda m: m.W_E, model(), model().W_E)
+    pos = np.zeros((1, 8), bool)
+    pos[0, 5] = True
+    edit = {"resid_post": mj.Replace(np.nan, mj.Where(layer=2, pos=pos))}
+    done = mj.generate(broken, PROMPT, edit, max_new_tokens=4, capture=(site,))
+    assert done.ids[0].tolist() == [*free[:6], -1, -1]
+    acts = np.moveaxis(
+        np.asarray(done.acts[site]),
+        mj.sites(model(), PROMPT)[site].axes.index("query" if site == "pattern" else "pos"),
+        0,
+    )
+    assert np.isnan(acts[6:]).all() and np.isfinite(acts[:5]).all()

@@ -109,3 +109,51 @@ def test_a_basis_that_could_be_one_per_layer_or_one_per_head():
     ):
         mj.run(square, THREE, {"z": mj.Project(np.ones((3, 1, 4), np.float32))})
     assert mj.run(square, THREE, {"resid_pre": mj.Project(np.ones((2, 1, 8), np.float32))}).logits.shape == (1, 3, 11)
+
+
+@pytest.mark.parametrize(
+    "site, where",
+    [
+        ("resid_post", {"layer": [1, 0, 2]}),
+        ("z", {"head": [1, 0]}),
+        ("z", {"pos": [-1, 0, 1]}),
+        ("resid_post", {"layer": [0, 0, 1]}),
+    ],
+)
+def test_activations_captured_in_the_order_of_a_list(site, where):
+    """A capture follows the list and an operand the axis: they may not be taken for one another."""
+    acts = mj.run(model(), THREE, capture={site: mj.Where(**where)}).acts[site]
+    with refused(ValueError, "in another order"):
+        mj.run(model(), THREE, {site: mj.Replace(acts, mj.Where(**where))})
+
+
+@pytest.mark.parametrize(
+    "where", [{"layer": [0, 1, 2]}, {"layer": 1}, {"pos": [0, 1, 2]}, {"pos": [[0, 1, 2]]}, {"layer": [2, 0, 1]}]
+)
+def test_activations_captured_at_a_place_go_back_there(where):
+    acts = mj.run(model(), THREE, capture={"resid_post": mj.Where(**where)}).acts["resid_post"]
+    acts = acts[jax.numpy.argsort(jax.numpy.asarray(where["layer"]))] if where == {"layer": [2, 0, 1]} else acts
+    back = {"resid_post": mj.Replace(acts, mj.Where(**(where if where != {"layer": [2, 0, 1]} else {})))}
+    assert np.array_equal(logits(model(), THREE, back), logits(model(), THREE))
+
+
+@pytest.mark.parametrize("door", [mj.Add, mj.Replace, mj.Scale, lambda b: mj.Project(b)])
+def test_an_array_that_is_filled_anew(door):
+    """The usual loop over directions with one buffer."""
+    buffer, edits = np.zeros(8, np.float32), []
+    for i in range(3):
+        buffer[:] = 0.1
+        buffer[i] = 5
+        edits.append({"resid_post": door(buffer)})
+    assert len({logits(model(), THREE, edit).tobytes() for edit in edits}) == 3
+
+
+def test_prompts_indices_and_answers_that_are_filled_anew():
+    ids, index, answer = (np.array(x, np.int32) for x in (THREE, [0, 1], [4]))
+    tokens, where, metric = mj.Tokens(ids), mj.Where(layer=index), mj.metrics.logit(answer)
+    reference = np.zeros((1, 11), np.float32)
+    kl = mj.metrics.kl(reference)
+    for array in (ids, index, answer, reference):
+        array[:] = 2
+    assert tokens.ids.tolist() == THREE and where.layer.tolist() == [0, 1] and metric.answer.tolist() == [4]
+    assert not np.asarray(kl.reference).any()
