@@ -129,7 +129,7 @@ def error_told(model: mj.Transformer, task: Task, settings: Settings, result: xr
         model, clean=task.clean, corrupted=task.corrupted, metric=task.metric, sites={"z": ("layer", "head")},
         method=mj.AtP(probes=settings.probes), memory=settings.memory,
     )  # fmt: skip
-    actual, own = result["z.exact"] - result["z.AtP"], told["z.error"].mean("batch")
+    actual, own = result["z.exact"] - result["z.AtP"], told["z.error"].mean("batch", skipna=False)
     ranked: Any = scipy.stats.spearmanr(np.abs(own.values).ravel(), np.abs(actual.values).ravel())
     return float(ranked.statistic)
 

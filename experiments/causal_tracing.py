@@ -132,7 +132,7 @@ def summary(results: xr.Dataset) -> str:
         f"{'':40}" + "".join(f"{r:>20}" for r in results.pos.values),
     ]
     for kind in results.kind.values:
-        average = results.indirect.sel(kind=kind).mean("batch")
+        average = results.indirect.sel(kind=kind).mean("batch", skipna=False)
         best = average.max("layer"), average.argmax("layer")
         cells = (
             f"{float(best[0].sel(pos=r)):.3f} ({int(results.layer[best[1].sel(pos=r)])})" for r in results.pos.values
@@ -143,7 +143,7 @@ def summary(results: xr.Dataset) -> str:
 
 def draw_average(results: xr.Dataset, settings: Settings) -> None:
     """The average indirect effect over layer and role: all kinds, and the severed ones beside the first."""
-    average = results.indirect.mean("batch")
+    average = results.indirect.mean("batch", skipna=False)
     panel = lambda kind: average.sel(kind=kind, drop=True)
     panels = {
         "restored": {kind: panel(kind) for kind in KINDS},
@@ -169,7 +169,7 @@ def draw_tokens(one: xr.Dataset, fact: Facts, settings: Settings, path: Path) ->
     assert fact.tokens.strings is not None
     words = [s.strip() for s, real in zip(fact.tokens.strings[0], np.asarray(fact.tokens.mask)[0]) if real]
     labels = [f"{word}*" if p in fact.spans[0] else word for p, word in enumerate(words)]
-    effects = one.indirect.mean("batch").assign_coords(pos=labels)
+    effects = one.indirect.mean("batch", skipna=False).assign_coords(pos=labels)
     panels = {"restored": {kind: effects.sel(kind=kind, drop=True) for kind in KINDS}}
     probabilities = f"p {float(one.clean[0]):.2f}, corrupted {float(one.corrupted.mean()):.2f}"
     title = f"{settings.model}: {fact.texts[0]}{fact.objects[0]} ({probabilities})"

@@ -89,11 +89,11 @@ def table(results: xr.Dataset, top: int) -> str:
     tested = mj.sign_flips(
         indirect.assign_coords(base=("batch", np.zeros(indirect.sizes["batch"]))), clusters=results.profession.values
     )
-    mean = indirect.mean("batch")
+    mean = indirect.mean("batch", skipna=False)
     rows += ["", "head      indirect   of the total   total - direct   family-wise p"]
     for layer, head in zip(*np.unravel_index(np.argsort(-np.abs(mean.values), axis=None)[:top], mean.shape)):
         at = {"layer": layer, "head": head}
-        own, held = float(mean.isel(at)), float((results.total - direct).mean("batch").isel(at))
+        own, held = float(mean.isel(at)), float((results.total - direct).mean("batch", skipna=False).isel(at))
         share = own / float(results.total.mean())
         rows.append(f"{layer:>3}.{head:<5} {own:>8.3f} {share:>13.1%} {held:>14.3f} {float(tested.p.isel(at)):>15.4f}")
     return "\n".join(rows)
@@ -104,7 +104,7 @@ def draw(results: xr.Dataset, settings: Settings) -> None:
     panels = {}
     for kind in ("female", "male"):
         own = results.isel(batch=np.flatnonzero(results.stereotype.values == kind))
-        share = lambda name, own=own: own[name].mean("batch") / own.total.mean("batch")
+        share = lambda name, own=own: own[name].mean("batch", skipna=False) / own.total.mean("batch", skipna=False)
         panels[f"stereotypically {kind}"] = {s: share(f"{s}.indirect") for s in ("z", "attn_out", "mlp_out")}
     title = f"{settings.model}: indirect effects as parts of the total"
     for plot, suffix in ((plots.heatmaps, "png"), (plots.heatmap_page, "html")):

@@ -8,7 +8,7 @@ from pathlib import Path
 import mijax as mj
 
 FLOORS = (  # rooms side by side know nothing of one another
-    ("_types", "display"),
+    ("_types", "display", "arguments"),
     ("cache", "files", "programs", "meshes", "memory"),
     ("chunks",),
     ("superposition", "model"),

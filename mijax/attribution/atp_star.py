@@ -29,6 +29,8 @@ class AtPStar(Method):
     It takes one backward pass for each layer, and a model of at least two layers.
     """
 
+    users_code = False
+
     def check(self, n_layers: int, nodes: Mapping[str, Nodes], alone: bool) -> None:
         """Raise `ValueError` for a model of a single layer, and for cells over units of queries or keys."""
         if n_layers < 2:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mijax._types import ArrayLike
-from mijax.attribution.checks import check_apart, check_count, check_differ, check_gradient, check_layered, check_nodes
+from mijax.arguments import check_known
+from mijax.attribution.checks import check_apart, check_differ, check_gradient, check_layered, check_nodes
 from mijax.attribution.estimates import AttributionJob, estimated, schedule
 from mijax.attribution.gradient import AtP
 from mijax.attribution.method import Estimates, Method
 from mijax.attribution.nodes import Sites, nodes_of
 from mijax.attribution.verify import Verify, check_exact, coincide, verified
-from mijax.engine.labels import positions_told
-from mijax.engine.measure import Metrics, as_floats, described, is_split, named
+from mijax.engine.labels import with_positions
+from mijax.engine.measure import Metrics, as_floats, described, named
+from mijax.engine.options import bytes_of
 from mijax.engine.pairs import Direction, check_pair
 from mijax.interventions.checks import check
 from mijax.memory import PeakMemory, default_memory
@@ -89,13 +91,13 @@ def attribute(
     >>> bool(abs(exact - r.z).max() < 0.1 * abs(exact - exact.base).max())
     True
     """
-    if memory is not None:
-        check_count(memory, "memory")
+    memory = bytes_of(memory)
     if not isinstance(method, Method):
         raise TypeError(f"method must be one such as mijax.AtP(), given {method!r}")
     if not (verify is None or isinstance(verify, Verify)):
         raise TypeError(f"verify must be a mijax.Verify, such as mijax.Verify(20), given {verify!r}")
     check_layered(model)
+    check_known("attribute", (model, clean, corrupted))
     model.check()
     model, clean, corrupted = automatic((model, clean, corrupted))
     metrics = {name: automatic(m) for name, m in named(metric).items()}  # not the dictionary: JAX would sort it
@@ -143,9 +145,10 @@ def _check(job: AttributionJob) -> None:
         check(job.model, tokens, {}, {})
     if not job.metrics:
         raise ValueError("there is no metric")
+    check_known("attribute", job.programs)
     for name, metric in job.programs.items():
         check_gradient(job.model, job.base, name, metric)
-        if not is_split(job.metrics[name]):
+        if getattr(job.metrics[name], "users_code", True):
             check_apart(job.model, job.base, name, metric)
 
 
@@ -172,7 +175,7 @@ def _labelled(job: AttributionJob, estimates: Estimates, single: bool) -> "xr.Da
             if field == "terms":
                 cells = {metric: estimates.base[metric] + c for metric, c in cells.items()}
             array = xr.DataArray(together(cells), coords, dims)
-            arrays[variable.format(site)] = array if nodes.grid else positions_told(array, job.base)
+            arrays[variable.format(site)] = array if nodes.grid else with_positions(array, job.base)
     result = xr.merge([array.rename(name) for name, array in arrays.items()], join="exact", compat="equals")
     attrs: dict[str, Any] = {"method": repr(job.method), "metric": " ".join(names), "sites": " ".join(job.nodes)}
     for name, gap in (estimates.gap or {}).items():

@@ -20,23 +20,6 @@ from mijax.model.tokens import Tokens
 T = TypeVar("T")
 
 
-def check_count(value: Any, what: str) -> None:
-    """Check that a value is a count.
-
-    Args:
-        value: the value.
-        what: what messages call it.
-
-    Raises:
-        TypeError: for anything but an integer of Python or NumPy; a boolean is none.
-        ValueError: for a negative number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{what} must be a whole number, given {value!r}")
-    if value < 0:
-        raise ValueError(f"{what} must not be negative, given {value}")
-
-
 def check_layered(model: Any) -> None:
     """Check that the layers of a model can be walked.
 

@@ -8,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Float
+from mijax.arguments import check_known
 from mijax.attribution.checks import check_apart, check_differ, check_gradient, check_layered
 from mijax.engine.measure import as_programs, captures_of, checked, described, named, values_of
 from mijax.engine.pairs import check_pair
 from mijax.forward import run, zero_varying_like
 from mijax.interventions.checks import check
 from mijax.interventions.edits import Add
+from mijax.interventions.selecting import narrowed_shape
 from mijax.interventions.where import Where
-from mijax.meshes import automatic
+from mijax.meshes import automatic, batch_spec, with_automatic_axes
 from mijax.metrics import AnyMetric, position
 from mijax.model.model import LayeredModel
 from mijax.model.sites import field_of, site_of
-from mijax.model.tokens import Tokens
+from mijax.model.tokens import Tokens, is_concrete
 from mijax.programs.now import JitNow
 
 if TYPE_CHECKING:
@@ -79,22 +81,37 @@ def gradients(
     tokens = model.inputs(tokens)
     name, program = _program(model, tokens, metric)
     check_gradient(model, tokens, name, program)
-    where = Where() if pos is None else Where(pos=position(pos))
-    capture = {site: None if pos is None else where for site in sites}
+    if getattr(metric, "users_code", True) and all(map(is_concrete, jax.tree.leaves((model, program)))):
+        check_apart(model, tokens, name, program)
+    where = None if pos is None else Where(pos=position(pos))
+    for site in sites:
+        if where is not None and "pos" not in site_of(site, model.sites).axes:
+            axes = ", ".join(model.sites[site].axes)
+            raise ValueError(f"site {site!r} has no positions of its own, only {axes}")
+    spec = lambda batch: {site: batch_spec(site_of(site, model.sites).axes, batch) for site in sites}
+    return with_automatic_axes(
+        lambda model, tokens, program: _gradients(model, tokens, program, dict.fromkeys(sites, where)),
+        model,
+        tokens,
+        program,
+        like=tokens.ids,
+        out_axes=lambda batch: Gradients(batch_spec(("batch",), batch), spec(batch), spec(batch)),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _gradients(model: LayeredModel, tokens: Tokens, program: AnyMetric, capture: dict[str, Where | None]) -> Gradients:
+    """The metric's gradients with respect to what is added at the sites, which is zero."""
     # Inside `shard_map`, the gradient of an array that does not vary over the mesh would be a sum over all devices.
     zero, zeros = zero_varying_like((model, tokens, program), model.dtype).reshape(()), {}
-    for site in sites:
-        entry = site_of(site, model.sites)
-        if pos is not None and "pos" not in entry.axes:
-            raise ValueError(f"site {site!r} has no positions of its own, only {', '.join(entry.axes)}")
-        shape = zip(entry.axes, entry.shape(*tokens.ids.shape))
-        sizes = [1 if axis == "pos" and pos is not None else n for axis, n in shape]
-        zeros[site] = jnp.broadcast_to(zero, sizes)
+    for site, where in capture.items():
+        axes = model.sites[site].axes
+        shape = narrowed_shape(where, axes, model.sites[site].shape(*tokens.ids.shape))
+        zeros[site] = jnp.broadcast_to(zero, shape)
 
     def measured(added: dict[str, Array]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-        edits, taps = {site: Add(v, where) for site, v in added.items()}, captures_of(model, {name: program})
-        out = run(model, tokens, edits, capture=capture, taps=taps)
-        values = values_of({name: program}, out.readout, out.taps)[name]
+        edits = {site: Add(value, capture[site] or Where()) for site, value in added.items()}
+        out = run(model, tokens, edits, capture=capture, taps=captures_of(model, {"": program}))
+        values = values_of({"": program}, out.readout, out.taps)[""]
         return jnp.sum(values), (values, out.acts)
 
     grads, (values, acts) = jax.grad(measured, has_aux=True)(zeros)
@@ -146,6 +163,7 @@ def concept(
     """
     import xarray as xr
 
+    check_known("concept", (model, positive, negative, metric))
     model, positive, negative, metric = automatic((model, positive, negative, metric))
     positive, negative = model.inputs(positive), model.inputs(negative)
     check_pair(positive, negative)
@@ -157,7 +175,7 @@ def concept(
         )
     name, program = _program(model, positive, metric)
     check_gradient(model, positive, name, program)
-    if not getattr(metric, "per_example", False):
+    if getattr(metric, "users_code", True):
         check_apart(model, positive, name, program)
     for tokens in (positive, negative):
         check(model, tokens, {}, {site: Where(pos=position(pos))})
@@ -182,12 +200,12 @@ def concept(
     cosine = np.einsum("i...u,j...u->ij...", unit, unit)
     attrs = {"site": site, "metric": name, "prompts": 2 * len(positive.ids), **described(model)}
     cosines = xr.DataArray(
-        cosine.astype(np.float32),
+        cosine.astype(gradient.dtype),
         {**{d: c for d, c in coords.items() if d != "unit"}, "other": list(KINDS)},
         ("kind", "other", *dims[:-1]),
     )
     return xr.Dataset(
-        {"direction": xr.DataArray(directions.astype(np.float32), coords, ("kind", *dims)), "cosine": cosines},
+        {"direction": xr.DataArray(directions.astype(gradient.dtype), coords, ("kind", *dims)), "cosine": cosines},
         attrs=attrs,
     )
 

@@ -15,8 +15,20 @@ from mijax.attribution.method import Estimates, Examples, Method
 from mijax.attribution.nodes import Nodes, gates_at_entries
 from mijax.attribution.side_by_side import gated, group_size
 from mijax.attribution.taps import Path
+from mijax.engine.driver import check_kept_model
 from mijax.engine.layout import row_bytes
-from mijax.engine.measure import as_programs, captures_of, checked, is_small, is_split, metric_bytes, taken, values_of
+from mijax.engine.measure import (
+    as_programs,
+    captures_of,
+    check_takes,
+    checked,
+    is_small,
+    is_split,
+    metric_bytes,
+    of_first,
+    taken,
+    values_of,
+)
 from mijax.metrics import AnyMetric
 from mijax.model.model import LayeredModel
 from mijax.model.tokens import Tokens
@@ -205,6 +217,8 @@ def estimated(
         saved = store.begin(plan, {"sites": list(job.nodes)})
         order = Schedule(*(int(saved[name]) for name in Schedule._fields))
     whole, programs = order.prompts == batch, job.programs
+    if not whole:
+        check_takes(job.model, job.base, job.metrics)
     key = jax.random.key(jnp.asarray(job.method.seed))
     parts: list[Estimates] = []
     small = is_small(job.model, job.base, runs=30)  # forwards and backwards, at several points or by several probes
@@ -252,8 +266,14 @@ def _check_finite(estimates: Estimates, first: int) -> None:
 
 def _store(save: Any, job: AttributionJob) -> chunks.Store:
     grids = {site: (nodes.axes, nodes.members) for site, nodes in job.nodes.items()}
+    check_kept_model(job.model)
+    if job.method.users_code:
+        raise TypeError(
+            f"save= is for mijax's own methods: whether the code of {type(job.method).__name__} changes, a folder cannot tell"
+        )
     parts = {"model": job.model, "prompts": (job.base, job.source), "sites": (job.layout, grids)}
-    parts |= {"metric": chunks.repeatable(lambda: job.programs, save), "method": job.method}
+    parts |= {"method": job.method}
+    parts |= {"metric": (chunks.repeatable(lambda: job.programs, save), of_first(job.model, job.base, job.metrics))}
     return chunks.Store(save, {name: chunks.fingerprint(part) for name, part in parts.items()})
 
 

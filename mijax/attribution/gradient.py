@@ -7,7 +7,7 @@ import equinox as eqx
 import numpy as np
 
 from mijax._types import Array
-from mijax.attribution.checks import check_count
+from mijax.arguments import whole_number
 from mijax.attribution.curvature import curvature
 from mijax.attribution.method import Estimates, Examples, Measured, Method, gate_gradients
 from mijax.attribution.taps import Path
@@ -16,7 +16,7 @@ from mijax.model.sites import Site
 
 def _seed(value: Any) -> Any:
     value = value.item() if isinstance(value, np.ndarray) and not value.ndim else value
-    check_count(value, "seed")
+    whole_number("seed", value)
     return np.asarray(value)  # an array, so that another seed compiles nothing
 
 
@@ -44,11 +44,12 @@ class AtP(Method):
     AtP(probes=16)
     """
 
+    users_code = False
     probes: int = eqx.field(static=True, default=0)
     seed: Any = eqx.field(converter=_seed, default=0)
 
     def __check_init__(self) -> None:
-        check_count(self.probes, "probes")
+        whole_number("probes", self.probes)
         if self.probes == 1:
             raise ValueError("a standard error takes at least two probes, given probes=1")
 

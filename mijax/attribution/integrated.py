@@ -36,6 +36,7 @@ class IntegratedGradients(Method):
         ValueError: for fewer than one step, or a path of another name.
     """
 
+    users_code = False
     steps: int = eqx.field(static=True, default=5)
     along: Literal["gate", "inputs"] = eqx.field(static=True, default="gate")
 

@@ -12,6 +12,7 @@ from mijax.attribution.nodes import Nodes
 from mijax.attribution.taps import Path
 from mijax.display import ShownAsTree
 from mijax.model.sites import Site
+from mijax.programs.now import UsersCode
 
 Values: TypeAlias = dict[str, Float[Array, " batch"]]
 """By metric."""
@@ -58,7 +59,7 @@ class Examples(NamedTuple):
     key: Array
 
 
-class Method(ShownAsTree):
+class Method(UsersCode, ShownAsTree):
     """A way of turning gradients with respect to gates into estimates of what patching does; abstract.
 
     `second_order` says whether it takes second derivatives, for which the backward pass keeps more. `seed` is of its

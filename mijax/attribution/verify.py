@@ -1,17 +1,19 @@
 """Measuring exactly the cells in doubt, and a sample of the others, which bounds what was missed."""
 
 import dataclasses
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mijax._types import Float, Int
-from mijax.attribution.checks import check_count
+from mijax.arguments import whole_number
 from mijax.attribution.estimates import AttributionJob
 from mijax.attribution.nodes import Nodes
 from mijax.engine.cells import cells_of
 from mijax.engine.driver import check_sweep, swept
 from mijax.engine.grid import Grid
+from mijax.engine.labels import has_positions, mean_over_prompts
 from mijax.engine.measure import Values
 from mijax.engine.options import Options
 from mijax.engine.pairs import patched
@@ -30,7 +32,8 @@ class Verify:
     It adds to each site of a result `<site>.exact`, NaN where not measured, and `<site>.measured` (0 not, 1 among the
     `k`, 2 in the sample). The attribute `missed_at_most` of the latter bounds, with 95 % confidence, how many of the rest
     change the metric by at least `threshold` of source - base (of the base, without a source), as `missed_in_sample` of
-    the sample do.
+    the sample do. A cell whose mean effect is not a number counts as missed; `not_finite_in_sample` of them are not
+    finite.
 
     Args:
         k: how many cells of each site to measure: those whose mean effect and error are estimated largest together.
@@ -39,7 +42,7 @@ class Verify:
         seed: the seed of the sample.
 
     Raises:
-        TypeError: for numbers that are not whole.
+        TypeError: for numbers that are not whole, and a threshold that is no number.
         ValueError: for negative numbers, no cell at all, and a threshold that is not over 0.
 
     >>> Verify(20)
@@ -53,9 +56,11 @@ class Verify:
 
     def __post_init__(self) -> None:
         for name, value in {"k": self.k, "sample": self.n_sample, "seed": self.seed}.items():
-            check_count(value, name)
+            whole_number(name, value)
         if not self.k + self.n_sample:
             raise ValueError("verify some cells: k and sample are both 0")
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, Real):
+            raise TypeError(f"threshold must be a part of source - base, such as 0.05, given {self.threshold!r}")
         if not 0 < self.threshold < np.inf:
             raise ValueError(f"threshold must be a part of source - base, over 0, given {self.threshold!r}")
 
@@ -153,16 +158,15 @@ def verified(
         cells = np.concatenate(chosen)
         measured = _exact(job, nodes, cells, Options(memory, progress))
         exact = _placed(result, site, job, cells, measured)
-        effect = np.abs((exact - result.base).mean("batch") / whole)
-        if "metric" in effect.dims:
-            effect = effect.max("metric")
-        missed = int((effect.values.reshape(-1)[chosen.sample] >= verify.threshold).sum())
+        effect = _largest(abs(mean_over_prompts(exact - result.base) / whole))[chosen.sample]
+        missed = int((~(effect < verify.threshold)).sum())  # NaN may be any effect
         mark = np.zeros(nodes.size, np.int8)
         mark[chosen.top], mark[chosen.sample] = 1, 2
         attrs = {
             "meaning": "0 not measured, 1 measured for its score, 2 measured in the random sample of the rest",
             "rest": nodes.size - len(chosen.top), "sample": len(chosen.sample), "missed_in_sample": missed,
             "missed_at_most": most_missed(nodes.size - len(chosen.top), len(chosen.sample), missed),
+            "not_finite_in_sample": int((~np.isfinite(effect)).sum()),
             "confidence": CONFIDENCE, "threshold": verify.threshold,
         }  # fmt: skip
         marks = (tuple(nodes.labels), mark.reshape([len(labels) for labels in nodes.labels.values()]), attrs)
@@ -190,12 +194,17 @@ def _whole(result: "xr.Dataset") -> "xr.DataArray":
 
 def _score(result: "xr.Dataset", site: str, whole: "xr.DataArray") -> Float[np.ndarray, " cell"]:
     """How large the mean effect of each cell may be: its estimate and its error together, of the metric where it is largest."""
-    size: Any = np.abs((result[site] - result.base).mean("batch")) / whole
+    size: Any = np.abs(mean_over_prompts(result[site] - result.base)) / whole
     if f"{site}.unsigned" in result:
-        size = np.maximum(size, result[f"{site}.unsigned"].mean("batch") / whole)
+        size = np.maximum(size, mean_over_prompts(result[f"{site}.unsigned"]) / whole)
     if f"{site}.error" in result:
-        size = size + np.abs(result[f"{site}.error"].mean("batch")) / whole
-    return (size.max("metric") if "metric" in size.dims else size).values.reshape(-1)
+        size = size + np.abs(mean_over_prompts(result[f"{site}.error"])) / whole
+    return _largest(size)
+
+
+def _largest(size: "xr.DataArray") -> Float[np.ndarray, " cell"]:
+    """The size of each cell, by the metric where it is largest; NaN where it is NaN by some metric."""
+    return (size.max("metric", skipna=False) if "metric" in size.dims else size).values.reshape(-1)
 
 
 def check_exact(job: AttributionJob, verify: Verify, memory: int | None) -> None:
@@ -241,4 +250,5 @@ def _placed(
         values = np.full((int(np.prod(shape[:-1])), shape[-1]), np.nan, measured[name].dtype)
         values[cells] = measured[name]
         arrays.append(values.reshape(shape))
-    return estimate.copy(data=np.stack(arrays) if several else arrays[0]).where(estimate.notnull())
+    exact, has = estimate.copy(data=np.stack(arrays) if several else arrays[0]), has_positions(estimate)
+    return exact if has is None else exact.where(has)

@@ -155,6 +155,23 @@ def axis_sizes(weight: Weight, config: Config) -> dict[str, int]:
     return {axis: n for axis, n in sizes.items() if re.search(rf"\b{axis}\b", weight.axes)}
 
 
+def stored(parameters: np.ndarray, weight: Weight, config: Config) -> np.ndarray:
+    """Parameters in the arrangement of axes that the checkpoint's tensor has.
+
+    Args:
+        parameters: those of one entry of a family's table, `[len(weight.ours), ...]`: of one layer, or of the model
+            where there is one tensor for all layers.
+        weight: the entry.
+        config: the model's config.
+
+    Returns:
+        The tensor, a view of `parameters` where that is possible.
+    """
+    ours, theirs = (side.strip() for side in reversed(weight.axes.split("->")))
+    fused = parameters if len(weight.ours) > 1 else parameters[0]
+    return einops.rearrange(fused, f"{ours} -> {theirs}", **axis_sizes(weight, config))
+
+
 def tensor_names(theirs: str, config: Config) -> list[str]:
     """The names of the tensors that an entry of a family's table stands for.
 
@@ -188,19 +205,17 @@ def _stacked(config: Config, weight: Weight, shapes: Transformer, read: Callable
     slots: list[Any] = [get(shapes, path) for path in weight.ours]
     hosts = [_aligned(slot.shape, slot.dtype) for slot in slots]
     per_layer = "{layer}" in weight.theirs
-    sizes = axis_sizes(weight, config)
+    shape = slots[0].shape[1:] if per_layer else slots[0].shape
+    expected = stored(np.broadcast_to(np.float32(0), (len(slots), *shape)), weight, config).shape
     for i, name in enumerate(tensor_names(weight.theirs, config)):
         tensor = read(name)
-        try:
-            arranged = einops.rearrange(tensor, weight.axes, **sizes)
-        except einops.EinopsError:
-            arranged = tensor
-        arranged = arranged if len(slots) > 1 else arranged[None]
-        expected = (len(slots), *(slots[0].shape[1:] if per_layer else slots[0].shape))
-        if arranged.shape != expected:
-            faults.append(f"{name} has shape {tensor.shape}, which does not give {weight.ours[0]} its {expected[1:]}")
+        if tensor.shape != expected:
+            faults.append(
+                f"{name} has shape {tensor.shape}, expected {expected}, which gives {weight.ours[0]} its {shape}"
+            )
             continue
-        for host, part in zip(hosts, arranged):
+        arranged = einops.rearrange(tensor, weight.axes, **axis_sizes(weight, config))
+        for host, part in zip(hosts, arranged if len(slots) > 1 else arranged[None]):
             target = host[i] if per_layer else host
             with np.errstate(over="ignore"):  # an overflow is reported below, by the check for finite values
                 target[...] = part

@@ -99,6 +99,9 @@ def _fault(folder: Path, bundle: Bundle) -> str | None:
         checksums = dict(origin["files"])
         if origin["sha256"] != bundle.sha256:
             return f"{_ORIGIN} tells of another model"
+        unrecorded = sorted(_CONVERTED - checksums.keys())
+        if unrecorded:
+            return f"{_ORIGIN} holds no checksum of {', '.join(unrecorded)}"
         for file in sorted(checksums):
             if _sha256(folder / file) != checksums[file]:
                 return f"{file} has other contents than were written"
@@ -110,6 +113,7 @@ def _fault(folder: Path, bundle: Bundle) -> str | None:
 
 
 _ORIGIN = "origin.json"  # records the bundle and the checksums of the converted files
+_CONVERTED = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}  # in every conversion
 
 
 def _sha256(path: Path) -> str:

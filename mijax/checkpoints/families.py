@@ -63,8 +63,8 @@ class Family(NamedTuple):
 
     Attributes:
         config: from the contents of a `config.json` to a `Config`.
-        write: from a `Config` to the entries of a `config.json`, or `None` where another family writes the same.
-            Where `config` reads them back as another `Config`, the family cannot express the given one.
+        write: from a `Config` to the entries of a `config.json`, which are `None` where transformers would refuse
+            them; or `None` where another family writes the same. Where `config` reads them back as another `Config`, the family cannot express the given one.
         keys: the keys that `config` reads.
         harmless: the other keys that `config` accepts, and at which values.
         prefix: the start of tensors' names, which checkpoints of the bare model leave out.
@@ -75,7 +75,7 @@ class Family(NamedTuple):
     """
 
     config: Callable[[Mapping[str, Any]], Config]
-    write: Callable[[Config], dict[str, Any]] | None
+    write: Callable[[Config], dict[str, Any] | None] | None
     keys: frozenset[str]
     harmless: Mapping[str, Harmless]
     prefix: str
@@ -199,11 +199,12 @@ _BIASES = ("qkv_bias", "attn_out_bias", "mlp_bias")
 
 def _rotary_rms_gated(c: Mapping[str, Any], fields: dict[str, Any]) -> Config:
     """A `Config` of Llama's structure: rotary positions, RMSNorm and gated MLPs."""
-    d_head = fields.get("d_head") or fields["d_model"] // fields["n_heads"]
-    return Config(positions="rotary", norm="rms", mlp="gated", **fields, **read_rotary(c, d_head))
+    return Config(positions="rotary", norm="rms", mlp="gated", **fields, **read_rotary(c))
 
 
-def _llama_write(c: Config) -> dict[str, Any]:
+def _llama_write(c: Config) -> dict[str, Any] | None:
+    if c.d_model % c.n_heads:  # transformers refuses such a file, also where it gives head_dim
+        return None
     return {"architectures": ["LlamaForCausalLM"], **write_fields(c, _LLAMA_KEYS), **write_rotary(c)}
 
 

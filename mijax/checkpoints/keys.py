@@ -217,27 +217,28 @@ _SCALINGS: dict[str, dict[str, str]] = {  # for each kind: its keys, and their f
 }
 
 
-def read_rotary(c: Mapping[str, Any], d_head: int) -> dict[str, Any]:
+def read_rotary(c: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `Config` about rotary positions, from all places of a `config.json` that may hold them.
 
     transformers 5 writes all of them into `rope_parameters`. Earlier versions wrote `rope_scaling`, with
-    `rope_theta` and `partial_rotary_factor` at the top level of the file.
+    `rope_theta` and `partial_rotary_factor` at the top level of the file. Llama and Mistral in transformers ignore
+    `partial_rotary_factor` and rotate all dimensions of a head, so that a file which asks for another share does not
+    say what its model was trained with.
 
     Args:
         c: the contents of the file.
-        d_head: the size of an attention head.
 
     Returns:
-        The fields `rotary_base`, `rotary_dim` and `rotary_scaling`.
+        The fields `rotary_base` and `rotary_scaling`.
 
     Raises:
         KeyError: where Llama 3's scaling needs `max_position_embeddings` and the file lacks it, or a scaling lacks
             one of its keys.
         ValueError: where two places disagree, for an unsupported kind of scaling, for a key that the kind does not
-            have, and for a value of wrong type or range.
+            have, for a value of wrong type or range, and where `partial_rotary_factor` is not 1.
 
-    >>> read_rotary({"rope_theta": 5000.0, "partial_rotary_factor": 0.5}, 8)
-    {'rotary_base': 5000.0, 'rotary_dim': 4, 'rotary_scaling': None}
+    >>> read_rotary({"rope_theta": 5000.0, "partial_rotary_factor": 1.0})
+    {'rotary_base': 5000.0, 'rotary_scaling': None}
     """
     rope = _merged_rotary(c)
     kind = rope.pop("rope_type", "default")
@@ -245,10 +246,10 @@ def read_rotary(c: Mapping[str, Any], d_head: int) -> dict[str, Any]:
         raise ValueError(f"unsupported rotary scaling {kind!r}; supported are {', '.join(_SCALINGS)}")
     base = check_field(Config, "rotary_base", rope.pop("rope_theta", 10_000.0), "rope_theta")
     fraction = check_field(RotaryScaling, "factor", rope.pop("partial_rotary_factor", 1.0), "partial_rotary_factor")
-    rotary_dim = int(d_head * fraction)
-    if fraction > 1 or not rotary_dim:
+    if fraction != 1:
         raise ValueError(
-            f"partial_rotary_factor={fraction} must leave between 1 and d_head={d_head} dimensions to rotate"
+            f"partial_rotary_factor={fraction} must be 1: this family rotates all dimensions of a head, also in"
+            " transformers, which ignores the key"
         )
     if kind == "llama3":
         rope.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
@@ -258,7 +259,7 @@ def read_rotary(c: Mapping[str, Any], d_head: int) -> dict[str, Any]:
         raise ValueError(f"rotary scaling {kind!r} has no {extra}")
     values = {name: check_field(RotaryScaling, name, rope[key], key) for key, name in _SCALINGS[kind].items()}
     scaling = None if kind == "default" else RotaryScaling(kind, **values)
-    return {"rotary_base": base, "rotary_dim": rotary_dim, "rotary_scaling": scaling}
+    return {"rotary_base": base, "rotary_scaling": scaling}
 
 
 def _merged_rotary(c: Mapping[str, Any]) -> dict[str, Any]:

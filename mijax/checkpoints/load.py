@@ -14,8 +14,9 @@ from mijax.checkpoints.build import Tensors, build
 from mijax.checkpoints.families import Family, family_of
 from mijax.checkpoints.gguf import GGUF
 from mijax.checkpoints.json_files import read_object
-from mijax.checkpoints.tokenizer import FILES, Tokenizer
+from mijax.checkpoints.tokenizer import FILES, Tokenizer, check_flag
 from mijax.model.config import Config
+from mijax.model.parameters import parameter_dtype
 from mijax.model.transformer import Transformer
 
 
@@ -34,7 +35,7 @@ def load(
         source: `"smollm2-135m-instruct"`, which always means the same bytes; a local path to a Hugging Face folder
             (config.json with safetensors) or to a GGUF file; or an id on the Hugging Face hub (`"gpt2"`,
             `"owner/name"`).
-        dtype: of the parameters.
+        dtype: of the parameters: float64, float32, float16 or bfloat16.
         revision: a branch, tag or commit of a model on the hub.
         tokenizer: whether to load the tokenizer too.
 
@@ -46,8 +47,8 @@ def load(
         ConnectionError: where a model is not cached and cannot be fetched.
         ValueError: for files that are corrupt, quantised (except GGUF) or of an unsupported architecture. This
             includes a tensor that would not be used, and a key of config.json that is not read and may change what
-            the model computes: both are named.
-        TypeError: for a `dtype` that is not floating point.
+            the model computes: both are named. For `dtype` float64 without `jax_enable_x64`.
+        TypeError: for another `dtype`, and for `tokenizer` that is no boolean.
 
     >>> import tempfile, jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -57,9 +58,7 @@ def load(
     >>> model.config.name, tokenizer
     ('mine', None)
     """
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be floating point, given {dtype}")
+    dtype, tokenizer = parameter_dtype(dtype), check_flag(tokenizer, "tokenizer")
     name = str(source)
     path = Path(source).expanduser()
     if not name:
@@ -162,6 +161,9 @@ def _shards(folder: Path) -> tuple[Sequence[str], Mapping[str, str]]:
     if not isinstance(weight_map, Mapping) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index} must hold a weight_map from names of tensors to names of files")
     shards = sorted(set(weight_map.values()))
+    outside = [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]
+    if outside:
+        raise ValueError(f"{index} names files outside its folder: {', '.join(outside)}")
     if single.exists() and single.name not in shards:
         raise ValueError(f"{folder} holds both {single.name} and an index of other files; remove one of the two")
     missing = [shard for shard in shards if not (folder / shard).exists()]

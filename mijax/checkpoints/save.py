@@ -1,20 +1,21 @@
 """`mijax.save`: writes a model to a folder that `mijax.load`, and where possible transformers, can read."""
 
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import einops
 import jax
 import numpy as np
 
-from mijax.checkpoints.build import axis_sizes, get, tensor_names
+from mijax.checkpoints.build import get, stored, tensor_names
 from mijax.checkpoints.families import FAMILIES, Family
 from mijax.checkpoints.tokenizer import Tokenizer
 from mijax.model.config import Config
+from mijax.model.parameters import PARAMETER_DTYPES
 from mijax.model.tokens import is_concrete
 from mijax.model.transformer import Transformer, check_parameters
 
@@ -31,7 +32,7 @@ def save(
         model: the model.
         path: the folder, which must not exist.
         tokenizer: the model's tokenizer, if any.
-        shard_bytes: the size at which parameters are split into several files.
+        shard_bytes: the size at which parameters are split into several files, in bytes.
 
     Returns:
         The `model_type` that was written. It is the Hugging Face architecture that expresses the model exactly
@@ -39,9 +40,10 @@ def save(
         `mijax.load` reads that.
 
     Raises:
-        FileExistsError: where `path` exists.
+        FileExistsError: where `path` exists, as a link to nothing too.
+        TypeError: for what is no transformer, tokenizer or size.
         ValueError: for parameters that do not fit the config (`mijax.model.transformer.check_parameters`), are not
-            finite or are not in memory.
+            finite, are not in memory or have a dtype that `load` does not read, and for a size that is not positive.
         OSError: where the folder cannot be written.
 
     >>> import tempfile, jax, mijax as mj
@@ -53,8 +55,9 @@ def save(
     True
     """
     path = Path(path).expanduser()
-    if path.exists():
+    if os.path.lexists(path):
         raise FileExistsError(f"{path} exists; give the path of a new folder")
+    _check_arguments(model, tokenizer, shard_bytes)
     check_parameters(model)
     _check_values(model)
     kind, family, config = _expressed(model.config)
@@ -67,9 +70,9 @@ def save(
         folder = Path(scratch) / path.name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config | {"dtype": str(model.W_E.dtype)}, indent=2))
-        _write_shards(model, family, folder, shard_bytes)
         if tokenizer is not None:
             tokenizer.save(folder)
+        _write_shards(model, family, folder, shard_bytes)
         folder.rename(path)
     return kind
 
@@ -77,9 +80,9 @@ def save(
 def _expressed(config: Config) -> tuple[str, Family, dict[str, Any]]:
     """The first family whose config.json reads back as this config; the last one, `mijax`, expresses every config."""
     for kind, family in FAMILIES.items():
-        entries = {"model_type": kind, **family.write(config)} if family.write else None
+        entries = family.write(config) if family.write else None
         try:
-            if entries is not None and family.config(entries) == config:
+            if entries is not None and family.config(entries := {"model_type": kind, **entries}) == config:
                 return kind, family, entries
         except (KeyError, ValueError):
             continue  # the family cannot read what it writes for this config
@@ -92,16 +95,13 @@ def _tensors(model: Transformer, family: Family) -> Iterator[tuple[str, int, Any
         arrays: list[Any] = [get(model, ours) for ours in weight.ours]
         if arrays[0] is None:
             continue
-        ours, theirs = (side.strip() for side in reversed(weight.axes.split("->")))
         names = tensor_names(weight.theirs, model.config)
         for i, name in enumerate(names):
 
-            def make(i=i, arrays=arrays, ours=ours, theirs=theirs, weight=weight):
+            def make(i=i, arrays=arrays, weight=weight):
                 parts = [np.asarray(a[i] if "{layer}" in weight.theirs else a) for a in arrays]
-                host = np.stack(parts) if len(parts) > 1 else parts[0]
-                return np.ascontiguousarray(
-                    einops.rearrange(host, f"{ours} -> {theirs}", **axis_sizes(weight, model.config))
-                )
+                together = np.stack(parts) if len(parts) > 1 else parts[0][None]
+                return np.ascontiguousarray(stored(together, weight, model.config))
 
             yield name, sum(a.nbytes for a in arrays) // len(names), make
 
@@ -128,11 +128,25 @@ def _write_shards(model: Transformer, family: Family, folder: Path, shard_bytes:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
+def _check_arguments(model: Any, tokenizer: Any, shard_bytes: Any) -> None:
+    """Refuse arguments of another kind before anything is written."""
+    if not isinstance(model, Transformer):
+        raise TypeError(f"save writes a Transformer, given {type(model).__name__}")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer must be a mijax.Tokenizer, given {type(tokenizer).__name__}")
+    if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int | float | np.integer | np.floating):
+        raise TypeError(f"shard_bytes must be a number of bytes, given {shard_bytes!r}")
+    if not shard_bytes > 0:
+        raise ValueError(f"shard_bytes must be positive, given {shard_bytes!r}")
+
+
 def _check_values(model: Transformer) -> None:
-    """Refuse parameters that are not in memory or not finite."""
+    """Refuse parameters that are not in memory, not finite or of a dtype that `load` does not read."""
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(model):
         name = jax.tree_util.keystr(key_path)
         if not is_concrete(leaf) or not isinstance(leaf, (jax.Array, np.ndarray)):
             raise ValueError(f"the model's {name} is not in memory: it is a {type(leaf).__name__}")
+        if leaf.dtype.name not in PARAMETER_DTYPES:
+            raise ValueError(f"the model's {name} has dtype {leaf.dtype}, expected {', '.join(PARAMETER_DTYPES)}")
         if not np.isfinite(np.asarray(leaf, np.float64 if leaf.dtype.itemsize > 4 else np.float32)).all():
             raise ValueError(f"the model's {name} has values that are not finite")

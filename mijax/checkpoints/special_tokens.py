@@ -63,6 +63,17 @@ def read_special_tokens(folder: Path, settings: Mapping[str, Any], backend: toke
     return SpecialTokens({name: token.content for name, token in named.items()}, tuple(texts))
 
 
+def add_special_tokens(tokens: SpecialTokens, backend: tokenizers.Tokenizer) -> None:
+    """Add to `backend` those special tokens that it does not cut out of a text yet.
+
+    Args:
+        tokens: the special tokens.
+        backend: the tokenizer, which is changed in place.
+    """
+    texts = (*tokens.named.values(), *tokens.extra)
+    _add(backend, [], [AddedToken(text, special=True) for text in texts], set(tokens.named.values()))
+
+
 def settings_of(tokens: SpecialTokens) -> dict[str, Any]:
     """The entries of tokenizer_config.json from which `read_special_tokens` reads these tokens.
 

@@ -1,7 +1,8 @@
 """From text to tokens and back, with the `tokenizers` library."""
 
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,9 @@ import tokenizers
 
 from mijax._types import ArrayLike
 from mijax.checkpoints.json_files import read_object
-from mijax.checkpoints.special_tokens import SpecialTokens, read_special_tokens, settings_of
-from mijax.model.tokens import Tokens
+from mijax.checkpoints.prefix_space import apply_prefix_space
+from mijax.checkpoints.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens, settings_of
+from mijax.model.tokens import Tokens, integers
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
@@ -24,11 +26,16 @@ class Tokenizer:
     """A model's tokenizer: `tokenizer(["some", "prompts"])` returns a padded batch of `Tokens`.
 
     Args:
-        backend: the tokenizer of the `tokenizers` library. Its padding and truncation are switched off.
+        backend: the tokenizer of the `tokenizers` library, which is changed in place: its padding and truncation are
+            switched off, and it gets those special tokens that it does not have.
         chat_template: the model's template in jinja2, or several by name.
         special_tokens: the tokens that the template may use by name (`bos_token`, `eos_token`, ...).
         extra_special_tokens: special tokens without a name.
         end_tokens: ids that end the model's answers, beside that of `eos_token`.
+
+    Raises:
+        TypeError: for special tokens that are not texts, and end tokens that are not integers.
+        ValueError: for an end token that the tokenizer does not have.
 
     >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     >>> backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -53,12 +60,18 @@ class Tokenizer:
             chat_template = dict(chat_template) if chat_template.keys() - {"default"} else chat_template.get("default")
         self.chat_template = chat_template
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
-        self.extra_special_tokens: tuple[str, ...] = tuple(extra_special_tokens)
-        self._end_tokens = tuple(end_tokens)
+        self.extra_special_tokens: tuple[str, ...] = _text_list(extra_special_tokens, "extra_special_tokens")
+        _text_list(list(self.special_tokens.values()), "special_tokens")
+        add_special_tokens(SpecialTokens(self.special_tokens, self.extra_special_tokens), backend)
+        self._end_tokens = tuple(self._known(list(end_tokens)))
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer | None":
         """Read a tokenizer from `tokenizer.json` and the other files of `FILES`.
+
+        tokenizer.json says how texts are split, also where transformers would build a tokenizer of another kind from
+        its vocabulary (`mijax.checkpoints.prefix_space`). A `UserWarning` names an end token that is no token of the
+        tokenizer.
 
         Args:
             folder: the model's folder.
@@ -80,13 +93,14 @@ class Tokenizer:
             raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
         settings = read_object(folder / "tokenizer_config.json")
         special = read_special_tokens(folder, settings, backend)
+        apply_prefix_space(folder, settings, backend)
         backend.encode_special_tokens = settings.get("split_special_tokens") is True
         return cls(
             backend,
             chat.read_templates(folder, settings),
             special.named,
             extra_special_tokens=special.extra,
-            end_tokens=_read_end_tokens(folder),
+            end_tokens=_read_end_tokens(folder, backend),
         )
 
     def save(self, folder: Path) -> None:
@@ -133,15 +147,14 @@ class Tokenizer:
             The batch, `[batch, pos]`, with the mask of real tokens, the tokens as text and the model's end tokens.
 
         Raises:
-            TypeError: for prompts that are not strings.
-            ValueError: for no prompt, a prompt without tokens, or an unknown side of padding.
+            TypeError: for prompts that are not strings, or have no order (a set, a dict), and for `special` that is no
+                boolean.
+            ValueError: for no prompt, a prompt without tokens or with half of a surrogate pair, or an unknown side of
+                padding.
         """
         if padding not in ("left", "right"):
             raise ValueError(f"padding must be 'left' or 'right', given {padding!r}")
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"prompts must be strings, given {type(text).__name__} at {i}")
+        texts, special = _prompts(texts), check_flag(special, "special")
         encoded = [self.backend.encode(text, add_special_tokens=special).ids for text in texts]
         if not encoded or not all(encoded):
             where = next((f" at {i}: {texts[i]!r}" for i, ids in enumerate(encoded) if not ids), "")
@@ -151,7 +164,10 @@ class Tokenizer:
         for row, tokens in enumerate(encoded):
             columns = slice(width - len(tokens), None) if padding == "left" else slice(len(tokens))
             ids[row, columns], mask[row, columns] = tokens, True
-        strings = [[s if real else "" for s, real in zip(self.strings(i), m)] for i, m in zip(ids, mask)]
+        strings = [
+            [self._string(i) if real else "" for i, real in zip(row, kept)]
+            for row, kept in zip(ids.tolist(), mask.tolist())
+        ]
         return Tokens(ids, mask, strings, self.end_tokens)
 
     def chat(
@@ -222,8 +238,8 @@ class Tokenizer:
         Raises:
             ValueError: where there is no such template, the template refuses the conversation or fails on it, and
                 for an empty conversation.
-            TypeError: for messages, tools, documents or variables that are not plain values, and for variables
-                that `conversation` and `prompt` set.
+            TypeError: for messages, tools, documents or variables that are not plain values, for variables that
+                `conversation` and `prompt` set, and for `prompt` that is no boolean.
 
         >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
         >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -238,7 +254,7 @@ class Tokenizer:
                 f"{', '.join(sorted(reserved))} cannot be given: render sets it from conversation and prompt"
             )
         text = self._templates[chat.choose(self._templates, template, tools)]
-        variables = self.special_tokens | variables | {"add_generation_prompt": prompt}
+        variables = self.special_tokens | variables | {"add_generation_prompt": check_flag(prompt, "prompt")}
         return chat.render(text, conversation, tools, documents, variables)
 
     def decode(self, ids: ArrayLike, mask: ArrayLike | None = None) -> str:
@@ -252,7 +268,9 @@ class Tokenizer:
             The text.
 
         Raises:
-            ValueError: for a mask that is not boolean or not of the shape of `ids`.
+            TypeError: for ids that are not integers.
+            ValueError: for an id without a token (`generate` gives -1 where the logits were not finite), and for a mask
+                that is not boolean or not of the shape of `ids`.
 
         >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
         >>> Tokenizer(backend).decode([0, 1, 0], [False, True, True])
@@ -264,7 +282,7 @@ class Tokenizer:
             if mask.shape != ids.shape or mask.dtype != bool:
                 raise ValueError(f"mask must be boolean of ids' shape {ids.shape}, given {mask.dtype} of {mask.shape}")
             ids = ids[mask]
-        return self.backend.decode(ids.reshape(-1).tolist(), skip_special_tokens=False)
+        return self.backend.decode(self._known(ids), skip_special_tokens=False)
 
     def strings(self, ids: ArrayLike) -> list[str]:
         """Each token as text, for labels.
@@ -275,11 +293,15 @@ class Tokenizer:
         Returns:
             One text per id, in the order of the flattened array.
 
+        Raises:
+            TypeError: for ids that are not integers.
+            ValueError: for an id without a token.
+
         >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
         >>> Tokenizer(backend).strings([0, 1, 0])
         ['a', 'b', 'a']
         """
-        return [self.decode([i]) for i in np.asarray(ids).reshape(-1).tolist()]
+        return [self._string(i) for i in self._known(ids)]
 
     def token_id(self, text: str) -> int:
         """The id of a text that is a single token.
@@ -291,16 +313,36 @@ class Tokenizer:
             The id.
 
         Raises:
+            TypeError: for what is no text.
             ValueError: showing how the text is split, where it is not a single token.
 
         >>> backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
         >>> Tokenizer(backend).token_id("b")
         1
         """
+        _check_text(text, "text")
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if len(ids) != 1:
             raise ValueError(f"{text!r} is not a single token: it is split into {self.strings(ids)}")
         return ids[0]
+
+    def _string(self, i: int) -> str:
+        """The text of one token."""
+        return self.backend.decode([i], skip_special_tokens=False)
+
+    def _known(self, ids: ArrayLike) -> list[int]:
+        """Ids as a flat list; an error for those without a token, which the backend would leave out of a text."""
+        ids = np.asarray(ids)
+        if integers(ids, "token ids").dtype == bool:
+            raise TypeError("token ids must be integers, given booleans: a mask is the second argument of decode")
+        flat = ids.reshape(-1).tolist()
+        for i in dict.fromkeys(flat):
+            if not _is_token(self.backend, i):
+                hint = ": generate gives -1 where the logits were not finite" if i == -1 else ""
+                raise ValueError(
+                    f"id {i} is no token of the tokenizer, which has {self.backend.get_vocab_size()}{hint}"
+                )
+        return flat
 
     @property
     def _templates(self) -> Mapping[str, str]:
@@ -308,13 +350,77 @@ class Tokenizer:
         return {"default": self.chat_template} if isinstance(self.chat_template, str) else self.chat_template or {}
 
 
-def _read_end_tokens(folder: Path) -> list[int]:
-    """The ids in `eos_token_id` of generation_config.json, or of config.json where the former has none."""
+def check_flag(value: Any, label: str) -> bool:
+    """Check a boolean argument: `"false"` would be read as true.
+
+    Args:
+        value: the argument.
+        label: what the message calls it.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: for anything but a boolean.
+
+    >>> check_flag(np.True_, "special")
+    True
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{label} must be True or False, given {value!r}")
+    return bool(value)
+
+
+def _prompts(texts: Any) -> list[str]:
+    """One text, or several in their order, as a list."""
+    if isinstance(texts, str):
+        texts = [texts]
+    if isinstance(texts, Mapping | Set | bytes) or not isinstance(texts, Iterable):
+        raise TypeError(f"prompts must be a text or a list of texts, given {type(texts).__name__}")
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        _check_text(text, f"prompt {i}")
+    return texts
+
+
+def _check_text(text: Any, label: str) -> None:
+    """Refuse what is no text, or a text that no encoding can write."""
+    if not isinstance(text, str):
+        raise TypeError(f"{label} must be a string, given {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{label} has half of a surrogate pair at {error.start}: {text!r}") from error
+
+
+def _text_list(texts: Any, label: str) -> tuple[str, ...]:
+    """Texts as a tuple."""
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{label} must be texts, given {texts!r}")
+    return tuple(texts)
+
+
+def _is_token(backend: tokenizers.Tokenizer, i: int) -> bool:
+    """Whether an integer is the id of a token; the backend takes none outside 32 bits."""
+    return 0 <= i < 2**32 and backend.id_to_token(i) is not None
+
+
+def _read_end_tokens(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
+    """The ids in `eos_token_id` of generation_config.json, or of config.json where the former has none.
+
+    transformers writes 50256 into the config of every GPT-2, however small its vocabulary, and takes -1 for none.
+    """
     for name in ("generation_config.json", "config.json"):
         value = read_object(folder / name).get("eos_token_id")
         if value is not None:
             ids = value if isinstance(value, list) else [value]
-            if not all(type(i) is int and i >= 0 for i in ids):
+            if not all(type(i) is int for i in ids):
                 raise ValueError(f"{folder / name}: eos_token_id must be an id or a list of ids, given {value!r}")
-            return ids
+            unknown = [i for i in ids if not _is_token(backend, i)]
+            if unknown:
+                warnings.warn(
+                    f"{folder / name}: eos_token_id {unknown[0]} is no token of the tokenizer: generate will not stop at it",
+                    stacklevel=4,
+                )
+            return [i for i in ids if i not in unknown]
     return []

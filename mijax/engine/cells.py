@@ -10,6 +10,7 @@ import numpy as np
 
 from mijax._types import Int
 from mijax.engine.grid import Grid
+from mijax.engine.names import check_labels
 from mijax.interventions.checks import check, field_lengths
 from mijax.interventions.edits import Apply, Interventions, as_edits, canonical
 from mijax.interventions.functions import has_functions, of_prompts
@@ -50,8 +51,10 @@ def stack(dim: str, interventions: Mapping[Any, Interventions]) -> Stack:
         The stack, which `mijax.sweep` takes in place of interventions.
 
     Raises:
-        ValueError: for an empty stack, and for interventions that differ from the first ones in structure or
-            shapes; it names their label.
+        ValueError: for an empty stack, for interventions that differ from the first ones in structure or shapes (it
+            names their label), for labels that are equal in the result, and for a `dim` that results use otherwise.
+        TypeError: for interventions that differ in their functions, for labels that are no strings or numbers, and
+            for a `dim` that is no string.
 
     >>> import mijax as mj
     >>> doses = mj.stack("factor", {f: {"mlp_out": mj.Scale(f, mj.Where(layer=1))} for f in (0.0, 0.5, 1.0)})
@@ -61,10 +64,17 @@ def stack(dim: str, interventions: Mapping[Any, Interventions]) -> Stack:
     if not interventions:
         raise ValueError(f"the stack {dim!r} is empty")
     labels, edits = tuple(interventions), [as_edits(value) for value in interventions.values()]
+    check_labels(dim, labels)
     arrays, rest = zip(*(eqx.partition(tree, is_array) for tree in edits))
     shape = lambda tree: [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
     for label, array_tree, rest_tree in zip(labels, arrays, rest):
         same = jax.tree.structure(array_tree) == jax.tree.structure(arrays[0]) and shape(array_tree) == shape(arrays[0])
+        others = zip(jax.tree.leaves(rest_tree), jax.tree.leaves(rest[0]))
+        if same and any(callable(leaf) and callable(other) and leaf != other for leaf, other in others):
+            raise TypeError(
+                f"the interventions at {dim}={label!r} and {dim}={labels[0]!r} have different functions, which cannot be stacked:"
+                " sweep each apart, or let one function read an array that differs (a field of an equinox module)"
+            )
         if not same or jax.tree.leaves(rest_tree) != jax.tree.leaves(rest[0]):
             raise ValueError(
                 f"the interventions at {dim}={label!r} differ in structure or shapes from those at {dim}={labels[0]!r}"

@@ -16,7 +16,18 @@ from mijax.engine.cells import Cells, Stack, cells_of
 from mijax.engine.chunk import Base, Chunk, base_of, run_chunk
 from mijax.engine.examples import Prompts, groups
 from mijax.engine.layout import Layout, SweepJob, job_of, layout_bytes, layout_of, operations
-from mijax.engine.measure import Metrics, Values, captures_of, checked, is_small, named, reads_activations, values_of
+from mijax.engine.measure import (
+    Metrics,
+    Values,
+    captures_of,
+    checked,
+    is_small,
+    named,
+    of_first,
+    reads_activations,
+    values_of,
+)
+from mijax.engine.names import check_metric_names
 from mijax.engine.options import Options, Running, options_of
 from mijax.engine.plan import Plan, chunk_of, columns_read, plan, work
 from mijax.forward import run
@@ -161,8 +172,9 @@ def check_sweep(
         ValueError: what `sweep` raises before anything runs.
         TypeError: likewise.
     """
-    options = options_of(running)
-    job = job_of(model, tokens, cells_of(interventions), named(metric), None)
+    options, cells = options_of(running), cells_of(interventions)
+    check_metric_names(metric, cells.labels)
+    job = job_of(model, tokens, cells, named(metric), None)
     if options.save is None or not chunks.is_begun(options.save):  # a folder that was begun keeps its plan
         layout_of(job, options.budget)
 
@@ -232,7 +244,7 @@ def _group(
 
 
 def _warn_of_not_finite(cells: Cells, values: Values) -> None:
-    """Warn of cells whose metric is not finite: statistics take NaN for a position that the prompt lacks."""
+    """Warn of cells whose metric is not finite."""
     bad = np.any([~np.isfinite(value).all(axis=-1) for value in values.values()], axis=0)
     if bad.any():
         place = map(int, np.unravel_index(int(np.argmax(bad)), cells.shape))
@@ -253,16 +265,28 @@ def _replicated(mesh: Mesh | None, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, everywhere) if eqx.is_array_like(x) and not on_mesh(x) else x, tree)
 
 
+def check_kept_model(model: Model) -> None:
+    """Check that a folder can hold results of a model.
+
+    Args:
+        model: the model.
+
+    Raises:
+        TypeError: for any class but `mijax.Transformer`.
+    """
+    if type(model) is not Transformer:
+        raise TypeError(
+            f"save= is for a mijax.Transformer: whether the code of {type(model).__name__} changes, a folder cannot tell"
+        )
+
+
 def _store(save: str | os.PathLike[str], job: SweepJob, source: Inputs | None) -> chunks.Store:
     """The folder of a sweep, identified by model, prompts, grid and metrics."""
     cells = job.cells
     grid = (cells.edits, cells.group, cells.picks, dict(cells.labels))
-    if type(job.model) is not Transformer:
-        raise TypeError(
-            f"save= is for a mijax.Transformer: whether the code of {type(job.model).__name__} changes, a folder cannot tell"
-        )
+    check_kept_model(job.model)
     parts = {
-        "model": job.model, "prompts": (job.tokens, source), "grid of interventions": grid, "metric": dict(job.programs)
+        "model": job.model, "prompts": (job.tokens, source), "grid of interventions": grid, "metric": (dict(job.programs), of_first(job.model, job.tokens, job.metrics)),
     }  # fmt: skip
     return chunks.Store(save, {name: chunks.fingerprint(part) for name, part in parts.items()})
 

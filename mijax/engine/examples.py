@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from mijax.engine.cells import Cells
-from mijax.engine.measure import is_split, taken
+from mijax.engine.measure import check_takes, is_split, taken
 from mijax.interventions.edits import Apply, Edit
 from mijax.interventions.places import Examples, of_examples, zips_examples
 from mijax.metrics import AnyMetric
@@ -75,6 +75,7 @@ def groups(
     if together == batch:
         yield Prompts(np.arange(batch, dtype=np.int32), batch, tokens, cells, programs)
         return
+    check_takes(model, tokens, metrics)
     for first in range(0, batch, together):
         examples = np.minimum(np.arange(first, first + together, dtype=np.int32), batch - 1)
         subset = tokens_of(tokens, examples)

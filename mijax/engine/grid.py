@@ -1,5 +1,6 @@
 """Grids: every combination of choices on several axes, stacked so that they can be vmapped."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -84,8 +85,8 @@ def grid(**axes: Iterable[Any] | Mapping[str, Any]) -> Grid:
         dictionary, or the numbers of the choices where some choice is a list.
 
     Raises:
-        ValueError: for an unknown axis, for `batch`, for an axis without choices, and for choices with indices for
-            different numbers of examples.
+        ValueError: for an unknown axis, for `batch`, for an axis without choices, for names that are equal as text,
+            and for choices with indices for different numbers of examples.
         TypeError: for choices that are no list or dictionary, boolean masks, and traced indices.
 
     >>> grid(layer=range(12), pos={"subject": [[3], [4]], "end": -1}).shape
@@ -135,9 +136,18 @@ def _choices(axis: str, choices: Any) -> tuple[list[int | str], list[np.ndarray]
     if any(i.dtype == bool for i in indices):
         raise TypeError(f"the choices for {axis!r} must be indices, given a boolean mask")
     if named:
-        return [str(name) for name in choices], indices
+        return _names(axis, choices), indices
     plain = all(i.ndim == 0 for i in indices)
     return [int(i) for i in indices] if plain else list(range(len(indices))), indices
+
+
+def _names(axis: str, choices: Iterable[Any]) -> list[int | str]:
+    """The names of choices as text, in which 1 and "1" would be one label."""
+    names: list[int | str] = [str(name) for name in choices]
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"axis {axis!r} of the grid has several choices named {', '.join(map(repr, twice))}")
+    return names
 
 
 def _stack(axis: str, indices: list[np.ndarray]) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from mijax import chunks
 from mijax._types import Int
+from mijax.arguments import check_known
 from mijax.engine.cells import Cells, canonical_cells, check_cells, convert_cells
 from mijax.engine.examples import tokens_of, why_together
 from mijax.engine.measure import as_programs, metric_bytes, read_by, reads_activations, taken
@@ -91,11 +92,13 @@ def job_of(
         ValueError: for any fault of model, prompts, edits or metrics that can be known before anything runs.
         TypeError: likewise.
     """
+    check_known("a sweep", (model, tokens, cells.edits))
     model.check()
     check_cells(model, tokens, cells)
     cells = canonical_cells(model, cells)
     convert = lambda: (convert_cells(model, tokens, cells), as_programs(model, tokens, metrics))
     cells, programs = chunks.repeatable(convert, save)
+    check_known("a sweep", (cells.edits, programs))
     first = np.zeros(len(tokens.ids), np.int32) if first is None else first
     todo = work(model, tokens, cells, columns_read(programs.values(), tokens), reads_activations(programs))
     return SweepJob(model, tokens, cells, metrics, programs, first, todo._replace(first=np.maximum(todo.first, first)))

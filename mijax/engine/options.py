@@ -46,6 +46,28 @@ class Options(NamedTuple):
         return default_memory() if self.memory is None else self.memory
 
 
+def bytes_of(memory: float | None) -> int | None:
+    """Convert the argument `memory` of a driver.
+
+    Args:
+        memory: a number of bytes, or `None`.
+
+    Returns:
+        The same as an integer.
+
+    Raises:
+        TypeError: for anything that is no number.
+        ValueError: for a number that is not positive.
+    """
+    if memory is None:
+        return None
+    if isinstance(memory, bool) or not isinstance(memory, Real):
+        raise TypeError(f"memory must be a number of bytes, given {memory!r}")
+    if not 0 < memory < 2**63:
+        raise ValueError(f"memory must be a number of bytes over 0, given {memory!r}")
+    return int(memory)
+
+
 def options_of(running: Mapping[str, Any]) -> Options:
     """Check the keyword arguments of a driver.
 
@@ -67,13 +89,8 @@ def options_of(running: Mapping[str, Any]) -> Options:
                 f"unexpected keyword {name!r}{hint}: how a sweep is run is told by {', '.join(Options._fields)}"
             )
     options = Options(**running)
-    memory, save, mesh = options.memory, options.save, options.mesh
-    if memory is not None:
-        if isinstance(memory, bool) or not isinstance(memory, Real):
-            raise TypeError(f"memory must be a number of bytes, given {memory!r}")
-        if not 0 < memory < 2**63:
-            raise ValueError(f"memory must be a number of bytes over 0, given {memory!r}")
-        options = options._replace(memory=int(memory))
+    save, mesh = options.save, options.mesh
+    options = options._replace(memory=bytes_of(options.memory))
     if not (save is None or isinstance(save, str | os.PathLike)):
         raise TypeError(f"save must be the path of a folder, given {save!r}")
     if not (mesh is None or isinstance(mesh, Mesh)):

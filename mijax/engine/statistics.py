@@ -1,13 +1,16 @@
 """From the metrics of single prompts to effects and their uncertainty."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import TYPE_CHECKING, Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mijax._types import Array, Float
+from mijax._types import Array, Bool, Float
+from mijax.arguments import whole_number
+from mijax.engine.labels import has_positions, mean_over_prompts
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -20,8 +23,8 @@ def normalise(result: "xr.Dataset") -> "xr.Dataset": ...
 def normalise(result: "xr.DataArray | xr.Dataset") -> "xr.DataArray | xr.Dataset":
     """The effect as a share of the whole difference: (result - base) / (source - base), of means over the batch.
 
-    0 is no effect, 1 that of the whole source. Where a prompt is NaN in a cell (it lacks the cell's position), that
-    cell's means are over the other prompts.
+    0 is no effect, 1 that of the whole source. A prompt that lacks a cell's position (coordinate `has_position`) is left
+    out of that cell's means. A cell that is NaN for any other prompt is NaN, as is one whose position no prompt has.
 
     Args:
         result: a result of `mijax.patch`, with the dimension `batch` and the coordinates `base` and `source`.
@@ -44,7 +47,8 @@ def normalise(result: "xr.DataArray | xr.Dataset") -> "xr.DataArray | xr.Dataset
 def _normalised(result: Any) -> Any:
     """`normalise` of a single metric."""
     effect, scale = _effect_and_scale(result)
-    return (effect.mean("batch") / scale.mean("batch")).rename(result.name).assign_attrs(result.attrs)
+    share = mean_over_prompts(effect) / mean_over_prompts(scale)
+    return share.rename(result.name).assign_attrs(result.attrs)
 
 
 @overload
@@ -58,8 +62,8 @@ def bootstrap(
 
     The effect is `normalise(result)`; or, where there is no source (as `sweep` and `ablate` give it), the mean of
     result - base. Prompts are taken as independent: where several share a template, the interval says nothing about
-    other templates. Prompts that are NaN in a cell are left out of that cell; a cell that is infinite for some
-    prompt has no interval, NaN. Where base and source nearly coincide, so that their difference has either sign
+    other templates. Prompts that lack a cell's position (coordinate `has_position`) are left out of that cell. A cell
+    that fewer than two prompts have, or that is not finite for one that has it, has no interval: NaN. Where base and source nearly coincide, so that their difference has either sign
     among the draws, the interval is as wide as that makes it.
 
     Args:
@@ -73,15 +77,23 @@ def bootstrap(
         is.
 
     Raises:
+        TypeError: for a `level` that is no number, and `draws` or a `seed` that are not whole.
         ValueError: for fewer than two prompts, for a result without its dimension `batch`, where base and source
-            coincide, and where the metric is not finite on one of them.
+            coincide, where the metric is not finite on one of them, and for a `level` outside (0, 1), no draws or a
+            negative seed.
 
     >>> import xarray as xr
     >>> coords = {"base": ("batch", [0.0, 0.0]), "source": ("batch", [4.0, 4.0])}
     >>> bootstrap(xr.DataArray([[1.0, 3.0]], coords, ("layer", "batch"))).values.tolist()
     [[0.25], [0.75]]
     """
-    return _each(result, lambda metric: _bounds(metric, level, draws, seed))
+    if isinstance(level, bool) or not isinstance(level, Real):
+        raise TypeError(f"level must be a probability, such as 0.95, given {level!r}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must be a probability between 0 and 1, both excluded, such as 0.95, given {level!r}")
+    whole_number("draws", draws, least=1)
+    whole_number("seed", seed)
+    return _each(result, lambda metric: _bounds(metric, float(level), draws, seed))
 
 
 @overload
@@ -94,7 +106,9 @@ def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: 
     The effects (result - base) of each prompt, or of each cluster of prompts, keep or change their sign at random,
     the whole grid of a cluster jointly. A cell's `p` is how often the largest |t| of the grid then reaches the
     cell's own (Nichols and Holmes 2002; the observed signs count as one of the draws). The test rests on effects
-    that are symmetric about zero if there are none, and on independent clusters.
+    that are symmetric about zero if there are none, and on independent clusters. Prompts that lack a cell's position
+    (coordinate `has_position`) are left out of that cell; a cell that is not finite for another is NaN, and is not
+    looked at.
 
     Args:
         result: a result with the dimension `batch` and the coordinate `base`.
@@ -108,8 +122,9 @@ def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: 
         the names are `<metric>.t` and `<metric>.p`, and each metric is corrected by itself.
 
     Raises:
+        TypeError: for `draws` or a `seed` that are not whole.
         ValueError: for fewer than six clusters, of which no p-value could be below 0.05, for clusters that are not
-            as many as the prompts, and for a result without its dimension `batch`.
+            a label for each prompt, for a result without its dimension `batch`, and for no draws or a negative seed.
 
     >>> import numpy as np, xarray as xr
     >>> effects = np.random.default_rng(0).normal([[0.0], [3.0]], 1.0, (2, 20))
@@ -119,6 +134,8 @@ def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: 
     """
     import xarray as xr
 
+    whole_number("draws", draws, least=1)
+    whole_number("seed", seed)
     if hasattr(result, "data_vars"):
         tests = [
             sign_flips(metric, clusters=clusters, draws=draws, seed=seed).rename({v: f"{name}.{v}" for v in ("t", "p")})
@@ -127,33 +144,45 @@ def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: 
         return xr.merge(tests, combine_attrs="override")
     _check_prompts(result)
     effect = (result - _run(result, "base")).transpose("batch", ...)
-    labels = np.arange(effect.sizes["batch"]) if clusters is None else np.asarray(clusters)
-    names, which = np.unique(labels, return_inverse=True)
-    if len(labels) != effect.sizes["batch"] or len(names) < 6:
-        raise ValueError(
-            f"a test over prompts needs a label for each of the {effect.sizes['batch']} prompts and at least 6 clusters, given"
-            f" {len(labels)} labels of {len(names)} clusters"
-        )
-    values = effect.values.reshape(len(labels), -1)
-    with np.errstate(invalid="ignore"):
-        grids = np.stack(
-            [np.nansum(values[which == i], 0) / (~np.isnan(values[which == i])).sum(0) for i in range(len(names))]
-        )
-    t, p = _largest_t(grids, draws, seed)
+    count, members = _clusters(clusters, effect.sizes["batch"])
+    values, present = (x.reshape(len(members), -1) for x in (effect.values, _present(effect)))
+    total = lambda x: np.stack([np.where(present, x, 0.0)[members == i].sum(0) for i in range(count)])
+    prompts = total(1.0)
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, and so is the cell
+        effects = total(values) / np.maximum(prompts, 1)
+    t, p = _largest_t(effects, prompts > 0, draws, seed)
     shape, dims = effect.shape[1:], effect.dims[1:]
     coords = {dim: result[dim] for dim in dims if dim in result.coords}
-    attrs = {**result.attrs, "draws": draws, "clusters": len(names)}
+    attrs = {**result.attrs, "draws": draws, "clusters": count}
     return xr.Dataset({"t": (dims, t.reshape(shape)), "p": (dims, p.reshape(shape))}, coords, attrs)
 
 
-def _largest_t(grids: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """t over clusters of effects `[cluster, cell]`, and its p-value by the grid's largest |t| under random signs."""
-    present = ~np.isnan(grids)
+def _clusters(clusters: Any, prompts: int) -> tuple[int, np.ndarray]:
+    """The number of clusters, and the number of each prompt's cluster, `[batch]`."""
+    labels = np.arange(prompts) if clusters is None else np.asarray(clusters)
+    if labels.shape != (prompts,) or (labels.dtype.kind == "f" and np.isnan(labels).any()):
+        raise ValueError(
+            f"clusters must be a label for each of the {prompts} prompts, none of them NaN, given shape {labels.shape}:"
+            f" {clusters!r}"
+        )
+    names, members = np.unique(labels, return_inverse=True)
+    if len(names) < 6:
+        raise ValueError(
+            f"a test over prompts needs at least 6 clusters, given {len(names)}: with fewer no p-value can be below 0.05"
+        )
+    return len(names), members
+
+
+def _largest_t(
+    effects: Float[np.ndarray, "cluster cell"], present: Bool[np.ndarray, "cluster cell"], draws: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """t over clusters, and its p-value by the grid's largest |t| under random signs.
+
+    `effects` are 0 where not `present`.
+    """
     with jax.enable_x64(True):  # a draw of the observed signs ties with them, which float32 would break by rounding
         keys = jax.random.split(jax.random.key(seed), draws)
-        largest, t = _under_signs(
-            jnp.asarray(np.where(present, grids, 0.0)), jnp.asarray(present.sum(0, dtype=float)), keys
-        )
+        largest, t = _under_signs(jnp.asarray(effects), jnp.asarray(present.sum(0, dtype=float)), keys)
     maxima, t = np.sort(np.asarray(largest)), np.asarray(t)
     reached = draws - np.searchsorted(maxima, np.abs(t) * (1 - 1e-6), side="left")
     return t, np.where(np.isnan(t), np.nan, (1 + reached) / (1 + draws))
@@ -191,18 +220,19 @@ def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
         raise ValueError(f"a bootstrap over prompts needs at least two, given {n}")
     if _coordinate(result, "source") is None:
         effect, interval_of = result - _run(result, "base"), "result - base"
-        scale = effect.notnull().astype(np.float64)
+        scale = xr.ones_like(effect)
     else:
         (effect, scale), interval_of = _effect_and_scale(result), "(result - base) / (source - base)"
     picks = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)  # [draw, batch] counts
     effects = effect.transpose("batch", ...)
-    values, weights = (x.transpose("batch", ...).values.reshape(n, -1) for x in (effect, scale))
-    total = lambda x: picks @ np.where(np.isfinite(x), x, 0.0)
+    values, weights = (x.transpose(*effects.dims).values.reshape(n, -1) for x in (effect, scale))
+    present = _present(effects).reshape(n, -1)
+    known = (present.sum(axis=0) > 1) & np.isfinite(np.where(present, values, 0.0)).all(axis=0)
+    total = lambda x: picks @ np.where(present & known, x, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = total(values) / total(weights)
-    bounds = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
-    # Infinite values are not left out as NaN is: a cell that has one has no interval.
-    bounds = np.where(np.isinf(values).any(axis=0), np.nan, bounds)
+        means = total(values) / total(weights)  # NaN where a draw has none of the prompts with the cell's position
+    bounds = np.nanquantile(np.where(known, means, 0.0), [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
+    bounds = np.where(known, bounds, np.nan)
     dims = effects.dims[1:]
     coords: dict[Any, Any] = {"bound": ["low", "high"], **{d: result[d] for d in dims if d in result.coords}}
     shape = (2, *(result.sizes[d] for d in dims))
@@ -213,17 +243,27 @@ def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
 
 
 def _effect_and_scale(result: Any) -> tuple[Any, Any]:
-    """result - base and source - base, prompt by prompt; both are NaN where a prompt lacks the cell's position."""
+    """result - base and source - base, prompt by prompt, with the result's dimensions."""
+    import xarray as xr
+
     _check_prompts(result)
     base, source = (_run(result, which) for which in ("base", "source"))
     size = float(max(np.abs(base).max(), np.abs(source).max()))
-    scale = (source - base).where(result.notnull())
-    if not (np.abs(scale.mean("batch")) > 1e-6 * size).all():
+    effect = result - base
+    scale = xr.zeros_like(effect) + (source - base)
+    mean = mean_over_prompts(scale)  # NaN where no prompt has the cell's position
+    if (np.abs(mean) <= 1e-6 * size).any():
         raise ValueError(
             f"metric {result.name!r} is {float(base.mean()):.6g} on the base and {float(source.mean()):.6g} on the source run:"
             " they coincide (for the prompts of some cell), so that nothing can be normalised by their difference"
         )
-    return result - base, scale
+    return effect, scale
+
+
+def _present(effect: Any) -> Bool[np.ndarray, "..."]:
+    """Which prompts have the position of which cells, of the effects' shape."""
+    has = has_positions(effect)
+    return np.ones(effect.shape, bool) if has is None else has.broadcast_like(effect).transpose(*effect.dims).values
 
 
 def _check_prompts(result: Any) -> None:

@@ -1,6 +1,5 @@
 """Checks of the arguments of `generate`, before anything is computed."""
 
-import operator
 from typing import Any
 
 import equinox as eqx
@@ -9,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array
+from mijax.arguments import check_key, whole_number
 from mijax.interventions.capturing import Captures
 from mijax.interventions.checks import selected_columns
 from mijax.interventions.edits import Apply, Edits
 from mijax.interventions.functions import convert_edits, has_functions
 from mijax.model.model import LayeredModel
 from mijax.model.sites import Site
-from mijax.model.tokens import Tokens, check_key, is_concrete
+from mijax.model.tokens import Tokens, is_concrete
 
 
 def check_acts(text: Tokens, edits: Edits, captures: Captures) -> None:
@@ -74,14 +74,12 @@ def check_settings(
     if key is not None:
         check_key(key)
     if top_k is not None:
-        top_k = whole_number(top_k, "top_k")
+        whole_number("top_k", top_k, 1)
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if value is not None and not (is_concrete(value) and np.ndim(value) == 0 and np.isreal(value)):
             raise TypeError(f"{name} must be one number that is known before anything is compiled, given {value!r}")
     if not model.causal:
         faults.append("a bidirectional model cannot generate")
-    if count < 1:
-        faults.append(f"max_new_tokens must be at least 1, given {count}")
     excess = (
         tokens.ids.shape[1] + count - bool(not captures) - model.n_ctx
     )  # without captures the last token is not run
@@ -96,8 +94,6 @@ def check_settings(
         faults.append("sampling (temperature above 0) needs a key")
     if not sampled and any(cut is not None for cut in (top_k, top_p, min_p)):
         faults.append("top_k, top_p and min_p cut a distribution, which temperature 0 does not draw from")
-    if top_k is not None and top_k < 1:
-        faults.append(f"top_k must be at least 1, given {top_k}")
     faults += [f"{n} must be in {r}, given {v}" for n, v, ok, r in (
         ("top_p", top_p, lambda p: 0 < p <= 1, "(0, 1]"), ("min_p", min_p, lambda p: 0 <= p <= 1, "[0, 1]"),
     ) if v is not None and not ok(v)]  # fmt: skip
@@ -106,27 +102,6 @@ def check_settings(
     ]
     if faults:
         raise ValueError("; ".join(faults))
-
-
-def whole_number(value: Any, name: str) -> int:
-    """Convert a setting to a Python integer.
-
-    Args:
-        value: the setting.
-        name: its name, for the error message.
-
-    Returns:
-        The integer.
-
-    Raises:
-        TypeError: for anything but one whole number whose value is known.
-    """
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise TypeError(f"{name} must be a whole number that is known before anything is compiled, given {value!r}")
 
 
 def stop_tokens(stop: Any) -> list[int]:
@@ -142,7 +117,7 @@ def stop_tokens(stop: Any) -> list[int]:
         TypeError: for anything else.
     """
     ids = stop if isinstance(stop, list | tuple | set | frozenset) or np.ndim(stop) else [stop]
-    return [whole_number(token, "a stop token") for token in ids]
+    return [whole_number("a stop token", token) for token in ids]
 
 
 def check_mixing(model: LayeredModel, edits: Edits, batch: int, pos: int) -> None:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike, Bool, Int
+from mijax.arguments import whole_number
 from mijax.display import as_html
 from mijax.forward import forward, nan_where, on_device
-from mijax.generation.checks import check_acts, check_mixing, check_settings, stop_tokens, whole_number
+from mijax.generation.checks import check_acts, check_mixing, check_settings, stop_tokens
 from mijax.generation.room import edits_with_columns, room_for, with_columns
 from mijax.generation.sampling import as_sampling, sample
 from mijax.interventions.capturing import Capture, Capturing, as_captures
@@ -112,7 +113,7 @@ def generate(
         raise TypeError(f"generation takes a model of tokens, given {type(model).__name__}")
     model.check()
     tokens, edits, captures = model.inputs(tokens), as_edits(interventions), as_captures(capture)
-    count = whole_number(max_new_tokens, "max_new_tokens")
+    count = whole_number("max_new_tokens", max_new_tokens, 1)
     stop_ids = list(tokens.end_tokens) if stop is None else stop_tokens(stop)
     check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key, captures)
     text = _extended(tokens, count)

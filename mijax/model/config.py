@@ -59,7 +59,7 @@ class Config:
     model has; `check_parameters` compares the two.
 
     Types are checked as well as ranges, of configs written by hand and of configs read from files: `True` and 2.0 are
-    no integers, `"false"` is no boolean, and no number may be NaN or infinite. (transformers takes any `norm_eps` and
+    no integers, `"false"` is no boolean, and no number may be NaN, infinite, or one of these in float32. (transformers takes any `norm_eps` and
     `rope_theta`, and computes NaN with a negative one.)
 
     Args:
@@ -200,6 +200,10 @@ def check_field(owner: type, name: str, value: Any, label: str = "") -> FieldVal
         raise ValueError(f"{label}={value!r} must be {noun}, given {type(value).__name__}")
     if field_type is float and not _is_finite(value):
         raise ValueError(f"{label}={value!r} must be finite")
+    if field_type is float and value and not _SMALLEST <= abs(float(value)) <= _LARGEST:
+        raise ValueError(
+            f"{label}={value!r} is outside float32, which would make it {'0' if abs(value) < 1 else 'infinite'}"
+        )
     if name in _POSITIVE and value <= 0:
         raise ValueError(f"{label}={value!r} must be positive")
     if name in _NOT_NEGATIVE and value < 0:
@@ -207,6 +211,7 @@ def check_field(owner: type, name: str, value: Any, label: str = "") -> FieldVal
     return field_type(value)
 
 
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _TYPES: dict[type, tuple[Any, str]] = {
     bool: ((bool, np.bool_), "a boolean"),
     int: (numbers.Integral, "an integer"),

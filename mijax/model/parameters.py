@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from mijax.model.config import Config
 
+PARAMETER_DTYPES = ("float64", "float32", "float16", "bfloat16")
+"""The names of the dtypes that the parameters of a loaded, saved or initialised model may have."""
+
 _ANNOUNCED_BY = {  # the field of `Config` that says whether a model has the parameter; all others are always there
     ".W_pos": "positions",
     ".W_U": "tied_unembed",
@@ -31,6 +34,33 @@ _TOGETHER = {
     "qkv_bias": "; b_Q, b_K and b_V come together: give zeros for those that it lacks",
     "mlp_bias": "; the biases of an MLP come together: give zeros for those that it lacks",
 }
+
+
+def parameter_dtype(dtype: Any) -> jnp.dtype:
+    """Check a dtype that parameters are to have.
+
+    Args:
+        dtype: what `jax.numpy.dtype` takes, except `None`.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        TypeError: for what is none of `PARAMETER_DTYPES`.
+        ValueError: for float64 while JAX makes float32 of it.
+
+    >>> parameter_dtype("bfloat16")
+    dtype(bfloat16)
+    """
+    try:
+        name = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        name = None
+    if name not in PARAMETER_DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(PARAMETER_DTYPES)}, given {name or repr(dtype)}")
+    if name == "float64" and jax.dtypes.canonicalize_dtype(name) != name:
+        raise ValueError('dtype float64 needs jax.config.update("jax_enable_x64", True): JAX makes float32 of it')
+    return jnp.dtype(name)
 
 
 def check_fit(model: Any, empty: Callable[[Config], Any]) -> None:

@@ -1,19 +1,24 @@
 """Rewriting weights without changing what a model computes: pure functions from model to model.
 
-Each function leaves every log-probability unchanged (to rounding; the activations that it rewrites do change), and
-raises `ValueError` for a model to which it does not apply. The purpose is to make weights comparable between layers:
-see Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", and TransformerLens.
+Each function leaves every log-probability unchanged (to rounding; the activations that it rewrites do change). It
+raises `ValueError` for a model to which it does not apply or whose parameters are not those of its config (a stack of
+models, say: `jax.vmap` the function over it), and `TypeError` for what is no transformer. The purpose is to make
+weights comparable between layers: see Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits", and
+TransformerLens.
 """
 
 import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mijax._types import Array, Float
+from mijax._types import Array, ArrayLike
 from mijax.model.norm import Norm
-from mijax.model.numerics import einsum
+from mijax.model.numerics import accumulator, einsum
+from mijax.model.tokens import is_concrete
 from mijax.model.transformer import Transformer
 
 
@@ -36,6 +41,7 @@ def fold_norms(model: Transformer) -> Transformer:
     >>> mj.processing.fold_norms(model).config.tied_unembed
     False
     """
+    _check(model, "fold_norms")
     if model.config.norm == "none":
         raise ValueError("fold_norms does not apply: the model has no norms")
     model = _untied(model)
@@ -77,6 +83,7 @@ def centre_writes(model: Transformer) -> Transformer:
     >>> bool(abs(mj.processing.centre_writes(model).W_E.mean(axis=1)).max() < 1e-6)
     True
     """
+    _check(model, "centre_writes")
     if model.config.norm != "layer":
         raise ValueError(
             f"centre_writes needs LayerNorm, which ignores the stream's mean; this model has norm={model.config.norm!r}"
@@ -105,6 +112,7 @@ def centre_unembedding(model: Transformer) -> Transformer:
     >>> bool(abs(mj.processing.centre_unembedding(model).W_U.mean(axis=0)).max() < 1e-6)
     True
     """
+    _check(model, "centre_unembedding")
     model = _untied(model)
     W_U, b_U = model.unembedding, model.b_U
     centred = {"W_U": W_U - jnp.mean(W_U, axis=0, keepdims=True)}
@@ -128,6 +136,7 @@ def fold_value_biases(model: Transformer) -> Transformer:
     >>> bool(mj.processing.fold_value_biases(model).blocks.attn.b_V.any())
     False
     """
+    _check(model, "fold_value_biases")
     attn, config = model.blocks.attn, model.config
     if attn.b_V is None:
         raise ValueError("fold_value_biases does not apply: the values have no biases")
@@ -151,6 +160,7 @@ def simplify(model: Transformer) -> Transformer:
     >>> mj.processing.simplify(model).config.tied_unembed
     False
     """
+    _check(model, "simplify")
     if model.config.norm != "none":
         model = fold_norms(model)
     if model.config.norm == "layer":
@@ -160,20 +170,21 @@ def simplify(model: Transformer) -> Transformer:
     return centre_unembedding(model)
 
 
-def rotate_qk(model: Transformer, rotation: Float[Array, "layer kv_head d_head d_head"]) -> Transformer:
+def rotate_qk(model: Transformer, rotation: ArrayLike) -> Transformer:
     """Rotate queries and keys together: all query heads of a group with their key head.
 
     Rotary positions rotate the same space, and the two rotations do not commute: this does not apply there.
 
     Args:
         model: a model without rotary positions.
-        rotation: `[layer, kv_head, d_head, d_head]`, orthogonal matrices.
+        rotation: `[layer, kv_head, d_head, d_head]`, orthogonal matrices; a permutation may be integers or booleans.
 
     Returns:
-        The rewritten model.
+        The rewritten model; inside a trace, NaN where the matrices are not orthogonal.
 
     Raises:
-        ValueError: for a model with rotary positions.
+        TypeError: for matrices that are not real numbers.
+        ValueError: for a model with rotary positions, and for matrices of another shape or that are not orthogonal.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -182,8 +193,10 @@ def rotate_qk(model: Transformer, rotation: Float[Array, "layer kv_head d_head d
     >>> bool((rotated.blocks.attn.W_Q == model.blocks.attn.W_Q[..., ::-1]).all())
     True
     """
+    _check(model, "rotate_qk")
     if model.config.positions == "rotary":
         raise ValueError("rotate_qk does not apply to rotary positions, which turn queries and keys themselves")
+    rotation = _head_rotation(model, rotation)
     attn, group = model.blocks.attn, model.config.n_heads // model.config.n_kv_heads
     for_q = jnp.repeat(rotation, group, axis=1)
     weights = {
@@ -195,15 +208,19 @@ def rotate_qk(model: Transformer, rotation: Float[Array, "layer kv_head d_head d
     return _replace(model, {f"blocks.attn.{n}": _turn(x, r) for n, (x, r) in weights.items() if x is not None})
 
 
-def rotate_ov(model: Transformer, rotation: Float[Array, "layer kv_head d_head d_head"]) -> Transformer:
+def rotate_ov(model: Transformer, rotation: ArrayLike) -> Transformer:
     """Rotate values together with the output matrices that read them.
 
     Args:
         model: any transformer.
-        rotation: `[layer, kv_head, d_head, d_head]`, orthogonal matrices.
+        rotation: `[layer, kv_head, d_head, d_head]`, orthogonal matrices; a permutation may be integers or booleans.
 
     Returns:
-        The rewritten model.
+        The rewritten model; inside a trace, NaN where the matrices are not orthogonal.
+
+    Raises:
+        TypeError: for matrices that are not real numbers.
+        ValueError: for matrices of another shape, or that are not orthogonal.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -212,6 +229,8 @@ def rotate_ov(model: Transformer, rotation: Float[Array, "layer kv_head d_head d
     >>> bool((rotated.blocks.attn.W_V == model.blocks.attn.W_V[..., ::-1]).all())
     True
     """
+    _check(model, "rotate_ov")
+    rotation = _head_rotation(model, rotation)
     attn, group = model.blocks.attn, model.config.n_heads // model.config.n_kv_heads
     W_O = einsum("lhed,lhef->lhfd", attn.W_O, jnp.repeat(rotation, group, axis=1)).astype(attn.W_O.dtype)
     values = {"W_V": attn.W_V, "b_V": attn.b_V}
@@ -221,18 +240,20 @@ def rotate_ov(model: Transformer, rotation: Float[Array, "layer kv_head d_head d
     )
 
 
-def rotate_stream(model: Transformer, rotation: Float[Array, "d_model d_model"]) -> Transformer:
+def rotate_stream(model: Transformer, rotation: ArrayLike) -> Transformer:
     """Rotate the residual stream of a model without norms: all matrices that write to it and that read it.
 
     Args:
         model: a model without norms.
-        rotation: `[d_model, d_model]`, an orthogonal matrix.
+        rotation: `[d_model, d_model]`, an orthogonal matrix; a permutation may be integers or booleans.
 
     Returns:
-        The rewritten model.
+        The rewritten model; inside a trace, NaN where the matrix is not orthogonal.
 
     Raises:
-        ValueError: for a model with norms, which fix a basis of the stream.
+        TypeError: for a matrix that is not of real numbers.
+        ValueError: for a model with norms, which fix a basis of the stream, and for a matrix of another shape or that
+            is not orthogonal.
 
     >>> import jax, mijax as mj
     >>> config = mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16, norm="none")
@@ -241,15 +262,61 @@ def rotate_stream(model: Transformer, rotation: Float[Array, "d_model d_model"])
     >>> bool((rotated.W_E == model.W_E[:, ::-1]).all())
     True
     """
+    _check(model, "rotate_stream")
     if model.config.norm != "none":
         raise ValueError(
             f"rotate_stream needs a model without norms, which have a basis of their own; this one has norm={model.config.norm!r}"
         )
+    rotation = _rotation(model, rotation, (model.config.d_model,) * 2)
     writes = ["W_E", "W_pos", "W_U", "blocks.attn.W_O", "blocks.attn.b_O", "blocks.mlp.W_out", "blocks.mlp.b_out"]
     reads = ["blocks.attn.W_Q", "blocks.attn.W_K", "blocks.attn.W_V", "blocks.mlp.W_in", "blocks.mlp.W_gate"]
     rotated = {path: _dot("...d,de->...e", _get(model, path), rotation) for path in writes}
     rotated |= {path: _dot("ld...,de->le...", _get(model, path), rotation) for path in reads}
     return _replace(model, {path: x for path, x in rotated.items() if x is not None})
+
+
+def _check(model: Any, function: str) -> None:
+    """Refuse what is no transformer, or has other parameters than its config says: the products below would broadcast."""
+    if not isinstance(model, Transformer):
+        raise TypeError(f"{function} takes a Transformer, given {type(model).__name__}")
+    model.check()
+
+
+def _head_rotation(model: Transformer, rotation: ArrayLike) -> Array:
+    """As `_rotation`: a matrix for each key head of each layer."""
+    c = model.config
+    return _rotation(model, rotation, (c.n_layers, c.n_kv_heads, c.d_head, c.d_head))
+
+
+def _rotation(model: Transformer, rotation: Any, shape: tuple[int, ...]) -> Array:
+    """Orthogonal matrices of this shape, in the dtype of the model's activations; NaN where a trace finds them not orthogonal."""
+    x: Any = rotation if isinstance(rotation, jax.Array) else np.asarray(rotation)
+    if not (x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)):
+        raise TypeError(f"rotation must be real numbers, given dtype {x.dtype}")
+    if x.shape != shape:
+        raise ValueError(f"rotation must have shape {shape}, given {x.shape}")
+    tolerance = _tolerance(model.W_E.dtype, shape[-1])
+    if is_concrete(x):
+        exact = np.asarray(x, np.float64)
+        deviation = np.abs(exact @ exact.swapaxes(-1, -2) - np.eye(shape[-1])).max(initial=0.0)
+        if not deviation <= tolerance:
+            raise ValueError(
+                f"rotation must be orthogonal: rotation @ rotation.T differs from the identity by up to {deviation:.2g}"
+            )
+        return jnp.asarray(x).astype(model.dtype)
+    x = x.astype(model.dtype)
+    products = einsum("...ij,...kj->...ik", x, x)
+    deviations = jnp.abs(products - jnp.broadcast_to(jnp.eye(shape[-1], dtype=x.dtype), shape))
+    return jnp.where(jnp.max(deviations, initial=0.0) <= tolerance, x, jnp.nan)
+
+
+def _tolerance(dtype: Any, size: int) -> float:
+    """How far from orthogonal matrices may be for a model of this dtype: what rounding leaves of those made in it.
+
+    They are computed in at least float32, and then rounded to the dtype.
+    """
+    computed, stored = (float(jnp.finfo(d).eps) for d in (accumulator(dtype), dtype))
+    return max(2 * stored, 16 * size**0.5 * computed)
 
 
 def _fold(norm: Norm, W: Array, b: Array | None, spec: str) -> tuple[Array, Array | None]:

@@ -244,22 +244,6 @@ def columns(
     return jnp.argmax(matches, axis=-1).astype(jnp.int32), jnp.any(matches, axis=-1)
 
 
-def check_key(key: Any) -> None:
-    """Check that a value is one random key.
-
-    Args:
-        key: `jax.random.key(seed)`, or the older array of two numbers.
-
-    Raises:
-        TypeError: for anything else, a seed or several keys among them.
-    """
-    is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    is_raw = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1
-    if not (is_raw or (is_typed and key.ndim == 0)):
-        shown = f"an array {key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
-        raise TypeError(f"key must be one random key, jax.random.key(0) say, given {shown}")
-
-
 def check_tokens(d_vocab: int, n_ctx: int, tokens: Tokens) -> None:
     """Check a batch; its values only where they are known (outside a trace).
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Bool, Float, Ids, Int, Stream
+from mijax.arguments import check_key
 from mijax.model.attention import Attention
 from mijax.model.block import Block
 from mijax.model.config import Config
@@ -17,7 +18,7 @@ from mijax.model.mlp import MLP
 from mijax.model.model import LayeredModel
 from mijax.model.norm import Norm, normalised
 from mijax.model.numerics import accumulator
-from mijax.model.parameters import check_fit
+from mijax.model.parameters import check_fit, parameter_dtype
 from mijax.model.position import Columns, Frame, Whole, frame, frame_of
 from mijax.model.readout import Readout
 from mijax.model.sites import Site, transformer_sites
@@ -180,17 +181,22 @@ def init(config: Config, key: Array, dtype: Any = jnp.float32) -> Transformer:
     Args:
         config: the architecture.
         key: a PRNG key of `jax.random`.
-        dtype: the dtype of the parameters.
+        dtype: the dtype of the parameters: float64, float32, float16 or bfloat16.
 
     Returns:
         The model.
+
+    Raises:
+        TypeError: for another dtype, and for what is no random key, a seed say.
+        ValueError: for float64 without `jax_enable_x64`.
 
     >>> import mijax as mj
     >>> config = Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16)
     >>> mj.run(mj.init(config, jax.random.key(0)), [[1, 2, 3]]).logits.shape
     (1, 3, 11)
     """
-    drawn = _drawn(config, key, jnp.dtype(dtype))
+    check_key(key)
+    drawn = _drawn(config, key, parameter_dtype(dtype))
     return dataclasses.replace(drawn, config=config)  # one program serves configs of several names
 
 

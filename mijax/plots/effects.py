@@ -1,6 +1,8 @@
 """Effects over a grid as heat maps."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +29,7 @@ def heatmaps(
     """Draw rows of heat maps on one colour scale, symmetric about zero.
 
     The first dimension of each panel runs upwards, the second to the right, both with the labels of their coordinates.
+    The first one is named where it is not that of the panel to the left.
     NaN cells stay blank.
 
     Args:
@@ -39,8 +42,9 @@ def heatmaps(
         A figure with the axes of the panels, row by row, and of the colour bar last.
 
     Raises:
+        TypeError: for a limit that is no number.
         ValueError: for no panels, a panel that does not have two dimensions or has no cells, or a limit that is not
-            positive.
+            positive and finite.
 
     >>> import numpy as np, xarray as xr, mijax as mj
     >>> effects = xr.DataArray(np.array([[0.1, -0.4], [0.8, 0.0]]), dims=("layer", "head"))
@@ -56,10 +60,11 @@ def heatmaps(
     colours = ScalarMappable(Normalize(-limit, limit), matplotlib.colormaps[COLOURS])
     figure, axes = layout.subplots(len(panels), layout.n_columns(panels), (3.1, 3.9), (1.2, 0.6))
     for row, (row_title, row_panels) in zip(axes, panels.items()):
+        names = vertical_names(row_panels)
         for axis, name, effects in layout.fill(row, row_panels):
             axis.imshow(effects.values, origin="lower", aspect="auto", cmap=colours.cmap, norm=colours.norm)
             _label(axis, effects)
-            axis.set(title=name, ylabel=effects.dims[0] if axis is row[0] else "")
+            axis.set(title=name, ylabel=next(names) or "")
         layout.label_row(row[0], row_title, -0.32)
     figure.suptitle(title)
     figure.colorbar(colours, ax=axes, shrink=0.6, label=label, extend="both")
@@ -91,8 +96,9 @@ def colour_limit(panels: Panels, limit: float | None) -> float:
         The value, in the effects' unit.
 
     Raises:
+        TypeError: for a limit that is no number.
         ValueError: for no panels, a panel that does not have two dimensions or has no cells, or a limit that is not
-            positive.
+            positive and finite.
     """
     layout.n_columns(panels)
     for row_title, row in panels.items():
@@ -102,13 +108,30 @@ def colour_limit(panels: Panels, limit: float | None) -> float:
                     f"panel {name!r} of row {row_title!r} has the dimensions {dict(effects.sizes)}; expected two, not empty"
                 )
     if limit is not None:
-        if not limit > 0:
+        if isinstance(limit, bool) or not isinstance(limit, Real):
+            raise TypeError(f"limit must be a number, the value of the strongest colour, given {limit!r}")
+        if not 0 < limit < math.inf:
             raise ValueError(f"limit={limit}: expected a positive number, the value of the strongest colour")
-        return limit
+        return float(limit)
     magnitudes = [
         np.abs(effects.values[np.isfinite(effects.values)]) for row in panels.values() for effects in row.values()
     ]
     return max(float(values.max(initial=0)) for values in magnitudes) or 1.0
+
+
+def vertical_names(row: Mapping[str, "xr.DataArray"]) -> Iterator[str | None]:
+    """Choose where a row of panels names its vertical dimension.
+
+    Args:
+        row: the effects of its panels.
+
+    Yields:
+        The name for each panel, `None` where it is that of the panel to the left.
+    """
+    left = None
+    for effects in row.values():
+        yield None if effects.dims[0] == left else str(effects.dims[0])
+        left = effects.dims[0]
 
 
 def tick_labels(effects: "xr.DataArray", dim: Any) -> list[str]:

@@ -21,8 +21,9 @@ def scatter(pairs: Pairs, *, title: str = "", notes: Mapping[tuple[str, str], st
     The line is where both are equal.
 
     Args:
-        pairs: `{row title: {panel title: (exact, estimate)}}`. Both have the same dimensions, in any order, and `layer`
-            is one of the dimensions or a coordinate.
+        pairs: `{row title: {panel title: (exact, estimate)}}`. Both have the same dimensions with the same labels, in
+            any order, and `layer` is one of the dimensions or a coordinate. A dimension that has labels in only one
+            of them is taken in its order.
         title: of the figure.
         notes: `{(row title, panel title): text}`, written into the panels.
 
@@ -30,8 +31,8 @@ def scatter(pairs: Pairs, *, title: str = "", notes: Mapping[tuple[str, str], st
         A figure with the axes of the panels, row by row, and of the colour bar last.
 
     Raises:
-        ValueError: for no panels, effects without layers, or an estimate whose dimensions are not those of the exact
-            effects.
+        ValueError: for no panels, effects without layers, or an estimate whose dimensions or labels are not those of
+            the exact effects.
 
     >>> import numpy as np, xarray as xr, mijax as mj
     >>> exact = xr.DataArray(np.array([[0.1, -0.4], [0.8, 0.0]]), dims=("layer", "head"))
@@ -44,12 +45,16 @@ def scatter(pairs: Pairs, *, title: str = "", notes: Mapping[tuple[str, str], st
     from matplotlib.colors import Normalize
 
     columns = layout.n_columns(pairs)
-    last = _last_layer(pairs)
+    pairs = {
+        row_title: {name: _aligned(f"panel {name!r} of row {row_title!r}", *pair) for name, pair in row.items()}
+        for row_title, row in pairs.items()
+    }
+    last = max(int(exact["layer"].max()) for row in pairs.values() for exact, _ in row.values())
     colours = ScalarMappable(Normalize(0, last), colormaps["viridis"])
     figure, axes = layout.subplots(len(pairs), columns, (3.0, 3.1), (1.0, 0.6))
     for row, (row_title, panels) in zip(axes, pairs.items()):
         for axis, name, (exact, estimate) in layout.fill(row, panels):
-            _draw(axis, exact, estimate.transpose(*exact.dims), colours)
+            _draw(axis, exact, estimate, colours)
             axis.set(title=name, xlabel="exact effect", ylabel="estimate" if axis is row[0] else "")
             note = (notes or {}).get((row_title, name))
             if note:
@@ -60,20 +65,32 @@ def scatter(pairs: Pairs, *, title: str = "", notes: Mapping[tuple[str, str], st
     return figure
 
 
-def _last_layer(pairs: Pairs) -> int:
-    """The last layer of all panels, which are checked."""
-    last = 0
-    for row_title, row in pairs.items():
-        for name, (exact, estimate) in row.items():
-            sizes, others = dict(exact.sizes), dict(estimate.sizes)
-            if sizes != others:
-                raise ValueError(
-                    f"panel {name!r} of row {row_title!r}: exact effects of {sizes}, estimates of {others}"
-                )
-            if not {"layer"} & {*exact.dims, *exact.coords}:
-                raise ValueError(f"panel {name!r} of row {row_title!r} has no layers, which colour the dots: {sizes}")
-            last = max(last, int(exact["layer"].max()))
-    return last
+def _aligned(panel: str, exact: "xr.DataArray", estimate: "xr.DataArray") -> tuple["xr.DataArray", "xr.DataArray"]:
+    """The exact effects and the estimates of the same cells in the same order, checked."""
+    if dict(exact.sizes) != dict(estimate.sizes):
+        raise ValueError(f"{panel}: exact effects of {dict(exact.sizes)}, estimates of {dict(estimate.sizes)}")
+    if not {"layer"} & {*exact.dims, *exact.coords}:
+        raise ValueError(f"{panel} has no layers, which colour the dots: {dict(exact.sizes)}")
+    estimate = estimate.transpose(*exact.dims)
+    for dim in exact.dims:
+        if dim not in exact.indexes or dim not in estimate.indexes or exact.indexes[dim].equals(estimate.indexes[dim]):
+            continue
+        labels, others = exact.indexes[dim], estimate.indexes[dim]
+        if not (labels.is_unique and others.is_unique and set(labels) == set(others)):
+            raise ValueError(
+                f"{panel}: along {dim!r} exact effects have the labels {labels.tolist()}, estimates {others.tolist()}: the same,"
+                " each once, are expected"
+            )
+        estimate = estimate.isel({dim: others.get_indexer(labels)})
+    for name in {*exact.coords} & {*estimate.coords} - {*exact.dims}:
+        labels, others = exact[name], estimate[name]
+        if labels.dtype.kind == "f" or {*labels.dims} != {*others.dims}:  # metrics of runs, which are no labels
+            continue
+        if labels.ndim and not np.array_equal(labels.values, others.transpose(*labels.dims).values):
+            raise ValueError(
+                f"{panel}: exact effects and estimates have different labels {name!r}: the same are expected"
+            )
+    return exact, estimate
 
 
 def _draw(axis: Any, exact: "xr.DataArray", estimate: "xr.DataArray", colours: Any) -> None:

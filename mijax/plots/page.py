@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from mijax.plots.effects import COLOURS, Panels, colour_limit, dim_name, tick_labels
+from mijax.plots.effects import COLOURS, Panels, colour_limit, dim_name, tick_labels, vertical_names
 from mijax.plots.layout import n_columns
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ def heatmap_page(
         A plotly figure; `save` writes it as a page that needs no network.
 
     Raises:
+        TypeError: for a limit that is no number.
         ValueError: for no panels, a panel that does not have two dimensions or has no cells, or a limit that is not
-            positive.
+            positive and finite.
 
     >>> import numpy as np, xarray as xr, mijax as mj
     >>> effects = xr.DataArray(np.array([[0.1, -0.4], [0.8, 0.0]]), dims=("layer", "head"))
@@ -37,11 +38,11 @@ def heatmap_page(
     limit = colour_limit(panels, limit)
     figure = _subplots(panels)
     for i, row in enumerate(panels.values(), start=1):
-        for j, effects in enumerate(row.values(), start=1):
-            y, x = effects.dims
+        for j, (effects, name) in enumerate(zip(row.values(), vertical_names(row)), start=1):
+            x = effects.dims[1]
             figure.add_trace(_trace(effects), i, j)
             figure.update_xaxes(title_text=dim_name(effects, x), type="category", row=i, col=j)
-            figure.update_yaxes(title_text=y if j == 1 else None, type="category", row=i, col=j)
+            figure.update_yaxes(title_text=name, type="category", row=i, col=j)
     figure.update_layout(
         title=title,
         height=480 * len(panels),
@@ -67,14 +68,20 @@ def _subplots(panels: Panels) -> "Figure":
     )
 
 
+def _categories(effects: "xr.DataArray", dim: Any) -> list[str]:
+    """The labels of a dimension, with their numbers where some are equal: plotly would draw these as one."""
+    labels = tick_labels(effects, dim)
+    return labels if len(set(labels)) == len(labels) else [f"{i} {label}" for i, label in enumerate(labels)]
+
+
 def _trace(effects: "xr.DataArray") -> Any:
     import plotly.graph_objects as go
 
     y, x = effects.dims
     return go.Heatmap(
         z=effects.values,
-        x=tick_labels(effects, x),
-        y=tick_labels(effects, y),
+        x=_categories(effects, x),
+        y=_categories(effects, y),
         coloraxis="coloraxis",
         hovertemplate=f"{y} %{{y}}<br>{dim_name(effects, x)} %{{x}}<br>effect %{{z:.4f}}<extra></extra>",
     )

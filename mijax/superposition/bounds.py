@@ -1,8 +1,11 @@
 """How many directions fit into a few dimensions: bounds on interference, on projections, and on recovery."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, Float
+from mijax.arguments import whole_number
+from mijax.superposition.geometry import unit_columns
 
 
 def welch(n: int, m: int) -> float:
@@ -19,9 +22,15 @@ def welch(n: int, m: int) -> float:
     Returns:
         The bound, in [0, 1].
 
+    Raises:
+        TypeError: for numbers that are not whole.
+        ValueError: for numbers below 1.
+
     >>> welch(3, 2), welch(2, 2)
     (0.5, 0.0)
     """
+    whole_number("n", n, least=1)
+    whole_number("m", m, least=1)
     return float(np.sqrt(max(0, n - m) / (m * max(1, n - 1))))
 
 
@@ -37,10 +46,13 @@ def frame_potential(w: Float[Array | np.ndarray, "hidden feature"]) -> float:
     Returns:
         The frame potential.
 
+    Raises:
+        ValueError: for a W that is no matrix with columns, is not finite, or has a column of zeros.
+
     >>> round(frame_potential(np.array([[1.0, -0.5, -0.5], [0.0, 0.75**0.5, -(0.75**0.5)]])), 6)
     4.5
     """
-    unit = w / np.linalg.norm(w, axis=0)
+    unit = unit_columns(w)
     return float(((unit.T @ unit) ** 2).sum())
 
 
@@ -64,18 +76,19 @@ def johnson_lindenstrauss(points: int, epsilon: float) -> int:
     >>> johnson_lindenstrauss(1000, 0.5)
     332
     """
-    if points < 1 or not 0 < epsilon < 1:
+    if not points >= 1 or not 0 < epsilon < 1:
         raise ValueError(f"{points} points and epsilon {epsilon}: at least one, and between 0 and 1, are expected")
     return int(np.ceil(4 * np.log(points) / (epsilon**2 / 2 - epsilon**3 / 3)))
 
 
 def recoverable(w: Float[Array | np.ndarray, "hidden feature"]) -> int:
-    """The number of active features that can always be recovered from `W x`: the largest k < (1 + 1 / mu) / 2.
+    """The number of active features that can always be recovered from `W x`: the largest k < (1 + 1 / mu) / 2, at most n.
 
     mu is the largest |cos| of two different columns (Donoho and Elad 2003). Two different k-sparse inputs with the
     same image would differ by a kernel vector of at most 2k nonzero entries. Gershgorin's disks keep the Gram
     matrix of 2k unit columns invertible while (2k - 1) mu < 1, so that there is none. With orthogonal columns k is
-    n.
+    n. mu is taken to be as large as the rounding of W's dtype allows: at 1 / mu = 2k - 1 exactly, such as that of a
+    simplex, k is not recoverable in any dtype.
 
     Args:
         w: `[hidden, feature]`, n columns, none of them zero. Only their directions matter.
@@ -83,12 +96,18 @@ def recoverable(w: Float[Array | np.ndarray, "hidden feature"]) -> int:
     Returns:
         The number of features k.
 
+    Raises:
+        ValueError: for a W that is no matrix with columns, is not finite, or has a column of zeros.
+
     >>> recoverable(np.eye(3)), recoverable(np.array([[1.0, -1.0]]))
     (3, 0)
     """
-    unit = w / np.linalg.norm(w, axis=0)
-    mu = np.abs(unit.T @ unit - np.eye(w.shape[1])).max()
-    return w.shape[1] if mu < 1e-12 else max(0, int(np.ceil((1 + 1 / mu) / 2)) - 1)
+    unit = unit_columns(w)
+    n = unit.shape[1]
+    mu = np.abs(unit.T @ unit - np.diag(np.sum(unit**2, axis=0))).max()
+    dtype = np.asarray(w).dtype if jnp.issubdtype(np.asarray(w).dtype, jnp.floating) else np.float64
+    rounding = 4 * max(unit.shape) * float(jnp.finfo(dtype).eps)
+    return n if mu <= rounding else min(n, int(np.ceil((1 + 1 / (mu + rounding)) / 2)) - 1)
 
 
 def compressed_sensing(n: int, active: float) -> float:

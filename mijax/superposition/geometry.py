@@ -164,7 +164,7 @@ def tegum_factors(w: Matrix, tolerance: float = 0.1) -> list[list[int]]:
         Groups of sorted feature indices, the largest group first; of equal size, by their indices.
 
     Raises:
-        ValueError: for a W that is not finite.
+        ValueError: for a W that is not finite or no matrix with columns, and for a tolerance outside [0, 1).
 
     >>> tegum_factors(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]]))
     [[0, 1], [2]]
@@ -194,7 +194,7 @@ def polytopes(w: Matrix, tolerance: float = 0.1) -> list[str]:
         One name per factor.
 
     Raises:
-        ValueError: for a W that is not finite.
+        ValueError: for a W that is not finite or no matrix with columns, and for a tolerance outside [0, 1).
 
     >>> polytopes(np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]]))
     ['digon', 'point']
@@ -219,7 +219,7 @@ def polytope(w: Matrix, tolerance: float = 0.1) -> str:
         where all features are zero.
 
     Raises:
-        ValueError: for a W that is not finite.
+        ValueError: for a W that is not finite or no matrix with columns, and for a tolerance outside [0, 1).
 
     >>> polytope(np.array([[0.0, 0.866, -0.866], [-1.0, 0.5, 0.5]]))
     'triangle'
@@ -241,12 +241,44 @@ def polytope(w: Matrix, tolerance: float = 0.1) -> str:
 
 def _directions(w: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
     """The unit vectors `[hidden, k]` of the k features that are not negligibly short, and their indices `[k]`."""
-    w = np.asarray(w, float)
-    if not np.isfinite(w).all():
-        raise ValueError("W is not finite: the training of this model failed")
+    w = _matrix(w)
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must be from 0 to 1, 1 excluded, given {tolerance}")
     length = np.linalg.norm(w, axis=0)
     indices = np.flatnonzero(length > tolerance * max(length.max(), _TINY))
     return w[:, indices] / length[indices], indices
+
+
+def unit_columns(w: Matrix) -> Float[np.ndarray, "hidden feature"]:
+    """The directions of all features, in float64.
+
+    Args:
+        w: `[hidden, feature]`, none of the columns zero.
+
+    Returns:
+        The columns divided by their norms.
+
+    Raises:
+        ValueError: for a W that is no matrix with columns, is not finite, or has a column of zeros.
+
+    >>> unit_columns(np.array([[3.0, 0.0], [4.0, 2.0]])).tolist()
+    [[0.6, 0.0], [0.8, 1.0]]
+    """
+    w = _matrix(w)
+    length = np.linalg.norm(w, axis=0)
+    if not length.all():
+        raise ValueError(f"column {int(np.argmin(length))} of W is zero, and has no direction: leave it out")
+    return w / length
+
+
+def _matrix(w: Any) -> np.ndarray:
+    """A checked W, in float64."""
+    w = np.asarray(w, float)
+    if w.ndim != 2 or not w.size:
+        raise ValueError(f"W must be one matrix [hidden, feature] with columns, given shape {w.shape}")
+    if not np.isfinite(w).all():
+        raise ValueError("W is not finite: the training of this model failed")
+    return w
 
 
 def _apart(first: np.ndarray, second: np.ndarray) -> float:
@@ -329,14 +361,19 @@ def thomson_energy(w: Matrix) -> float:
         w: `[hidden, feature]`, none of the columns zero. Only their directions matter.
 
     Returns:
-        The energy of unit charges on the unit sphere; `THOMSON` holds its minima in three dimensions.
+        The energy of unit charges on the unit sphere, infinite where two coincide; `THOMSON` holds its minima in three
+        dimensions.
+
+    Raises:
+        ValueError: for a W that is no matrix with columns, is not finite, or has a column of zeros.
 
     >>> round(thomson_energy(POLYTOPES["octahedron"]), 6)
     9.985281
     """
-    unit = np.asarray(w, float) / np.linalg.norm(w, axis=0)
+    unit = unit_columns(w)
     i, j = np.triu_indices(unit.shape[1], 1)
-    return float((1 / np.linalg.norm(unit[:, i] - unit[:, j], axis=0)).sum())
+    with np.errstate(divide="ignore"):
+        return float((1 / np.linalg.norm(unit[:, i] - unit[:, j], axis=0)).sum())
 
 
 def features_of_neurons(w: Matrices) -> tuple[Any, Any]:

@@ -105,6 +105,25 @@ class TrainingJob(NamedTuple):
         )
         return Programs(begin, step, convert(self.judged, settings, seed, state, name="the toy, or what is logged,"))
 
+    def check_repeatable(self, programs: Programs, settings: Settings, seed: Any) -> None:
+        """Check that the factories give the same at every call: each program calls them apart.
+
+        Args:
+            programs: the programs, as `programs` gives them.
+            settings: a cell's settings.
+            seed: a seed.
+
+        Raises:
+            ValueError: where a second trace differs, as where a factory draws random numbers.
+        """
+        names = [f"{a.program.name}" for a, b in zip(programs, self.programs(settings, seed)) if _differ(a, b)]
+        if names:
+            raise ValueError(
+                f"{' and '.join(dict.fromkeys(names))}: the factory gives something else at each call (it draws numbers, or reads a"
+                " clock), so that training, loss and result would be of different data: draw outside of the factory, or from a key"
+                " of jax.random that is always the same"
+            )
+
     def begin(self, settings: Settings, seed: Any) -> State:
         """A model before its first step.
 
@@ -197,6 +216,19 @@ class TrainingJob(NamedTuple):
         batch = self.batch
         batch_loss = lambda number: loss(toy, state.params, _sampled(toy, _key(0, _JUDGING, number), batch))
         return {"loss": jax.lax.map(batch_loss, jnp.arange(-(-self.judge // batch))).mean(), **logged}
+
+
+def _differ(first: Converted, second: Converted) -> bool:
+    """Whether two traces of a function differ, in what is computed or in the arrays that it reaches."""
+    arrays, others = ([*f.constants, *f.leaves] for f in (first, second))
+    if first.program is not second.program:
+        try:
+            return first.program.digest() != second.program.digest()
+        except TypeError:  # a callback, which is known by its identity only
+            return False
+    numbers = lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+    same = lambda x, y: x is y or np.array_equal(numbers(x), numbers(y), equal_nan=numbers(x).dtype.kind in "fc")
+    return not all(map(same, arrays, others))
 
 
 def _updated(

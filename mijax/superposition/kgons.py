@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mijax.arguments import whole_number
+
 LEARNING_COEFFICIENTS = {5: 7.0, 6: 8.5, 7: 10.0, 8: 11.5}
 """The local learning coefficient of the k-gon with k = c, by k: (3c - 1) / 2.
 
@@ -47,11 +49,13 @@ def kgon(k: int) -> KGon:
         Its length, bias and h.
 
     Raises:
+        TypeError: for a k that is not whole.
         ValueError: for k < 4.
 
     >>> [round(v, 4) for v in kgon(5)[1:]]
     [1.1705, -0.2823, 0.2374]
     """
+    whole_number("k", k)
     if k < 4:
         raise ValueError(f"k={k}: k-gons from 4 on are told")
     if k == 4:

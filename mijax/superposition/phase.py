@@ -14,7 +14,7 @@ import optax
 from mijax._types import ArrayLike, Float
 from mijax.superposition import theory
 from mijax.superposition.data import sparse
-from mijax.superposition.geometry import DEDICATED, IGNORED, SHARING, role
+from mijax.superposition.geometry import DEDICATED, IGNORED, SHARING, UNKNOWN, role
 from mijax.superposition.loss import Toy
 from mijax.superposition.model import relu_output
 from mijax.superposition.train import train
@@ -33,8 +33,12 @@ class Phase(NamedTuple):
 
     @property
     def winner(self) -> np.ndarray:
-        """`[importance, density]`: the last feature's role in the candidate of the lowest loss, as in `roles`."""
-        return np.asarray(self.roles)[self.losses.argmin(0)]
+        """`[importance, density]`: the last feature's role in the candidate of the lowest loss, as in `roles`.
+
+        It is -1, unknown, where the loss of a candidate is NaN, or that of all is infinite.
+        """
+        winner = np.asarray(self.roles)[self.losses.argmin(0)]
+        return np.where(np.isfinite(self.losses.min(0)), winner, UNKNOWN)
 
 
 def toy(n: int, m: int) -> Callable[..., Toy]:
@@ -93,7 +97,7 @@ def closed_form(n: int, m: int, importance: ArrayLike, density: ArrayLike, *, bi
         The losses of the candidates.
 
     Raises:
-        ValueError: for other sizes, or densities outside [0, 1].
+        ValueError: for other sizes, densities outside [0, 1], or negative importances.
 
     >>> closed_form(2, 1, [0.5], [0.01, 1.0]).winner.tolist()
     [[1, 0]]
@@ -166,7 +170,8 @@ def _started(n: int, m: int, w: np.ndarray) -> Callable[..., Toy]:
 def agreement(roles: np.ndarray, closed: Phase, true: Phase) -> tuple[float, np.ndarray]:
     """The fraction of cells whose role is the theory's, among the cells where closed form and true minimum agree.
 
-    Where the two differ, in the band between their boundaries, neither role is wrong.
+    Where the two differ, in the band between their boundaries, neither role is wrong. Cells where one of them is
+    unknown do not count.
 
     Args:
         roles: `[importance, density]` roles, of trained models for example.
@@ -174,11 +179,19 @@ def agreement(roles: np.ndarray, closed: Phase, true: Phase) -> tuple[float, np.
         true: the diagram of true minima.
 
     Returns:
-        The fraction, and `[importance, density]` whether closed form and true minimum agree.
+        The fraction, NaN where they agree nowhere, and `[importance, density]` whether closed form and true minimum
+        agree.
+
+    Raises:
+        ValueError: for roles and diagrams of different shapes.
 
     >>> closed = closed_form(2, 1, [0.5], [0.01, 1.0])
     >>> agreement(np.array([[1, 2]]), closed, closed)
     (0.5, array([[ True,  True]]))
     """
-    clear = closed.winner == true.winner
-    return float((roles == closed.winner)[clear].mean()), clear
+    if not np.shape(roles) == closed.winner.shape == true.winner.shape:
+        raise ValueError(
+            f"roles {np.shape(roles)}, closed form {closed.winner.shape} and true minima {true.winner.shape}: one shape is expected"
+        )
+    clear = (closed.winner == true.winner) & (closed.winner != UNKNOWN)
+    return float((roles == closed.winner)[clear].mean()) if clear.any() else np.nan, clear

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mijax.arguments import whole_number
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -17,6 +19,9 @@ def best(results: "xr.Dataset", over: str = "seed") -> "xr.Dataset":
 
     Returns:
         The results of these models, without the dimension `over`.
+
+    Raises:
+        ValueError: for an `over` that the loss does not have.
 
     >>> import xarray as xr
     >>> xr.Dataset({"loss": ("seed", [3.0, 1.0, 2.0])}).pipe(best).loss.item()
@@ -40,13 +45,19 @@ def best_of(results: "xr.Dataset", count: int, over: str = "seed") -> "xr.Datase
         The results of these models, `count` along `over`.
 
     Raises:
-        ValueError: for a count below 1, or above the number of models.
+        TypeError: for a count that is not whole.
+        ValueError: for a count below 1, or above the number of models, and for an `over` that the loss does not have.
 
     >>> import xarray as xr
     >>> xr.Dataset({"loss": ("seed", [3.0, 1.0, 2.0])}).pipe(best_of, 2).loss.values.tolist()
     [1.0, 2.0]
     """
-    if not 1 <= count <= results.sizes[over]:
+    whole_number("count", count, least=1)
+    if over not in results["loss"].dims:
+        raise ValueError(
+            f"models are compared along a dimension of the loss, {', '.join(map(str, results['loss'].dims))}: given {over!r}"
+        )
+    if count > results.sizes[over]:
         raise ValueError(f"{count} of {results.sizes[over]} models along {over!r} are asked for")
     losses = results["loss"].drop_vars(over, errors="ignore").fillna(np.inf)
     order = losses.copy(data=losses.values.argsort(axis=losses.get_axis_num(over)))

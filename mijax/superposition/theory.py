@@ -11,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from mijax._types import ArrayLike, Float
+from mijax.arguments import whole_number
 
 Numbers: TypeAlias = np.ndarray | np.floating
 
@@ -29,13 +30,13 @@ def ignored(p: ArrayLike, importance: ArrayLike = 1.0) -> Numbers:
         The loss.
 
     Raises:
-        ValueError: for a density outside [0, 1].
+        ValueError: for a density outside [0, 1], or a negative importance.
 
     >>> float(ignored(1.0))  # the variance of a uniform number
     0.08333333333333331
     """
     p = _density(p)
-    return np.asarray(importance, float) * (p / 3 - p**2 / 4)
+    return _importance(importance) * (p / 3 - p**2 / 4)
 
 
 def dedicated(p: ArrayLike, importance: ArrayLike = 1.0) -> Numbers:
@@ -43,18 +44,18 @@ def dedicated(p: ArrayLike, importance: ArrayLike = 1.0) -> Numbers:
 
     Args:
         p: density.
-        importance: importance; it decides the shape only.
+        importance: importance; it decides the shape only, and where NaN is.
 
     Returns:
-        Zeros.
+        Zeros, NaN where the importance is.
 
     Raises:
-        ValueError: for a density outside [0, 1].
+        ValueError: for a density outside [0, 1], or a negative importance.
 
     >>> dedicated([0.1, 0.5]).tolist()
     [0.0, 0.0]
     """
-    return np.zeros(np.broadcast_shapes(_density(p).shape, np.shape(importance)))
+    return np.where(np.isnan(_importance(importance)), np.nan, np.zeros_like(_density(p)))
 
 
 def antipodal(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> Numbers:
@@ -72,12 +73,12 @@ def antipodal(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> Num
         The loss.
 
     Raises:
-        ValueError: for a density outside [0, 1].
+        ValueError: for a density outside [0, 1], or a negative importance.
 
     >>> float(antipodal(0.5))
     0.08333333333333333
     """
-    return (np.asarray(one, float) + np.asarray(other, float)) * _density(p) ** 2 / 6
+    return (_importance(one) + _importance(other)) * _density(p) ** 2 / 6
 
 
 def antipodal_at(b: ArrayLike, p: ArrayLike) -> Numbers:
@@ -96,12 +97,16 @@ def antipodal_at(b: ArrayLike, p: ArrayLike) -> Numbers:
         The mean squared error of one output.
 
     Raises:
-        ValueError: for a density outside [0, 1].
+        ValueError: for a density outside [0, 1], or a bias outside [0, 1].
 
     >>> float(antipodal_at(0.0, 0.5)) == float(antipodal(0.5)) / 2
     True
     """
     b, p = np.asarray(b, float), _density(p)
+    if ((b < 0) | (b > 1)).any():
+        raise ValueError(
+            f"the formula holds for a bias in [0, 1]; given are some from {np.nanmin(b):g} to {np.nanmax(b):g}"
+        )
     both = (1 - b) ** 3 * (1 + b) / 6 + b**3 / 3
     return (1 - p) * b**2 + p * (1 - p) * b**3 / 3 + p**2 * both
 
@@ -121,7 +126,7 @@ def antipodal_biased(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0)
         The loss.
 
     Raises:
-        ValueError: for a density outside [0, 1].
+        ValueError: for a density outside [0, 1], or a negative importance.
 
     >>> bool(antipodal_biased(0.5) < antipodal(0.5))
     True
@@ -137,7 +142,7 @@ def antipodal_biased(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0)
         middle = (low + high) / 2
         rising = slope(middle) > 0
         low, high = np.where(rising, low, middle), np.where(rising, middle, high)
-    return (np.asarray(one, float) + np.asarray(other, float)) * antipodal_at((low + high) / 2, p)
+    return (_importance(one) + _importance(other)) * antipodal_at((low + high) / 2, p)
 
 
 def boundary(importance: ArrayLike) -> Numbers:
@@ -153,11 +158,15 @@ def boundary(importance: ArrayLike) -> Numbers:
     Returns:
         The density p.
 
+    Raises:
+        ValueError: for a negative importance.
+
     >>> boundary([0.1, 1.0]).round(3).tolist()
     [0.16, 0.571]
     """
-    i = np.asarray(importance, float)
-    return np.where(i <= 1, 4 * i / (2 + 5 * i), 4 / (5 + 2 * i))
+    i = _importance(importance)
+    less = np.minimum(i, 1.0)
+    return np.where(i > 1, 4 / (5 + 2 * i), 4 * less / (2 + 5 * less))
 
 
 def boundary_three(importance: ArrayLike) -> Numbers:
@@ -175,10 +184,13 @@ def boundary_three(importance: ArrayLike) -> Numbers:
     Returns:
         The density p.
 
+    Raises:
+        ValueError: for a negative importance.
+
     >>> boundary_three([0.1, 1.0, 5.0]).round(3).tolist()
     [0.16, 0.571, 0.571]
     """
-    return boundary(np.minimum(np.asarray(importance, float), 1.0))
+    return boundary(np.minimum(_importance(importance), 1.0))
 
 
 def boundary_biased(importance: ArrayLike) -> Numbers:
@@ -188,14 +200,18 @@ def boundary_biased(importance: ArrayLike) -> Numbers:
         importance: I; the other feature has importance 1.
 
     Returns:
-        The density p, by bisection.
+        The density p, by bisection; NaN where the importance is.
+
+    Raises:
+        ValueError: for a negative importance.
 
     >>> boundary_biased([0.1, 0.5, 1.0]).round(3).tolist()
     [0.161, 0.465, 0.627]
     """
-    i = np.asarray(importance, float)
-    i = np.minimum(i, 1 / i)  # exchanging the features divides both losses by I
-    return _crossing(lambda p: antipodal_biased(p, 1.0, i), lambda p: ignored(p, i), i.shape)
+    i = _importance(importance)
+    i = np.minimum(i, 1 / np.maximum(i, 1.0))  # exchanging the features divides both losses by I
+    crossing = _crossing(lambda p: antipodal_biased(p, 1.0, i), lambda p: ignored(p, i), i.shape)
+    return np.where(np.isnan(i), np.nan, crossing)
 
 
 def triangle(p: ArrayLike) -> Numbers:
@@ -238,21 +254,30 @@ def linear_loss(p: ArrayLike, importance: ArrayLike, m: int) -> float:
 
     Args:
         p: density, one number, or one for each feature.
-        importance: `[feature]`, I.
+        importance: I, one number, or one for each feature.
         m: number of hidden dimensions.
 
     Returns:
-        The loss.
+        The loss; NaN where an importance is NaN.
 
     Raises:
-        ValueError: for a density outside [0, 1], or an m outside 1 to n.
+        TypeError: for an m that is not whole.
+        ValueError: for a density outside [0, 1], a negative importance, densities and importances of different
+            numbers of features, or an m outside 1 to n.
 
     >>> round(linear_loss(1.0, [1.0, 0.5, 0.1], 2), 6)
     0.008333
     """
-    _check_rank(m, len(np.atleast_1d(importance)))
-    losses = np.sort(ignored(np.broadcast_to(p, np.shape(importance)), importance))
-    return float(losses[: len(losses) - m].sum())
+    density, importance = np.atleast_1d(_density(p)), np.atleast_1d(_importance(importance))
+    n = max(density.size, importance.size)
+    if any(array.shape not in ((1,), (n,)) for array in (density, importance)):
+        raise ValueError(
+            f"densities of shape {density.shape} and importances of shape {importance.shape}: one number, or one for each feature,"
+            " is expected of both"
+        )
+    _check_rank(m, n)
+    losses = np.sort(np.broadcast_to(ignored(density, importance), n))
+    return np.nan if np.isnan(losses).any() else float(losses[: n - m].sum())
 
 
 def principal_components(covariance: Float[np.ndarray, "feature feature"], m: int) -> tuple[np.ndarray, float]:
@@ -262,21 +287,37 @@ def principal_components(covariance: Float[np.ndarray, "feature feature"], m: in
     and Young).
 
     Args:
-        covariance: `[feature, feature]`.
+        covariance: `[feature, feature]`, symmetric.
         m: number of hidden dimensions.
 
     Returns:
         `W [m, n]`, and its loss.
 
     Raises:
-        ValueError: for an m outside 1 to n.
+        TypeError: for an m that is not whole.
+        ValueError: for an m outside 1 to n, and a matrix that is not finite or not symmetric.
 
     >>> principal_components(np.array([[2.0, 1.0], [1.0, 2.0]]), 1)[1]
     1.0
     """
+    covariance = np.asarray(covariance)
+    if covariance.ndim != 2 or len(covariance) != covariance.shape[1] or not np.isfinite(covariance).all():
+        raise ValueError(
+            f"a covariance is a square matrix of finite numbers, given shape {covariance.shape}: {covariance}"
+        )
+    if not np.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * np.abs(covariance).max(initial=0.0)):
+        raise ValueError(f"a covariance is symmetric, given {covariance}")
     _check_rank(m, len(covariance))
     values, vectors = np.linalg.eigh(covariance)
     return vectors[:, ::-1][:, :m].T, float(values[: len(values) - m].sum())
+
+
+def _importance(importance: ArrayLike) -> np.ndarray:
+    """A checked importance, in float64; NaN stays NaN."""
+    importance = np.asarray(importance, float)
+    if (importance < 0).any():
+        raise ValueError(f"importances are not negative; given are some from {np.nanmin(importance):g} on")
+    return importance
 
 
 def _density(p: ArrayLike) -> np.ndarray:
@@ -290,6 +331,7 @@ def _density(p: ArrayLike) -> np.ndarray:
 
 
 def _check_rank(m: int, n: int) -> None:
+    whole_number("m", m, least=1)
     if not 1 <= m <= n:
         raise ValueError(f"{m} hidden dimensions for {n} features: between 1 and {n} are expected")
 

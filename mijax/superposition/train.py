@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from mijax import chunks
 from mijax._types import Array, ArrayLike
+from mijax.arguments import whole_number
 from mijax.memory import PeakMemory, default_memory
 from mijax.superposition.job import Programs, State, TrainingJob, advance, begin, judge, model_bytes
 from mijax.superposition.loss import Toy
@@ -54,7 +56,8 @@ def train(
     amplifies.)
 
     Args:
-        toy: a function that gives the toy model, from settings by parameter name.
+        toy: a function that gives the toy model, from settings by parameter name. It is called several times, and
+            must give the same each time: random numbers are drawn outside of it.
         over: the values of each setting, by name. `"seed"` is a setting that no function need take.
         optimizer: a function that gives the optimizer, from settings by parameter name; by default Adam with rate
             1e-3.
@@ -83,7 +86,9 @@ def train(
 
     Raises:
         FloatingPointError: for a model that is no longer finite, with `nan="raise"`; it names the model and its step.
-        ValueError: before anything runs, for settings that no function takes, densities outside (0, 1],
+        TypeError: for numbers of steps or examples that are not whole, and a `memory` that is no number.
+        ValueError: before anything runs, for settings that no function takes, a `toy` or `optimizer` that gives
+            something else at each call, densities outside (0, 1],
             importances that are negative or not finite, used sizes out of range, data, models and targets of
             different shapes, two variables or dimensions of one name, numbers of steps or examples out of range, a
             `memory` that does not hold one model for each device, or a folder of another training.
@@ -98,11 +103,11 @@ def train(
         raise ValueError(f"nan={nan!r}: 'raise' or 'mask' is expected")
     optimizer, mesh = optimizer or _adam, None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
     grid = grid_of(over, {"toy": toy, "optimizer": optimizer})
-    log_at = sorted({int(step) for step in log_at})
+    log_at = _checked_numbers(steps, batch, judged_on, log_at, memory)
     job = TrainingJob(toy, optimizer, batch, judged_on, tuple((log or {}).items()))
-    programs = chunks.repeatable(lambda: _checked(job, grid, steps, log_at), save)
+    programs = _checked(job, grid, log_at)
     bytes_per_model = model_bytes(job, *_example(grid), programs.begin.out)
-    budget = _default_memory(bytes_per_model) if memory is None else memory
+    budget = _default_memory(bytes_per_model) if memory is None else int(memory)
     parts = _parts(grid, budget // bytes_per_model, 1 if mesh is None else mesh.devices.shape[0])
     if parts is None:
         raise ValueError(
@@ -139,18 +144,29 @@ def _example(grid: SettingsGrid) -> tuple[dict[str, Any], Any]:
     return {name: values[0] for name, values in grid.at(np.zeros(1, int)).items()}, np.uint32(grid.seeds[0])
 
 
-def _checked(job: TrainingJob, grid: SettingsGrid, steps: int, log_at: list[int]) -> Programs:
-    """The programs of one model, after all checks of the arguments; `ValueError` for a training that cannot be run."""
-    if steps < 0 or (job.batch is not None and job.batch < 1) or (job.judge is not None and job.judge < 1):
-        raise ValueError(f"steps={steps}, batch={job.batch}, judged_on={job.judge}: positive numbers are expected")
-    if log_at and not 0 <= log_at[0] <= log_at[-1] <= steps:
-        raise ValueError(f"log_at={log_at}: between 0 and the {steps} steps are expected")
+def _checked_numbers(steps: Any, batch: Any, judged_on: Any, log_at: Sequence[Any], memory: Any) -> list[int]:
+    """The sorted steps of `log_at`, after checks of all numbers; raises for one of the wrong type or out of range."""
+    whole_number("steps", steps)
+    for name, count in {"batch": batch, "judged_on": judged_on}.items():
+        if count is not None:
+            whole_number(name, count, least=1)
+    numbers = sorted({whole_number("a step of log_at", step) for step in log_at})
+    if numbers and numbers[-1] > steps:
+        raise ValueError(f"log_at={numbers}: between 0 and the {steps} steps are expected")
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, Real)):
+        raise TypeError(f"memory must be a number of bytes, given {memory!r}")
+    return numbers
+
+
+def _checked(job: TrainingJob, grid: SettingsGrid, log_at: list[int]) -> Programs:
+    """The programs of one model, after all checks that take a model; `ValueError` for a training that cannot be run."""
     settings, seed = _example(grid)
     state = jax.eval_shape(
         lambda *cell: job.begin(*cell), settings, seed
     )  # new lambdas, since JAX caches traces by the function's identity
     jax.eval_shape(lambda *cell: job.check(*cell), settings, seed, state)
     programs = job.programs(settings, seed)
+    job.check_repeatable(programs, settings, seed)
     _check_names(job, grid, state, log_at)
     _check_values(job, grid)
     return programs
@@ -241,7 +257,8 @@ def _store(
         "toy or optimizer": (programs.begin, programs.step),
         "toy or log": (programs.judged, log_at),
     }
-    content |= {"settings": grid.axes, "number of steps": steps, "batch": (job.batch, job.judge)}
+    # The order of the settings numbers the cells, so that they are no dictionary, whose keys a checksum sorts.
+    content |= {"settings": list(grid.axes.items()), "number of steps": steps, "batch": (job.batch, job.judge)}
     identity = {name: chunks.fingerprint(part) for name, part in content.items()}
     store = chunks.Store(save, identity)
     plan = store.begin(parts, {"axes": {k: v.tolist() for k, v in grid.axes.items()}})

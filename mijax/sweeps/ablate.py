@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mijax._types import Array, ArrayLike
+from mijax._types import Array, ArrayLike, Bool, Int
+from mijax.arguments import check_key, whole_number
 from mijax.engine.axes import full_grid
 from mijax.engine.cells import stack
 from mijax.engine.driver import check_sweep
 from mijax.engine.grid import Grid
-from mijax.engine.labels import positions_told
+from mijax.engine.labels import with_positions
 from mijax.engine.measure import Metrics
 from mijax.engine.options import Running
 from mijax.forward import run
@@ -28,6 +30,14 @@ if TYPE_CHECKING:
     import xarray as xr
 
 Kind = Literal["zero", "mean", "pooled mean", "resample", "noise"]
+_USED = {
+    "zero": (),
+    "mean": ("reference",),
+    "pooled mean": ("reference",),
+    "resample": ("reference", "key", "draws"),
+    "noise": ("reference", "key", "draws", "scale"),
+}
+"""The arguments that each kind uses."""
 
 
 @overload
@@ -60,8 +70,9 @@ def ablate(
     * `"zero"`: zero.
     * `"mean"`: their mean over the prompts of `reference`, position by position counted from the first real token.
     * `"pooled mean"`: their mean over all real tokens of `reference`.
-    * `"resample"`: those of another prompt of `reference`, drawn with `key`; without a `reference`, no prompt gets
-      its own activations (a derangement).
+    * `"resample"`: those of another prompt of `reference`, drawn with `key`, position by position counted from the
+      first real token; of a prompt with at least as many tokens. Without a `reference`, no prompt gets its own
+      activations, and where all have equal length, each gives its activations to one other.
     * `"noise"`: normal noise added to them, `scale` times the standard deviation of each unit over the real tokens
       of `reference`.
 
@@ -83,9 +94,10 @@ def ablate(
         are NaN.
 
     Raises:
-        ValueError: where a kind is impossible: without a key or a draw, with a reference of another shape or with
-            fewer positions, pooled at a site of scores, resampled from a single prompt; and what `sweep` raises.
-        TypeError: what `sweep` raises.
+        ValueError: where a kind is impossible: without a key or a draw, with a reference whose prompts are shorter,
+            pooled at a site of scores, resampled from a single prompt; for an argument that the kind does not use;
+            and what `sweep` raises.
+        TypeError: for a key or a number of draws that is none, and what `sweep` raises.
 
     >>> import mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -95,15 +107,16 @@ def ablate(
     ('layer', 'head', 'batch')
     """
     tokens = model.inputs(tokens)
+    _check_arguments(kind, reference, draws, scale, key)
     places = over if isinstance(over, Grid) else full_grid(model, tokens, site, over)
     edits: Any = {site: Replace(0.0, places)}
     if kind != "zero":
         check_sweep(model, tokens, edits, metric, running)
-        _check_kind(model, kind, site_of(site, model.sites), tokens, reference, draws, key)
+        _check_kind(model, kind, site_of(site, model.sites), tokens, reference)
         edits = _from_reference(model, tokens, model.sites[site], places, kind, reference, draws, scale, key)
     result = sweep(model, tokens, edits, metric, **running)
     result = result.assign_attrs(ablation=kind)
-    return result if isinstance(over, Grid) else positions_told(result, tokens)
+    return result if isinstance(over, Grid) else with_positions(result, tokens)
 
 
 @overload
@@ -153,27 +166,42 @@ def dose_response(
     places = over if isinstance(over, Grid) else full_grid(model, tokens, site, over)
     doses = stack("factor", {float(f): {site: Scale(float(f), places)} for f in factors})
     result = sweep(model, tokens, doses, metric, **running)
-    return result if isinstance(over, Grid) else positions_told(result, tokens)
+    return result if isinstance(over, Grid) else with_positions(result, tokens)
 
 
-def _check_kind(
-    model: Model, kind: str, site: Site, tokens: Inputs, reference: Any, draws: int, key: Array | None
-) -> None:
-    """Raise `ValueError` for a kind of ablation that the reference does not allow, before it is run."""
+def _check_arguments(kind: str, reference: Any, draws: int, scale: float, key: Array | None) -> None:
+    """Raise `ValueError` for arguments that a kind needs or does not use, `TypeError` for those of another type."""
     if kind not in Kind.__args__:
         raise ValueError(f"kind must be one of {', '.join(map(repr, Kind.__args__))}, given {kind!r}")
-    if kind in ("resample", "noise") and (key is None or draws < 1):
-        raise ValueError(f"ablation by {kind!r} draws: it needs a key and at least one draw, given {draws}")
+    whole_number("draws", draws, 1)
+    changed = {"reference": reference is not None, "key": key is not None, "draws": draws != 1, "scale": scale != 1}
+    unused = [name for name, is_given in changed.items() if is_given and name not in _USED[kind]]
+    if unused:
+        raise ValueError(f"ablation of kind {kind!r} does not use {' and '.join(unused)}")
+    if "key" in _USED[kind] and key is None:
+        raise ValueError(f"ablation by {kind!r} draws: it needs a key, jax.random.key(0) say")
+    if key is not None:
+        check_key(key)
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 <= scale < math.inf:
+        raise ValueError(f"scale must be a number of standard deviations, given {scale!r}")
+
+
+def _check_kind(model: Model, kind: str, site: Site, tokens: Inputs, reference: Any) -> None:
+    """Raise `ValueError` for a kind of ablation that the reference does not allow, before it is run."""
     if kind in ("pooled mean", "noise") and len(_places(site)) != 1:
         raise ValueError(f"site {site.name!r} has no one position: it cannot be pooled over tokens")
     same, reference = reference is None, tokens if reference is None else model.inputs(reference)
     longest, needed = (int(np.max(np.asarray(t.lengths))) for t in (reference, tokens))
     if kind == "mean" and longest < needed:
         raise ValueError(f"the reference's prompts have at most {longest} tokens, the longest prompt {needed}")
-    if kind == "resample" and reference.ids.shape[1] != tokens.ids.shape[1]:
-        raise ValueError(f"the reference has {reference.ids.shape[1]} columns, the prompts {tokens.ids.shape[1]}")
-    if kind == "resample" and same and len(tokens.ids) < 2:
-        raise ValueError("resampling from the prompts themselves needs at least two")
+    if kind == "resample":
+        lacking = np.flatnonzero(~_donors(tokens, reference, same).any(axis=1))
+        if len(lacking):
+            length = int(np.asarray(tokens.lengths)[lacking[0]])
+            raise ValueError(
+                f"prompt {lacking[0]} has {length} tokens, and no {'other prompt' if same else 'prompt of the reference'} as many: it can"
+                " get activations at all of its positions from none"
+            )
 
 
 def _from_reference(
@@ -199,29 +227,45 @@ def _from_reference(
                 for i, rng in enumerate(rngs)
             },
         )
-    axis, batch = site.axes.index("batch"), tokens.ids.shape[0]
-    picks = [_others(rng, batch, reference.ids.shape[0], same) for rng in rngs]
-    return stack("draw", {i: {name: Replace(np.take(acts, pick, axis=axis), places)} for i, pick in enumerate(picks)})
+    by_position = _along_positions(acts, site, _columns(reference))
+    take = lambda pick: _to_columns(np.take(by_position, pick, axis=site.axes.index("batch")), site, tokens)
+    picks = [_others(rng, _donors(tokens, reference, same), same) for rng in rngs]
+    return stack("draw", {i: {name: Replace(take(pick), places)} for i, pick in enumerate(picks)})
 
 
-def _others(rng: np.random.Generator, batch: int, n: int, same: bool) -> np.ndarray:
-    """For each prompt the number of a prompt of the reference; never its own where both are the same prompts."""
-    if not same:
-        return rng.integers(0, n, batch)
-    order = rng.permutation(n)  # a random cycle, in which each prompt gets the next one
-    return order[(np.argsort(order) + 1) % n]
+def _donors(tokens: Inputs, reference: Inputs, same: bool) -> Bool[np.ndarray, "prompt reference"]:
+    """Which prompts of the reference can give each prompt activations: those as long, and never itself."""
+    longer = np.asarray(reference.lengths)[None, :] >= np.asarray(tokens.lengths)[:, None]
+    return longer & ~np.eye(*longer.shape, dtype=bool) if same else longer
+
+
+def _others(rng: np.random.Generator, donors: Bool[np.ndarray, "prompt reference"], same: bool) -> np.ndarray:
+    """For each prompt the number of a prompt of the reference, one of its donors."""
+    if same and donors.sum() == len(donors) * (len(donors) - 1):  # all are as long as one another
+        order = rng.permutation(len(donors))  # a random cycle, in which each prompt gets the next one
+        return order[(np.argsort(order) + 1) % len(donors)]
+    return np.array([rng.choice(np.flatnonzero(row)) for row in donors])
 
 
 def _mean_by_position(acts: np.ndarray, site: Site, reference: Inputs, tokens: Inputs) -> np.ndarray:
     """The mean over the prompts that have a position, at the columns where each prompt has it."""
-    columns = np.argsort(~np.asarray(reference.mask), axis=1, kind="stable")  # the column of each position
-    aligned, axis = _along_positions(acts, site, columns), site.axes.index("batch")
-    present = np.arange(columns.shape[1]) < np.asarray(reference.lengths)[:, None]
+    aligned, axis = _along_positions(acts, site, _columns(reference)), site.axes.index("batch")
+    present = np.arange(reference.ids.shape[1]) < np.asarray(reference.lengths)[:, None]
     ones = np.ones([n if i == axis else 1 for i, n in enumerate(acts.shape)])
     weight = math.prod((_as_axis(present, acts.ndim, axis, place) for place in _places(site)), start=ones)
-    total, count = (aligned * weight).sum(axis=axis, keepdims=True), weight.sum(axis=axis, keepdims=True)
-    mean = np.repeat(total / np.maximum(count, 1), tokens.ids.shape[0], axis=axis)
-    return _along_positions(mean, site, np.maximum(np.asarray(tokens.positions), 0)).astype(acts.dtype)
+    total = np.where(weight > 0, aligned, 0.0).sum(axis=axis, keepdims=True)  # padding may hold NaN
+    mean = np.repeat(total / np.maximum(weight.sum(axis=axis, keepdims=True), 1), tokens.ids.shape[0], axis=axis)
+    return _to_columns(mean, site, tokens).astype(acts.dtype)
+
+
+def _columns(reference: Inputs) -> Int[np.ndarray, "batch pos"]:
+    """The column of each position of each prompt, and then those of padding."""
+    return np.argsort(~np.asarray(reference.mask), axis=1, kind="stable")
+
+
+def _to_columns(x: np.ndarray, site: Site, tokens: Inputs) -> np.ndarray:
+    """Activations by position, moved to the columns where each prompt has the position."""
+    return _along_positions(x, site, np.maximum(np.asarray(tokens.positions), 0))
 
 
 def _over_tokens(acts: np.ndarray, site: Site, reference: Inputs, statistic: Callable) -> np.ndarray:

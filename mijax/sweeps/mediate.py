@@ -1,6 +1,6 @@
 """Direct and indirect effects of an input through a mediator (Pearl 2001; Vig et al. 2020)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 from mijax._types import ArrayLike
@@ -38,7 +38,7 @@ def mediate(
         source: the prompts after it, of the same shape and padding.
         site: name of the site.
         over: axes of the site, each taken in full, or a `mijax.grid`, as in `patch`; the mediators are its cells.
-        metric: the metric Y.
+        metric: the metric Y, one alone.
         running: `memory`, `progress`, `save` and `mesh`, as in `sweep`. In the folder `save`, the indirect and the
             direct effects have folders of their own.
 
@@ -48,7 +48,7 @@ def mediate(
 
     Raises:
         ValueError: what `patch` raises.
-        TypeError: what `patch` raises.
+        TypeError: for several metrics by name, and what `patch` raises.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -58,6 +58,8 @@ def mediate(
     """
     import xarray as xr
 
+    if isinstance(metric, Mapping):
+        raise TypeError(f"effects are those of one metric, given {len(metric)} by name: call mediate with each alone")
     shared: dict[str, Any] = {"site": site, "over": over, "metric": metric, **running}
     save = running.get("save")
     folder = lambda name: shared if save is None else {**shared, "save": f"{save}/{name}"}

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Unpack, overload
 from mijax._types import ArrayLike
 from mijax.engine.axes import full_grid
 from mijax.engine.grid import Grid
-from mijax.engine.labels import labelled, positions_told
+from mijax.engine.labels import labelled, with_positions
 from mijax.engine.measure import Metrics, described, named
+from mijax.engine.names import check_metric_names
 from mijax.engine.options import Running, options_of
 from mijax.engine.pairs import Direction, check_pair, patched
 from mijax.metrics import AnyMetric
@@ -75,7 +76,8 @@ def patch(
         raise ValueError(f"direction must be 'denoise' or 'noise', given {direction!r}")
     base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
     places = over if isinstance(over, Grid) else full_grid(model, base, site, over)
+    check_metric_names(metric, places.labels)
     done = patched(model, base, source, site, places, named(metric), options)
     attrs = {"sites": site, "direction": direction, **described(model)}
     result = labelled(done, single=not isinstance(metric, Mapping), attrs=attrs)
-    return result if isinstance(over, Grid) else positions_told(result, base)
+    return result if isinstance(over, Grid) else with_positions(result, base)

@@ -8,6 +8,7 @@ from mijax.engine.cells import Stack, cells_of
 from mijax.engine.driver import swept
 from mijax.engine.labels import labelled
 from mijax.engine.measure import Metrics, described, named
+from mijax.engine.names import check_metric_names
 from mijax.engine.options import Running, options_of
 from mijax.interventions.edits import Interventions
 from mijax.metrics import AnyMetric
@@ -69,6 +70,7 @@ def sweep(
     {'layer': 2, 'head': 2, 'batch': 1}
     """
     options, tokens, cells = options_of(running), model.inputs(tokens), cells_of(interventions)
+    check_metric_names(metric, cells.labels)
     done = swept(model, tokens, cells, named(metric), options)
     attrs = {"sites": " ".join(cells.edits), **described(model)}
     return labelled(done, single=not isinstance(metric, Mapping), attrs=attrs)

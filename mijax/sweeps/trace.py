@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax import metrics
-from mijax._types import Array, ArrayLike, Bool, Float
+from mijax._types import Array, ArrayLike, Bool, Float, Int
+from mijax.arguments import check_known, whole_number
 from mijax.engine.axes import layer_window
 from mijax.engine.driver import check_sweep
 from mijax.engine.grid import Grid, grid
+from mijax.engine.labels import with_positions
 from mijax.engine.measure import described
 from mijax.engine.options import Running
 from mijax.forward import run
@@ -19,7 +21,7 @@ from mijax.interventions.edits import Add, Replace
 from mijax.interventions.where import Where
 from mijax.model.model import LayeredModel
 from mijax.model.sites import site_of
-from mijax.model.tokens import Tokens
+from mijax.model.tokens import Tokens, integers
 from mijax.sweeps.sweep import sweep
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def trace(
     Args:
         model: the model.
         tokens: the prompts.
-        subject: for each prompt, the positions of its subject.
+        subject: for each prompt, the positions of its subject, or a mask over its columns.
         answer: `[batch]`, the token ids of the objects.
         site: the site that is restored: the hidden state by default, or `mlp_out` or `attn_out` in windows of
             `window` layers.
@@ -68,7 +70,7 @@ def trace(
     Returns:
         The probabilities of the answer `clean` [batch], `corrupted` [draw, batch] and `restored` [layer, pos, draw,
         batch], and their differences: `total` = clean - corrupted and `indirect` = restored - corrupted, means over
-        draws. The average indirect effect is `indirect.mean("batch")`.
+        draws. The average indirect effect is `indirect.mean("batch")`, over the prompts that have a position.
 
     Raises:
         ValueError: where the model does not give the answer to a prompt (a fact that it does not know cannot be
@@ -83,6 +85,9 @@ def trace(
     {'layer': 2, 'pos': 3, 'draw': 4, 'batch': 1}
     """
     tokens, answer = model.inputs(tokens), np.asarray(answer)
+    whole_number("draws", draws, 1)
+    whole_number("window", window, 1)
+    check_known("trace", (model, tokens))
     entry = site_of(site, model.sites)
     if "pos" not in entry.axes or not entry.has_layer:
         raise ValueError(f"causal tracing restores a site of layers and positions, given {site!r}")
@@ -114,26 +119,32 @@ def trace(
         "seed": seed,
         **described(model),
     }
-    if pos is None:  # NaN at positions that a prompt lacks
-        lengths = restored.base.copy(data=np.tile(np.asarray(tokens.lengths), draws))
-        restored = restored.where(restored.pos < lengths.reset_coords(drop=True))
-    return _effects(restored, clean, draws).assign_attrs(attrs)
+    return _effects(restored, clean, draws, tokens if pos is None else None).assign_attrs(attrs)
 
 
 def _subject_mask(tokens: Tokens, subject: Sequence[Any]) -> Bool[np.ndarray, "batch pos"]:
     """The columns of each prompt's subject."""
     positions = np.asarray(tokens.positions)
-    if len(subject) != len(positions):
-        raise ValueError(f"subject has positions for {len(subject)} prompts, the batch has {len(positions)}")
-    for example, (indices, row) in enumerate(zip(subject, positions)):
-        missing = set(map(int, indices)) - set(row.tolist())
-        if not len(indices) or missing:
-            raise ValueError(
-                f"prompt {example} has no subject"
-                if not len(indices)
-                else f"prompt {example} has no positions {sorted(missing)}"
-            )
-    return np.stack([np.isin(row, np.asarray(indices)) for indices, row in zip(subject, positions)])
+    if not isinstance(subject, Sequence | np.ndarray) or np.ndim(subject[:1]) == 0 or len(subject) != len(positions):
+        raise ValueError(f"subject must be the positions of each of the {len(positions)} prompts, given {subject!r}")
+    rows = [_subject_of(example, *pair) for example, pair in enumerate(zip(subject, positions))]
+    return np.stack(rows)
+
+
+def _subject_of(example: int, subject: Any, positions: Int[np.ndarray, " pos"]) -> Bool[np.ndarray, " pos"]:
+    """The columns of one prompt's subject."""
+    index = integers(subject, f"the subject of prompt {example}")
+    if index.ndim != 1 or (index.dtype == bool and index.shape != positions.shape):
+        raise ValueError(
+            f"the subject of prompt {example} must be a list of positions or a mask over {len(positions)} columns"
+        )
+    selected = np.asarray(index) & (positions >= 0) if index.dtype == bool else np.isin(positions, np.asarray(index))
+    missing = [] if index.dtype == bool else sorted(set(np.asarray(index).tolist()) - set(positions.tolist()))
+    if missing:
+        raise ValueError(f"prompt {example} has no positions {missing}")
+    if not selected.any():
+        raise ValueError(f"prompt {example} has no subject")
+    return selected
 
 
 def _known(
@@ -142,9 +153,9 @@ def _known(
     """The answers' probabilities and the clean activations; `ValueError` where the model gives another answer."""
     out = run(model, tokens, capture=(site,))
     rank = np.asarray(metrics.rank(answer)(out))
-    if (rank > 0).any():
+    if not (rank == 0).all():
         raise ValueError(
-            f"the model does not give the answer to prompts {np.flatnonzero(rank > 0).tolist()}: leave them out"
+            f"the model does not give the answer to prompts {np.flatnonzero(rank != 0).tolist()}: leave them out"
         )
     return np.asarray(metrics.prob(answer)(out)), out.acts[site]
 
@@ -153,7 +164,7 @@ def _noise(
     model: LayeredModel, tokens: Tokens, mask: np.ndarray, scale: float, draws: int, seed: int
 ) -> Float[Array, "example pos d_model"]:
     """`[draw x batch, pos, d_model]` noise for the embeddings, independent for all draws and prompts."""
-    embedded = np.asarray(run(model, tokens, capture=("embed",), readout=False).acts["embed"], np.float32)[mask]
+    embedded = np.asarray(run(model, tokens, capture=("embed",), readout=False).acts["embed"])[mask]
     spread = scale * embedded.std()
     keys = jax.random.split(jax.random.key(seed), draws)
     shape = model.sites["embed"].shape(*tokens.ids.shape)
@@ -181,17 +192,18 @@ def _later(places: Grid, n_layers: int) -> Grid:
     return places.beside(later)
 
 
-def _effects(restored: "xr.DataArray", clean: Float[np.ndarray, " batch"], draws: int) -> "xr.Dataset":
-    """The labelled probabilities and effects."""
+def _effects(
+    swept: "xr.DataArray", clean: Float[np.ndarray, " batch"], draws: int, tokens: Tokens | None
+) -> "xr.Dataset":
+    """The labelled probabilities and effects; `tokens`, where they are at all positions, which some prompts lack."""
     import xarray as xr
 
-    batch, shape = len(clean), restored.shape[:2]
-    coords = {dim: restored[dim] for dim in ("layer", "pos")}
-    data = {
-        "clean": ("batch", clean),
-        "corrupted": (("draw", "batch"), restored.base.values.reshape(draws, batch)),
-        "restored": (("layer", "pos", "draw", "batch"), restored.values.reshape(*shape, draws, batch)),
-    }
-    result = xr.Dataset(data, coords={**coords, "draw": np.arange(draws), "batch": np.arange(batch)})
-    corrupted_mean = result.corrupted.mean("draw")
-    return result.assign(total=result.clean - corrupted_mean, indirect=result.restored.mean("draw") - corrupted_mean)
+    batch, shape = len(clean), swept.shape[:2]
+    coords: Any = {dim: swept[dim].values for dim in ("layer", "pos")} | {"draw": range(draws), "batch": range(batch)}
+    restored = xr.DataArray(swept.values.reshape(*shape, draws, batch), coords, ("layer", "pos", "draw", "batch"))
+    if tokens is not None:
+        restored = with_positions(restored, tokens)
+    corrupted = xr.DataArray(swept.base.values.reshape(draws, batch), dims=("draw", "batch"))
+    result = xr.Dataset({"clean": ("batch", clean), "corrupted": corrupted, "restored": restored})
+    mean = lambda probabilities: probabilities.mean("draw", skipna=False)
+    return result.assign(total=result.clean - mean(corrupted), indirect=mean(restored) - mean(corrupted))

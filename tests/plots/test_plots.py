@@ -78,6 +78,30 @@ def test_scatter_pairs_cells_whatever_the_order_of_dimensions():
     assert axis.get_xlim() == axis.get_ylim() and np.allclose(axis.get_xlim(), (-0.92, 1.72))
 
 
+def test_scatter_pairs_cells_by_their_labels():
+    exact = effects([[1.0, 2.0], [3.0, 4.0]], layer=[0, 5], head=["a", "b"])
+    moved = (10 * exact).isel(layer=[1, 0], head=[1, 0])
+    points = plots.scatter({"row": {"z": (exact, moved.T)}}).axes[0].collections[0].get_offsets()
+    assert points.tolist() == [[1, 10], [2, 20], [3, 30], [4, 40]]
+    unlabelled = xr.DataArray(10 * exact.values, dims=exact.dims)
+    points = plots.scatter({"row": {"z": (exact, unlabelled)}}).axes[0].collections[0].get_offsets()
+    assert points.tolist() == [[1, 10], [2, 20], [3, 30], [4, 40]]
+
+
+def test_a_page_keeps_cells_of_equal_labels_apart():
+    words = xr.DataArray(np.arange(6.0).reshape(2, 3), {"pos": ["Mary", "and", "Mary"]}, ("layer", "pos"))
+    trace = plots.heatmap_page({"row": {"z": words}}).data[0]
+    assert trace.x == ("0 Mary", "1 and", "2 Mary") and trace.y == ("0", "1")
+
+
+def test_a_panel_of_other_axes_names_them():
+    panel = SMALL["denoising"]["z"]
+    row = {"row": {"a": panel, "b": panel.T, "c": panel.T}}
+    assert [axis.get_ylabel() for axis in plots.heatmaps(row).axes[:3]] == ["layer", "head", ""]
+    page = plots.heatmap_page(row).layout
+    assert [page[axis].title.text for axis in ("yaxis", "yaxis2", "yaxis3")] == ["layer", "head", None]
+
+
 def test_curves_hold_their_lines_and_labels():
     figure = plots.curves(
         {"loss": {"a": ([1, 10], [3, 2]), "b": ([1, 10], [4, 1])}, "one": {"a": ([1, 2], [0, 0])}},
@@ -123,6 +147,11 @@ FAULTS = {
     "one dimension": (lambda: plots.heatmaps({"a": {"b": EXACT[0]}}), r"panel 'b' of row 'a' has .*'head': 3.*; expected two"),
     "no cells": (lambda: plots.heatmap_page({"a": {"b": EXACT[:0]}}), "'layer': 0.*not empty"),
     "limit": (lambda: plots.heatmaps(SMALL, limit=-1.0), "limit=-1.0: expected a positive"),
+    "infinite limit": (lambda: plots.heatmaps(SMALL, limit=np.inf), "limit=inf: expected a positive"),
+    "no limit": (lambda: plots.heatmap_page(SMALL, limit=np.nan), "limit=nan: expected a positive"),
+    "other labels": (lambda: plots.scatter({"a": {"b": (EXACT.assign_coords(layer=[0, 1]), EXACT.assign_coords(layer=[1, 2]))}}), r"panel 'b' of row 'a': along 'layer'.*\[0, 1\].*\[1, 2\]"),
+    "repeated labels": (lambda: plots.scatter({"a": {"b": (EXACT.assign_coords(layer=[0, 0]), EXACT.assign_coords(layer=[0, 1]))}}), "each once, are expected"),
+    "other cells": (lambda: plots.scatter({"a": {"b": tuple(EXACT[0].drop_vars("layer", errors="ignore").assign_coords(layer=("head", [0, 1, i])) for i in (2, 3))}}), "different labels 'layer'"),
     "other shape": (lambda: plots.scatter({"a": {"b": (EXACT, EXACT[:1])}}), "panel 'b' of row 'a': exact.*'layer': 2.*'layer': 1"),
     "no layer": (lambda: plots.scatter({"a": {"b": (EXACT.rename(layer="pos"),) * 2}}), "no layers.*'pos': 2"),
     "not a plane": (lambda: plots.directions({"a": np.eye(3)}), r"panel 'a' has W of shape \(3, 3\); expected \[2, feature\]"),
@@ -135,6 +164,12 @@ def test_what_cannot_be_drawn_is_an_error(name):
     call, message = FAULTS[name]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_limit_that_is_no_number():
+    for limit in ("x", True):
+        with pytest.raises(TypeError, match="limit must be a number"):
+            plots.heatmaps(SMALL, limit=limit)
 
 
 def test_save_refuses_before_it_writes(tmp_path):

@@ -3,14 +3,12 @@
 import json
 
 import jax
-import numpy as np
 import pytest
 
 import mijax as mj
 from mijax.checkpoints.families import FAMILIES
 from mijax.checkpoints.keys import HARMLESS
 from tests.architectures import error
-from tests.reference.forward import forward
 from tests.reference.tiny_models import MODELS, STORED, inputs
 from tests.situations import refused
 from tests.situations.checkpoints import copy, logits, set_config, stored_logits
@@ -191,16 +189,20 @@ def test_llama3_scaling_without_its_original_context(tmp_path):
     assert (logits(mj.load(said)[0]) == logits(mj.load(unsaid)[0])).all()
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_rotate_part_of_each_head(beside, tmp_path):
-    """0.4 of a head of 10 dimensions: 4, as the NumPy statement rotates them."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    part = {"partial_rotary_factor": 0.4}
-    entries = part | {"rope_parameters": rope} if beside else {"rope_parameters": rope | part}
-    model, _ = mj.load(set_config(copy(tmp_path, "llama_gqa"), **entries))
-    expected = np.stack([forward(model, ids) for ids in inputs("none")[0]])
-    assert model.config.rotary_dim == 4 and error(logits(model), expected) < 1e-4
-    assert error(logits(model), stored_logits("llama_gqa")) > 1e-3
+@pytest.mark.parametrize("name", ["llama_gqa", "mistral"])
+@pytest.mark.parametrize("place", ["config.json", "rope_parameters", "rope_scaling"])
+def test_rotate_part_of_each_head(place, name, tmp_path):
+    """transformers ignores the key in these families: all of a head is rotated, or the file is refused."""
+    for share, good in ((1, True), (1.0, True), (0.4, False)):
+        part = {"partial_rotary_factor": share}
+        rope = {"rope_type": "default", "rope_theta": 10000.0} | (part if place != "config.json" else {})
+        entries = part if place == "config.json" else {place: rope}
+        folder = set_config(copy(tmp_path, name), **entries)
+        if good:
+            assert error(logits(mj.load(folder)[0]), stored_logits(name)) < 1e-4
+            continue
+        with refused(ValueError, r"partial_rotary_factor=0.4 must be 1: this family rotates all dimensions of a head"):
+            mj.load(folder)
 
 
 def test_a_window_that_is_left_out_is_that_of_transformers(tmp_path):
@@ -241,7 +243,7 @@ def test_all_keys_that_transformers_writes_are_known(name, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind, key", EACH_READ, ids=lambda x: str(x))
 def test_change_a_key_for_transformers(kind, key, tmp_path):
-    """Where both load the changed checkpoint they agree; `partial_rotary_factor` its Llama does not read."""
+    """Where both load the changed checkpoint they agree."""
     import transformers
 
     from tests.reference.tiny_models import outputs
@@ -252,8 +254,6 @@ def test_change_a_key_for_transformers(kind, key, tmp_path):
         with_both = logits(ours)
     except ValueError:
         pytest.skip("refused")
-    if key == "partial_rotary_factor":
-        pytest.skip("read by mijax alone")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype="float32", attn_implementation="eager"
     ).eval()

@@ -126,6 +126,18 @@ def test_load_shards_that_are_not_those_of_the_index(tmp_path):
         mj.load(shards(copy(tmp_path, "llama_gqa"), exchanged))
 
 
+@pytest.mark.parametrize("place", ["../other.safetensors", "{root}/other.safetensors", "a/../../other.safetensors"])
+def test_load_shards_outside_the_folder(place, tmp_path):
+    folder, outside = copy(tmp_path, "llama_gqa"), place.format(root=tmp_path)
+    (tmp_path / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(names, outside)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with refused(ValueError, f"index.json names files outside its folder: {outside}"):
+        mj.load(folder)
+
+
 def test_load_a_folder_with_a_single_file_beside_shards(tmp_path):
     folder = copy(tmp_path, "llama_gqa")
     single = (folder / "model.safetensors").read_bytes()

@@ -58,13 +58,20 @@ def test_a_lost_file(file, kept):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda o: o.pop("files"), lambda o: o.update(files=3), lambda o: o.update(sha256="0")]
+    "change",
+    [
+        lambda o: o.pop("files"),
+        lambda o: o.update(files=3),
+        lambda o: o.update(sha256="0"),
+        lambda o: o.update(files={}),
+        lambda o: o["files"].pop("model.safetensors"),
+    ],
 )
 def test_a_record_without_checksums_or_of_another_model(change, kept):
     origin = json.loads((kept / "origin.json").read_text())
     change(origin)
     (kept / "origin.json").write_text(json.dumps(origin))
-    with pytest.warns(UserWarning, match="holds no checksums|tells of another model"):
+    with pytest.warns(UserWarning, match="holds no checksum|tells of another model"):
         assert loads_as_transformers()
     assert loads_as_transformers()
 

@@ -167,7 +167,12 @@ def test_what_no_sweep_can_be_run_by_is_told_before_anything_runs(
         ({"kind": "noise"}, "needs a key"),
         ({"kind": "pooled mean", "site": "pattern"}, "cannot be pooled"),
         ({"kind": "mean", "reference": IDS[:, :2]}, "at most 2 tokens, the longest prompt 5"),
-        ({"kind": "resample", "key": jax.random.key(0), "reference": IDS[:, :2]}, "has 2 columns, the prompts 5"),
+        (
+            {"kind": "resample", "key": jax.random.key(0), "reference": IDS[:, :2]},
+            "prompt 0 has 5 tokens, and no prompt of the reference as many",
+        ),
+        ({"kind": "zero", "key": jax.random.key(0), "draws": 3}, "kind 'zero' does not use key and draws"),
+        ({"kind": "mean", "scale": 3.0}, "kind 'mean' does not use scale"),
     ],
 )
 def test_an_ablation_that_cannot_be_had_is_told_before_its_reference_runs(

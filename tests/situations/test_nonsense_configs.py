@@ -21,7 +21,10 @@ FIELDS = [
     ("norm_eps", -1.0, "must not be negative"), ("norm_eps", NAN, "must be finite"), ("norm_eps", INF, "must be finite"),
     ("norm_eps", "1e-5", "must be a number, given str"), ("norm_eps", True, "must be a number, given bool"),
     ("rotary_base", -1.0, "must be positive"), ("rotary_base", 0.0, "must be positive"), ("rotary_base", INF, "must be finite"),
-    ("rotary_base", 10**400, "must be finite"), ("attn_scale", NAN, "must be finite"), ("attn_scale", -0.5, "must not be negative"),
+    ("rotary_base", 10**400, "must be finite"), ("rotary_base", 10**39, "is outside float32, which would make it infinite"),
+    ("norm_eps", 1e300, "is outside float32, which would make it infinite"), ("norm_eps", 1e-46, "is outside float32, .* it 0"),
+    ("attn_scale", 1e39, "is outside float32, which would make it infinite"), ("attn_scale", 1e-50, "is outside float32, .* it 0"),
+    ("attn_scale", NAN, "must be finite"), ("attn_scale", -0.5, "must not be negative"),
     ("tied_unembed", "false", "must be a boolean, given str"), ("causal", 0, "must be a boolean, given int"),
     ("qkv_bias", None, "must be a boolean, given NoneType"), ("n_layers", True, "must be an integer, given bool"),
     ("n_layers", -1, "must not be negative"), ("n_heads", 2.0, "must be an integer, given float"), ("d_vocab", "11", "an integer"),
@@ -61,9 +64,12 @@ def test_make_a_rotary_scaling_by_hand(values, message):
 
 def test_numpys_numbers_are_numbers():
     config = mj.Config(
-        **{key: np.int64(value) for key, value in SIZES.items()}, norm_eps=np.float64(1e-6), causal=np.bool_(True)
+        **{key: np.int64(value) for key, value in SIZES.items()},
+        norm_eps=np.float64(1e-6),
+        causal=np.bool_(True),
+        attn_scale=np.float16(0.5),
     )
-    assert config == mj.Config(**SIZES, norm_eps=1e-6) and json.dumps(dataclasses.asdict(config))
+    assert config == mj.Config(**SIZES, norm_eps=1e-6, attn_scale=0.5) and json.dumps(dataclasses.asdict(config))
     assert type(config.n_layers) is int and type(config.norm_eps) is float and config.causal is True
 
 
@@ -76,7 +82,7 @@ IN_FILES = [
     ("llama_gqa", "num_key_value_heads", 0), ("llama_gqa", "num_key_value_heads", "2"), ("llama_gqa", "intermediate_size", None),
     ("llama_gqa", "partial_rotary_factor", 0.0), ("llama_gqa", "partial_rotary_factor", 2.0),
     ("llama_gqa", "partial_rotary_factor", 0.01), ("llama_gqa", "partial_rotary_factor", "half"),
-    ("mistral", "rms_norm_eps", -1e-6), ("mistral", "max_position_embeddings", -24), ("mistral", "sliding_window", 24.0),
+    ("mistral", "rms_norm_eps", -1e-6), ("mistral", "rms_norm_eps", 1e300), ("mistral", "max_position_embeddings", -24), ("mistral", "sliding_window", 24.0),
 ]  # fmt: skip
 
 
@@ -90,6 +96,7 @@ def test_load_a_config_with(name, key, value, tmp_path):
     "rope, message",
     [
         ({"rope_theta": -1.0}, "rope_theta=-1.0 must be positive"), ({"rope_theta": 0}, "rope_theta=0 must be positive"),
+        ({"rope_theta": 1e39}, "rope_theta=1e.39 is outside float32"),
         ({"rope_theta": NAN}, "rope_theta=nan must be finite"), ({"rope_theta": "10000"}, "rope_theta='10000' must be a number"),
         ({"rope_type": "linear", "factor": 0}, "factor=0 must be positive"),
         ({"rope_type": "linear", "factor": "2"}, "factor='2' must be a number"),

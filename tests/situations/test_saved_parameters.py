@@ -99,3 +99,46 @@ def test_save_what_is_not_in_memory(tmp_path, as_a_user):
         mj.save(jax.eval_shape(lambda: model), tmp_path / "saved")
     with refused(ValueError, "W_E is not in memory: it is a .*Tracer"):
         jax.jit(lambda m: mj.save(m, tmp_path / "saved"))(model)
+
+
+@pytest.mark.parametrize("values", [{"n_heads": 5, "d_head": 6, "n_kv_heads": 5}, {"rotary_dim": 4}], ids=str)
+def test_save_a_llama_that_transformers_refuses_or_rotates_otherwise(values, tmp_path):
+    """Its `hidden_size` must be a multiple of `num_attention_heads`, and all of a head is rotated: in mijax's own format."""
+    model = random_model(dataclasses.replace(BASES["llama"], **values), dtype=jnp.float32)
+    with pytest.warns(UserWarning, match="own format"):
+        assert mj.save(model, tmp_path / "saved") == "mijax"
+    back, _ = mj.load(tmp_path / "saved")
+    assert back.config == model.config
+    chex.assert_trees_all_equal(jax.tree.leaves(model), jax.tree.leaves(back))
+
+
+@pytest.mark.parametrize(
+    "size, kind",
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (float("nan"), ValueError),
+        (True, TypeError),
+        ("1", TypeError),
+        (None, TypeError),
+    ],
+)
+def test_save_in_shards_of_no_size(size, kind, tmp_path, as_a_user):
+    with refused(kind, "shard_bytes must be"):
+        mj.save(random_model(BASES["gpt2"], dtype=jnp.float32), tmp_path / "saved", shard_bytes=size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_what_is_no_model_or_no_tokenizer(tmp_path, as_a_user):
+    with refused(TypeError, "save writes a Transformer, given NoneType"):
+        mj.save(None, tmp_path / "saved")
+    with refused(TypeError, "tokenizer must be a mijax.Tokenizer, given str"):
+        mj.save(random_model(BASES["gpt2"], dtype=jnp.float32), tmp_path / "saved", "gpt2")
+
+
+def test_save_where_a_link_leads_nowhere(tmp_path, monkeypatch):
+    """Told before anything is written."""
+    monkeypatch.setattr("safetensors.numpy.save_file", lambda *args, **kwargs: pytest.fail("written"))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with refused(FileExistsError, "link exists; give the path of a new folder"):
+        mj.save(random_model(BASES["gpt2"], dtype=jnp.float32), tmp_path / "link")

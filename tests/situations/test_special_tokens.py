@@ -114,6 +114,17 @@ END = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("wrong", [-1, 50256, 2**40])
+def test_an_end_that_is_no_token_is_told_and_left_out(wrong, file, tmp_path):
+    """transformers writes 50256 for every GPT-2 and takes -1 for none; neither ends an answer there."""
+    folder = write(tmp_path / "model", {file: {"eos_token_id": [4, wrong]}})
+    with pytest.warns(
+        UserWarning, match=f"{file}: eos_token_id {wrong} is no token of the tokenizer: generate will not"
+    ):
+        assert mj.Tokenizer.from_folder(folder).end_tokens == (4,)
+
+
 @pytest.mark.parametrize("case", END)
 def test_the_tokens_that_end_an_answer(tmp_path, case):
     files, expected = END[case]

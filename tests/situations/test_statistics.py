@@ -7,7 +7,7 @@ import xarray as xr
 
 import mijax as mj
 from tests.situations import refused
-from tests.situations.prompts import IDS, METRIC, OTHERS, small_model
+from tests.situations.prompts import IDS, LENGTHS, METRIC, OTHERS, prompts, small_model
 
 BASE = np.array([1.0, 2.0, 4.0, 8.0])
 
@@ -41,8 +41,160 @@ def test_intervals_of_an_ablation_are_of_result_minus_base(x64):
 
 
 def test_a_prompt_without_the_position_is_left_out_of_an_ablations_interval():
-    bounds = mj.bootstrap(result_of([BASE + np.array([1.0, 1.0, 1.0, np.nan])]))
-    assert bounds.values.tolist() == [[1.0], [1.0]]
+    without = result_of([BASE + np.array([1.0, 1.0, 1.0, np.nan])]).assign_coords(
+        has_position=(("layer", "batch"), [[True, True, True, False]])
+    )
+    assert mj.bootstrap(without).values.tolist() == [[1.0], [1.0]]
+    assert np.isnan(mj.bootstrap(without.drop_vars("has_position"))).all()
+
+
+FAILING = 1
+"""The prompt in which the metric of `failed_patch` is NaN in some cells."""
+
+
+def failed_patch(over=("layer", "pos"), site="resid_post"):
+    """A patch of prompts of different lengths whose metric has no value in cells of one prompt, and the metric without that."""
+    pair = {"clean": prompts(OTHERS), "corrupted": prompts(IDS), "site": site, "over": over, "progress": False}
+    whole = mj.patch(small_model(), metric=METRIC, **pair)
+    at_ends = min(float(whole.base[FAILING]), float(whole.source[FAILING]))
+    bound = np.where(np.arange(len(IDS)) == FAILING, at_ends - 1e-3, -np.inf)
+
+    def metric(out):
+        value = METRIC(out)
+        return jnp.where(value < bound, jnp.nan, value)
+
+    return whole, metric, pair
+
+
+def test_a_run_that_failed_is_no_position_that_a_prompt_lacks(x64, tmp_path):
+    """Means and intervals by a plain loop over the prompts that have the position."""
+    whole, metric, pair = failed_patch()
+    with pytest.warns(UserWarning, match="not finite in"):
+        result = mj.patch(small_model(), metric=metric, **pair)
+    result.to_netcdf(tmp_path / "result.nc")
+    stored = xr.load_dataarray(tmp_path / "result.nc")
+    n_failed = 0
+    for some in (slice(None), [0, 1, 2]):
+        part, expected = result.isel(batch=some), whole.isel(batch=some)
+        shares, bounds = mj.normalise(part), mj.bootstrap(part, draws=100)
+        np.testing.assert_array_equal(mj.normalise(stored.isel(batch=some)), shares)
+        for layer, pos in np.ndindex(shares.shape):
+            has = LENGTHS[some] > pos
+            failed = np.isnan(part.values[layer, pos][has]).any()
+            n_failed += failed
+            effect, scale = (
+                (expected[layer, pos] - expected.base).values[has],
+                (expected.source - expected.base).values[has],
+            )
+            right = np.nan if failed else effect.mean() / scale.mean()
+            np.testing.assert_allclose(shares.values[layer, pos], right, rtol=1e-9, err_msg=f"{layer} {pos}")
+            assert np.isnan(bounds.values[:, layer, pos]).all() == (failed or has.sum() < 2)
+            one = mj.normalise(part.sel(layer=layer, pos=pos))
+            np.testing.assert_array_equal(one, shares.values[layer, pos])
+    assert n_failed >= 2
+
+
+def test_a_failed_run_in_a_grid_of_roles_has_no_share(x64):
+    _, metric, pair = failed_patch(mj.grid(layer=range(3), pos=[1, 2]))
+    with pytest.warns(UserWarning, match="not finite in"):
+        result = mj.patch(small_model(), metric=metric, **pair)
+    failed = np.isnan(result.values).any(axis=-1)
+    assert "has_position" not in result.coords and failed.any() and not failed.all()
+    assert np.isnan(mj.normalise(result)).values.tolist() == failed.tolist()
+    assert np.isnan(mj.bootstrap(result, draws=50)).all("bound").values.tolist() == failed.tolist()
+    assert np.isnan(mj.sign_flips(result, draws=50).p).values.tolist() == failed.tolist()
+
+
+def test_cells_of_positions_that_no_selected_prompt_has_are_nan(x64):
+    whole, *_ = failed_patch()
+    short = whole.isel(batch=[1, 4])  # of three tokens each
+    for statistic in (mj.normalise, mj.bootstrap):
+        assert (
+            np.isnan(statistic(short)).all(set(statistic(short).dims) - {"pos"}).values.tolist()
+            == [False] * 3 + [True] * 2
+        )
+
+
+def test_one_prompt_with_the_position_has_no_interval():
+    has = [[True, False, False, False], [True, True, False, False]]
+    values = np.where(has, BASE + np.array([[1.0, 1.0, 1.0, 1.0], [1.0, 3.0, 1.0, 1.0]]), np.nan)
+    for source in (None, BASE + 4.0):
+        result = result_of(values, source).assign_coords(has_position=(("layer", "batch"), has))
+        low, high = mj.bootstrap(result).values
+        assert np.isnan([low[0], high[0]]).all() and low[1] < high[1]
+
+
+def test_sign_flips_leave_out_what_a_prompt_lacks_and_nothing_else():
+    values = np.random.default_rng(0).normal(1.0, 1.0, (3, 8))
+    has = np.ones((3, 8), bool)
+    has[1, 6:] = False
+    values[1, 6:] = values[2, 0] = np.nan
+    result = xr.DataArray(
+        values, {"base": ("batch", np.zeros(8)), "has_position": (("pos", "batch"), has)}, ("pos", "batch"), name="m"
+    )
+    tests = mj.sign_flips(result, draws=200)
+    t = lambda x: x.mean() / (x.std(ddof=1) / np.sqrt(len(x)))
+    assert np.allclose(tests.t.values[:2], [t(values[0]), t(values[1, :6])])
+    assert np.isnan(tests.t.values[2]) and np.isnan(tests.p.values[2]) and np.isfinite(tests.p.values[:2]).all()
+    paired = mj.sign_flips(result.isel(pos=[0]), clusters=np.repeat(np.arange(6), [2, 2, 1, 1, 1, 1]), draws=200)
+    means = np.array([values[0, :2].mean(), values[0, 2:4].mean(), *values[0, 4:]])
+    assert np.allclose(paired.t.values, t(means))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"level": 95}, ValueError, "level.*between 0 and 1.*95"),
+        ({"level": 1}, ValueError, "level.*between 0 and 1"),
+        ({"level": 0.0}, ValueError, "level.*between 0 and 1"),
+        ({"level": float("nan")}, ValueError, "level.*between 0 and 1"),
+        ({"level": "0.9"}, TypeError, "level.*'0.9'"),
+        ({"level": True}, TypeError, "level.*True"),
+        ({"draws": 0}, ValueError, "draws.*at least 1"),
+        ({"draws": 2.5}, TypeError, "draws.*whole number.*2.5"),
+        ({"seed": -1}, ValueError, "seed.*at least 0"),
+    ],
+)
+def test_levels_and_draws_that_are_none(keywords, error, message):
+    with refused(error, message):
+        mj.bootstrap(result_of([BASE + 2.0]), **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"draws": -3}, ValueError, "draws.*at least 1.*-3"),
+        ({"draws": "many"}, TypeError, "draws.*whole number"),
+        ({"clusters": "abc"}, ValueError, "a label for each of the 7 prompts.*'abc'"),
+        ({"clusters": np.arange(7)[:, None]}, ValueError, r"a label for each.*\(7, 1\)"),
+        ({"clusters": [np.nan, np.nan, 1, 2, 3, 4, 5]}, ValueError, "none of them NaN"),
+    ],
+)
+def test_clusters_and_draws_that_are_none(keywords, error, message):
+    result = xr.DataArray(np.ones((1, 7)), {"base": ("batch", np.zeros(7))}, ("head", "batch"), name="m")
+    with refused(error, message):
+        mj.sign_flips(result, **keywords)
+
+
+def test_a_cell_that_fails_counts_as_missed(x64):
+    """The measured cells that are NaN are those that are NaN in a patch of all cells, and each could have any effect."""
+    whole, metric, pair = failed_patch(("layer", "head"), "z")
+    pair = {name: pair[name] for name in ("clean", "corrupted", "progress")}
+    with pytest.warns(UserWarning, match="not finite in"):
+        r = mj.attribute(
+            small_model(), sites={"z": ("layer", "head")}, metric=metric, verify=mj.Verify(0, sample=12), **pair
+        )
+    share = abs((whole - whole.base).mean("batch") / (whole.source - whole.base).mean("batch")).values
+    failed = np.isnan(r["z.exact"].values).any(axis=-1)
+    measured = r["z.measured"].attrs
+    assert failed.any() and not failed.all()
+    assert measured["missed_in_sample"] == measured["missed_at_most"] == (failed | (share >= 0.05)).sum()
+    assert measured["not_finite_in_sample"] == failed.sum()
+
+
+def test_a_threshold_that_is_no_number():
+    with refused(TypeError, "threshold.*'a'"):
+        mj.Verify(3, threshold="a")
 
 
 def test_intervals_of_a_patch_say_that_they_are_normalised():

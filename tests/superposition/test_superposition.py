@@ -364,6 +364,39 @@ def test_a_folder_is_not_taken_for_that_of_another_training(tmp_path):
         sp.train(lambda density: sp.Toy(sp.linear(3, 2), sp.sparse(3, density)), over, **settings)
 
 
+def test_a_folder_of_settings_in_another_order_is_refused(tmp_path):
+    """The cells are numbered in the order of the settings."""
+    settings = dict(steps=0, batch=8, judged_on=8, progress=False, save=tmp_path)
+    over = {"importance": [0.5, 0.9], "density": [0.1, 1.0]}
+    sp.train(toy, over, **settings)
+    with pytest.raises(ValueError, match="was begun with another settings"):
+        sp.train(toy, dict(reversed(over.items())), **settings)
+
+
+def test_a_factory_that_draws_its_data_is_refused(as_a_user):
+    """It would train on one draw, and be judged on another."""
+    rng = np.random.default_rng(0)
+    make = lambda: sp.Toy(sp.linear(2, 1), sp.fixed(rng.random((2, 4))))
+    with pytest.raises(ValueError, match=r"something else at each call.*draw outside of the factory"):
+        sp.train(make, {}, steps=2, batch=8, judged_on=8, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 2.9}, r"steps must be a whole number.*given 2.9"),
+        ({"steps": True}, "steps must be a whole number"),
+        ({"batch": 2.5}, "batch must be a whole number"),
+        ({"judged_on": 2.5}, "judged_on must be a whole number"),
+        ({"log_at": [1.7]}, r"log_at must be a whole number.*given 1.7"),
+        ({"memory": "1GB"}, "memory must be a number of bytes"),
+    ],
+)
+def test_numbers_that_are_not_whole_are_told(given, message, as_a_user):
+    with pytest.raises(TypeError, match=message):
+        sp.train(toy, {"density": [0.5]}, **{"steps": 3, "batch": 8, "judged_on": 8, "progress": False, **given})
+
+
 def test_chunks_that_devices_cannot_share_are_refused(tmp_path, as_a_user):
     make = lambda density: sp.Toy(sp.relu_output(3, 2), sp.sparse(3, density))
     settings = dict(steps=2, batch=8, judged_on=8, progress=False, save=tmp_path)
@@ -406,7 +439,7 @@ BAD = {
     "same seeds": (dict(over={"density": [0.1], "seed": [1, 1]}), "seeds are different integers"),
     "memory": (dict(over={"density": [0.1]}, memory=10), "does not hold one model"),
     "log": (dict(over={"density": [0.1]}, log={"W": lambda toy, params: params["W"]}), "W: the name of two things"),
-    "steps": (dict(over={"density": [0.1]}, steps=-1), "positive numbers are expected"),
+    "steps": (dict(over={"density": [0.1]}, steps=-1), "steps must be at least 0, given -1"),
     "log_at": (dict(over={"density": [0.1]}, log_at=[50]), "between 0 and the 5 steps"),
     "sampler": (dict(over={}, toy=lambda: sp.Toy(sp.relu_output(2, 1), Data(2, lambda k, n: jnp.zeros((n, 2))))), "the sampler gave"),
     "no patterns": (dict(over={}, toy=lambda: sp.Toy(sp.relu_output(2, 1), sp.fixed(jnp.zeros((2, 3)))), batch=None), "lists no activity patterns"),
@@ -477,6 +510,10 @@ def test_the_best_of_each_cell():
     assert sp.best_of(results, 2).seed.values.tolist() == [[6, 5], [5, 7]]
     with pytest.raises(ValueError, match="4 of 3 models"):
         sp.best_of(results, 4)
+    with pytest.raises(TypeError, match="count must be a whole number"):
+        sp.best_of(results, 2.0)
+    with pytest.raises(ValueError, match="along a dimension of the loss, cell, seed: given 'sed'"):
+        sp.best(results, "sed")
 
 
 SCRIPT = """

@@ -228,6 +228,70 @@ def test_what_is_recoverable_is_unique():
         bounds.compressed_sensing(10, 11.0)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, jnp.bfloat16])
+def test_rounding_does_not_decide_what_is_recoverable(dtype):
+    """Known bodies in random positions: orthogonal, a simplex (3 mu = 1), and parallel columns."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        assert bounds.recoverable(turn.astype(dtype)) == bounds.recoverable(jnp.asarray(turn.astype(dtype))) == 3
+        assert bounds.recoverable((turn @ geometry.POLYTOPES["tetrahedron"]).astype(dtype)) == 1
+        assert bounds.recoverable(np.stack([turn[0], -2 * turn[0]], axis=1).astype(dtype)) == 0
+    nearly = np.eye(3) + 1e-9 * rng.normal(size=(3, 3))
+    assert bounds.recoverable(nearly) == 3  # at most n
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: bounds.recoverable(np.array([[1.0, 0.0], [0.0, 0.0]])), ValueError, "column 1 of W is zero"),
+        (lambda: bounds.recoverable(np.array([[1.0, np.nan]])), ValueError, "not finite"),
+        (lambda: bounds.frame_potential(np.zeros((2, 2))), ValueError, "column 0 of W is zero"),
+        (lambda: geometry.thomson_energy(np.zeros((2, 2))), ValueError, "column 0 of W is zero"),
+        (lambda: bounds.welch(3, 0), ValueError, "m must be at least 1, given 0"),
+        (lambda: bounds.welch(2.5, 1), TypeError, "n must be a whole number"),
+        (lambda: bounds.johnson_lindenstrauss(np.nan, 0.5), ValueError, "nan points"),
+        (lambda: geometry.polytope(np.eye(2), np.nan), ValueError, "tolerance must be"),
+        (lambda: geometry.polytope(np.zeros((2, 0))), ValueError, r"given shape \(2, 0\)"),
+        (lambda: theory.boundary(-1.0), ValueError, "importances are not negative"),
+        (lambda: theory.boundary_three([1.0, -2.0]), ValueError, "importances are not negative"),
+        (lambda: theory.boundary_biased(-0.5), ValueError, "importances are not negative"),
+        (lambda: theory.ignored(0.5, -1.0), ValueError, "importances are not negative"),
+        (lambda: theory.antipodal_at(2.0, 0.5), ValueError, r"bias in \[0, 1\]"),
+        (lambda: theory.linear_loss(0.5, [-1.0, 0.5], 1), ValueError, "importances are not negative"),
+        (lambda: theory.linear_loss([0.5, 0.1], np.ones(3), 1), ValueError, r"shape \(2,\).*shape \(3,\)"),
+        (lambda: theory.linear_loss(0.5, [1.0, 0.5], 1.5), TypeError, "m must be a whole number"),
+        (lambda: theory.principal_components(np.array([[1.0, 2.0], [0.0, 1.0]]), 1), ValueError, "symmetric"),
+        (lambda: kgons.kgon(5.5), TypeError, "k must be a whole number"),
+        (lambda: phase.closed_form(2, 1, [-1.0], [0.5]), ValueError, "importances are not negative"),
+    ],
+)
+def test_what_a_formula_does_not_hold_for_is_told(call, error, message, as_a_user):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_nan_stays_nan_in_closed_forms():
+    nan = np.nan
+    for value in (
+        theory.boundary(nan), theory.boundary_three(nan), theory.boundary_biased(nan), theory.ignored(0.5, nan),
+        theory.dedicated(0.5, nan), theory.antipodal(0.5, nan), theory.antipodal_biased(0.5, 1.0, nan),
+        theory.antipodal_at(nan, 0.5), theory.linear_loss(0.5, [nan, 0.5], 1),
+    ):  # fmt: skip
+        assert np.isnan(value)
+    assert np.allclose(theory.boundary_biased([0.5, nan, 2.0])[[0, 2]], theory.boundary_biased(0.5))
+    diagram = phase.closed_form(2, 1, [nan, 0.5], [0.01, 1.0])
+    assert diagram.winner.tolist() == [[geometry.UNKNOWN] * 2, [geometry.SHARING, geometry.IGNORED]]
+    assert phase.agreement(diagram.winner, diagram, diagram)[1].tolist() == [[False, False], [True, True]]
+    nowhere = phase.Phase(np.full((2, 1, 1), np.inf), (0, 1))
+    assert nowhere.winner.tolist() == [[geometry.UNKNOWN]]
+
+
+def test_densities_per_feature_are_those_of_a_loop():
+    losses = [theory.ignored(p) for p in (0.5, 0.1)]
+    assert np.isclose(theory.linear_loss([0.5, 0.1], 1.0, 1), min(losses))
+
+
 @pytest.mark.parametrize(("n", "m", "seeds"), [(2, 1, 4), (3, 2, 12)])
 def test_exact_training_finds_the_phases(n, m, seeds):
     """The issue's figure on a coarse grid: at least 99 % of the cells outside the band between the boundaries."""

@@ -253,6 +253,53 @@ def test_the_strongest_cells_are_those_of_the_whole_grid(model):
         mj.strongest(model, **given, metric=METRIC, k=31)
 
 
+def test_the_strongest_positions_are_ranked_among_the_prompts_that_have_them(model):
+    over = ("pos", "layer")
+    pair = {"clean": batch("left"), "corrupted": batch("left", (IDS + 5) % 19), "over": over, "metric": METRIC}
+    pair |= {"site": "resid_pre", "progress": False}
+    whole = mj.patch(model, **pair)
+    effects = np.abs(np.nanmean(whole.values - whole.base.values, axis=-1))
+    top = mj.strongest(model, **pair, k=9)
+    places = [tuple(int(top[dim][i]) for dim in over) for i in range(9)]
+    assert np.allclose([effects[place] for place in places], np.sort(effects.ravel())[::-1][:9], atol=TOLERANCE)
+    shares = mj.normalise(whole).values
+    assert np.allclose(mj.normalise(top), [shares[place] for place in places])
+
+
+@pytest.mark.filterwarnings("ignore:the metric is not finite in")
+def test_cells_that_cannot_be_ranked_come_last_and_are_told(model):
+    pair = {"clean": batch("left"), "corrupted": batch("left", (IDS + 5) % 19), "site": "z", "over": ("layer", "head")}
+    whole = mj.patch(model, **pair, metric=METRIC, progress=False)
+    low = min(float(whole.base[0]), float(whole.source[0])) - 1e-6
+    bound = np.array([low, -np.inf, -np.inf])
+
+    def metric(out):
+        return jnp.where(METRIC(out) < bound, jnp.nan, METRIC(out))
+
+    failed = whole.values[..., 0] < low
+    effects = np.where(failed, 0.0, np.abs((whole - whole.base).mean("batch").values))
+    assert failed.any() and not failed.all()
+    with pytest.warns(UserWarning, match=f"the mean effect of {failed.sum()} of 12 cells is not a number"):
+        top = mj.strongest(model, **pair, metric=metric, k=12, progress=False)
+    order = np.argsort(-effects.ravel(), kind="stable")[: (~failed).sum()]
+    assert (top["layer"].values * 4 + top["head"].values).tolist()[: len(order)] == order.tolist()
+    assert np.isnan(top.values[len(order) :]).any(axis=-1).all()
+
+
+def test_the_strongest_cells_and_mediation_are_of_one_metric(model):
+    over = {"site": "z", "over": ("layer",)}
+    pair = {"clean": batch("left"), "corrupted": batch("left", (IDS + 5) % 19), **over}
+    with pytest.raises(TypeError, match="ranked by one metric, given 2"):
+        mj.strongest(model, **pair, metric={"a": METRIC, "b": METRIC}, k=2)
+    for k in (2.5, True, "3"):
+        with pytest.raises(TypeError, match="k must be a whole number"):
+            mj.strongest(model, **pair, metric=METRIC, k=k)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        mj.strongest(model, **pair, metric=METRIC, k=0)
+    with pytest.raises(TypeError, match="effects are those of one metric, given 1"):
+        mj.mediate(model, base=pair["corrupted"], source=pair["clean"], metric={"a": METRIC}, **over)
+
+
 def by_hand(effects, signs):
     """max over cells of |t| for given signs of the clusters."""
     flipped = signs[:, None] * effects

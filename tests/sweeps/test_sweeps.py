@@ -210,4 +210,5 @@ def test_positions_that_only_some_prompts_have_are_normalised_among_those(model)
     )
     # the last token's last stream decides all, and only the first prompt has a sixth token
     assert abs(float(mj.normalise(r).sel(layer=2, pos=5)) - 1) < 1e-5
-    assert abs(mj.bootstrap(r).sel(layer=2, pos=5).values - 1).max() < 1e-5
+    assert np.isnan(mj.bootstrap(r).sel(layer=2, pos=5).values).all()  # of one prompt nothing is known of others
+    assert abs(mj.bootstrap(r, draws=50).sel(layer=2, pos=2).values).max() < 1e-5  # which no prompt reads any more

@@ -1,0 +1,72 @@
+"""Checks of users' arguments that many functions take."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+
+def whole_number(name: str, value: Any, least: int = 0) -> int:
+    """Convert an argument to a Python integer.
+
+    Args:
+        name: what messages call it.
+        value: the argument.
+        least: the smallest number that is allowed.
+
+    Returns:
+        The integer.
+
+    Raises:
+        TypeError: for anything but one whole number whose value is known; a boolean is none.
+        ValueError: for a number below `least`.
+
+    >>> whole_number("draws", np.int64(10))
+    10
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        when = " that is known before anything is compiled" if isinstance(value, jax.core.Tracer) else ""
+        raise TypeError(f"{name} must be a whole number{when}, given {value!r}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, given {number}")
+    return number
+
+
+def check_key(key: Any) -> None:
+    """Check that a value is one random key.
+
+    Args:
+        key: `jax.random.key(seed)`, or the older array of two numbers.
+
+    Raises:
+        TypeError: for anything else, a seed or several keys among them.
+    """
+    is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_raw = isinstance(key, jax.Array | np.ndarray) and key.dtype == np.uint32 and key.ndim == 1
+    if not (is_raw or (is_typed and key.ndim == 0)):
+        shown = f"an array {key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
+        raise TypeError(f"key must be one random key, jax.random.key(0) say, given {shown}")
+
+
+def check_known(name: str, tree: Any) -> None:
+    """Check that a function which plans on the host is not called inside `jax.jit`, `vmap` or `grad`.
+
+    Args:
+        name: the name of the function.
+        tree: a pytree of its arguments.
+
+    Raises:
+        TypeError: where an array is being traced.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            f"{name} plans its runs by values, which are not known inside jax.jit, vmap, grad and the like: call it outside of them"
+            " (for several models, once for each); mijax.run, generate and gradients can stand inside"
+        )
