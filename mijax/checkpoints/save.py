@@ -130,8 +130,8 @@ def _write_shards(model: Transformer, family: Family, folder: Path, shard_bytes:
 
 def _check_arguments(model: Any, tokenizer: Any, shard_bytes: Any) -> None:
     """Refuse arguments of another kind before anything is written."""
-    if not isinstance(model, Transformer):
-        raise TypeError(f"save writes a Transformer, given {type(model).__name__}")
+    if type(model) is not Transformer:  # the code of a subclass would be lost
+        raise TypeError(f"save writes a mijax.Transformer, given {type(model).__name__}")
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         raise TypeError(f"tokenizer must be a mijax.Tokenizer, given {type(tokenizer).__name__}")
     if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int | float | np.integer | np.floating):

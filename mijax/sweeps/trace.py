@@ -125,7 +125,7 @@ def trace(
 def _subject_mask(tokens: Tokens, subject: Sequence[Any]) -> Bool[np.ndarray, "batch pos"]:
     """The columns of each prompt's subject."""
     positions = np.asarray(tokens.positions)
-    if not isinstance(subject, Sequence | np.ndarray) or np.ndim(subject[:1]) == 0 or len(subject) != len(positions):
+    if not isinstance(subject, Sequence | np.ndarray) or len(subject) != len(positions):
         raise ValueError(f"subject must be the positions of each of the {len(positions)} prompts, given {subject!r}")
     rows = [_subject_of(example, *pair) for example, pair in enumerate(zip(subject, positions))]
     return np.stack(rows)

@@ -114,3 +114,20 @@ def test_a_shard_map_of_runs():
     specs = {"in_specs": (PartitionSpec(), PartitionSpec("cells")), "out_specs": PartitionSpec("cells")}
     given = jax.shard_map(lambda m, ids: mj.run(m, ids).logits, mesh=mesh, **specs)(whole, over_cells(mesh, IDS))
     assert np.allclose(given, mj.run(model(), IDS).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", ["batch", "parameters", "both"])
+def test_gradients_and_attribution(kind, what):
+    """`mijax.gradients` outside and inside the user's `jit`; attribution moves to automatic axes."""
+    mesh, metric = mesh_of(kind), mj.metrics.logit_diff(3, 4)
+    ids = IDS if what == "parameters" else over_cells(mesh, IDS)
+    transformer = model() if what == "batch" else spread(mesh, model())
+    get = lambda m, ids: mj.gradients(m, ids, metric, ("resid_post", "z"), pos=-1)
+    plain = jax.device_get(get(model(), IDS))
+    for how in (lambda f: f, jax.jit):
+        chex.assert_trees_all_close(jax.device_get(how(get)(transformer, ids)), plain, rtol=1e-4, atol=1e-3)
+    attribute = lambda m, ids: (
+        mj.attribute(m, clean=ids, corrupted=(ids + 1) % 11, sites={"z": ("layer", "head")}, metric=metric).z
+    )
+    assert np.allclose(attribute(transformer, ids), attribute(model(), IDS), atol=1e-3)

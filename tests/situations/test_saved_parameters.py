@@ -130,7 +130,7 @@ def test_save_in_shards_of_no_size(size, kind, tmp_path, as_a_user):
 
 
 def test_save_what_is_no_model_or_no_tokenizer(tmp_path, as_a_user):
-    with refused(TypeError, "save writes a Transformer, given NoneType"):
+    with refused(TypeError, "save writes a mijax.Transformer, given NoneType"):
         mj.save(None, tmp_path / "saved")
     with refused(TypeError, "tokenizer must be a mijax.Tokenizer, given str"):
         mj.save(random_model(BASES["gpt2"], dtype=jnp.float32), tmp_path / "saved", "gpt2")

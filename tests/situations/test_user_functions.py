@@ -302,3 +302,28 @@ def test_a_sampler_that_reads_an_object():
     for read.scale in (1.0, 0.25):
         fresh = sp.Toy(sp.relu_output(3, 2), sp.Data(3, partial(sample, scale=read.scale)))
         assert (trained(toy=toy).loss.values == trained(toy=lambda fresh=fresh: fresh).loss.values).all()
+
+
+class Multiplies:
+    """A callback whose `==` says nothing of its number."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __eq__(self, other):
+        return isinstance(other, Multiplies)
+
+    def __hash__(self):
+        return 0
+
+    def __call__(self, x):
+        return np.asarray(x) * np.float32(self.number)
+
+
+def test_a_callback_with_an_equality_of_its_own():
+    for number in (1.0, 3.0):
+        edit = lambda x, *point, number=number: jax.pure_callback(
+            Multiplies(number), jax.ShapeDtypeStruct(x.shape, x.dtype), x
+        )
+        called, scaled = (mj.run(model(), [[1, 2, 3]], {"mlp_out": e}).logits for e in (edit, mj.Scale(number)))
+        assert np.allclose(called, scaled, atol=1e-4)
