@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def whole_number(name: str, value: Any, least: int = 0) -> int:
+def whole_number(name: str, value: Any, least: int | None = 0) -> int:
     """Convert an argument to a Python integer.
 
     Args:
         name: what messages call it.
         value: the argument.
-        least: the smallest number that is allowed.
+        least: the smallest number that is allowed; `None` for no limit.
 
     Returns:
         The integer.
@@ -34,7 +34,7 @@ def whole_number(name: str, value: Any, least: int = 0) -> int:
     if number is None:
         when = " that is known before anything is compiled" if isinstance(value, jax.core.Tracer) else ""
         raise TypeError(f"{name} must be a whole number{when}, given {value!r}")
-    if number < least:
+    if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, given {number}")
     return number
 

@@ -227,26 +227,41 @@ def capacity(
         The numbers of cells and of rows of a chunk, and of slots for each example of a cell.
     """
     batch, positions = work.computed.shape
-    total = tokens_of_cell(work, batch if prompts is None else prompts, specialise)
-    # Cells compute about 2**-level of their tokens on average: half of them where there is a cell at each position.
-    slots, level = positions, int(shape.by_position and not work.whole)
-    if specialise and not work.whole:
-        need, slots = work.rows(), work.slots()
-        share = need[need > 0].mean() / work.computed.sum() if need.any() else 1.0
-        level = int(np.clip(np.round(-np.log2(share)), 0, np.log2(positions)))
+    most = tokens_of_cell(work, batch if prompts is None else prompts, specialise)
+    level, slots = _share(work, shape, specialise)
     # The rows of an average cell: the mean of 1 .. n is (n + 1) / 2.
-    mean = -(-total * (positions + 2**level - 1) // (positions * 2**level))
+    average = -(-most * (positions + 2**level - 1) // (positions * 2**level))
     quarters = 5 if level else 4  # room for a quarter more cells than the rows hold of average length
-    # The rows that memory holds together with their share of cells, quarters * rows / (4 * mean), in integer
+    # The rows that memory holds together with their share of cells, quarters * rows / (4 * average), in integer
     # arithmetic, so that nothing is rounded up.
-    fits = 4 * mean * memory // (4 * mean * bytes_per_row + quarters * bytes_per_cell)
-    row_limit = max(total, min(fits, most_rows))
-    group = -(-shape.cells // shape.starts)  # cells with the same start
-    room = row_limit // mean  # cells of average length
-    together = min(room // group * group, shape.cells) if group <= room else -(-group // -(-group // room))
-    rows = max(together * mean, total)
-    cells = min(shape.cells, quarters * rows // (4 * mean), (memory - rows * bytes_per_row) // bytes_per_cell)
+    fits = 4 * average * memory // (4 * average * bytes_per_row + quarters * bytes_per_cell)
+    rows = max(_together(shape, max(most, min(fits, most_rows)) // average) * average, most)
+    cells = min(shape.cells, quarters * rows // (4 * average), (memory - rows * bytes_per_row) // bytes_per_cell)
     return Size(cells, rows, slots)
+
+
+def _share(work: Work, shape: Shape, specialise: bool) -> tuple[int, int]:
+    """The level at which cells compute about 2**-level of their tokens on average, and the slots for an example's rows.
+
+    By the shape alone the level is 1, half of the tokens, where there is a cell at each position.
+    """
+    positions = work.computed.shape[1]
+    if work.whole or not specialise:
+        return int(shape.by_position and not work.whole), positions
+    need = work.rows()
+    share = need[need > 0].mean() / work.computed.sum() if need.any() else 1.0
+    return int(np.clip(np.round(-np.log2(share)), 0, np.log2(positions))), work.slots()
+
+
+def _together(shape: Shape, room: int) -> int:
+    """How many cells of average length go into a chunk that has room for `room` of them.
+
+    All cells of one or several starts, or an equal part of the cells of one.
+    """
+    same_start = -(-shape.cells // shape.starts)
+    if same_start <= room:
+        return min(room // same_start * same_start, shape.cells)
+    return -(-same_start // -(-same_start // room))
 
 
 def plan(work: Work, size: Size) -> Plan:

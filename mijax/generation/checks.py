@@ -74,12 +74,16 @@ def check_settings(
     if key is not None:
         check_key(key)
     if top_k is not None:
-        whole_number("top_k", top_k, 1)
+        whole_number("top_k", top_k, None)
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if value is not None and not (is_concrete(value) and np.ndim(value) == 0 and np.isreal(value)):
             raise TypeError(f"{name} must be one number that is known before anything is compiled, given {value!r}")
     if not model.causal:
         faults.append("a bidirectional model cannot generate")
+    if count < 1:
+        faults.append(f"max_new_tokens must be at least 1, given {count}")
+    if top_k is not None and top_k < 1:
+        faults.append(f"top_k must be at least 1, given {top_k}")
     excess = (
         tokens.ids.shape[1] + count - bool(not captures) - model.n_ctx
     )  # without captures the last token is not run

@@ -113,7 +113,7 @@ def generate(
         raise TypeError(f"generation takes a model of tokens, given {type(model).__name__}")
     model.check()
     tokens, edits, captures = model.inputs(tokens), as_edits(interventions), as_captures(capture)
-    count = whole_number("max_new_tokens", max_new_tokens, 1)
+    count = whole_number("max_new_tokens", max_new_tokens, None)
     stop_ids = list(tokens.end_tokens) if stop is None else stop_tokens(stop)
     check_settings(model, tokens, edits, count, temperature, top_k, top_p, min_p, stop_ids, key, captures)
     text = _extended(tokens, count)

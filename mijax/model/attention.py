@@ -138,7 +138,9 @@ def masked_softmax(scores: Scores, frame: Frame) -> Scores:
         `[batch, head, query, key]`, rows that sum to one, or to zero.
     """
     allowed = frame.sight.allowed[:, None] & (scores != -jnp.inf)  # NaN is not masked and stays NaN
-    return jax.nn.softmax(scores, axis=-1, where=allowed)
+    pattern = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
+    # A row without any key (padding, or all keys cut) is NaN so far, and so are its derivatives: neither goes further.
+    return jnp.where(allowed, pattern, 0.0)
 
 
 def _project(
