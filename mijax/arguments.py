@@ -1,12 +1,14 @@
 """Checks of users' arguments that many functions take."""
 
 import operator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+
+T = TypeVar("T")
 
 
 def whole_number(name: str, value: Any, least: int | None = 0) -> int:
@@ -53,6 +55,27 @@ def check_key(key: Any) -> None:
     if not (is_raw or (is_typed and key.ndim == 0)):
         shown = f"an array {key.dtype}{list(key.shape)}" if isinstance(key, jax.Array | np.ndarray) else repr(key)
         raise TypeError(f"key must be one random key, jax.random.key(0) say, given {shown}")
+
+
+def with_known_values(tree: T, rng: np.random.Generator) -> T:
+    """Put random arrays in place of those that are being traced, for a check of what a function does with any values.
+
+    Args:
+        tree: any pytree.
+        rng: NumPy's random generator.
+
+    Returns:
+        The tree; floats are normal, integers 0, and booleans true.
+    """
+
+    def known(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.core.Tracer):
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+        return jnp.full(leaf.shape, leaf.dtype == bool, leaf.dtype)
+
+    return jax.tree.map(known, tree)
 
 
 def check_known(name: str, tree: Any) -> None:

@@ -17,6 +17,7 @@ from mijax.attribution.nodes import Sites, nodes_of
 from mijax.attribution.verify import Verify, check_exact, coincide, verified
 from mijax.engine.labels import with_positions
 from mijax.engine.measure import Metrics, as_floats, described, named
+from mijax.engine.names import EFFECT, METRIC, QUANTITY, RUN
 from mijax.engine.options import bytes_of
 from mijax.engine.pairs import Direction, check_pair
 from mijax.interventions.checks import check
@@ -162,7 +163,7 @@ def _labelled(job: AttributionJob, estimates: Estimates, single: bool) -> "xr.Da
     shared: dict[str, Any] = {"batch": np.arange(len(job.base.ids))} | ({} if single else {"metric": names})
     for run in ("base", "source", "gap"):
         if getattr(estimates, run):
-            shared[run] = (runs, together(getattr(estimates, run)))
+            shared[run] = (runs, together(getattr(estimates, run)), {QUANTITY: RUN})
     arrays = {}
     for site, nodes in job.nodes.items():
         coords = shared | {dim: np.asarray(labels) for dim, labels in nodes.labels.items()}
@@ -174,10 +175,11 @@ def _labelled(job: AttributionJob, estimates: Estimates, single: bool) -> "xr.Da
             cells = {metric: nodes.by_cell(terms[metric][site], job.base) for metric in names}
             if field == "terms":
                 cells = {metric: estimates.base[metric] + c for metric, c in cells.items()}
-            array = xr.DataArray(together(cells), coords, dims)
+            attrs = {QUANTITY: METRIC if field == "terms" else EFFECT}
+            array = xr.DataArray(together(cells), coords, dims, attrs=attrs)
             arrays[variable.format(site)] = array if nodes.grid else with_positions(array, job.base)
     result = xr.merge([array.rename(name) for name, array in arrays.items()], join="exact", compat="equals")
-    attrs: dict[str, Any] = {"method": repr(job.method), "metric": " ".join(names), "sites": " ".join(job.nodes)}
+    described_by: dict[str, Any] = {"method": repr(job.method), "metric": " ".join(names), "sites": " ".join(job.nodes)}
     for name, gap in (estimates.gap or {}).items():
-        attrs["gap" if single else f"gap.{name}"] = float(np.abs(gap).mean())
-    return result.assign_attrs(attrs | described(job.model))
+        described_by["gap" if single else f"gap.{name}"] = float(np.abs(gap).mean())
+    return result.assign_attrs(described_by | described(job.model))

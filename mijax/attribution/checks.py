@@ -11,6 +11,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from mijax._types import Array
+from mijax.arguments import with_known_values
 from mijax.attribution.nodes import Nodes
 from mijax.engine.measure import as_shapes, output_like, values_of
 from mijax.metrics import AnyMetric
@@ -152,9 +153,12 @@ def check_apart(model: LayeredModel, tokens: Tokens, name: str, metric: AnyMetri
         return
     rng, like = np.random.default_rng(0), lambda a: isinstance(a, jax.ShapeDtypeStruct)
     random = lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype) if like(a) else a
-    readout, acts = jax.tree.map(random, output_like(model, tokens, metric), is_leaf=like)
-    axes = {site: model.sites[site].axes.index("batch") for site in acts}
-    if bool(_mixes(readout, acts, axes, metric)):
+    axes = {site: model.sites[site].axes.index("batch") for site in output_like(model, tokens, metric)[1]}
+    with jax.ensure_compile_time_eval():
+        known = with_known_values((*output_like(model, tokens, metric), metric), rng)
+        readout, acts, metric = jax.tree.map(random, known, is_leaf=like)
+        mixes = bool(_mixes(readout, acts, axes, metric))
+    if mixes:
         raise ValueError(
             f"metric {name!r} of an example depends on other examples: give each its own, and take means or differences"
             " between examples of the result"

@@ -8,7 +8,7 @@ import numpy as np
 
 from mijax.engine.axes import POSITIONS
 from mijax.engine.driver import Swept
-from mijax.engine.names import HAS_POSITION, TOKENS
+from mijax.engine.names import HAS_POSITION, METRIC, QUANTITY, RUN, TOKENS
 from mijax.model.tokens import Inputs
 
 if TYPE_CHECKING:
@@ -36,11 +36,15 @@ def labelled(done: Swept, *, single: bool, attrs: dict[str, Any]) -> "xr.DataArr
     coords["batch"] = ("batch", np.arange(next(iter(done.values.values())).shape[-1]))
     for which, metrics in done.runs.items():
         for name, value in metrics.items():
-            coords[which if single else f"{which}.{name}"] = ("batch", value)
+            coords[which if single else f"{which}.{name}"] = ("batch", value, {QUANTITY: RUN})
     attrs = {**attrs, **done.attrs}
     arrays = {
         name: xr.DataArray(
-            value.reshape(*shape, -1), coords, (*labels, "batch"), name=name, attrs={**attrs, "metric": name}
+            value.reshape(*shape, -1),
+            coords,
+            (*labels, "batch"),
+            name=name,
+            attrs={**attrs, "metric": name, QUANTITY: METRIC},
         )
         for name, value in done.values.items()
     }

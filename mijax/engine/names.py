@@ -11,6 +11,11 @@ TOKENS = {axis: "token" if axis == "pos" else f"{axis}_token" for axis in POSITI
 """The coordinate of the prompts' tokens along each axis of positions."""
 HAS_POSITION = {axis: "has_position" if axis == "pos" else f"has_{axis}_position" for axis in POSITIONS}
 """The coordinate that tells, along each axis of positions, which of them a prompt has."""
+QUANTITY = "quantity"
+"""The attribute that tells what an array holds: the `METRIC` itself, an `EFFECT`, or, in a coordinate, that of a `RUN`.
+
+xarray drops an attribute in which two operands differ, so that `result - result.base` has none."""
+METRIC, EFFECT, RUN = "metric", "effect", "metric of a run"
 _RUNS = ("base", "source")
 _TAKEN = {"batch", "cell", "bound", *_RUNS, *TOKENS.values(), *HAS_POSITION.values()}
 """Names of dimensions and coordinates that results have of themselves."""

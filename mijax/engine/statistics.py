@@ -11,6 +11,7 @@ import numpy as np
 from mijax._types import Array, Bool, Float
 from mijax.arguments import whole_number
 from mijax.engine.labels import has_positions, mean_over_prompts
+from mijax.engine.names import METRIC, QUANTITY
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -61,7 +62,8 @@ def bootstrap(
     """Percentile intervals of the mean effect, over prompts drawn with replacement (Efron 1979).
 
     The effect is `normalise(result)`; or, where there is no source (as `sweep` and `ablate` give it), the mean of
-    result - base. Prompts are taken as independent: where several share a template, the interval says nothing about
+    result - base; or, of effects (`result - result.base`, or those that `mediate` and `trace` give), the mean of the
+    values. Prompts are taken as independent: where several share a template, the interval says nothing about
     other templates. Prompts that lack a cell's position (coordinate `has_position`) are left out of that cell. A cell
     that fewer than two prompts have, or that is not finite for one that has it, has no interval: NaN. Where base and source nearly coincide, so that their difference has either sign
     among the draws, the interval is as wide as that makes it.
@@ -103,7 +105,7 @@ def sign_flips(result: "xr.Dataset", *, clusters: Any = ..., draws: int = ..., s
 def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: int = 0) -> "xr.Dataset":
     """Which cells have an effect other than zero: p-values corrected for looking at the whole grid.
 
-    The effects (result - base) of each prompt, or of each cluster of prompts, keep or change their sign at random,
+    The effects of each prompt (result - base, or the values themselves, as in `bootstrap`), or of each cluster of prompts, keep or change their sign at random,
     the whole grid of a cluster jointly. A cell's `p` is how often the largest |t| of the grid then reaches the
     cell's own (Nichols and Holmes 2002; the observed signs count as one of the draws). The test rests on effects
     that are symmetric about zero if there are none, and on independent clusters. Prompts that lack a cell's position
@@ -139,11 +141,11 @@ def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: 
     if hasattr(result, "data_vars"):
         tests = [
             sign_flips(metric, clusters=clusters, draws=draws, seed=seed).rename({v: f"{name}.{v}" for v in ("t", "p")})
-            for name, metric in result.items()
+            for name, metric in _with_prompts(result).items()
         ]
         return xr.merge(tests, combine_attrs="override")
     _check_prompts(result)
-    effect = (result - _run(result, "base")).transpose("batch", ...)
+    effect = _effect(result).transpose("batch", ...)
     count, members = _clusters(clusters, effect.sizes["batch"])
     values, present = (x.reshape(len(members), -1) for x in (effect.values, _present(effect)))
     total = lambda x: np.stack([np.where(present, x, 0.0)[members == i].sum(0) for i in range(count)])
@@ -206,8 +208,14 @@ def _under_signs(effects: Float[Array, "cluster cell"], count: Float[Array, " ce
 
 
 def _each(result: Any, function: Callable[[Any], Any]) -> Any:
-    """`function` of a DataArray, or of every variable of a Dataset."""
-    return result.map(function, keep_attrs=True) if hasattr(result, "data_vars") else function(result)
+    """`function` of a DataArray, or of every variable of a Dataset that has prompts."""
+    return _with_prompts(result).map(function, keep_attrs=True) if hasattr(result, "data_vars") else function(result)
+
+
+def _with_prompts(result: Any) -> Any:
+    """A Dataset without the variables that hold nothing of single prompts (which cells were verified, say)."""
+    names = [name for name in result if "batch" in result[name].dims]
+    return result[names] if names else result
 
 
 def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
@@ -218,8 +226,8 @@ def _bounds(result: Any, level: float, draws: int, seed: int) -> Any:
     n = result.sizes["batch"]
     if n < 2:
         raise ValueError(f"a bootstrap over prompts needs at least two, given {n}")
-    if _coordinate(result, "source") is None:
-        effect, interval_of = result - _run(result, "base"), "result - base"
+    if not _is_metric(result) or _coordinate(result, "source") is None:
+        effect, interval_of = _effect(result), "result - base" if _is_metric(result) else "the values"
         scale = xr.ones_like(effect)
     else:
         (effect, scale), interval_of = _effect_and_scale(result), "(result - base) / (source - base)"
@@ -247,6 +255,10 @@ def _effect_and_scale(result: Any) -> tuple[Any, Any]:
     import xarray as xr
 
     _check_prompts(result)
+    if not _is_metric(result):
+        raise ValueError(
+            f"{result.name!r} holds no metric but what was computed from one (its base taken off, say): normalise the result itself"
+        )
     base, source = (_run(result, which) for which in ("base", "source"))
     size = float(max(np.abs(base).max(), np.abs(source).max()))
     effect = result - base
@@ -258,6 +270,21 @@ def _effect_and_scale(result: Any) -> tuple[Any, Any]:
             " they coincide (for the prompts of some cell), so that nothing can be normalised by their difference"
         )
     return effect, scale
+
+
+def _is_metric(result: Any) -> bool:
+    """Whether an array holds a metric, from which that of the base is to be taken off, and not effects already."""
+    if QUANTITY in result.attrs:
+        return result.attrs[QUANTITY] == METRIC
+    name = _coordinate(result, "base")
+    return (
+        name is not None and QUANTITY not in result[name].attrs
+    )  # with it, the result had the attribute too, and lost it
+
+
+def _effect(result: Any) -> Any:
+    """The effects of single prompts: result - base of a metric, or the values themselves."""
+    return result - _run(result, "base") if _is_metric(result) else result
 
 
 def _present(effect: Any) -> Bool[np.ndarray, "..."]:
@@ -277,7 +304,8 @@ def _check_prompts(result: Any) -> None:
 
 def _coordinate(result: Any, which: str) -> str | None:
     """The name of the coordinate that holds the metric on the base or the source run; `None` where there is none."""
-    return next((n for n in (which, f"{which}.{result.name}") if n in result.coords), None)
+    names = (which, f"{which}.{result.attrs.get('metric', result.name)}", f"{which}.{result.name}")
+    return next((name for name in names if name in result.coords), None)
 
 
 def _run(result: Any, which: str) -> Any:
@@ -285,8 +313,8 @@ def _run(result: Any, which: str) -> Any:
     name = _coordinate(result, which)
     if name is None:
         raise ValueError(
-            f"the result has no coordinate {which!r}: normalising takes both baselines, which mijax.patch gives; without a source"
-            " take result - result.base, and its intervals by mijax.bootstrap(result)"
+            f"the result has no coordinate {which!r}, the metric on the {which} run: normalising takes both baselines, which mijax.patch"
+            " gives; without a source take result - result.base, and intervals of that by mijax.bootstrap"
         )
     run = result[name].astype(np.float64).reset_coords(drop=True)
     if not np.isfinite(run).all():

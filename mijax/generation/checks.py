@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array
-from mijax.arguments import check_key, whole_number
+from mijax.arguments import check_key, whole_number, with_known_values
 from mijax.interventions.capturing import Captures
 from mijax.interventions.checks import selected_columns
 from mijax.interventions.edits import Apply, Edits
@@ -125,55 +125,57 @@ def stop_tokens(stop: Any) -> list[int]:
 
 
 def check_mixing(model: LayeredModel, edits: Edits, batch: int, pos: int) -> None:
-    """Check that the result of each function among edits at one position does not depend on other positions.
+    """Check that each function among edits gives for a token alone what it gives for it in the whole text.
 
-    Each function is called on random activations, and again with all positions but the first, or all but the last,
-    drawn anew; but not one with side effects, such as `jax.debug.callback`, which must happen in the run alone.
+    Functions are called on random activations; but not one with side effects, such as `jax.debug.callback`, which must
+    happen in the run alone.
 
     Args:
         model: the model whose sites are edited.
         edits: the edits by site.
         batch: the number of prompts.
-        pos: the number of their positions.
+        pos: the number of positions of the finished text.
 
     Raises:
-        ValueError: for a function that mixes positions.
+        ValueError: for a function that mixes positions, or reads what stands in a certain column.
     """
     if not has_functions(edits):
         return
-    pos = max(2, pos)
     with jax.ensure_compile_time_eval():
-        for name, site_edits in convert_edits(model, edits, batch, pos, pos, ()).items():
-            for edit in site_edits:
-                if isinstance(edit, Apply) and _mixes(model, edit, model.sites[name], batch, pos):
+        whole, alone = (convert_edits(model, edits, batch, n, pos, ()) for n in (pos, 1))
+        for name, site_edits in whole.items():
+            for edit, of_one in zip(site_edits, alone[name]):
+                if isinstance(edit, Apply) and _mixes(model, edit, of_one, model.sites[name], batch, pos):
                     raise ValueError(
-                        f"the callable edit at site {name!r} mixes positions, which generation computes one at a time"
+                        f"the callable edit at site {name!r} mixes positions, or reads a certain column of x: generation calls it with one"
+                        " new token at a time; it can tell tokens apart by `positions`"
                     )
 
 
-def _mixes(model: LayeredModel, edit: Apply, site: Site, batch: int, pos: int) -> bool:
-    """Whether a converted function mixes positions in some layer."""
+def _mixes(model: LayeredModel, edit: Apply, of_one: Any, site: Site, batch: int, pos: int) -> bool:
+    """Whether a converted function gives another result for some column alone, in some layer."""
     if edit.function.program.jaxpr.effects:
         return False
     rng, axis = np.random.default_rng(0), site.inner_axes.index(site.position_axes[0])
-    random = lambda shape, dtype: jnp.asarray(rng.normal(size=shape), dtype)
-    known = lambda a: a if is_concrete(a) else random(a.shape, a.dtype)  # an outer transformation's array
-    function = jax.tree.map(lambda a: known(a) if eqx.is_array(a) else a, edit.function)
-    shape = site.shape(batch, pos)[site.has_layer :]
-    x, others = random(shape, model.dtype), random(shape, model.dtype)
-    positions = jnp.broadcast_to(jnp.arange(pos, dtype=jnp.int32), (batch, pos))
-    at = lambda x, i: np.asarray(jnp.take(x, i, axis=axis))
-    for layer in range(model.n_layers) if site.has_layer else [None]:
-        number = None if layer is None else jnp.int32(layer)
-        call = lambda x, number=number: _called(function, x, site.name, number, positions)
-        result = call(x)
-        for i in (0, pos - 1):
-            is_at = (jnp.arange(pos) == i).reshape(-1, *(1,) * (len(shape) - axis - 1))
-            if not np.array_equal(at(call(jnp.where(is_at, x, others)), i), at(result, i), equal_nan=True):
-                return True
-    return False
+    whole, alone = (with_known_values(e.function, rng) for e in (edit, of_one))
+    x = jnp.asarray(rng.normal(size=site.shape(batch, pos)[site.has_layer :]), model.dtype)
+    layers = jnp.arange(model.n_layers, dtype=jnp.int32) if site.has_layer else None
+    together, apart = _by_both(whole, alone, x, layers, site.name, axis)
+    together, apart = np.asarray(together), np.asarray(apart)
+    size = np.nanmax(np.abs(together), initial=0.0, where=np.isfinite(together))
+    return not np.allclose(together, apart, rtol=1e-3, atol=1e-4 * size, equal_nan=True)
 
 
 @eqx.filter_jit
-def _called(function: Any, *arguments: Any) -> Array:
-    return function(*arguments)
+def _by_both(whole: Any, alone: Any, x: Array, layers: Array | None, site: str, axis: int) -> tuple[Array, Array]:
+    """A function's results in all layers for all columns together, and for each column alone."""
+    n = x.shape[axis]
+    positions = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (x.shape[0], n))
+
+    def in_layer(layer: Array | None) -> tuple[Array, Array]:
+        column = lambda i: jax.lax.dynamic_slice_in_dim(x, i, 1, axis)
+        of_column = lambda i: alone(column(i), site, layer, jax.lax.dynamic_slice_in_dim(positions, i, 1, 1))
+        columns = jax.lax.map(of_column, jnp.arange(n, dtype=jnp.int32))
+        return whole(x, site, layer, positions), jnp.moveaxis(jnp.squeeze(columns, axis + 1), 0, axis)
+
+    return in_layer(None) if layers is None else jax.lax.map(in_layer, layers)

@@ -100,7 +100,7 @@ def generate(
     Raises:
         ValueError: as in `run`, for the finished text; for settings out of their range, a text that would outgrow
             the context (by how much), an edit that can act neither on a drawn token nor on a captured activation,
-            and a function as edit whose result at one position depends on others.
+            and a function as edit that gives for a token alone what it does not give for it in the whole text.
         TypeError: as in `run`; for a model that is not one of tokens, or a number of new tokens that is not a whole
             number.
 
@@ -127,7 +127,7 @@ def generate(
     edits = edits_with_columns(in_canonical_form(model, edits), model.sites, width + count, total)
     text = with_columns(text, total)
     shapes = ((width, width), (1, total))  # (computed tokens, keys), of the run of the prompt and of each new token
-    check_mixing(model, edits, batch, width)
+    check_mixing(model, edits, batch, width + count)
     step_edits = tuple(convert_edits(model, edits, batch, *shape, (model, text)) for shape in shapes)
     text, step_edits, captures, n_steps = on_device((text, step_edits, captures, np.int32(count)))
     result = with_automatic_axes(

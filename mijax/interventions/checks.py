@@ -85,23 +85,37 @@ def check_selects(model: Model, tokens: Inputs, edits: Edits) -> None:
     """
     for name, site_edits in edits.items():
         for edit in site_edits:
-            _check_order(edit, model.sites[name])
+            check_order(edit, model.sites[name])
             what = f"{type(edit).__name__} at site {name!r}"
             for field, mask in edit.where.masks.items():
                 if is_concrete(mask) and not np.asarray(mask).any():
                     raise ValueError(f"{what} selects nothing: its mask over {field!r} is all False")
             if is_concrete(tokens.mask):
-                _check_sees(model, model.sites[name], np.asarray(tokens.mask), edit.where, what)
+                check_sees(model, model.sites[name], np.asarray(tokens.mask), edit.where, what)
 
 
-def _check_sees(model: Model, site: Site, mask: Bool[np.ndarray, "batch pos"], where: Where, what: str) -> None:
-    """Raise `ValueError` for places at padding alone, or scores of keys alone that come after the queries."""
+def check_sees(model: Model, site: Site, mask: Bool[np.ndarray, "batch pos"], where: Where, what: str) -> None:
+    """Check that places are at real tokens, and scores of keys that some query can see.
+
+    Args:
+        model: what is run.
+        site: the site of the places.
+        mask: `[batch, pos]`, True at real tokens.
+        where: the places.
+        what: what is at these places, for errors.
+
+    Raises:
+        ValueError: for places at padding alone, or scores of keys alone that come after the queries.
+    """
     columns = {}
     for field in map(field_of, site.position_axes):
         selected = selected_columns(where, field, mask)
         columns[field] = mask if selected is None else selected
+        columns[field] = columns[field] & _examples(where, len(mask))[:, None]
         if not columns[field].any():
-            raise ValueError(f"{what} selects nothing: its mask over {field!r} is True at padding alone")
+            raise ValueError(
+                f"{what} selects nothing: {field!r} is at padding alone, or in examples that it leaves out"
+            )
     if site.masked and model.causal:
         n = mask.shape[1]
         last_query = n - 1 - columns["query"][:, ::-1].argmax(axis=1)
@@ -110,20 +124,41 @@ def _check_sees(model: Model, site: Site, mask: Bool[np.ndarray, "batch pos"], w
             raise ValueError(f"{what} never acts: its queries come before its keys, which they cannot see")
 
 
-def _check_order(edit: Edit, site: Site) -> None:
-    """Raise `ValueError` for an operand whose entries could be meant in the order of the axis or of the list."""
-    full = canonical(edit, site)
-    for axis, *sizes in zip(site.axes, *(jnp.shape(getattr(full, name)) for name in edit.operands)):
-        index = edit.where.given.get(field_of(axis))
-        if index is None or index.dtype == bool or not is_concrete(index) or np.ndim(index) == 0:
+def _examples(where: Where, batch: int) -> Bool[np.ndarray, " batch"]:
+    """The examples that are selected; all where that is known only inside a trace."""
+    index = where.batch
+    if index is None or not is_concrete(index):
+        return np.ones(batch, bool)
+    index = np.asarray(index)
+    return index if index.dtype == bool else np.isin(np.arange(batch), index % batch)
+
+
+def check_order(edit: Edit, site: Site, stacked: Any = None) -> None:
+    """Check that the entries of an operand cannot be meant in the order of the axis as well as of a list.
+
+    Args:
+        edit: the edit.
+        site: its site.
+        stacked: marks arrays with an axis of choices in front, as in `canonical`.
+
+    Raises:
+        ValueError: for an operand with a value for each entry of an axis that `where` lists in another order.
+    """
+    full, marked = canonical(edit, site, stacked), lambda tree, name: bool(tree is not None and getattr(tree, name))
+    shapes = [jnp.shape(getattr(full, name))[marked(stacked, name) :] for name in edit.operands]
+    for axis, *sizes in zip(site.axes, *shapes):
+        field = field_of(axis)
+        index = edit.where.given.get(field)
+        by_choice = stacked is not None and marked(stacked.where, field)
+        if index is None or index.dtype == bool or not is_concrete(index) or np.ndim(index) - by_choice == 0:
             continue
-        rows = np.atleast_2d(np.asarray(index))
+        rows = np.asarray(index).reshape(-1, np.shape(index)[-1])
         n = rows.shape[1]
         rows = np.where(rows < 0, rows + n, rows)
         if n > 1 and n in sizes and (rows != np.arange(n)).any() and (rows < n).all():
             raise ValueError(
                 f"{type(edit).__name__} at site {site.name!r} has {n} values along {axis!r}, and its Where lists {n} entries in another"
-                " order: a value belongs to the entry of the axis, not of the list; list the entries in the order of the axis"
+                " order: a value belongs to the entry of the axis, not of the list; list the entries in the order of the axis, or select them by a mask"
             )
 
 

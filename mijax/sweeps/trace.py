@@ -138,6 +138,10 @@ def _subject_of(example: int, subject: Any, positions: Int[np.ndarray, " pos"]) 
         raise ValueError(
             f"the subject of prompt {example} must be a list of positions or a mask over {len(positions)} columns"
         )
+    if index.dtype != bool and len(index) == len(positions) > 2 and np.isin(np.asarray(index), (0, 1)).all():
+        raise ValueError(
+            f"the subject of prompt {example} holds only 0 and 1, one for every column: give a mask as booleans"
+        )
     selected = np.asarray(index) & (positions >= 0) if index.dtype == bool else np.isin(positions, np.asarray(index))
     missing = [] if index.dtype == bool else sorted(set(np.asarray(index).tolist()) - set(positions.tolist()))
     if missing:
@@ -167,8 +171,10 @@ def _noise(
     embedded = np.asarray(run(model, tokens, capture=("embed",), readout=False).acts["embed"])[mask]
     spread = scale * embedded.std()
     keys = jax.random.split(jax.random.key(seed), draws)
-    shape = model.sites["embed"].shape(*tokens.ids.shape)
-    return jnp.concatenate([spread * jax.random.normal(key, shape, embedded.dtype) for key in keys])
+    position = np.maximum(np.asarray(tokens.positions), 0)  # draws go by position: padding changes none
+    shape = (len(position), int(position.max()) + 1, model.sites["embed"].sizes["d_model"])
+    draw = lambda key: spread * jax.random.normal(key, shape, embedded.dtype)
+    return jnp.concatenate([jnp.take_along_axis(draw(key), position[..., None], axis=1) for key in keys])
 
 
 def _places(model: LayeredModel, tokens: Tokens, pos: Mapping[str, Any] | None, window: int, draws: int) -> Grid:

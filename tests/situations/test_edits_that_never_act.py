@@ -115,7 +115,7 @@ def test_scores_of_keys_that_were_not_there_yet_are_nan():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_mask_over_padding_alone(side):
     mask = ~np.asarray(padded(side).mask)
-    with refused(ValueError, "at site 'resid_post' selects nothing: its mask over 'pos' is True at padding alone"):
+    with refused(ValueError, "at site 'resid_post' selects nothing: 'pos' is at padding alone"):
         mj.run(model(), padded(side), {"resid_post": mj.Replace(0.0, mj.Where(pos=mask))})
 
 
@@ -171,3 +171,48 @@ def test_a_function_of_keys_heads_and_examples_while_generating():
     )
     go = lambda model: mj.generate(model, [[1, 2, 3], [3, 2, 1]], {"pattern": normalise}, max_new_tokens=3).ids
     assert (np.asarray(go(model())) == np.asarray(jax.jit(go)(model()))).all()
+
+
+STEP = np.full(8, 5.0, np.float32)
+
+
+@pytest.mark.parametrize("edit", [
+    lambda x, site, layer, positions: x.at[:, 0].add(STEP), lambda x, site, layer, positions: x.at[:, -1].add(STEP),
+    lambda x, site, layer, positions: x.at[:, 5].set(0.0), lambda x, site, layer, positions: x * positions.max().astype(x.dtype),
+    lambda x, site, layer, positions: x.at[:, 2].set(x[:, 1]),
+])  # fmt: skip
+def test_a_function_of_columns_while_generating(edit):
+    """A new token is computed alone: column 0 is then another one than in the whole text."""
+    with refused(ValueError, "mixes positions, or reads a certain column of x"):
+        mj.generate(model(), [[1, 2, 3], [4, 5, 6]], {"resid_post": edit}, max_new_tokens=3)
+
+
+def test_a_function_of_positions_while_generating():
+    first = lambda x, site, layer, positions: x + jnp.where((positions == 0)[..., None], STEP, 0.0)
+    ids = np.asarray(mj.generate(model(), [[1, 2, 3]], {"resid_post": first}, max_new_tokens=3).ids)[0].tolist()
+    text = [1, 2, 3]
+    for _ in range(3):
+        text.append(int(np.argmax(mj.run(model(), [text], {"resid_post": first}).logits[0, -1])))
+    assert ids == text
+
+
+def test_examples_that_a_mask_over_positions_leaves_out():
+    mask = np.array([[True, False, False], [False, False, False]])
+    with refused(ValueError, "selects nothing"):
+        mj.run(model(), [[1, 2, 3], [4, 5, 6]], {"z": mj.Scale(0.0, mj.Where(batch=1, pos=mask))})
+
+
+def test_an_edge_from_a_key_to_a_query():
+    cut = lambda edge: mj.knock_out(model(), [[1, 2, 3]], {"edge": edge}, mj.metrics.logit(7), progress=False)
+    with refused(ValueError, r"edge 'edge' \(queries, keys\) never acts"):
+        cut((0, 2))
+    assert np.abs(cut((2, 0)) - cut((2, 0)).base).max() > 1e-3
+
+
+@pytest.mark.parametrize("field", ["pos", "query", "key"])
+def test_a_mask_of_zeros_and_ones(field):
+    """As `attention_mask` is given elsewhere: indices 0 and 1, if it were taken for indices."""
+    site = "resid_post" if field == "pos" else "attn_scores"
+    for mask in ([0, 1, 1, 0], [[0, 1, 1, 0]]):
+        with refused(ValueError, "holds only 0 and 1, one for every column"):
+            mj.run(model(), [[1, 2, 3, 4]], {site: mj.Scale(0.0, mj.Where(**{field: np.array(mask)}))})

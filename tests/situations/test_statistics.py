@@ -7,6 +7,7 @@ import xarray as xr
 
 import mijax as mj
 from tests.situations import refused
+from tests.situations.models import model
 from tests.situations.prompts import IDS, LENGTHS, METRIC, OTHERS, prompts, small_model
 
 BASE = np.array([1.0, 2.0, 4.0, 8.0])
@@ -295,3 +296,51 @@ def test_counts_and_halves_become_float32():
     ):
         assert as_floats(given).dtype == np.float32
     assert as_floats(np.ones(2, np.float64)).dtype == np.float64
+
+
+def test_effects_from_which_the_base_was_taken_already():
+    """`result - result.base` still has the coordinate `base`: it is not taken off again."""
+    prompts, others = [[i, i + 1, i + 2] for i in range(1, 8)], [[i, i + 3, i + 2] for i in range(1, 8)]
+    result = mj.patch(
+        model(), clean=prompts, corrupted=others, site="z", over=("layer",), metric=mj.metrics.logit(3), progress=False
+    )
+    effect = result - result.base
+    assert "base" in effect.coords
+    values = effect.values.astype(np.float64)
+    t = values.mean(1) / (values.std(1, ddof=1) / np.sqrt(7))
+    for given in (result, effect):
+        assert np.allclose(mj.sign_flips(given, draws=99).t, t, rtol=1e-3)
+    alone = result.drop_vars("source")
+    assert np.allclose(mj.bootstrap(effect), mj.bootstrap(alone), rtol=1e-6)
+    with refused(ValueError, "holds no metric but what was computed from one"):
+        mj.normalise(effect)
+    both = mj.patch(model(), clean=prompts, corrupted=others, site="z", over=("layer",), progress=False,
+                    metric={"a": mj.metrics.logit(3), "b": mj.metrics.logit(5)})  # fmt: skip
+    assert np.allclose(mj.normalise(both.rename(a="b", b="a")).b, mj.normalise(both).a)
+    assert np.allclose(mj.sign_flips(both.a - both["base.a"], draws=99).t, t, rtol=1e-3)
+
+
+def test_the_error_of_an_estimate_is_no_metric():
+    prompts, others = [[i, i + 1, i + 2] for i in range(1, 8)], [[i, i + 3, i + 2] for i in range(1, 8)]
+    result = mj.attribute(
+        model(),
+        clean=prompts,
+        corrupted=others,
+        sites={"z": ("layer",)},
+        metric=mj.metrics.logit(3),
+        method=mj.AtP(probes=2),
+    )
+    error = result["z.error"].values.astype(np.float64)
+    t = error.mean(1) / (error.std(1, ddof=1) / np.sqrt(7))
+    assert np.allclose(mj.sign_flips(result, draws=99)["z.error.t"], t, rtol=1e-3, atol=1e-3)
+    with refused(ValueError, "'z.error' holds no metric"):
+        mj.normalise(result["z.error"])
+    verified = mj.attribute(
+        model(),
+        clean=prompts,
+        corrupted=others,
+        sites={"z": ("layer",)},
+        metric=mj.metrics.logit(3),
+        verify=mj.Verify(1),
+    )
+    assert set(mj.bootstrap(verified[["z", "z.measured"]])) == {"z"}  # which cells were measured is of no prompt

@@ -223,3 +223,24 @@ def test_the_subject_as_a_mask_or_an_array(subject, expected):
 def test_a_subject_that_is_none(subject, error, message):
     with refused(error, message):
         mj.trace(model(), PROMPTS, subject=subject, answer=[1, 2])
+
+
+@pytest.mark.parametrize("how", [
+    lambda f: jax.jit(f)(model(), jnp.asarray(PROMPTS)), lambda f: jax.jit(lambda ids: f(model(), ids))(jnp.asarray(PROMPTS)),
+    lambda f: jax.lax.scan(lambda _, ids: (0, f(model(), ids)), 0, jnp.asarray([PROMPTS]))[1][0],
+])  # fmt: skip
+def test_gradients_of_a_users_metric_inside_a_transformation(how):
+    of_each = lambda out: out.readout.logits(pos=-1)[:, 3]
+    get = lambda metric: lambda m, ids: mj.gradients(m, ids, metric, ("z",)).grads["z"]
+    assert np.allclose(how(get(of_each)), get(of_each)(model(), PROMPTS), atol=1e-4)
+    with refused(ValueError, "depends on other examples"):
+        how(get(of_the_mean))
+
+
+def test_noise_does_not_depend_on_padding():
+    answer = np.asarray(mj.run(model(), PROMPTS).logits[:, -1].argmax(-1))
+    trace = lambda tokens: (
+        mj.trace(model(), tokens, subject=[[1], [1]], answer=answer, draws=2, progress=False).indirect
+    )
+    padded = mj.Tokens([[0, *row, 0] for row in PROMPTS], [[0, 1, 1, 1, 1, 0]] * 2)
+    assert np.allclose(trace(padded), trace(PROMPTS), atol=1e-5)
