@@ -70,7 +70,7 @@ def run(model: mj.Transformer, case: Case, grid: str, limit: int | None) -> tupl
         raise ValueError("mijax runs a grid in full")
     metric = mj.metrics.logit_diff(case.correct, case.wrong)
     if grid == "forward":
-        return np.asarray(metric(mj.run(model, case.corrupted).readout)), {}
+        return np.asarray(metric(mj.run(model, case.corrupted).readout)), {}  # pyright: ignore[reportArgumentType]  # of older commits too
     if grid == "attribution":
         return attribution(model, case, metric)
     patched = partial(

@@ -79,9 +79,8 @@ def check_selects(model: Model, tokens: Inputs, edits: Edits) -> None:
         edits: edits by site, which `check_places` accepts.
 
     Raises:
-        ValueError: where values are known, for an edit with an empty mask, one that selects padding alone, and one of
-            attention scores that selects only keys which the queries cannot see; and for an operand with a value
-            for each entry of an axis that `where` lists in another order.
+        ValueError: where values are known, for an edit with an empty mask, or one that selects padding alone; and for
+            an operand with a value for each entry of an axis that `where` lists in another order.
     """
     for name, site_edits in edits.items():
         for edit in site_edits:
@@ -91,15 +90,17 @@ def check_selects(model: Model, tokens: Inputs, edits: Edits) -> None:
                 if is_concrete(mask) and not np.asarray(mask).any():
                     raise ValueError(f"{what} selects nothing: its mask over {field!r} is all False")
             if is_concrete(tokens.mask):
-                check_sees(model, model.sites[name], np.asarray(tokens.mask), edit.where, what)
+                _selected(model.sites[name], np.asarray(tokens.mask), edit.where, what)
 
 
 def check_sees(model: Model, site: Site, mask: Bool[np.ndarray, "batch pos"], where: Where, what: str) -> None:
-    """Check that places are at real tokens, and scores of keys that some query can see.
+    """Check that scores are of keys that some query can see.
+
+    (A run does not check this, so that a loop over all pairs of positions is a sweep.)
 
     Args:
         model: what is run.
-        site: the site of the places.
+        site: the site of the scores.
         mask: `[batch, pos]`, True at real tokens.
         where: the places.
         what: what is at these places, for errors.
@@ -107,6 +108,17 @@ def check_sees(model: Model, site: Site, mask: Bool[np.ndarray, "batch pos"], wh
     Raises:
         ValueError: for places at padding alone, or scores of keys alone that come after the queries.
     """
+    columns = _selected(site, mask, where, what)
+    if not model.causal:
+        return
+    last_query = mask.shape[1] - 1 - columns["query"][:, ::-1].argmax(axis=1)
+    sees = columns["query"].any(axis=1) & columns["key"].any(axis=1) & (columns["key"].argmax(axis=1) <= last_query)
+    if not sees.any():
+        raise ValueError(f"{what} never acts: its queries come before its keys, which they cannot see")
+
+
+def _selected(site: Site, mask: Bool[np.ndarray, "batch pos"], where: Where, what: str) -> dict[str, np.ndarray]:
+    """The selected columns along each axis of positions, `[batch, pos]`; `ValueError` where there are none."""
     columns = {}
     for field in map(field_of, site.position_axes):
         selected = selected_columns(where, field, mask)
@@ -116,12 +128,7 @@ def check_sees(model: Model, site: Site, mask: Bool[np.ndarray, "batch pos"], wh
             raise ValueError(
                 f"{what} selects nothing: {field!r} is at padding alone, or in examples that it leaves out"
             )
-    if site.masked and model.causal:
-        n = mask.shape[1]
-        last_query = n - 1 - columns["query"][:, ::-1].argmax(axis=1)
-        sees = columns["query"].any(axis=1) & columns["key"].any(axis=1) & (columns["key"].argmax(axis=1) <= last_query)
-        if not sees.any():
-            raise ValueError(f"{what} never acts: its queries come before its keys, which they cannot see")
+    return columns
 
 
 def _examples(where: Where, batch: int) -> Bool[np.ndarray, " batch"]:

@@ -123,9 +123,12 @@ def test_a_mask_over_padding_alone(side):
     "where", [{"query": 0, "key": 2}, {"query": [[0], [1]], "key": [[-1], [-1]]}, {"query": [0, 1], "key": [2, 3]}]
 )
 def test_keys_that_the_queries_cannot_see(where):
+    """Cut by name, that is an error; a run changes nothing, so that a loop over all pairs of positions is a sweep."""
     prompts = [[1, 2, 3, 4], [5, 6, 7, 8]]
-    with refused(ValueError, "at site 'attn_scores' never acts: its queries come before its keys"):
-        mj.run(model(), prompts, {"attn_scores": mj.Replace(-np.inf, mj.Where(layer=0, **where))})
+    with refused(ValueError, r"edge 'cut' \(queries, keys\) never acts: its queries come before its keys"):
+        mj.knock_out(model(), prompts, {"cut": (where["query"], where["key"])}, mj.metrics.logit(3), progress=False)
+    edit = {"attn_scores": mj.Replace(-np.inf, mj.Where(layer=0, **where))}
+    assert np.array_equal(mj.run(model(), prompts, edit).logits, mj.run(model(), prompts).logits)
 
 
 def test_the_last_new_token_by_a_mask():
