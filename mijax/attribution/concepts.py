@@ -22,6 +22,7 @@ from mijax.metrics import AnyMetric, position
 from mijax.model.model import LayeredModel
 from mijax.model.sites import field_of, site_of
 from mijax.model.tokens import Tokens
+from mijax.programs.convert import mesh_axes_of
 from mijax.programs.now import JitNow
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def gradients(
     tokens = model.inputs(tokens)
     name, program = _program(model, tokens, metric)
     check_gradient(model, tokens, name, program)
-    if getattr(metric, "users_code", True):
+    in_shard_map = any(map(mesh_axes_of, jax.tree.leaves((model, tokens, program))))
+    if getattr(metric, "users_code", True) and not in_shard_map:  # there, nothing can be computed beside the trace
         check_apart(model, tokens, name, program)
     where = None if pos is None else Where(pos=position(pos))
     for site in sites:

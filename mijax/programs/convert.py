@@ -81,7 +81,7 @@ class Program:
     def _as_traced(self, aval: Any, x: Any) -> Any:
         if (aval.shape, aval.dtype) != (jnp.shape(x), jnp.result_type(x)):
             raise AssertionError(f"{self.name} was traced for {aval}, called with {jax.typeof(x)}")
-        missing = tuple(aval.manual_axis_type.varying - _axes_of(x))
+        missing = tuple(aval.manual_axis_type.varying - mesh_axes_of(x))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     def digest(self) -> str:
@@ -294,7 +294,7 @@ def for_mesh_axes(convert: Callable[[dict[str, Any]], T], beside: Any) -> T:
         return convert({})
     keywords = lambda axes: {"sharding": NamedSharding(mesh, PartitionSpec()), "manual_axis_type": _varying(axes)}
     widest = convert(keywords(frozenset(mesh.manual_axes)))
-    return convert(keywords(frozenset().union(*map(_axes_of, jax.tree.leaves((beside, widest))))))
+    return convert(keywords(frozenset().union(*map(mesh_axes_of, jax.tree.leaves((beside, widest))))))
 
 
 def shape_of(x: T) -> T | jax.ShapeDtypeStruct:
@@ -312,15 +312,24 @@ def shape_of(x: T) -> T | jax.ShapeDtypeStruct:
     if not isinstance(x, jax.Array | np.ndarray):
         return x
     varies = (
-        {"sharding": jax.typeof(x).sharding, "manual_axis_type": jax.typeof(x).manual_axis_type} if _axes_of(x) else {}
+        {"sharding": jax.typeof(x).sharding, "manual_axis_type": jax.typeof(x).manual_axis_type}
+        if mesh_axes_of(x)
+        else {}
     )
     # A host array has the dtype that JAX will give it.
     dtype = x.dtype if isinstance(x, jax.Array) else jax.dtypes.canonicalize_dtype(x.dtype)
     return jax.ShapeDtypeStruct(x.shape, dtype, **varies)
 
 
-def _axes_of(x: Any) -> frozenset[str]:
-    """The mesh axes over which an array varies, inside `shard_map`."""
+def mesh_axes_of(x: Any) -> frozenset[str]:
+    """The mesh axes over which an array varies, inside `shard_map`.
+
+    Args:
+        x: any value.
+
+    Returns:
+        The names of the axes; none for anything but a JAX array.
+    """
     return jax.typeof(x).manual_axis_type.varying if isinstance(x, jax.Array) else frozenset()
 
 

@@ -205,7 +205,8 @@ def test_tracing_is_the_loop(model):
     mask = np.array([[p in own for p in row] for own, row in zip(subject, np.asarray(tokens.positions))])
     spread = 3 * np.asarray(model.W_E)[np.asarray(tokens.ids)[mask]].std()
     for draw, key in enumerate(jax.random.split(jax.random.key(0), 2)):
-        noise = spread * np.asarray(jax.random.normal(key, (3, 6, 12), jnp.float32))
+        by_position = spread * np.asarray(jax.random.normal(key, (3, 6, 12), model.dtype))
+        noise = np.take_along_axis(by_position, np.maximum(np.asarray(tokens.positions), 0)[..., None], axis=1)
         fixed = {"embed": mj.Add(noise, mj.Where(pos=mask))}
         corrupted = mj.run(model, tokens, fixed, capture=("mlp_out",))
         assert error(told.corrupted.sel(draw=draw), prob(corrupted)) < 1e-5
