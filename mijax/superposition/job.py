@@ -116,12 +116,11 @@ class TrainingJob(NamedTuple):
         Raises:
             ValueError: where a second trace differs, as where a factory draws random numbers.
         """
-        names = [f"{a.program.name}" for a, b in zip(programs, self.programs(settings, seed)) if _differ(a, b)]
-        if names:
+        if any(_differ(a, b) for a, b in zip(programs, self.programs(settings, seed))):
             raise ValueError(
-                f"{' and '.join(dict.fromkeys(names))}: the factory gives something else at each call (it draws numbers, or reads a"
-                " clock), so that training, loss and result would be of different data: draw outside of the factory, or from a key"
-                " of jax.random that is always the same"
+                "the factory of the toy or of the optimizer gives something else at each call (it draws numbers, or reads a clock), so"
+                " that training, loss and result would be of different data: draw outside of the factory, or from a key of jax.random"
+                " that is always the same"
             )
 
     def begin(self, settings: Settings, seed: Any) -> State:
