@@ -1,6 +1,7 @@
 """Checks of users' arguments that many functions take."""
 
 import operator
+from numbers import Real
 from typing import Any, TypeVar
 
 import jax
@@ -39,6 +40,49 @@ def whole_number(name: str, value: Any, least: int | None = 0) -> int:
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, given {number}")
     return number
+
+
+def bytes_of(memory: float | None) -> int | None:
+    """Convert the argument `memory` of a driver.
+
+    Args:
+        memory: a number of bytes, or `None`.
+
+    Returns:
+        The same as an integer.
+
+    Raises:
+        TypeError: for anything that is no number.
+        ValueError: for a number that is not positive.
+    """
+    if memory is None:
+        return None
+    if isinstance(memory, bool) or not isinstance(memory, Real):
+        raise TypeError(f"memory must be a number of bytes, given {memory!r}")
+    if not 0 < memory < 2**63:
+        raise ValueError(f"memory must be a number of bytes over 0, given {memory!r}")
+    return int(memory)
+
+
+def check_flag(value: Any, label: str) -> bool:
+    """Check a boolean argument: `"false"` would be read as true.
+
+    Args:
+        value: the argument.
+        label: what the message calls it.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: for anything but a boolean.
+
+    >>> check_flag(np.True_, "special")
+    True
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{label} must be True or False, given {value!r}")
+    return bool(value)
 
 
 def check_key(key: Any) -> None:

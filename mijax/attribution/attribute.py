@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mijax._types import ArrayLike
-from mijax.arguments import check_known
+from mijax.arguments import bytes_of, check_known
 from mijax.attribution.checks import check_apart, check_differ, check_gradient, check_layered, check_nodes
 from mijax.attribution.estimates import AttributionJob, estimated, schedule
 from mijax.attribution.gradient import AtP
@@ -16,9 +16,8 @@ from mijax.attribution.method import Estimates, Method
 from mijax.attribution.nodes import Sites, nodes_of
 from mijax.attribution.verify import Verify, check_exact, coincide, verified
 from mijax.engine.labels import with_positions
-from mijax.engine.measure import Metrics, as_floats, described, named
+from mijax.engine.measure import Metrics, as_floats, described, is_users, named
 from mijax.engine.names import EFFECT, METRIC, QUANTITY, RUN
-from mijax.engine.options import bytes_of
 from mijax.engine.pairs import Direction, check_pair
 from mijax.interventions.checks import check
 from mijax.memory import PeakMemory, default_memory
@@ -149,7 +148,7 @@ def _check(job: AttributionJob) -> None:
     check_known("attribute", job.programs)
     for name, metric in job.programs.items():
         check_gradient(job.model, job.base, name, metric)
-        if getattr(job.metrics[name], "users_code", True):
+        if is_users(job.metrics[name]):
             check_apart(job.model, job.base, name, metric)
 
 

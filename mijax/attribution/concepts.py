@@ -10,7 +10,7 @@ import numpy as np
 from mijax._types import Array, ArrayLike, Float
 from mijax.arguments import check_known
 from mijax.attribution.checks import check_apart, check_differ, check_gradient, check_layered
-from mijax.engine.measure import as_programs, captures_of, checked, described, named, values_of
+from mijax.engine.measure import as_programs, captures_of, checked, described, is_users, named, values_of
 from mijax.engine.pairs import check_pair
 from mijax.forward import run, zero_varying_like
 from mijax.interventions.checks import check
@@ -83,7 +83,7 @@ def gradients(
     name, program = _program(model, tokens, metric)
     check_gradient(model, tokens, name, program)
     in_shard_map = any(map(mesh_axes_of, jax.tree.leaves((model, tokens, program))))
-    if getattr(metric, "users_code", True) and not in_shard_map:  # there, nothing can be computed beside the trace
+    if is_users(metric) and not in_shard_map:  # there, nothing can be computed beside the trace
         check_apart(model, tokens, name, program)
     where = None if pos is None else Where(pos=position(pos))
     for site in sites:
@@ -177,7 +177,7 @@ def concept(
         )
     name, program = _program(model, positive, metric)
     check_gradient(model, positive, name, program)
-    if getattr(metric, "users_code", True):
+    if is_users(metric):
         check_apart(model, positive, name, program)
     for tokens in (positive, negative):
         check(model, tokens, {}, {site: Where(pos=position(pos))})

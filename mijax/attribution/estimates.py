@@ -17,18 +17,8 @@ from mijax.attribution.side_by_side import gated, group_size
 from mijax.attribution.taps import Path
 from mijax.engine.driver import check_kept_model
 from mijax.engine.layout import row_bytes
-from mijax.engine.measure import (
-    as_programs,
-    captures_of,
-    check_takes,
-    checked,
-    is_small,
-    is_split,
-    metric_bytes,
-    of_first,
-    taken,
-    values_of,
-)
+from mijax.engine.measure import as_programs, captures_of, checked, is_small, metric_bytes, values_of
+from mijax.engine.per_example import check_takes, is_split, of_first, taken
 from mijax.metrics import AnyMetric
 from mijax.model.model import LayeredModel
 from mijax.model.tokens import Tokens

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +10,11 @@ import numpy as np
 import tokenizers
 
 from mijax._types import ArrayLike
+from mijax.arguments import check_flag
 from mijax.checkpoints.json_files import read_object
 from mijax.checkpoints.prefix_space import apply_prefix_space
 from mijax.checkpoints.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens, settings_of
+from mijax.checkpoints.texts import check_text, prompts_of, text_list
 from mijax.model.tokens import Tokens, integers
 
 FILES = (
@@ -60,8 +62,8 @@ class Tokenizer:
             chat_template = dict(chat_template) if chat_template.keys() - {"default"} else chat_template.get("default")
         self.chat_template = chat_template
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
-        self.extra_special_tokens: tuple[str, ...] = _text_list(extra_special_tokens, "extra_special_tokens")
-        _text_list(list(self.special_tokens.values()), "special_tokens")
+        self.extra_special_tokens: tuple[str, ...] = text_list(extra_special_tokens, "extra_special_tokens")
+        text_list(list(self.special_tokens.values()), "special_tokens")
         add_special_tokens(SpecialTokens(self.special_tokens, self.extra_special_tokens), backend)
         self._end_tokens = tuple(self._known(list(end_tokens)))
 
@@ -154,7 +156,7 @@ class Tokenizer:
         """
         if padding not in ("left", "right"):
             raise ValueError(f"padding must be 'left' or 'right', given {padding!r}")
-        texts, special = _prompts(texts), check_flag(special, "special")
+        texts, special = prompts_of(texts), check_flag(special, "special")
         encoded = [self.backend.encode(text, add_special_tokens=special).ids for text in texts]
         if not encoded or not all(encoded):
             where = next((f" at {i}: {texts[i]!r}" for i, ids in enumerate(encoded) if not ids), "")
@@ -320,7 +322,7 @@ class Tokenizer:
         >>> Tokenizer(backend).token_id("b")
         1
         """
-        _check_text(text, "text")
+        check_text(text, "text")
         ids = self.backend.encode(text, add_special_tokens=False).ids
         if len(ids) != 1:
             raise ValueError(f"{text!r} is not a single token: it is split into {self.strings(ids)}")
@@ -348,56 +350,6 @@ class Tokenizer:
     def _templates(self) -> Mapping[str, str]:
         """The chat templates, by name."""
         return {"default": self.chat_template} if isinstance(self.chat_template, str) else self.chat_template or {}
-
-
-def check_flag(value: Any, label: str) -> bool:
-    """Check a boolean argument: `"false"` would be read as true.
-
-    Args:
-        value: the argument.
-        label: what the message calls it.
-
-    Returns:
-        The value.
-
-    Raises:
-        TypeError: for anything but a boolean.
-
-    >>> check_flag(np.True_, "special")
-    True
-    """
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{label} must be True or False, given {value!r}")
-    return bool(value)
-
-
-def _prompts(texts: Any) -> list[str]:
-    """One text, or several in their order, as a list."""
-    if isinstance(texts, str):
-        texts = [texts]
-    if isinstance(texts, Mapping | Set | bytes) or not isinstance(texts, Iterable):
-        raise TypeError(f"prompts must be a text or a list of texts, given {type(texts).__name__}")
-    texts = list(texts)
-    for i, text in enumerate(texts):
-        _check_text(text, f"prompt {i}")
-    return texts
-
-
-def _check_text(text: Any, label: str) -> None:
-    """Refuse what is no text, or a text that no encoding can write."""
-    if not isinstance(text, str):
-        raise TypeError(f"{label} must be a string, given {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{label} has half of a surrogate pair at {error.start}: {text!r}") from error
-
-
-def _text_list(texts: Any, label: str) -> tuple[str, ...]:
-    """Texts as a tuple."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{label} must be texts, given {texts!r}")
-    return tuple(texts)
 
 
 def _is_token(backend: tokenizers.Tokenizer, i: int) -> bool:

@@ -16,19 +16,10 @@ from mijax.engine.cells import Cells, Stack, cells_of
 from mijax.engine.chunk import Base, Chunk, base_of, run_chunk
 from mijax.engine.examples import Prompts, groups
 from mijax.engine.layout import Layout, SweepJob, job_of, layout_bytes, layout_of, operations
-from mijax.engine.measure import (
-    Metrics,
-    Values,
-    captures_of,
-    checked,
-    is_small,
-    named,
-    of_first,
-    reads_activations,
-    values_of,
-)
+from mijax.engine.measure import Metrics, Values, captures_of, checked, is_small, named, reads_activations, values_of
 from mijax.engine.names import check_metric_names
 from mijax.engine.options import Options, Running, options_of
+from mijax.engine.per_example import of_first
 from mijax.engine.plan import Plan, chunk_of, columns_read, plan, work
 from mijax.forward import run
 from mijax.interventions.edits import Interventions

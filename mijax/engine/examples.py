@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from mijax.engine.cells import Cells
-from mijax.engine.measure import check_takes, is_split, taken
+from mijax.engine.per_example import check_takes, is_split, taken
 from mijax.interventions.edits import Apply, Edit
 from mijax.interventions.places import Examples, of_examples, zips_examples
 from mijax.metrics import AnyMetric

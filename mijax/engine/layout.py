@@ -12,7 +12,8 @@ from mijax._types import Int
 from mijax.arguments import check_known
 from mijax.engine.cells import Cells, canonical_cells, check_cells, convert_cells
 from mijax.engine.examples import tokens_of, why_together
-from mijax.engine.measure import as_programs, metric_bytes, read_by, reads_activations, taken
+from mijax.engine.measure import as_programs, metric_bytes, read_by, reads_activations
+from mijax.engine.per_example import taken
 from mijax.engine.plan import Shape, Size, Work, capacity, columns_read, tokens_of_cell, work
 from mijax.metrics import AnyMetric
 from mijax.model.model import Model

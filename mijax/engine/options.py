@@ -3,11 +3,11 @@
 import difflib
 import os
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any, NamedTuple, TypedDict
 
 from jax.sharding import Mesh
 
+from mijax.arguments import bytes_of
 from mijax.memory import default_memory
 
 
@@ -44,28 +44,6 @@ class Options(NamedTuple):
     def budget(self) -> int:
         """The bytes that a chunk may take."""
         return default_memory() if self.memory is None else self.memory
-
-
-def bytes_of(memory: float | None) -> int | None:
-    """Convert the argument `memory` of a driver.
-
-    Args:
-        memory: a number of bytes, or `None`.
-
-    Returns:
-        The same as an integer.
-
-    Raises:
-        TypeError: for anything that is no number.
-        ValueError: for a number that is not positive.
-    """
-    if memory is None:
-        return None
-    if isinstance(memory, bool) or not isinstance(memory, Real):
-        raise TypeError(f"memory must be a number of bytes, given {memory!r}")
-    if not 0 < memory < 2**63:
-        raise ValueError(f"memory must be a number of bytes over 0, given {memory!r}")
-    return int(memory)
 
 
 def options_of(running: Mapping[str, Any]) -> Options:

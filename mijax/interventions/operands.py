@@ -66,11 +66,11 @@ def basis_in_full(basis: Any, site: Site, stacked: bool = False) -> Array | np.n
     return basis.reshape(*lead, *(1,) * (len(lead_axes) - len(sizes)), *sizes, k, unit)
 
 
-def check_basis(given: tuple[int, ...], what: str, site: Site, shape: tuple[int, ...]) -> None:
+def check_basis(dims: tuple[int, ...], what: str, site: Site, shape: tuple[int, ...]) -> None:
     """Check that the shape of a basis fits a site, in one way only.
 
     Args:
-        given: the shape of the basis.
+        dims: the shape of the basis.
         what: its name, for errors.
         site: the site that the basis acts at.
         shape: the shape of the site.
@@ -82,12 +82,12 @@ def check_basis(given: tuple[int, ...], what: str, site: Site, shape: tuple[int,
     expected = f"the shape of site {site.name!r}, {' '.join(site.axes)} = {shape}"
     if not site.has_vectors:
         raise ValueError(f"{what} needs a site of vectors; the last axis of {expected} is not one")
-    sizes, lead = dict(zip(site.axes, shape)), given[:-2]
+    sizes, lead = dict(zip(site.axes, shape)), dims[:-2]
     lead_axes = [axis for axis in ("layer", site.head_axis) if axis in sizes]
     fits = [axis for axis in lead_axes if lead == (sizes[axis],)]
     full = len(lead) == len(lead_axes) and all(n in (1, sizes[axis]) for n, axis in zip(lead, lead_axes))
     ways = " or ".join(["[k, unit]", *(f"[{axis}, k, unit]" for axis in lead_axes)])
-    if given[-1] != shape[-1] or not (lead == () or fits or full):
+    if dims[-1] != shape[-1] or not (lead == () or fits or full):
         many = (
             f", {ways}, or [layer, head, k, unit]"
             if len(lead_axes) == 2
@@ -95,22 +95,22 @@ def check_basis(given: tuple[int, ...], what: str, site: Site, shape: tuple[int,
             if lead_axes
             else ""
         )
-        raise ValueError(f"{what} has shape {given}, expected [k, {shape[-1]}]{many} for {expected}")
+        raise ValueError(f"{what} has shape {dims}, expected [k, {shape[-1]}]{many} for {expected}")
     if len(fits) == 2:
         raise ValueError(
-            f"{what} has shape {given}, which could be one per layer or one per head of {expected}: give it as"
+            f"{what} has shape {dims}, which could be one per layer or one per head of {expected}: give it as"
             f" [{sizes['layer']}, 1, ...] or [1, {sizes[lead_axes[1]]}, ...]"
         )
 
 
-def check_operand(given: tuple[int, ...], what: str, site: Site, shape: tuple[int, ...]) -> None:
+def check_operand(dims: tuple[int, ...], what: str, site: Site, shape: tuple[int, ...]) -> None:
     """Check that the shape of an operand broadcasts to a site, in one way only.
 
     At a site of vectors the last axis of the operand is that of the vectors. An axis of size 1 could be any axis,
     which makes no difference.
 
     Args:
-        given: the shape of the operand.
+        dims: the shape of the operand.
         what: its name, for errors.
         site: the site that the operand acts at.
         shape: the shape of the site.
@@ -121,15 +121,15 @@ def check_operand(given: tuple[int, ...], what: str, site: Site, shape: tuple[in
     """
     axes = site.axes
     expected = f"the shape of site {site.name!r}, {' '.join(axes)} = {shape}"
-    fits = len(given) <= len(shape) and all(n in (1, m) for n, m in zip(given[::-1], shape[::-1]))
-    readings = _readings(given, site, shape) if len(given) < len(shape) else []
+    fits = len(dims) <= len(shape) and all(n in (1, m) for n, m in zip(dims[::-1], shape[::-1]))
+    readings = _readings(dims, site, shape) if len(dims) < len(shape) else []
     as_text = lambda reading: f"axes=({', '.join(repr(field_of(axis)) for axis in reading)}{',' * (len(reading) == 1)})"
     if not fits:
         hint = f" (it would with {' or '.join(map(as_text, readings))})" if readings else ""
-        raise ValueError(f"{what} has shape {given}, which does not broadcast to {expected}{hint}")
+        raise ValueError(f"{what} has shape {dims}, which does not broadcast to {expected}{hint}")
     if len(readings) > 1:
         raise ValueError(
-            f"{what} has shape {given}, which fits {expected} in {len(readings)} ways: say which is meant, "
+            f"{what} has shape {dims}, which fits {expected} in {len(readings)} ways: say which is meant, "
             + " or ".join(map(as_text, readings))
         )
 

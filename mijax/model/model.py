@@ -85,16 +85,16 @@ class Model(UsersCode, ShownAsTree):
         """A value that, beside the arrays, tells this model from others: saved results are compared by it."""
         return f"{type(self).__module__}.{type(self).__qualname__}"
 
-    def inputs(self, given: Any) -> Inputs:
+    def inputs(self, values: Any) -> Inputs:
         """Convert what the user passes to a batch as `forward` takes it.
 
         Args:
-            given: by default any array with a leading axis of examples, or `Inputs`.
+            values: by default any array with a leading axis of examples, or `Inputs`.
 
         Returns:
             The batch.
         """
-        return given if isinstance(given, Inputs) else Inputs(given)
+        return values if isinstance(values, Inputs) else Inputs(values)
 
     def check(self) -> None:
         """Check the parameters; by default nothing is checked.
@@ -302,9 +302,9 @@ class LayeredModel(Model):
     def n_ctx(self) -> int:
         """The greatest number of tokens of a prompt."""
 
-    def inputs(self, given: Any) -> Tokens:
+    def inputs(self, values: Any) -> Tokens:
         """Prompts as `Tokens`: returned unchanged, or made of plain ids, all of which are real tokens."""
-        return as_tokens(given)
+        return as_tokens(values)
 
     def forward(self, inputs: Any, frame: Frame, tap: Tap, state: State) -> tuple[Readout, State]:
         """Embed the tokens, run all layers, and apply the last norm."""

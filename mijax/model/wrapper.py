@@ -85,9 +85,9 @@ class Wrapper(LayeredModel):
         """The inner model's."""
         return self.model.n_ctx
 
-    def inputs(self, given: Any) -> Tokens:
+    def inputs(self, values: Any) -> Tokens:
         """The inner model's."""
-        return self.model.inputs(given)
+        return self.model.inputs(values)
 
     def check(self) -> None:
         """The inner model's."""

@@ -3,7 +3,6 @@
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 
 from mijax import chunks
 from mijax._types import Array, ArrayLike
-from mijax.arguments import whole_number
+from mijax.arguments import bytes_of, whole_number
 from mijax.memory import PeakMemory, default_memory
 from mijax.superposition.job import Programs, State, TrainingJob, advance, begin, judge, model_bytes
 from mijax.superposition.loss import Toy
@@ -103,11 +102,11 @@ def train(
         raise ValueError(f"nan={nan!r}: 'raise' or 'mask' is expected")
     optimizer, mesh = optimizer or _adam, None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
     grid = grid_of(over, {"toy": toy, "optimizer": optimizer})
-    log_at = _checked_numbers(steps, batch, judged_on, log_at, memory)
+    log_at, memory = _checked_numbers(steps, batch, judged_on, log_at), bytes_of(memory)
     job = TrainingJob(toy, optimizer, batch, judged_on, tuple((log or {}).items()))
     programs = _checked(job, grid, log_at)
     bytes_per_model = model_bytes(job, *_example(grid), programs.begin.out)
-    budget = _default_memory(bytes_per_model) if memory is None else int(memory)
+    budget = _default_memory(bytes_per_model) if memory is None else memory
     parts = _parts(grid, budget // bytes_per_model, 1 if mesh is None else mesh.devices.shape[0])
     if parts is None:
         raise ValueError(
@@ -144,7 +143,7 @@ def _example(grid: SettingsGrid) -> tuple[dict[str, Any], Any]:
     return {name: values[0] for name, values in grid.at(np.zeros(1, int)).items()}, np.uint32(grid.seeds[0])
 
 
-def _checked_numbers(steps: Any, batch: Any, judged_on: Any, log_at: Sequence[Any], memory: Any) -> list[int]:
+def _checked_numbers(steps: Any, batch: Any, judged_on: Any, log_at: Sequence[Any]) -> list[int]:
     """The sorted steps of `log_at`, after checks of all numbers; raises for one of the wrong type or out of range."""
     whole_number("steps", steps)
     for name, count in {"batch": batch, "judged_on": judged_on}.items():
@@ -153,8 +152,6 @@ def _checked_numbers(steps: Any, batch: Any, judged_on: Any, log_at: Sequence[An
     numbers = sorted({whole_number("a step of log_at", step) for step in log_at})
     if numbers and numbers[-1] > steps:
         raise ValueError(f"log_at={numbers}: between 0 and the {steps} steps are expected")
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, Real)):
-        raise TypeError(f"memory must be a number of bytes, given {memory!r}")
     return numbers
 
 
