@@ -277,9 +277,14 @@ def _is_metric(result: Any) -> bool:
     if QUANTITY in result.attrs:
         return result.attrs[QUANTITY] == METRIC
     name = _coordinate(result, "base")
-    return (
-        name is not None and QUANTITY not in result[name].attrs
-    )  # with it, the result had the attribute too, and lost it
+    if name is None or QUANTITY not in result[name].attrs:
+        return name is not None  # an array that mijax did not make: a metric if it has a base
+    if result.name is None:
+        return False  # `result - result.base`: xarray drops the attribute and the name, in which the two differ
+    raise ValueError(
+        f"{result.name!r} has lost the attributes of a result (xarray drops them under keep_attrs=False): whether its base is taken"
+        " off already cannot be told; compute it under xarray.set_options(keep_attrs=True), or take the base off: result - result.base"
+    )
 
 
 def _effect(result: Any) -> Any:

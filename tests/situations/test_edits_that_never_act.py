@@ -219,3 +219,14 @@ def test_a_mask_of_zeros_and_ones(field):
     for mask in ([0, 1, 1, 0], [[0, 1, 1, 0]]):
         with refused(ValueError, "holds only 0 and 1, one for every column"):
             mj.run(model(), [[1, 2, 3, 4]], {site: mj.Scale(0.0, mj.Where(**{field: np.array(mask)}))})
+
+
+def test_zeros_and_ones_in_a_zipped_list_are_positions():
+    edit = {"z": mj.Scale(0.0, mj.Where(layer=[0, 1, 2, 2], pos=[0, 1, 0, 1], head=[0, 0, 1, 1]))}
+    each = {
+        "z": [
+            mj.Scale(0.0, mj.Where(layer=n, pos=p, head=h)) for n, p, h in ((0, 0, 0), (1, 1, 0), (2, 0, 1), (2, 1, 1))
+        ]
+    }
+    zipped, apart = (np.asarray(mj.run(model(), [[1, 2, 3, 4]], e).logits) for e in (edit, each))
+    assert np.allclose(zipped, apart, atol=1e-5)

@@ -344,3 +344,27 @@ def test_the_error_of_an_estimate_is_no_metric():
         verify=mj.Verify(1),
     )
     assert set(mj.bootstrap(verified[["z", "z.measured"]])) == {"z"}  # which cells were measured is of no prompt
+
+
+def test_a_result_that_lost_its_attributes():
+    prompts, others = [[i, i + 1, i + 2] for i in range(1, 8)], [[i, i + 3, i + 2] for i in range(1, 8)]
+    result = mj.patch(
+        model(),
+        clean=prompts,
+        corrupted=others,
+        site="z",
+        over=("layer", "head"),
+        metric=mj.metrics.logit(3),
+        progress=False,
+    )
+    with xr.set_options(keep_attrs=False):
+        mean = result.mean("head")
+    for call in (mj.normalise, mj.bootstrap, mj.sign_flips):
+        with refused(ValueError, "whether its base is taken off already cannot be told"):
+            call(mean)
+    kept = result.mean("head")
+    assert np.allclose(
+        mj.sign_flips((kept - kept.base).drop_vars(["base", "source"]), draws=9).t,
+        mj.sign_flips(kept, draws=9).t,
+        rtol=1e-3,
+    )
