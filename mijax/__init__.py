@@ -22,10 +22,11 @@ from those before it):
 import importlib.metadata
 
 from mijax import metrics, plots, superposition
+from mijax.attribution.atp import AtP
 from mijax.attribution.atp_star import AtPStar
 from mijax.attribution.attribute import attribute
-from mijax.attribution.concepts import Gradients, concept, gradients
-from mijax.attribution.gradient import AtP
+from mijax.attribution.concepts import concept
+from mijax.attribution.gradients import Gradients, gradients
 from mijax.attribution.integrated import IntegratedGradients
 from mijax.attribution.verify import Verify
 from mijax.cache import compilation_cache

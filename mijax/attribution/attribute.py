@@ -9,9 +9,9 @@ import numpy as np
 
 from mijax._types import ArrayLike
 from mijax.arguments import bytes_of, check_known
+from mijax.attribution.atp import AtP
 from mijax.attribution.checks import check_apart, check_differ, check_gradient, check_layered, check_nodes
 from mijax.attribution.estimates import AttributionJob, estimated, schedule
-from mijax.attribution.gradient import AtP
 from mijax.attribution.method import Estimates, Method
 from mijax.attribution.nodes import Sites, nodes_of
 from mijax.attribution.verify import Verify, check_exact, coincide, verified

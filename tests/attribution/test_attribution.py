@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import mijax as mj
-from mijax.attribution.concepts import logistic_probe
+from mijax.attribution.atp import AtP
 from mijax.attribution.estimates import AttributionJob, Schedule, _chunk, estimated, layers_bytes, prompt_bytes
-from mijax.attribution.gradient import AtP
 from mijax.attribution.method import Examples
 from mijax.attribution.nodes import nodes_of
+from mijax.attribution.probe import logistic_probe
 from mijax.attribution.verify import Verify, most_missed, verified
 from mijax.engine.measure import metric_bytes
 from tests.architectures import ARCHITECTURES, IDS, batch, error, example, random_model
