@@ -1,6 +1,5 @@
 """Training every toy model of a grid of settings in one compiled loop."""
 
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,20 +13,16 @@ from mijax import chunks
 from mijax._types import Array, ArrayLike
 from mijax.arguments import bytes_of, whole_number
 from mijax.memory import PeakMemory, default_memory
-from mijax.superposition.job import Programs, State, TrainingJob, advance, begin, judge, model_bytes
+from mijax.superposition.gathered import Gathered
+from mijax.superposition.job import Programs, State, TrainingJob, model_bytes
 from mijax.superposition.loss import Toy
 from mijax.superposition.model import Params
 from mijax.superposition.settings import SettingsGrid, grid_of
+from mijax.superposition.turns import Schedule, Trainer, parts_of
 
 if TYPE_CHECKING:
     import optax
     import xarray as xr
-
-TURNS, STEPS = 20, 100
-"""The largest number of turns that a chunk's steps are divided into, and the least number of steps of several turns.
-
-A turn is saved when it is done.
-"""
 
 
 def train(
@@ -107,20 +102,25 @@ def train(
     programs = _checked(job, grid, log_at)
     bytes_per_model = model_bytes(job, *_example(grid), programs.begin.out)
     budget = _default_memory(bytes_per_model) if memory is None else memory
-    parts = _parts(grid, budget // bytes_per_model, 1 if mesh is None else mesh.devices.shape[0])
+    parts = parts_of(grid, budget // bytes_per_model, 1 if mesh is None else mesh.devices.shape[0])
     if parts is None:
         raise ValueError(
             f"memory={budget} bytes does not hold one model for each device, which takes {bytes_per_model}"
         )
     store = None if save is None else _store(save, job, programs, grid, steps, log_at, parts, mesh)
-    parts = parts if store is None else store.plan or parts
-    run = _Run(job, programs, grid, parts, steps, log_at, store, mesh, strict=nan == "raise")
-    estimate = bytes_per_model * min(grid.cells * len(grid.seeds), run.parts[0][0].size * run.parts[0][1].size)
-    bar = chunks.progress_bar(len(run.parts) * run.ends[-1], "train", "step", progress)
+    schedule = Schedule(parts if store is None else store.plan or parts, steps, log_at)
+    gathered = Gathered(grid, schedule, _parameters(programs.begin.out), strict=nan == "raise")
+    bar = chunks.progress_bar(len(schedule.chunks) * schedule.ends[-1], "train", "step", progress)
     with PeakMemory() as peak, bar:
-        chunks.run_chunks(run, run.keep, len(run.parts) * len(run.ends), bar, store=store)
-    attrs = {"memory_estimate": float(estimate)}
-    return _labelled(run, attrs if peak.taken is None else {**attrs, "memory_peak": float(peak.taken)})
+        trainer = Trainer(programs, grid, schedule, store, mesh)
+        chunks.run_chunks(trainer, gathered.keep, len(schedule), bar, store=store)
+    seeds, cells = schedule.chunks[0]
+    estimate = bytes_per_model * min(grid.cells * len(grid.seeds), seeds.size * cells.size)
+    attrs = {"steps": schedule.ends[-1], "batch": batch or "exact", "jax": jax.__version__}
+    memory_attrs = {"memory_estimate": float(estimate)} | (
+        {} if peak.taken is None else {"memory_peak": float(peak.taken)}
+    )
+    return gathered.labelled(_dims(job, grid), attrs | memory_attrs)
 
 
 def _default_memory(least: int) -> int:
@@ -218,27 +218,6 @@ def _check_values(job: TrainingJob, grid: SettingsGrid) -> None:
         )
 
 
-def _parts(grid: SettingsGrid, models: int, width: int) -> dict[str, np.ndarray] | None:
-    """The indices `cells [part, cell]` and `seeds [part, seed]`: a chunk is a row of each. `None` for `models` below 1.
-
-    All chunks have the same size, at most `models` models on each of `width` devices. A chunk has as many cells as
-    fit before it has several seeds, since the cells of one seed share its draws.
-    """
-    if models < 1:
-        return None
-    cells = _equal(grid.cells, models * width, width)
-    return {"cells": cells, "seeds": _equal(len(grid.seeds), max(1, models * width // cells.shape[1]), 1)}
-
-
-def _equal(count: int, limit: int, multiple: int) -> np.ndarray:
-    """The numbers below `count` in rows of at most `limit`, a multiple of `multiple`, padded with the last number."""
-    rows = -(-count // limit)
-    width = -(-count // rows)
-    width = -(-width // multiple) * multiple
-    rows = -(-count // width)
-    return np.minimum(np.arange(rows * width), count - 1).reshape(rows, width)
-
-
 def _store(
     save: Any,
     job: TrainingJob,
@@ -267,130 +246,10 @@ def _store(
     return store
 
 
-class _Run:
-    """The chunks of a grid, each divided into turns of several steps.
-
-    `chunks.run_chunks` calls it with the number of a turn, in order, and `keep` with the results. Turns are
-    numbered chunk by chunk.
-    """
-
-    def __init__(
-        self, job: TrainingJob, programs: Programs, grid: SettingsGrid, parts: Mapping[str, np.ndarray], steps: int, log_at: list[int],
-        store: chunks.Store | None, mesh: Mesh | None, strict: bool,
-    ):  # fmt: skip
-        self.job, self.grid, self.log_at, self.store, self.mesh, self.strict = job, grid, log_at, store, mesh, strict
-        self.programs = programs
-        self.parts = list(itertools.product(parts["seeds"], parts["cells"]))
-        turns = max(1, min(TURNS, steps // STEPS))
-        self.ends = sorted({*log_at, *(np.arange(1, turns + 1) * steps // turns).tolist()})
-        self.state = jax.eval_shape(lambda *inputs: begin(programs, None, *inputs), *self._inputs(0))
-        self.names = {f"state.{i}": name for i, name in enumerate(_parameters(self.state))}
-        self.live: tuple[int, State] | None = None
-        self.whole: dict[str, np.ndarray] = {}
-
-    def _inputs(self, part: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The settings `[cell]` and the seeds `[seed]` of a chunk."""
-        seeds, cells = self.parts[part]
-        return self.grid.at(cells), self.grid.seeds[seeds].astype(np.uint32)
-
-    def __call__(self, numbers: Sequence[int]) -> dict[str, Array]:
-        part, turn = divmod(numbers[0], len(self.ends))
-        inputs = self._inputs(part)
-        start = self.ends[turn - 1] if turn else 0
-        state = advance(
-            self.programs, self.mesh, *inputs, self._before(numbers[0], turn, inputs), start, self.ends[turn]
-        )
-        self.live = numbers[0], state
-        is_last = turn == len(self.ends) - 1
-        results = {"failed_at": state.failed_at}
-        if is_last or self.ends[turn] in self.log_at:
-            results |= {f"judged.{k}": v for k, v in judge(self.programs, self.mesh, *inputs, state).items()}
-        if is_last or self.store is not None:
-            results |= {f"state.{i}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
-        return results
-
-    def _before(self, number: int, turn: int, inputs: Any) -> State:
-        """The state before a turn: initial, or that of the previous turn, in memory or saved."""
-        if turn == 0:
-            return begin(self.programs, self.mesh, *inputs)
-        if self.live is not None and self.live[0] == number - 1:
-            return self.live[1]
-        arrays = self.store.load(number - 1) if self.store else None
-        assert arrays is not None  # turns run in order, and a damaged one is run again before the next
-        leaves, structure = jax.tree.flatten(self.state)
-        return jax.tree.unflatten(structure, [arrays[f"state.{i}"] for i in range(len(leaves))])
-
-    def keep(self, number: int, arrays: Mapping[str, np.ndarray]) -> int:
-        """Write a turn's results into the arrays of the whole grid.
-
-        Args:
-            number: number of the turn.
-            arrays: its results, on the host.
-
-        Returns:
-            The number of steps of the turn.
-
-        Raises:
-            FloatingPointError: where `strict`, for a model that is no longer finite.
-        """
-        part, turn = divmod(number, len(self.ends))
-        seeds, cells = self.parts[part]
-        if "judged.loss" in arrays:  # finite parameters may have a loss that is not finite
-            failed = (arrays["failed_at"] < 0) & ~np.isfinite(arrays["judged.loss"])
-            arrays = {**arrays, "failed_at": np.where(failed, self.ends[turn], arrays["failed_at"])}
-        if self.strict and (arrays["failed_at"] >= 0).any():
-            raise FloatingPointError(self._failures(arrays["failed_at"], seeds, cells))
-        index, step = np.ix_(seeds, cells), self.ends[turn]
-        judged = {key.removeprefix("judged."): value for key, value in arrays.items() if key.startswith("judged.")}
-        if step in self.log_at:
-            for name, value in judged.items():
-                self._whole(f"log.{name}", value, len(self.log_at))[(*index, self.log_at.index(step))] = value
-        if turn == len(self.ends) - 1:
-            variables = {"failed_at": arrays["failed_at"], **judged} | {
-                name: arrays[key] for key, name in self.names.items()
-            }
-            for name, value in variables.items():
-                self._whole(name, value)[index] = value
-        return step - (self.ends[turn - 1] if turn else 0)
-
-    def _whole(self, name: str, part: np.ndarray, *axes: int) -> np.ndarray:
-        """The array `[seed, cell, *axes, ...]` of the whole grid for a variable of which `part` is a chunk's."""
-        shape = (len(self.grid.seeds), self.grid.cells, *axes, *part.shape[2:])
-        return self.whole.setdefault(name, np.zeros(shape, part.dtype))
-
-    def _failures(self, failed: np.ndarray, seeds: np.ndarray, cells: np.ndarray) -> str:
-        """The error message for chunk-sized `failed_at [seed, cell]`: the first five models, by step."""
-        models = sorted({(seeds[i], cells[j], failed[i, j]) for i, j in np.argwhere(failed >= 0)}, key=lambda f: f[2])
-        labels = [f"{self.grid.label(cell, seed)} after step {step}" for seed, cell, step in models[:5]]
-        more = [f"and {len(models) - 5} more"] * (len(models) > 5)
-        return f"no longer finite: {'; '.join([*labels, *more])}. nan='mask' trains the others"
-
-
 def _parameters(state: Any) -> list[str]:
     """The names of a model's parameters, in the order of the state's leaves; the parameters are its first leaves."""
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(state.params)[0]]
     return ["".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path) or "params" for path in paths]
-
-
-def _labelled(run: _Run, memory_attrs: dict[str, float]) -> "xr.Dataset":
-    """All variables with the grid's dimensions, NaN where a model failed."""
-    import xarray as xr
-
-    grid, dims, failed = run.grid, _dims(run.job, run.grid), run.whole["failed_at"] >= 0
-    variables: dict[str, Any] = {}
-    for name, values in run.whole.items():
-        if failed.any():
-            values = (
-                np.where(failed.reshape(*failed.shape, *[1] * (values.ndim - 2)), np.nan, values)
-                if name != "failed_at"
-                else values
-            )
-        along = ("step",) if name.startswith("log.") else ()
-        inner = dims.get(name) or tuple(f"{name}_{i}" for i in range(values.ndim - 2 - len(along)))
-        variables[name] = ((*grid.axes, *along, *inner), grid.shaped(values))
-    coords = {**grid.axes, **({"step": run.log_at} if run.log_at else {})}
-    attrs = {"steps": run.ends[-1], "batch": run.job.batch or "exact", "jax": jax.__version__, **memory_attrs}
-    return xr.Dataset(variables, coords, attrs)
 
 
 def _dims(job: TrainingJob, grid: SettingsGrid) -> dict[str, tuple[str, ...]]:
