@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import mijax as mj
 
@@ -17,14 +18,28 @@ ARCHITECTURES = {
         **_small, n_kv_heads=1, d_head=6, positions="rotary", rotary_dim=4, parallel=True, activation="gelu",
         tied_unembed=False, unembed_bias=True,
     ),
-    "attention_only": mj.Config(**{**_small, "d_mlp": 0}, mlp="none", norm="none", attn_out_bias=False),
+    "attention_only": mj.Config(**{**_small, "d_mlp": 0}, mlp="none", norm="none", positions="none", attn_out_bias=False),
     "normless": mj.Config(**_small, norm="none", positions="none", activation="relu", qkv_bias=False, mlp_bias=False),
-    "bidirectional": mj.Config(**_small, causal=False, norm="rms", mlp="gated", activation="gelu_new", attn_scale=0.3),
+    "bidirectional": mj.Config(**_small, causal=False, norm="rms", mlp="gated", activation="relu", attn_scale=0.3),
 }  # fmt: skip
+COVERING = {
+    "gpt2": "right", "llama_gqa": "left", "parallel_mqa_partial_rotary": "none", "attention_only": "right", "bidirectional": "left",
+}  # fmt: skip
+"""Architectures that have every mechanism between them, each with a padding: what the default tier runs the laws on."""
 
 IDS = np.array([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0], [3, 1, 18, 2, 4, 0]])
 LENGTHS = np.array([6, 4, 5])
 PADDINGS = ("none", "left", "right")
+
+
+def cases(*paddings: str) -> pytest.MarkDecorator:
+    """All architectures with these paddings, as parameters `name` and `padding`; those that do not cover are slow."""
+    by_default = {name: padding if padding in paddings else paddings[0] for name, padding in COVERING.items()}
+    marks = lambda name, padding: () if by_default.get(name) == padding else pytest.mark.slow
+    return pytest.mark.parametrize(
+        ("name", "padding"),
+        [pytest.param(name, padding, marks=marks(name, padding)) for name in ARCHITECTURES for padding in paddings],
+    )
 
 
 def batch(padding: str, ids: np.ndarray = IDS) -> mj.Tokens:

@@ -61,7 +61,8 @@ def bootstrap(
 ) -> "xr.DataArray | xr.Dataset":
     """Percentile intervals of the mean effect, over prompts drawn with replacement (Efron 1979).
 
-    The effect is `normalise(result)`; or, where there is no source (as `sweep` and `ablate` give it), the mean of
+    Arithmetic with results is for effects: a difference of two results is `(a - a.base) - (b - b.base)`, since nothing tells
+    from `a - b` that the base is taken off already. The effect here is `normalise(result)`; or, where there is no source (as `sweep` and `ablate` give it), the mean of
     result - base; or, of effects (`result - result.base`, or those that `mediate` and `trace` give), the mean of the
     values. Prompts are taken as independent: where several share a template, the interval says nothing about
     other templates. Prompts that lack a cell's position (coordinate `has_position`) are left out of that cell. A cell

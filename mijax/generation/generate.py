@@ -80,7 +80,7 @@ def generate(
         model: the model.
         tokens: the prompts, `mijax.Tokens` or plain ids `[batch, pos]`.
         interventions: as in `run`. `pos` counts over prompt and new tokens together, from 0, and operands with a
-            position axis have one entry for each of them. Negative positions are refused, since the text has no end
+            position axis have one entry for each column, padding included. Negative positions are refused, since the text has no end
             yet: `prompt_tokens`, `new_tokens` and `current_tokens` (those that a next token is read from, as
             `pos=-1` is in a hook) give masks for `Where(pos=...)`.
         max_new_tokens: the number of new tokens.
@@ -90,7 +90,8 @@ def generate(
         min_p: cut it to the tokens of at least this part of the largest probability.
         stop: tokens after which a prompt's continuation is padding; by default the end tokens of the tokenizer that
             made `tokens`, and none with `()`.
-        key: the random key to draw with; needed at a temperature above 0.
+        key: the random key to draw with; needed at a temperature above 0. What a prompt draws depends on its row in
+            the batch.
         capture: as in `run`, over prompt and new tokens. Negative positions count from the end of the longest
             possible text. `attn_scores` are NaN at keys that did not exist yet when the query was computed.
 

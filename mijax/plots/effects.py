@@ -42,7 +42,7 @@ def heatmaps(
         A figure with the axes of the panels, row by row, and of the colour bar last.
 
     Raises:
-        TypeError: for a limit that is no number.
+        TypeError: for panels of another form, and a limit that is no number.
         ValueError: for no panels, a panel that does not have two dimensions or has no cells, or a limit that is not
             positive and finite.
 
@@ -96,10 +96,11 @@ def colour_limit(panels: Panels, limit: float | None) -> float:
         The value, in the effects' unit.
 
     Raises:
-        TypeError: for a limit that is no number.
+        TypeError: for panels of another form, and a limit that is no number.
         ValueError: for no panels, a panel that does not have two dimensions or has no cells, or a limit that is not
             positive and finite.
     """
+    layout.check_panels(panels, "{row title: {panel title: effects}}, each a DataArray", layout.is_labelled)
     layout.n_columns(panels)
     for row_title, row in panels.items():
         for name, effects in row.items():

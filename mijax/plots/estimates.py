@@ -31,6 +31,7 @@ def scatter(pairs: Pairs, *, title: str = "", notes: Mapping[tuple[str, str], st
         A figure with the axes of the panels, row by row, and of the colour bar last.
 
     Raises:
+        TypeError: for panels of another form.
         ValueError: for no panels, effects without layers, or an estimate whose dimensions or labels are not those of
             the exact effects.
 
@@ -44,6 +45,11 @@ def scatter(pairs: Pairs, *, title: str = "", notes: Mapping[tuple[str, str], st
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
+    layout.check_panels(
+        pairs,
+        "{row title: {panel title: (exact, estimate)}}, DataArrays",
+        lambda pair: layout.is_pair(pair) and all(map(layout.is_labelled, pair)),
+    )
     columns = layout.n_columns(pairs)
     pairs = {
         row_title: {name: _aligned(f"panel {name!r} of row {row_title!r}", *pair) for name, pair in row.items()}

@@ -1,6 +1,6 @@
 """Figures of panels: how many axes there are, how large they are, and which panel each holds."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -52,6 +52,55 @@ def gallery(n_panels: int, columns: int, panel: Inches) -> tuple["Figure", np.nd
         raise ValueError(f"columns={columns}: expected at least 1")
     figure, axes = subplots(-(-n_panels // columns), min(columns, n_panels), panel)
     return figure, axes.ravel()
+
+
+def check_panels(panels: Any, form: str, is_panel: Callable[[Any], bool], levels: int = 2) -> None:
+    """Check that panels are mappings by title, of the form that a function draws.
+
+    Args:
+        panels: what is to be drawn, `{row title: {panel title: panel}}`; or, of one level, `{panel title: panel}`.
+        form: the form, for the message.
+        is_panel: whether a panel is what can be drawn.
+        levels: the number of levels.
+
+    Raises:
+        TypeError: for anything else.
+
+    >>> check_panels({"row": {"panel": 1.0}}, "{row title: {panel title: number}}", lambda x: isinstance(x, float))
+    """
+    if not isinstance(panels, Mapping):
+        raise TypeError(f"panels are given as {form}, given {type(panels).__name__}")
+    for title, panel in panels.items():
+        if levels > 1:
+            check_panels(panel, form, is_panel, levels - 1)
+        elif not is_panel(panel):
+            raise TypeError(
+                f"panels are given as {form}; {title!r} is a {type(panel).__name__} that cannot be drawn so"
+            )
+
+
+def is_labelled(panel: Any) -> bool:
+    """Whether a panel is an xarray DataArray.
+
+    Args:
+        panel: the panel.
+
+    Returns:
+        Whether it is.
+    """
+    return hasattr(panel, "dims") and hasattr(panel, "values") and not isinstance(panel, Mapping)
+
+
+def is_pair(panel: Any) -> bool:
+    """Whether a panel is a pair, of exact effects and estimates, say.
+
+    Args:
+        panel: the panel.
+
+    Returns:
+        Whether it is a tuple or a list of two.
+    """
+    return isinstance(panel, tuple | list) and len(panel) == 2
 
 
 def n_columns(rows: Mapping[str, Mapping[str, Any]]) -> int:

@@ -25,7 +25,7 @@ def heatmap_page(
         A plotly figure; `save` writes it as a page that needs no network.
 
     Raises:
-        TypeError: for a limit that is no number.
+        TypeError: for panels of another form, and a limit that is no number.
         ValueError: for no panels, a panel that does not have two dimensions or has no cells, or a limit that is not
             positive and finite.
 

@@ -36,7 +36,8 @@ def models(models: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str = 
         A figure with the axes of the panels; the bars are in axes inset into each.
 
     Raises:
-        ValueError: for no models, or no columns.
+        TypeError: for models of another form.
+        ValueError: for no models, no columns, or a `W` and `b` of other shapes.
 
     >>> import numpy as np, mijax as mj
     >>> figure = mj.plots.models({"pair": (np.array([[1.0, -1.0]]), np.zeros(2))})
@@ -45,10 +46,17 @@ def models(models: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str = 
     """
     from matplotlib import colormaps
 
+    layout.check_panels(models, "{panel title: (W [hidden, feature], b [feature])}", layout.is_pair, levels=1)
+    for name, (w, b) in models.items():
+        if np.ndim(w) != 2 or np.shape(b) != np.shape(w)[1:]:
+            raise ValueError(
+                f"panel {name!r} has W of shape {np.shape(w)} and b of {np.shape(b)}; expected [hidden, feature], [feature]"
+            )
     figure, axes = layout.gallery(len(models), columns, (3.1, 2.6))
     for axis, name, (w, b) in layout.fill(axes, models):
+        w, b = np.asarray(w), np.asarray(b)
         gap = np.full((len(b), 1), np.nan)
-        axis.imshow(np.concatenate([w.T @ w, gap, np.asarray(b)[:, None]], axis=1), cmap="RdBu", vmin=-1.2, vmax=1.2)
+        axis.imshow(np.concatenate([w.T @ w, gap, b[:, None]], axis=1), cmap="RdBu", vmin=-1.2, vmax=1.2)
         axis.set(title=name, xticks=[], yticks=[])
         bars = axis.inset_axes((1.03, 0.0, 0.25, 1.0))
         norm, shared = geometry.represented(w)
@@ -71,6 +79,7 @@ def phases(panels: Mapping[str, Mapping[str, Diagram]], *, title: str = "") -> "
         A figure with the axes of the panels, row by row; x runs from large to small.
 
     Raises:
+        TypeError: for panels of another form.
         ValueError: for no panels.
 
     >>> import numpy as np, mijax as mj
@@ -81,6 +90,11 @@ def phases(panels: Mapping[str, Mapping[str, Diagram]], *, title: str = "") -> "
     """
     from matplotlib.colors import ListedColormap
 
+    layout.check_panels(
+        panels,
+        "{row title: {panel title: ({y name: values, x name: values}, roles [y, x])}}",
+        lambda panel: layout.is_pair(panel) and isinstance(panel[0], Mapping) and len(panel[0]) == 2,
+    )
     colours = ListedColormap(_ROLE_COLOURS)
     limits = {"vmin": geometry.UNKNOWN, "vmax": geometry.DEDICATED}
     figure, axes = layout.subplots(len(panels), layout.n_columns(panels), (2.5, 2.7))
@@ -117,6 +131,7 @@ def curves(
         A figure with the axes of the panels.
 
     Raises:
+        TypeError: for panels of another form.
         ValueError: for no panels.
 
     >>> import mijax as mj
@@ -125,6 +140,7 @@ def curves(
     >>> [line.get_label() for line in figure.axes[0].lines][1:], figure.axes[0].texts[0].get_text()
     (['training'], 'chance')
     """
+    layout.check_panels(panels, "{panel title: {label: (x, y)}}", layout.is_pair)
     figure, axes = layout.subplots(1, layout.n_columns({"": panels}), (4.6, 3.6))
     for axis, name, panel in layout.fill(axes[0], panels):
         for label, value in (lines or {}).items():
@@ -183,6 +199,7 @@ def directions(
         A figure with the axes of the panels, which reach from -1.5 to 1.5.
 
     Raises:
+        TypeError: for models of another form.
         ValueError: for no models, no columns, a `W` that is not `[2, feature]`, or too few groups.
 
     >>> import numpy as np, mijax as mj
@@ -190,6 +207,7 @@ def directions(
     >>> [line.get_xdata().tolist() for line in figure.axes[0].lines]
     [[0.0, 1.0], [0.0, -1.0]]
     """
+    layout.check_panels(models, "{panel title: W [2, feature]}", lambda w: np.asarray(w).dtype.kind in "fiu", levels=1)
     figure, axes = layout.gallery(len(models), columns, (2.2, 2.2))
     for axis, name, w in layout.fill(axes, models):
         w = np.asarray(w)

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 
 import mijax as mj
-from tests.architectures import ARCHITECTURES, IDS, PADDINGS, batch, error, example, on_real, random_model, real
+from tests.architectures import ARCHITECTURES, IDS, PADDINGS, batch, cases, error, example, on_real, random_model, real
 
 pytestmark = pytest.mark.usefixtures("x64")
-each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-each_padding = pytest.mark.parametrize("padding", PADDINGS)
 METRIC = mj.metrics.logit_diff([3, 5, 7], [4, 6, 8])
 
 
@@ -20,8 +18,7 @@ def base_and_source(name, padding):
     return model, batch(padding), batch(padding, (IDS + 5) % 19)
 
 
-@each_architecture
-@each_padding
+@cases(*PADDINGS)
 def test_2_replacing_any_site_by_its_own_value_changes_nothing(name, padding):
     model, tokens, _ = base_and_source(name, padding)
     table = tuple(mj.sites(model, tokens))
@@ -37,8 +34,7 @@ def test_2_replacing_any_site_by_its_own_value_changes_nothing(name, padding):
         )
 
 
-@each_architecture
-@each_padding
+@cases(*PADDINGS)
 def test_3_replacing_the_first_stream_gives_the_other_run(name, padding):
     model, tokens, other = base_and_source(name, padding)
     source = mj.run(model, other, capture=("resid_pre",))
@@ -46,8 +42,7 @@ def test_3_replacing_the_first_stream_gives_the_other_run(name, padding):
     assert error(on_real(patched.logits, tokens), on_real(source.logits, tokens)) < 1e-10
 
 
-@each_architecture
-@each_padding
+@cases(*PADDINGS)
 def test_4_the_stream_is_the_sum_of_what_is_written_to_it(name, padding):
     model, tokens, _ = base_and_source(name, padding)
     table = mj.sites(model, tokens)
@@ -64,8 +59,7 @@ def test_4_the_stream_is_the_sum_of_what_is_written_to_it(name, padding):
     assert error(acts["resid_post"][:-1], acts["resid_pre"][1:]) < 1e-10
 
 
-@each_architecture
-@pytest.mark.parametrize("padding", ["left"])
+@cases("left")
 def test_6_the_gate_gradient_is_the_difference_times_the_gradient(name, padding):
     model, tokens, other = base_and_source(name, padding)
     table = mj.sites(model, tokens)
@@ -92,9 +86,9 @@ def test_6_the_gate_gradient_is_the_difference_times_the_gradient(name, padding)
     assert abs((step(1e-6) - step(-1e-6)) / 2e-6 - slope) < 1e-5 * max(1.0, abs(slope))
 
 
-@each_architecture
-def test_7_capturing_changes_nothing_and_uncaptured_edits_act(name):
-    model, tokens, other = base_and_source(name, "left")
+@cases("left")
+def test_7_capturing_changes_nothing_and_uncaptured_edits_act(name, padding):
+    model, tokens, other = base_and_source(name, padding)
     table = tuple(mj.sites(model, tokens))
     source = mj.run(model, other, capture=("z", "resid_pre")).acts
     edits = {
@@ -108,8 +102,7 @@ def test_7_capturing_changes_nothing_and_uncaptured_edits_act(name):
     assert (captured.acts["z"][1, :, :, 2] == source["z"][1, :, :, 2]).all()
 
 
-@each_architecture
-@pytest.mark.parametrize("padding", ["left", "right"])
+@cases("left", "right")
 def test_8_a_padded_batch_is_its_rows_run_alone(name, padding):
     model, tokens, other = base_and_source(name, padding)
     source = mj.run(model, other, capture=("z",)).acts["z"]
@@ -132,8 +125,7 @@ def test_8_a_padded_batch_is_its_rows_run_alone(name, padding):
     assert np.isnan(np.asarray(together.logits)[~np.asarray(tokens.mask)]).all()
 
 
-@each_architecture
-@each_padding
+@cases(*PADDINGS)
 def test_10_gates_on_all_that_is_written_lead_from_base_to_source(name, padding):
     model, tokens, other = base_and_source(name, padding)
     written = [s for s in ("embed", "pos_embed", "attn_out", "mlp_out") if s in mj.sites(model, tokens)]

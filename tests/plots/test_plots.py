@@ -155,6 +155,7 @@ FAULTS = {
     "other shape": (lambda: plots.scatter({"a": {"b": (EXACT, EXACT[:1])}}), "panel 'b' of row 'a': exact.*'layer': 2.*'layer': 1"),
     "no layer": (lambda: plots.scatter({"a": {"b": (EXACT.rename(layer="pos"),) * 2}}), "no layers.*'pos': 2"),
     "not a plane": (lambda: plots.directions({"a": np.eye(3)}), r"panel 'a' has W of shape \(3, 3\); expected \[2, feature\]"),
+    "a bias for each unit": (lambda: plots.models({"a": (np.eye(2, 3), np.zeros(2))}), r"W of shape \(2, 3\) and b of \(2,\)"),
     "few groups": (lambda: plots.directions({"a": np.eye(2)}, groups=[0]), "2 features, and groups=.* colours 1"),
 }  # fmt: skip
 
@@ -163,6 +164,27 @@ FAULTS = {
 def test_what_cannot_be_drawn_is_an_error(name):
     call, message = FAULTS[name]
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+OTHER_FORMS = {
+    "one result": (lambda: plots.heatmaps(EXACT), "given DataArray"),
+    "a page of one row": (lambda: plots.heatmap_page({"z": EXACT}), "given DataArray"),
+    "arrays": (lambda: plots.heatmaps({"a": {"b": EXACT.values}}), "'b' is a ndarray"),
+    "trained models": (lambda: plots.models(xr.Dataset({"W": ("a", [0.0])})), "'W' is a DataArray"),
+    "a model without bias": (lambda: plots.models({"a": np.eye(2)}), "'a' is a ndarray"),
+    "roles alone": (lambda: plots.phases({"a": {"b": np.eye(2)}}), r"roles \[y, x\].*'b' is a ndarray"),
+    "numbers as roles": (lambda: plots.phases({"a": 3.0}), "given float"),
+    "values alone": (lambda: plots.curves({"a": [1, 2]}), "given list"),
+    "words": (lambda: plots.directions({"a": "b"}), "'a' is a str"),
+    "estimates alone": (lambda: plots.scatter({"a": {"b": EXACT}}), "'b' is a DataArray"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_panels_of_another_form(name):
+    call, message = OTHER_FORMS[name]
+    with pytest.raises(TypeError, match=rf"(?s)panels are given as \{{.*{message}"):
         call()
 
 
