@@ -42,7 +42,7 @@ def whole_number(name: str, value: Any, least: int | None = 0) -> int:
     return number
 
 
-def bytes_of(memory: float | None) -> int | None:
+def bytes_of(memory: int | float | None) -> int | None:
     """Convert the argument `memory` of a driver.
 
     Args:

@@ -34,7 +34,7 @@ def trace(
     model: LayeredModel,
     tokens: Tokens | ArrayLike,
     *,
-    subject: Sequence[ArrayLike],
+    subject: Sequence[ArrayLike] | ArrayLike,
     answer: ArrayLike,
     site: str = "resid_post",
     pos: Mapping[str, Any] | None = None,
@@ -122,7 +122,7 @@ def trace(
     return _effects(restored, clean, draws, tokens if pos is None else None).assign_attrs(attrs)
 
 
-def _subject_mask(tokens: Tokens, subject: Sequence[Any]) -> Bool[np.ndarray, "batch pos"]:
+def _subject_mask(tokens: Tokens, subject: Any) -> Bool[np.ndarray, "batch pos"]:
     """The columns of each prompt's subject."""
     positions = np.asarray(tokens.positions)
     if not isinstance(subject, Sequence | np.ndarray) or len(subject) != len(positions):

@@ -55,6 +55,7 @@ def test_cuts_of_a_distribution():
     assert drawn(np.log(probs), min_p=0.3) == {1, 3, 4} and drawn(np.log(probs), top_k=4, top_p=0.85) == {1, 3, 4}
 
 
+@pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize("how, message", [
     ({"top_k": 2.5}, "top_k must be a whole number"), ({"top_k": np.nan}, "top_k must be a whole number"), ({"top_k": True}, "top_k must be a whole number"),
     ({"top_k": np.array([1, 2])}, "top_k must be a whole number"), ({"top_p": np.array([0.5, 0.6])}, "top_p must be one number"), ({"top_p": "0.5"}, "top_p must be one number"),

@@ -142,6 +142,7 @@ def test_sign_flips_leave_out_what_a_prompt_lacks_and_nothing_else():
     assert np.allclose(paired.t.values, t(means))
 
 
+@pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
@@ -161,6 +162,7 @@ def test_levels_and_draws_that_are_none(keywords, error, message):
         mj.bootstrap(result_of([BASE + 2.0]), **keywords)
 
 
+@pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [

@@ -496,6 +496,7 @@ def test_bad_data_and_models_are_told(build, message, as_a_user):
         build()
 
 
+@pytest.mark.usefixtures("as_a_user")
 def test_the_best_of_each_cell():
     losses = np.array([[3.0, 1.0, np.nan], [0.5, 9.0, 2.0]])
     results = xr.Dataset(

@@ -287,6 +287,7 @@ def test_cells_that_cannot_be_ranked_come_last_and_are_told(model):
     assert np.isnan(top.values[len(order) :]).any(axis=-1).all()
 
 
+@pytest.mark.usefixtures("as_a_user")
 def test_the_strongest_cells_and_mediation_are_of_one_metric(model):
     over = {"site": "z", "over": ("layer",)}
     pair = {"clean": batch("left"), "corrupted": batch("left", (IDS + 5) % 19), **over}
