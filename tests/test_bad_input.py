@@ -30,7 +30,7 @@ patch = lambda **kw: mj.patch(
 
 FAULTS = {
     "unknown site": (lambda: replace("resid_prr"), ValueError, r"unknown site 'resid_prr'; did you mean 'resid_pre'.*The sites are embed,"),
-    "site the model lacks": (lambda: edit("mlp_out", mj.Scale(0.0), PLAIN), ValueError, r"no site 'mlp_out' .*; it has embed, pos_embed"),
+    "site the model lacks": (lambda: edit("mlp_out", mj.Scale(0.0), PLAIN), ValueError, r"no site 'mlp_out' .*; it has embed, resid_pre"),
     "captured site the model lacks": (lambda: mj.run(MODEL, TOKENS, capture=("pos_embed",)), ValueError, "no site 'pos_embed'"),
     "capture as one string": (lambda: mj.run(MODEL, TOKENS, capture="z"), TypeError, r"given the string 'z'; write \('z',\)"),
     "capture by a mask": (lambda: mj.run(MODEL, TOKENS, capture={"z": mj.Where(head=[True] * 4)}), ValueError, "a mask has no fixed size"),
