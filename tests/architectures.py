@@ -15,16 +15,19 @@ ARCHITECTURES = {
         qkv_bias=False, attn_out_bias=False, mlp_bias=False, tied_unembed=False,
     ),
     "parallel_mqa_partial_rotary": mj.Config(
-        **_small, n_kv_heads=1, d_head=6, positions="rotary", rotary_dim=4, parallel=True, activation="gelu",
+        **_small, n_kv_heads=1, d_head=6, positions="rotary", rotary_dim=4, parallel=True, mlp="gated", activation="gelu",
         tied_unembed=False, unembed_bias=True,
     ),
     "attention_only": mj.Config(**{**_small, "d_mlp": 0}, mlp="none", norm="none", positions="none", attn_out_bias=False),
     "normless": mj.Config(**_small, norm="none", positions="none", activation="relu", qkv_bias=False, mlp_bias=False),
-    "bidirectional": mj.Config(**_small, causal=False, norm="rms", mlp="gated", activation="relu", attn_scale=0.3),
+    "bidirectional": mj.Config(**_small, causal=False, activation="relu", attn_scale=0.3),
 }  # fmt: skip
 COVERING = {
-    "gpt2": "right", "llama_gqa": "left", "parallel_mqa_partial_rotary": "none", "attention_only": "right", "bidirectional": "left",
-}  # fmt: skip
+    "bidirectional": "right",
+    "llama_gqa": "left",
+    "parallel_mqa_partial_rotary": "none",
+    "attention_only": "left",
+}
 """Architectures that have every mechanism between them, each with a padding: what the default tier runs the laws on."""
 
 IDS = np.array([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0], [3, 1, 18, 2, 4, 0]])
