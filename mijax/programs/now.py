@@ -12,7 +12,7 @@ from mijax.programs.convert import Converted, convert, is_array
 Lowered: TypeAlias = Any
 """What the `lower` of `equinox.filter_jit` returns, a class that Equinox does not export."""
 
-QUICKLY = {"xla_backend_optimization_level": 0} | (
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1} | (
     {"xla_cpu_use_fusion_emitters": False} if jaxlib.version.__version_info__ < (0, 11) else {}
 )
 """Options of XLA on a CPU: a program compiles in a third of the time, and its loops run several times slower."""
