@@ -50,9 +50,9 @@ def batch(padding: str, ids: np.ndarray = IDS) -> mj.Tokens:
     if padding == "none":
         return mj.Tokens(ids)
     rows, masks = np.full(ids.shape, 11), np.zeros(ids.shape, bool)
-    for row, mask, own, n in zip(rows, masks, ids, LENGTHS):
+    for row, mask, prompt, n in zip(rows, masks, ids, LENGTHS):
         place = slice(len(row) - n, None) if padding == "left" else slice(n)
-        row[place], mask[place] = own[:n], True
+        row[place], mask[place] = prompt[:n], True
     return mj.Tokens(rows, masks)
 
 
