@@ -11,7 +11,7 @@ import numpy as np
 from mijax._types import Int
 from mijax.engine.grid import Grid
 from mijax.engine.names import check_labels
-from mijax.interventions.checks import check, check_order, field_lengths
+from mijax.interventions.checks import check, check_no_mask, check_order, field_lengths
 from mijax.interventions.edits import Apply, Interventions, as_edits, canonical
 from mijax.interventions.functions import has_functions, of_prompts
 from mijax.interventions.places import together
@@ -211,6 +211,9 @@ def check_cells(model: Model, tokens: Inputs, cells: Cells) -> None:
         for edit, stacked in zip(edits, cells.stacked[name]):
             check_range(together(edit.where, stacked.where), name, field_lengths(model.sites[name], tokens))
             check_order(edit, model.sites[name], stacked)
+            site = model.sites[name]
+            sizes = dict(zip(site.axes, site.shape(*tokens.ids.shape)))
+            check_no_mask(edit.where, name, site.axes, sizes, stacked.where)
 
 
 def canonical_cells(model: Model, cells: Cells) -> Cells:

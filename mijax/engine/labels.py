@@ -8,7 +8,7 @@ import numpy as np
 
 from mijax.engine.axes import POSITIONS
 from mijax.engine.driver import Swept
-from mijax.engine.names import HAS_POSITION, METRIC, QUANTITY, RUN, TOKENS
+from mijax.engine.names import GRID, HAS_POSITION, METRIC, QUANTITY, RUN, TOKENS
 from mijax.model.tokens import Inputs
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def labelled(done: Swept, *, single: bool, attrs: dict[str, Any]) -> "xr.DataArr
             coords,
             (*labels, "batch"),
             name=name,
-            attrs={**attrs, "metric": name, QUANTITY: METRIC},
+            attrs={**attrs, GRID: ", ".join(labels), "metric": name, QUANTITY: METRIC},
         )
         for name, value in done.values.items()
     }

@@ -15,6 +15,8 @@ QUANTITY = "quantity"
 """The attribute that tells what an array holds: the `METRIC` itself, an `EFFECT`, or, in a coordinate, that of a `RUN`.
 
 xarray drops an attribute in which two operands differ, so that `result - result.base` has none."""
+GRID = "grid"
+"""The attribute that names the dimensions of a result beside `batch`."""
 METRIC, EFFECT, RUN = "metric", "effect", "metric of a run"
 _RUNS = ("base", "source")
 _TAKEN = {"batch", "cell", "bound", *_RUNS, *TOKENS.values(), *HAS_POSITION.values()}

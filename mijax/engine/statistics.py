@@ -11,7 +11,7 @@ import numpy as np
 from mijax._types import Array, Bool, Float
 from mijax.arguments import whole_number
 from mijax.engine.labels import has_positions, mean_over_prompts
-from mijax.engine.names import METRIC, QUANTITY
+from mijax.engine.names import GRID, METRIC, QUANTITY
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -23,6 +23,9 @@ def normalise(result: "xr.DataArray") -> "xr.DataArray": ...
 def normalise(result: "xr.Dataset") -> "xr.Dataset": ...
 def normalise(result: "xr.DataArray | xr.Dataset") -> "xr.DataArray | xr.Dataset":
     """The effect as a share of the whole difference: (result - base) / (source - base), of means over the batch.
+
+    Take the base off before any other arithmetic (a sum over heads, a difference of two results): nothing tells from the sum that it
+    has several bases in it. Means are as they should be.
 
     0 is no effect, 1 that of the whole source. A prompt that lacks a cell's position (coordinate `has_position`) is left
     out of that cell's means. A cell that is NaN for any other prompt is NaN, as is one whose position no prompt has.
@@ -61,8 +64,8 @@ def bootstrap(
 ) -> "xr.DataArray | xr.Dataset":
     """Percentile intervals of the mean effect, over prompts drawn with replacement (Efron 1979).
 
-    Arithmetic with results is for effects: a difference of two results is `(a - a.base) - (b - b.base)`, since nothing tells
-    from `a - b` that the base is taken off already. The effect here is `normalise(result)`; or, where there is no source (as `sweep` and `ablate` give it), the mean of
+    Arithmetic with results is for effects: a difference of two results is `(a - a.base) - (b - b.base)`, a sum over heads
+    `(a - a.base).sum("head")`, since nothing tells from `a - b` how often the base is in it. The effect here is `normalise(result)`; or, where there is no source (as `sweep` and `ablate` give it), the mean of
     result - base; or, of effects (`result - result.base`, or those that `mediate` and `trace` give), the mean of the
     values. Prompts are taken as independent: where several share a template, the interval says nothing about
     other templates. Prompts that lack a cell's position (coordinate `has_position`) are left out of that cell. A cell
@@ -106,7 +109,7 @@ def sign_flips(result: "xr.Dataset", *, clusters: Any = ..., draws: int = ..., s
 def sign_flips(result: Any, *, clusters: Any = None, draws: int = 10_000, seed: int = 0) -> "xr.Dataset":
     """Which cells have an effect other than zero: p-values corrected for looking at the whole grid.
 
-    The effects of each prompt (result - base, or the values themselves, as in `bootstrap`), or of each cluster of prompts, keep or change their sign at random,
+    The effects of each prompt (result - base, or the values themselves, as in `bootstrap`, which says what to do before arithmetic), or of each cluster of prompts, keep or change their sign at random,
     the whole grid of a cluster jointly. A cell's `p` is how often the largest |t| of the grid then reaches the
     cell's own (Nichols and Holmes 2002; the observed signs count as one of the draws). The test rests on effects
     that are symmetric about zero if there are none, and on independent clusters. Prompts that lack a cell's position
@@ -258,7 +261,7 @@ def _effect_and_scale(result: Any) -> tuple[Any, Any]:
     _check_prompts(result)
     if not _is_metric(result):
         raise ValueError(
-            f"{result.name!r} holds no metric but what was computed from one (its base taken off, say): normalise the result itself"
+            f"{_name(result)} holds no metric but what was computed from one (its base taken off, say): normalise the result itself"
         )
     base, source = (_run(result, which) for which in ("base", "source"))
     size = float(max(np.abs(base).max(), np.abs(source).max()))
@@ -275,17 +278,40 @@ def _effect_and_scale(result: Any) -> tuple[Any, Any]:
 
 def _is_metric(result: Any) -> bool:
     """Whether an array holds a metric, from which that of the base is to be taken off, and not effects already."""
+    metrics = {str(name).removeprefix("base.") for name in result.coords if str(name).startswith("base.")}
+    _check_one_metric(result, metrics)
     if QUANTITY in result.attrs:
         return result.attrs[QUANTITY] == METRIC
-    name = _coordinate(result, "base")
-    if name is None or QUANTITY not in result[name].attrs:
-        return name is not None  # an array that mijax did not make: a metric if it has a base
-    if result.name is None:
+    base = next((name for name in result.coords if name == "base" or str(name).startswith("base.")), None)
+    if base is None or QUANTITY not in result[base].attrs:
+        return base is not None  # an array that mijax did not make: a metric if it has a base
+    if result.name is None and "metric" in result.attrs:
         return False  # `result - result.base`: xarray drops the attribute and the name, in which the two differ
     raise ValueError(
-        f"{result.name!r} has lost the attributes of a result (xarray drops them under keep_attrs=False): whether its base is taken"
-        " off already cannot be told; compute it under xarray.set_options(keep_attrs=True), or take the base off: result - result.base"
+        f"{_name(result)} has lost the attributes of a result (xarray drops them under keep_attrs=False, and to_array): whether its base"
+        " is taken off already cannot be told; compute it under xarray.set_options(keep_attrs=True), or take the base off: result - result.base"
     )
+
+
+def _check_one_metric(result: Any, metrics: set[str]) -> None:
+    """Raise `ValueError` for an array with the runs of several metrics that may hold more than one of these."""
+    if len(metrics) < 2:
+        return
+    texts = [coord for coord in result.coords.values() if coord.dtype.kind in "OUST"]
+    labels = [{str(label) for label in coord.values.ravel().tolist()} for coord in texts]
+    grid = result.attrs.get(GRID)
+    wider = grid is not None and len(result.dims) > 1 + len(grid.split(", "))
+    combined = result.attrs.get(QUANTITY) == METRIC and "metric" not in result.attrs  # the difference of two metrics
+    if wider or combined or any(len(values & metrics) > 1 for values in labels):
+        raise ValueError(
+            f"{_name(result)} has the runs of several metrics ({', '.join(sorted(metrics))}), and may hold more than one of them: take the"
+            " Dataset, or one metric at a time (and drop_vars the others' base and source before results are combined)"
+        )
+
+
+def _name(result: Any) -> str:
+    """The name of a result for errors."""
+    return "the result" if result.name is None else repr(result.name)
 
 
 def _effect(result: Any) -> Any:

@@ -1,5 +1,6 @@
 """Whether edits and captures fit a model and its inputs: errors where values are known, NaN inside a trace."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -67,6 +68,7 @@ def check_places(model: Model, tokens: Inputs, edits: Edits, captures: Captures)
                     f"capture at site {name!r} keeps the same layers of every example: give them as one list"
                 )
             check_structure(captured, name, site.axes, sizes, zipped=False)
+            check_no_mask(captured, name, site.axes, sizes)
             check_range(captured, name, fields)
 
 
@@ -79,12 +81,15 @@ def check_selects(model: Model, tokens: Inputs, edits: Edits) -> None:
         edits: edits by site, which `check_places` accepts.
 
     Raises:
-        ValueError: where values are known, for an edit with an empty mask, or one that selects padding alone; and for
-            an operand with a value for each entry of an axis that `where` lists in another order.
+        ValueError: where values are known, for an edit with an empty mask, or one that selects padding alone; for an
+            operand with a value for each entry of an axis that `where` lists in another order; and for a mask of zeros
+            and ones.
     """
     for name, site_edits in edits.items():
         for edit in site_edits:
-            check_order(edit, model.sites[name])
+            site = model.sites[name]
+            check_order(edit, site)
+            check_no_mask(edit.where, name, site.axes, dict(zip(site.axes, site.shape(*tokens.ids.shape))))
             what = f"{type(edit).__name__} at site {name!r}"
             for field, mask in edit.where.masks.items():
                 if is_concrete(mask) and not np.asarray(mask).any():
@@ -162,10 +167,51 @@ def check_order(edit: Edit, site: Site, stacked: Any = None) -> None:
         rows = np.asarray(index).reshape(-1, np.shape(index)[-1])
         n = rows.shape[1]
         rows = np.where(rows < 0, rows + n, rows)
-        if n > 1 and n in sizes and (rows != np.arange(n)).any() and (rows < n).all():
+        orders = rows[(np.sort(rows, axis=1) == np.arange(n)).all(axis=1)]  # not a grid's shorter list, filled up
+        if n > 1 and n in sizes and (orders != np.arange(n)).any():
             raise ValueError(
                 f"{type(edit).__name__} at site {site.name!r} has {n} values along {axis!r}, and its Where lists {n} entries in another"
                 " order: a value belongs to the entry of the axis, not of the list; list the entries in the order of the axis, or select them by a mask"
+            )
+
+
+def check_no_mask(
+    where: Where, site: str, axes: Sequence[str], sizes: Mapping[str, int], stacked: Where | None = None
+) -> None:
+    """Check that a list of positions is no mask of zeros and ones, which would select positions 0 and 1.
+
+    Lists that are zipped with others may be.
+
+    Args:
+        where: the places.
+        site: the name of the site, for errors.
+        axes: the axes of the site.
+        sizes: the size of each axis.
+        stacked: a `Where` of booleans that marks the fields with an axis of choices, of which shorter lists repeat
+            their last index.
+
+    Raises:
+        ValueError: for a list of zeros and ones that is as long as the axis.
+    """
+    selectors = {field_of(axis): axis for axis in axes}
+    by_choice = {field: stacked is not None and bool(getattr(stacked, field)) for field in where.given}
+    lists = {
+        field: np.asarray(index)
+        for field, index in where.given.items()
+        if is_concrete(index) and index.dtype != bool and np.ndim(index) > by_choice[field] and np.shape(index)[-1] > 1
+    }
+    for field in {"pos", "query", "key"} & set(lists):
+        rows = lists[field].reshape(len(lists[field]) if by_choice[field] else 1, -1, lists[field].shape[-1])
+        binary = np.isin(rows, (0, 1)).all(axis=-1)
+        filled_up = (rows[..., -1] == rows[..., -2]) & by_choice[field]
+        if (
+            len(lists) == 1
+            and rows.shape[-1] == sizes[selectors[field]] > 2
+            and (binary.all() or (binary & ~filled_up).any())
+        ):
+            raise ValueError(
+                f"{field!r} at site {site!r} holds only 0 and 1, one for every column: a mask is given as booleans,"
+                " mask.astype(bool), and positions 0 and 1 as [0, 1]"
             )
 
 

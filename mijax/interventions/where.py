@@ -191,23 +191,12 @@ def check_structure(
             faults.append(f"{field!r} has indices for {shape[0]} examples, the batch has {batch}")
         elif shape:
             lists[field] = shape[-1]
-    for field, k in lists.items():
-        alone = field in ("pos", "query", "key") and not any(n > 1 for other, n in lists.items() if other != field)
-        if alone and k == sizes[selectors[field]] > 2 and _is_zeros_and_ones(where.given[field]):
-            faults.append(
-                f"{field!r} holds only 0 and 1, one for every column: a mask is given as booleans, mask.astype(bool), and positions 0 and 1"
-                " as [0, 1]"
-            )
     if zipped and len({k for k in lists.values() if k > 1}) > 1:
         faults.append(
             f"lists on several axes are zipped and must be equally long, given {lists}; products are mijax.grid"
         )
     if faults:
         raise ValueError("; ".join(faults))
-
-
-def _is_zeros_and_ones(index: Any) -> bool:
-    return is_concrete(index) and bool(np.isin(np.asarray(index), (0, 1)).all())
 
 
 def _out_of_range(index: Any, length: Any) -> Any:

@@ -100,9 +100,10 @@ def trace(
     )
 
     def edits(corruption: Any, source: Any, corrupted: Any) -> dict[str, Any]:
-        restored = {"embed": Add(corruption, Where(pos=noisy)), site: Replace(source, places)}
-        cut = {} if severed is None else {severed: Replace(corrupted, _later(places, model.n_layers))}
-        return restored | cut
+        acting: dict[str, Any] = {"embed": Add(corruption, Where(pos=noisy)), site: [Replace(source, places)]}
+        if severed is not None:  # perhaps the same site, in later layers
+            acting[severed] = [*acting.get(severed, []), Replace(corrupted, _later(places, model.n_layers))]
+        return acting
 
     check_sweep(model, repeated, edits(0.0, 0.0, 0.0), metric, running)
     clean, source = _known(model, tokens, answer, site)

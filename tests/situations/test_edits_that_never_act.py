@@ -221,6 +221,27 @@ def test_a_mask_of_zeros_and_ones(field):
             mj.run(model(), [[1, 2, 3, 4]], {site: mj.Scale(0.0, mj.Where(**{field: np.array(mask)}))})
 
 
+def test_choices_of_different_length_are_no_masks_and_no_orders():
+    """A grid fills up a shorter choice: first position or all, the early heads or all."""
+    prompts, metric = [[1, 2, 3, 4], [5, 6, 7, 8]], mj.metrics.logit(3)
+    source = mj.run(model(), [[2, 3, 4, 5], [1, 1, 1, 2]], capture=("z",)).acts["z"]
+    everything = {
+        "z": mj.Replace(source, mj.grid(head={"first": [0], "all": range(2)}, pos={"bos": [0], "all": range(4)}))
+    }
+    effects = mj.sweep(model(), prompts, everything, metric, progress=False)
+    for i, head in enumerate(([0], [0, 1])):
+        for j, pos in enumerate(([0], [0, 1, 2, 3])):
+            pairs = [mj.Replace(source, mj.Where(head=h, pos=p)) for h in head for p in pos]
+            assert np.allclose(effects.values[i, j], metric(mj.run(model(), prompts, {"z": pairs})), atol=1e-5)
+    alone = mj.sweep(
+        model(), prompts, {"z": mj.Scale(0.0, mj.grid(pos={"bos": [0], "all": range(4)}))}, metric, progress=False
+    )
+    assert np.allclose(alone.values[1], metric(mj.run(model(), prompts, {"z": mj.Scale(0.0)})), atol=1e-5)
+    with refused(ValueError, "holds only 0 and 1, one for every column"):
+        masks = mj.grid(pos={"subject": [0, 1, 1, 0], "rest": [1, 0, 0, 1]})
+        mj.sweep(model(), prompts, {"z": mj.Scale(0.0, masks)}, metric, progress=False)
+
+
 def test_zeros_and_ones_in_a_zipped_list_are_positions():
     edit = {"z": mj.Scale(0.0, mj.Where(layer=[0, 1, 2, 2], pos=[0, 1, 0, 1], head=[0, 0, 1, 1]))}
     each = {

@@ -370,3 +370,45 @@ def test_a_result_that_lost_its_attributes():
         mj.sign_flips(kept, draws=9).t,
         rtol=1e-3,
     )
+
+
+def two_metrics():
+    rng = np.random.default_rng(3)
+    prompts = rng.integers(0, 11, (7, 4))
+    others = (prompts + np.array([0, 3, 0, 0])) % 11
+    both = {"diff": mj.metrics.logit_diff(7, 8), "prob": mj.metrics.prob(7)}
+    return mj.patch(
+        model(), clean=prompts, corrupted=others, site="z", over=("layer", "head"), metric=both, progress=False
+    )
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda r: xr.concat([r["diff"], r["prob"]], dim="metric"),
+        lambda r: xr.concat([r["diff"], r["prob"]], dim=xr.IndexVariable("metric", ["diff", "prob"])),
+        lambda r: r.to_array("metric"),
+        lambda r: r.to_stacked_array("z", sample_dims=["batch"]),
+        lambda r: r["diff"] - r["prob"],
+    ],
+)
+def test_several_metrics_in_one_array(combine):
+    """The base of one of them must not be taken off the others."""
+    together = combine(two_metrics())
+    for call in (mj.normalise, mj.bootstrap, mj.sign_flips):
+        with refused(ValueError, r"runs of several metrics \(diff, prob\), and may hold more than one"):
+            call(together)
+
+
+def test_one_metric_of_several():
+    result = two_metrics()
+    flips = mj.sign_flips(result, draws=9)
+    for name in ("diff", "prob"):
+        one = result[name]
+        effects = ((one - result[f"base.{name}"]) / (result[f"source.{name}"] - result[f"base.{name}"]).mean()).mean(
+            "batch"
+        )
+        for same in (one, one.stack(cell=("layer", "head")).unstack("cell").transpose(*one.dims)):
+            assert np.allclose(mj.normalise(same), effects, atol=1e-5)
+        assert np.allclose(mj.sign_flips(one - result[f"base.{name}"], draws=9).t, flips[f"{name}.t"], atol=1e-5)
+        assert np.allclose(mj.normalise(one.mean("head")), effects.mean("head"), atol=1e-5)

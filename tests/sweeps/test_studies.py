@@ -188,6 +188,9 @@ def test_tracing_is_the_loop(model):
     told = mj.trace(model, tokens, subject=subject, answer=answer, draws=2, progress=False)
     assert told.restored.dims == ("layer", "pos", "draw", "batch") and told.sizes["pos"] == 6
     severed = mj.trace(model, tokens, subject=subject, answer=answer, draws=2, severed="mlp_out", progress=False)
+    mlps = mj.trace(
+        model, tokens, subject=subject, answer=answer, draws=2, site="mlp_out", severed="mlp_out", progress=False
+    )
     windows = mj.trace(
         model,
         tokens,
@@ -220,6 +223,9 @@ def test_tracing_is_the_loop(model):
             ]
             own = severed.restored.sel(layer=layer, pos=pos, draw=draw)
             assert error(own, measured(model, tokens, {**edits, "mlp_out": held}, prob)) < 1e-5
+            restored = mj.Replace(clean.acts["mlp_out"], place)
+            own = mlps.restored.sel(layer=layer, pos=pos, draw=draw)
+            assert error(own, measured(model, tokens, {**fixed, "mlp_out": [restored, *held]}, prob)) < 1e-5
         edits = {**fixed, "mlp_out": mj.Replace(clean.acts["mlp_out"], mj.Where(layer=[0, 1], pos=-1))}
         assert error(windows.restored.sel(layer=1, pos="end", draw=draw), measured(model, tokens, edits, prob)) < 1e-5
     there = told.isel(pos=slice(0, 4))
