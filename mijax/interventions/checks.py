@@ -167,8 +167,9 @@ def check_order(edit: Edit, site: Site, stacked: Any = None) -> None:
         rows = np.asarray(index).reshape(-1, np.shape(index)[-1])
         n = rows.shape[1]
         rows = np.where(rows < 0, rows + n, rows)
-        orders = rows[(np.sort(rows, axis=1) == np.arange(n)).all(axis=1)]  # not a grid's shorter list, filled up
-        if n > 1 and n in sizes and (orders != np.arange(n)).any():
+        if by_choice and n > 1:
+            rows = rows[rows[:, -1] != rows[:, -2]]  # without a grid's shorter lists, which repeat their last index
+        if n > 1 and n in sizes and (rows != np.arange(n)).any() and (rows < n).all():
             raise ValueError(
                 f"{type(edit).__name__} at site {site.name!r} has {n} values along {axis!r}, and its Where lists {n} entries in another"
                 " order: a value belongs to the entry of the axis, not of the list; list the entries in the order of the axis, or select them by a mask"
