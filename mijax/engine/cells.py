@@ -208,11 +208,11 @@ def check_cells(model: Model, tokens: Inputs, cells: Cells) -> None:
     """
     check(model, tokens, cells.take(0), {})
     for name, edits in cells.edits.items():
+        site = model.sites[name]
+        sizes = dict(zip(site.axes, site.shape(*tokens.ids.shape)))
         for edit, stacked in zip(edits, cells.stacked[name]):
-            check_range(together(edit.where, stacked.where), name, field_lengths(model.sites[name], tokens))
-            check_order(edit, model.sites[name], stacked)
-            site = model.sites[name]
-            sizes = dict(zip(site.axes, site.shape(*tokens.ids.shape)))
+            check_range(together(edit.where, stacked.where), name, field_lengths(site, tokens))
+            check_order(edit, site, stacked)
             check_no_mask(edit.where, name, site.axes, sizes, stacked.where)
 
 

@@ -278,8 +278,6 @@ def _effect_and_scale(result: Any) -> tuple[Any, Any]:
 
 def _is_metric(result: Any) -> bool:
     """Whether an array holds a metric, from which that of the base is to be taken off, and not effects already."""
-    metrics = {str(name).removeprefix("base.") for name in result.coords if str(name).startswith("base.")}
-    _check_one_metric(result, metrics)
     if QUANTITY in result.attrs:
         return result.attrs[QUANTITY] == METRIC
     base = next((name for name in result.coords if name == "base" or str(name).startswith("base.")), None)
@@ -293,8 +291,9 @@ def _is_metric(result: Any) -> bool:
     )
 
 
-def _check_one_metric(result: Any, metrics: set[str]) -> None:
+def _check_one_metric(result: Any) -> None:
     """Raise `ValueError` for an array with the runs of several metrics that may hold more than one of these."""
+    metrics = {str(name).removeprefix("base.") for name in result.coords if str(name).startswith("base.")}
     if len(metrics) < 2:
         return
     texts = [coord for coord in result.coords.values() if coord.dtype.kind in "OUST"]
@@ -327,6 +326,7 @@ def _present(effect: Any) -> Bool[np.ndarray, "..."]:
 
 def _check_prompts(result: Any) -> None:
     """Raise `ValueError` for a result that does not hold the effects of single prompts."""
+    _check_one_metric(result)
     if "batch" not in result.dims:
         raise ValueError(
             f"the result has no dimension 'batch' (its dimensions are {', '.join(map(repr, result.dims)) or 'none'}), over whose prompts"

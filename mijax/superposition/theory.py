@@ -58,7 +58,7 @@ def dedicated(p: ArrayLike, importance: ArrayLike = 1.0) -> Numbers:
     return np.where(np.isnan(_importance(importance)), np.nan, np.zeros_like(_density(p)))
 
 
-def antipodal(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> Numbers:
+def antipodal(p: ArrayLike, first: ArrayLike = 1.0, second: ArrayLike = 1.0) -> Numbers:
     """The loss of two features in one dimension, W = (1, -1), without bias: (I1 + I2) p^2 / 6.
 
     Output 1 is ReLU(x1 - x2). It errs only where both are active (p^2): by x2 where x1 > x2, by x1 elsewhere, that
@@ -66,8 +66,8 @@ def antipodal(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> Num
 
     Args:
         p: density.
-        one: I1, the importance of the first feature.
-        other: I2, the importance of the second feature.
+        first: I1, the importance of the first feature.
+        second: I2, the importance of the second feature.
 
     Returns:
         The loss.
@@ -78,7 +78,7 @@ def antipodal(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> Num
     >>> float(antipodal(0.5))
     0.08333333333333333
     """
-    return (_importance(one) + _importance(other)) * _density(p) ** 2 / 6
+    return (_importance(first) + _importance(second)) * _density(p) ** 2 / 6
 
 
 def antipodal_at(b: ArrayLike, p: ArrayLike) -> Numbers:
@@ -111,7 +111,7 @@ def antipodal_at(b: ArrayLike, p: ArrayLike) -> Numbers:
     return (1 - p) * b**2 + p * (1 - p) * b**3 / 3 + p**2 * both
 
 
-def antipodal_biased(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0) -> Numbers:
+def antipodal_biased(p: ArrayLike, first: ArrayLike = 1.0, second: ArrayLike = 1.0) -> Numbers:
     """The loss of an antipodal pair at its optimal bias: (I1 + I2) min_b `antipodal_at`.
 
     `antipodal_at` is convex in b (the second derivative of (1-b)^3 (1+b) is 12 b (1-b)), so that bisecting its
@@ -119,8 +119,8 @@ def antipodal_biased(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0)
 
     Args:
         p: density.
-        one: I1, the importance of the first feature.
-        other: I2, the importance of the second feature.
+        first: I1, the importance of the first feature.
+        second: I2, the importance of the second feature.
 
     Returns:
         The loss.
@@ -142,7 +142,7 @@ def antipodal_biased(p: ArrayLike, one: ArrayLike = 1.0, other: ArrayLike = 1.0)
         middle = (low + high) / 2
         rising = slope(middle) > 0
         low, high = np.where(rising, low, middle), np.where(rising, middle, high)
-    return (_importance(one) + _importance(other)) * antipodal_at((low + high) / 2, p)
+    return (_importance(first) + _importance(second)) * antipodal_at((low + high) / 2, p)
 
 
 def boundary(importance: ArrayLike) -> Numbers:
