@@ -133,7 +133,7 @@ def run_chunk(
         (x, state), _ = ending(model.layer(n - 1), carry, jax.tree.map(lambda a: a[n - 1], xs))
         packed = last
     x, state = model.final(x, packed, rest, state)
-    final = rows.fill(x, base.final).reshape(*rows.place.shape, -1)
+    final = rows.unpack(x, base.final)
     _, *acts = rest.result(state, (None,) * len(rest.taps))
     if columns is None:
         return final, tuple(acts)

@@ -11,7 +11,7 @@ from mijax._types import Array, Int
 from mijax.interventions.capturing import first_slot
 from mijax.interventions.editing import edited
 from mijax.interventions.edits import Apply, Edit
-from mijax.interventions.selecting import Axis, index_of_rows, known_axes, narrow, selection
+from mijax.interventions.selecting import known_axes, narrow
 from mijax.interventions.where import Where
 from mijax.model.position import Frame, Packed, Rows
 from mijax.model.sites import Site
@@ -19,10 +19,9 @@ from mijax.model.tap import Point, Result, State, Tap
 
 
 class EditingRows(Tap):
-    """Edits packed rows one by one.
+    """Applies edits to the tokens of each cell, as a run of this cell alone would.
 
-    Rows are edited cell by cell where an edit must see all of a cell, or where the site has the axes of all of a
-    cell (scores and patterns).
+    The rows are put back into the whole batches of their cells, edited there, and packed again.
 
     Args:
         edits: the edits of each site, with the arrays of all layers.
@@ -41,15 +40,13 @@ class EditingRows(Tap):
         """The edited rows."""
         site, frame = point.site, point.frame
         assert isinstance(frame, Packed)
+        whole, by_query = point._replace(frame=frame.whole), "query" in site.axes
+        cells = _by_cell(frame.rows, x) if by_query else frame.rows.unpack(x)
         for edit, stacked in zip(self.edits[site.name], self.stacked[site.name]):
-            if "query" in site.axes or needs_whole_cells(edit, stacked):
-                moved, fixed = eqx.partition(_of_layer(edit, stacked, point), stacked)
-                whole = point._replace(frame=frame.whole)
-                edit_cell = lambda moved, x, fixed=fixed, whole=whole: edited(eqx.combine(moved, fixed), whole, x)
-                x = jax.vmap(edit_cell)(moved, _cells(frame.rows, x, site)).reshape(x.shape)
-            else:
-                x = _edited_rows(edit, stacked, point, frame, x)
-        return x, state
+            by_cell, shared = eqx.partition(_of_layer(edit, stacked, point), stacked)
+            edit_cell = lambda by_cell, x, shared=shared: edited(eqx.combine(by_cell, shared), whole, x)
+            cells = jax.vmap(edit_cell)(by_cell, cells)
+        return cells.reshape(x.shape) if by_query else frame.rows.pack(cells), state
 
 
 class CapturingRows(Tap):
@@ -152,61 +149,6 @@ def _of_layer(edit: Any, stacked: Any, point: Point) -> Any:
     return edit
 
 
-def _edited_rows(edit: Edit, stacked: Any, point: Point, frame: Packed, x: Array) -> Array:
-    """Apply an edit to rows `[1, row, ...]`: each row is a batch of one prompt of one token."""
-    rows, site, layer = frame.rows, point.site, point.layer
-    edit, mapped = _of_rows(_of_layer(edit, stacked, point), stacked, site, rows)
-    example, position, length = rows.example, frame.positions[0], frame.whole.lengths[rows.example]
-    batch = rows.place.shape[1]
-
-    def edit_row(edit: Edit, example, position, length, x):
-        known = {axis: Axis(jnp.arange(n, dtype=jnp.int32), n) for axis, n in zip(site.inner_axes, x.shape)}
-        known |= {"batch": Axis(example[None], batch), "pos": Axis(position[None, None], length[None])}
-        if layer is not None:
-            known["layer"] = Axis(layer[None], site.sizes["layer"], layer[None])
-        return jnp.where(selection(edit.where, site.inner_axes, known), edit(x), x)
-
-    moved, fixed = eqx.partition(edit, mapped)
-    whole = lambda moved, *rest: edit_row(eqx.combine(moved, fixed), *rest)
-    return jax.vmap(whole)(moved, example, position, length, x[0][:, None, None])[None, :, 0, 0]
-
-
-def _of_rows(edit: Edit, stacked: Any, site: Site, rows: Rows) -> tuple[Edit, Any]:
-    """The edit with a leading axis of rows in the arrays that differ between rows, and which arrays these are."""
-    parts = {}
-    for name in edit.operands:
-        operand = jnp.asarray(getattr(edit, name))
-        parts[lambda e, name=name: getattr(e, name)] = _operand_of_rows(operand, getattr(stacked, name), site, rows)
-    for field, index in edit.where.given.items():
-        part = index_of_rows(jnp.asarray(index), getattr(stacked.where, field), field, rows)
-        parts[lambda e, field=field: getattr(e.where, field)] = part
-    differs = jax.tree.map(lambda leaf: False, edit)
-    for at, (part, by_row) in parts.items():
-        edit, differs = eqx.tree_at(at, edit, part), eqx.tree_at(at, differs, by_row)
-    return edit, differs
-
-
-def _operand_of_rows(operand: Array, stacked: bool, site: Site, rows: Rows) -> tuple[Array, bool]:
-    """An operand by row, `[row, 1, 1, ...]`, where it differs between cells, prompts or positions; otherwise unchanged.
-
-    `stacked` says that the operand has a leading axis of cells. The second result says whether it differs between
-    rows.
-    """
-    tokens = {"batch": rows.example, "pos": rows.column}
-    first = [axis for axis in site.inner_axes if axis in tokens]  # these come before all other axes
-    sizes = operand.shape[int(stacked) :]
-    index = [tokens[axis] if n > 1 else jnp.zeros_like(rows.cell) for axis, n in zip(first, sizes)]
-    if not stacked and all(n == 1 for n in sizes[: len(first)]):
-        return operand, False
-    by_row = operand[(*[rows.cell] * stacked, *index)]
-    return jnp.expand_dims(by_row, range(1, 1 + len(first))), True
-
-
-def _cells(rows: Rows, x: Array, site: Site) -> Array:
-    """`[cell, batch, ...]` of an activation that holds every token of every cell.
-
-    Scores and patterns are ordered by cell and example already; so are packed rows when none is left out.
-    """
-    cells, batch, pos = rows.place.shape
-    inner = x.shape[1:] if "query" in site.axes else (pos, *x.shape[2:])
-    return x.reshape(cells, batch, *inner)
+def _by_cell(rows: Rows, scores: Array) -> Array:
+    """Scores or patterns `[cell, batch, head, query, key]`, where every query of a cell has a slot."""
+    return scores.reshape(*rows.place.shape[:2], *scores.shape[1:])

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from mijax._types import Array, Bool, Int
 from mijax.interventions.where import Where
-from mijax.model.position import Rows
 from mijax.model.sites import field_of
 from mijax.model.tap import Point
 
@@ -137,27 +136,3 @@ def narrowed_shape(where: Where | None, axes: Sequence[str], shape: Sequence[int
     entries = {} if where is None else where.given
     size = lambda index: jnp.shape(index)[-1] if jnp.ndim(index) else 1
     return tuple(size(entries[field_of(a)]) if field_of(a) in entries else n for a, n in zip(axes, shape))
-
-
-def index_of_rows(index: Array, stacked: bool, field: str, rows: Rows) -> tuple[Array, bool]:
-    """An entry of `Where` as it applies to each packed row.
-
-    Args:
-        index: the entry, with an axis of cells in front where `stacked`.
-        stacked: whether the entry differs between cells.
-        field: the field of `Where` that it belongs to.
-        rows: the cell, example and column of each row.
-
-    Returns:
-        The entry with a leading axis of rows, and True; the entry unchanged, and False, where it is the same for
-        all rows.
-    """
-    rank, mask = index.ndim - stacked, index.dtype == bool
-    lead = [rows.cell] if stacked else []
-    if mask and field == "batch":
-        return index[(*lead, rows.example)][:, None], True
-    if mask and field == "pos":
-        return index[(*lead, *([rows.example] if rank == 2 else []), rows.column)][:, None], True
-    if rank == 2:
-        return index[(*lead, rows.example)][:, None], True
-    return (index[rows.cell], True) if stacked else (index, False)

@@ -44,36 +44,34 @@ class Rows(NamedTuple):
         """
         return jnp.take(x[0], _merged(self.slot), axis=0, mode="clip")
 
-    def fill(
-        self, x: Float[Array, "1 row *rest"], base: Float[Array, "batch pos *rest"]
-    ) -> Float[Array, "cell_batch pos *rest"]:
+    def unpack(
+        self, x: Float[Array, "1 row *rest"], base: Float[Array, "batch pos *rest"] | None = None
+    ) -> Float[Array, "cell batch pos *rest"]:
         """The whole batch of each cell.
 
         Args:
             x: one entry per row.
-            base: the base run's values, for tokens that no row computes.
-
-        Returns:
-            One entry per token, with cells and examples on one axis.
-        """
-        defaults = jnp.tile(base, (self.place.shape[0], *(1,) * (base.ndim - 1)))
-        index = _merged(self.place)
-        computed = index.reshape(index.shape + (1,) * (x.ndim - 2)) >= 0
-        return jnp.where(computed, jnp.take(x[0], index, axis=0, mode="clip"), defaults)
-
-    def unpack(
-        self, x: Float[Array, "1 row *rest"], base: Float[Array, "batch pos *rest"]
-    ) -> Float[Array, "cell batch pos *rest"]:
-        """As `fill`, with an axis of cells and an axis of examples.
-
-        Args:
-            x: one entry per row.
-            base: the base run's values, for tokens that no row computes.
+            base: the base run's values, for tokens that no row computes; by default these are arbitrary.
 
         Returns:
             One entry per token.
         """
-        return self.fill(x, base).reshape(self.place.shape[0], *base.shape)
+        cells = jnp.take(x[0], self.place, axis=0, mode="clip")
+        if base is None:
+            return cells
+        computed = self.place >= 0
+        return jnp.where(computed.reshape(computed.shape + (1,) * (x.ndim - 2)), cells, base)
+
+    def pack(self, x: Float[Array, "cell batch pos *rest"]) -> Float[Array, "1 row *rest"]:
+        """Take the rows out of the whole batches of the cells: the inverse of `unpack`.
+
+        Args:
+            x: one entry per token.
+
+        Returns:
+            One entry per row.
+        """
+        return x[self.cell, self.example, self.column][None]
 
     def unpack_queries(
         self, x: Float[Array, "cell_batch head slot key"], base: Float[Array, "batch head query key"]
@@ -234,7 +232,7 @@ class Packed(Frame):
     def join(self, computed: Array, held: Array | None) -> Array:
         """Keys or values of each variant's batch: the base run's (`held`) where no row computes a token."""
         assert held is not None
-        return self.rows.fill(computed, held)
+        return self.rows.unpack(computed, held).reshape(-1, *held.shape[1:])
 
     def spread(self, q: Array) -> Array:
         """Put rows into slots, grouped by variant and example."""
