@@ -38,7 +38,6 @@ def curvature(measured: Measured, gates: dict[str, Array], examples: Examples, p
     Returns:
         Half the diagonal, in the metrics' units, and its standard error.
     """
-    # Forward mode, then reverse: in the other order JAX drops the derivatives of `taps.known` inside a scan.
     slope = lambda gates, along: jax.jvp(lambda g: measured(g, Path())[0], (gates,), (along,))[1]
 
     def probe(sums, key):

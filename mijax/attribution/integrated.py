@@ -61,8 +61,8 @@ class IntegratedGradients(Method):
             )
 
     def path(self, batch: int) -> Path:
-        """Open gates along the gates; along the inputs a path whose `inputs` are moved."""
-        return Path(opened=True) if self.along == "gate" else Path(inputs=jnp.zeros((batch,)))
+        """Along the inputs, embeddings are moved; along the gate, nothing but the gates."""
+        return Path() if self.along == "gate" else Path(inputs=jnp.zeros((batch,)))
 
     def __call__(
         self, measured: Measured, gates: dict[str, Array], sites: Mapping[str, Site], examples: Examples
@@ -74,7 +74,7 @@ class IntegratedGradients(Method):
         points, weights = np.polynomial.legendre.leggauss(self.steps)
         opened = lambda gates, part: {s: g + part.reshape(-1, *(1,) * (g.ndim - 1)) for s, g in gates.items()}
         if self.along == "gate":
-            values_at = lambda gates, part: measured(opened(gates, part), Path(opened=True))
+            values_at = lambda gates, part: measured(opened(gates, part), Path())
         else:
             values_at = lambda gates, part: measured(gates, Path(inputs=part))
 

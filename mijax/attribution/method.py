@@ -21,8 +21,7 @@ Terms: TypeAlias = dict[str, dict[str, Array]]
 """By metric and site, of the shape of the site's gates."""
 
 Measured: TypeAlias = Callable[[dict[str, Array], Path], tuple[Values, Values]]
-"""The metrics of each example, as a function of the gates and of what else is done to the run; and those of the source.
-Gates other than zero take `Path(opened=True)`."""
+"""The metrics of each example, as a function of the gates and of what else is done to the run; and those of the source."""
 
 
 class Estimates(NamedTuple):

@@ -5,29 +5,33 @@ array of the size of all layers' activations is kept; with `checkpoint`, the bac
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Ids, Stream
-from mijax.attribution.taps import KEPT, Gates, Held, Path, Together, Toward, gated_sites, known
+from mijax._types import Array, Ids
+from mijax.attribution.taps import KEPT, Gates, Path, Toward, gated_sites, sites_of_others
 from mijax.forward import Out
 from mijax.interventions.capturing import Capturing
 from mijax.model.model import LayeredModel
-from mijax.model.tap import Chain
+from mijax.model.position import Frame
+from mijax.model.tap import Chain, State
 from mijax.model.tokens import Tokens
 
 
-class _Carry(NamedTuple):
-    """The carry of the walk: streams of the base run and of the other runs, states of the taps that read the base run
-    (`seen`) and all runs (`all_seen`)."""
+class Run(NamedTuple):
+    """A run on its way through the model.
 
-    base: Stream
-    others: dict[str, Stream]
-    seen: Any
-    all_seen: Any
+    Attributes:
+        x: its residual stream, or the ids before the embedding.
+        seen: the state of the taps that read it.
+    """
+
+    x: Array
+    seen: State
 
 
 def gated(
@@ -40,12 +44,6 @@ def gated(
     read: Sequence[Capturing] = (),
 ) -> tuple[Out, Out | None]:
     """Run the base, each activation `x` replaced by `x + gate * (source's - x)`, and the source beside it.
-
-    A layer is run twice. First, all runs go through it as one batch, without a derivative: this gives their
-    activations, and the values of the base run at its products with parameters and at its gates. Then the base run
-    goes through it alone, for its derivative. There these values replace the computed ones (`known`), so that the
-    compiler removes the products. In total, two forward passes and one backward are computed. With a single pass of
-    all runs in one batch, the backward pass would go through all of them, which takes a third more time.
 
     Args:
         model: the model.
@@ -63,125 +61,65 @@ def gated(
         The output of the base run, and that of the source run (`None` without one), with the captured activations
         in `taps`.
     """
-    ids = jnp.asarray(tokens.ids)
-    others = {} if source is None else {"source": source}
-    if path.inputs is not None:  # gates then add differences from the base run with its embeddings unmoved
-        others["base"] = ids
+    ids, read_by = jnp.asarray(tokens.ids), Chain(tuple(read))
     layered, inside, around = _by_place(model, gates)
-    layers = _Layers(model, tokens, path, gated_sites(model.sites, gates, path), inside, tuple(others), tuple(read))
-    ends = _Ends(layers, {**around, **inside}, Capturing(dict.fromkeys((*around, "embed")), model.n_layers))
+    beside = _Beside(model, model.frame(tokens), path, read_by, gates)
 
-    zero = jnp.zeros((1, 1, 1), model.dtype)
-    seen, all_seen, states = (
-        layers.watched.init(model.sites, layers.frame, zero),
-        layers.all_init(zero),
-        ends.init(zero),
-    )
-    base, streams, states, seen = ends.run(model.embed, ids, others, states, seen)
+    def body(layer: Any, runs: dict[str, Run], layer_gates: dict[str, Array]) -> tuple[dict[str, Run], Any]:
+        runs = beside(layer, runs, {**layer_gates, **inside})
+        closed = {name: read_by.close(run.seen) for name, run in runs.items()}
+        after = {name: run._replace(seen=closed[name][0]) for name, run in runs.items()}
+        return after, {name: kept for name, (_, kept) in closed.items()}
+
+    first = {"gated": ids} | ({} if source is None else {"source": source})
+    if path.inputs is not None:  # gates then add differences from the base run with its embeddings unmoved
+        first["base"] = ids
+    runs = {name: Run(x, beside.init(read_by)) for name, x in first.items()}
+    runs = beside(model.embed, runs, {**around, **inside})
     group = group_size(model.n_layers) if checkpoint == 2 else 1
-    remat = lambda function: _again(function, checkpoint)
-    carry = _Carry(base, streams, seen, all_seen)
-    carry, (stacked, all_stacked) = model.walk(layers.run, carry, layered, remat=remat, group=group)
-    base, streams, states, seen = ends.run(model.final, carry.base, carry.others, states, carry.seen)
+    runs, kept = model.walk(body, runs, layered, remat=lambda function: _again(function, checkpoint), group=group)
+    runs = beside(model.final, runs, {**around, **inside})
 
-    base_out = Out(model.readout(base, tokens), {}, layers.watched.result(seen, stacked))
-    if source is None:
-        return base_out, None
-    within = layers.of_source(layers.all_watched.result(carry.all_seen, all_stacked))
-    acts = tuple({**inner, **captured.outer} for inner, captured in zip(within, states["source"][1]))
-    return base_out, Out(model.readout(streams["source"], Tokens.tree_unflatten(None, (source, tokens.mask))), {}, acts)
+    def out(name: str, ids: Array) -> Out:
+        readout = model.readout(runs[name].x, Tokens.tree_unflatten(None, (ids, tokens.mask)))
+        return Out(readout, {}, read_by.result(runs[name].seen, kept[name]))
+
+    return out("gated", ids), None if source is None else out("source", source)
 
 
-class _Layers:
-    """What is done with each layer: all runs go through it together, then the base run alone.
+class _Beside(eqx.Module):
+    """Takes all runs through one part of the model: the embedding, a layer or the final norm.
 
     Args:
         model: the model.
-        tokens: the base prompts.
-        path: how else the base run is changed.
-        sites: the sites at which the taps of attribution are called.
-        gates: the gates at sites that only some layers have.
-        others: the names of the other runs.
-        read: the activations to capture of both runs.
+        frame: the positions of the prompts.
+        path: how else the gated run is changed.
+        read: the taps that read all runs.
+        gates: all gates, of whose sites the other runs' activations are needed.
     """
 
-    def __init__(
-        self,
-        model: LayeredModel,
-        tokens: Tokens,
-        path: Path,
-        sites: frozenset[str],
-        gates: dict[str, Array],
-        others: tuple[str, ...],
-        read: tuple[Capturing, ...],
-    ):
-        self.model, self.path, self.sites, self.gates, self.others = model, path, sites, gates, others
-        self.n_runs = 1 + len(others)
-        tiled = lambda a: jnp.tile(jnp.asarray(a), (self.n_runs, 1))
-        self.frame = model.frame(tokens)
-        self.all_frame = model.frame(Tokens.tree_unflatten(None, (tiled(tokens.ids), tiled(tokens.mask))))
-        self.watched = Chain(read)
-        self.all_watched = Chain(tuple(tap.tiled(self.n_runs) for tap in read if others))
+    model: LayeredModel
+    frame: Frame
+    path: Path
+    read: Chain
+    gates: Gates
 
-    def run(self, layer: Any, carry: _Carry, layer_gates: dict[str, Array]) -> tuple[_Carry, Any]:
-        """The body of the walk."""
-        gates = {**layer_gates, **self.gates}
-        streams, held, all_seen = self._together(layer, carry, gates)
-        toward = Toward(gates, self.path, self.sites, held, self.model.sites["attn_scores"].scale)
-        computed, (_, seen) = layer(carry.base, self.frame, Chain((toward, self.watched)), ({}, carry.seen))
-        (seen, stacked), (all_seen, all_stacked) = self.watched.close(seen), self.all_watched.close(all_seen)
-        base, *others = streams
-        return _Carry(known(computed, base), dict(zip(self.others, others)), seen, all_seen), (stacked, all_stacked)
+    def init(self, tap: Any) -> State:
+        """The state of a tap before the run."""
+        return tap.init(self.model.sites, self.frame, jnp.zeros((1, 1, 1), self.model.dtype))
 
-    def _together(self, layer: Any, carry: _Carry, gates: dict[str, Array]) -> tuple[list[Array], Held, Any]:
-        """All runs through a layer, without a derivative: their streams, the values to hold, the captures' state."""
-        base, others, gates = jax.lax.stop_gradient((carry.base, carry.others, gates))
-        together = Together(gates, self.path, self.sites, self.others)
-        state = (together.init(self.model.sites, self.all_frame, base), carry.all_seen)
-        streams = jnp.concatenate([base, *(others[run] for run in self.others)])
-        streams, (held, all_seen) = layer(streams, self.all_frame, Chain((together, self.all_watched)), state)
-        return together.split(streams), held, all_seen
-
-    def all_init(self, zero: Array) -> Any:
-        """The state of the captures of all runs before the first layer."""
-        return self.all_watched.init(self.model.sites, self.all_frame, zero)
-
-    def of_source(self, captured: Sequence[dict[str, Array]]) -> list[dict[str, Array]]:
-        """Of activations captured of all runs, those of the source run."""
-        batch = lambda name: self.model.sites[name].axes.index("batch")
-        source = lambda name, act: jnp.split(act, self.n_runs, axis=batch(name))[1]
-        return [{name: source(name, act) for name, act in acts.items()} for acts in captured]
-
-
-class _Ends(NamedTuple):
-    """What is done with the embedding and the final norm: each run goes through them by itself.
-
-    Attributes:
-        layers: what is done with each layer.
-        gates: the gates at sites around the layers, and at those that only some layers have.
-        around: the tap that keeps what gates and captures need of the other runs.
-    """
-
-    layers: _Layers
-    gates: dict[str, Array]
-    around: Capturing
-
-    def init(self, zero: Array) -> dict[str, Any]:
-        """The states of the captures, by run."""
-        return {run: self._keep.init(self.layers.model.sites, self.layers.frame, zero) for run in self.layers.others}
-
-    def run(self, part: Callable, base: Array, streams: dict[str, Array], states: dict[str, Any], seen: Any) -> Any:
-        """Run the base run last, since it reads the others: its result, the others', their states, its state."""
-        layers = self.layers
-        ends = {run: part(x, layers.frame, self._keep, states[run]) for run, x in streams.items()}
-        held = Held({run: captured.outer for run, (_, (captured, _)) in ends.items()}, {}, {})
-        toward = Toward(self.gates, layers.path, layers.sites, held)
-        base, (_, seen) = part(base, layers.frame, Chain((toward, layers.watched)), ({}, seen))
-        return base, {run: x for run, (x, _) in ends.items()}, {run: state for run, (_, state) in ends.items()}, seen
-
-    @property
-    def _keep(self) -> Chain:
-        return Chain((self.around, self.layers.watched))
+    def __call__(self, part: Callable, runs: Mapping[str, Run], gates: Gates) -> dict[str, Run]:
+        """All runs after the part, in which the gated run reads the others' activations; `gates` are those within it."""
+        sites, after, others = self.model.sites, {}, {}
+        needed = Capturing(dict.fromkeys(sites_of_others(sites, self.gates, self.path)), self.model.n_layers)
+        for name in [name for name in runs if name != "gated"]:
+            state = (self.init(needed), runs[name].seen)
+            x, (kept, seen) = part(runs[name].x, self.frame, Chain((needed, self.read)), state)
+            after[name], others[name] = Run(x, seen), {**kept.layer, **kept.outer}
+        touched = gated_sites(sites, self.gates, self.path)
+        toward = Toward(gates, self.path, others, touched, sites["attn_scores"].scale)
+        x, (_, seen) = part(runs["gated"].x, self.frame, Chain((toward, self.read)), ({}, runs["gated"].seen))
+        return {**after, "gated": Run(x, seen)}
 
 
 def _by_place(model: LayeredModel, gates: Gates) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:

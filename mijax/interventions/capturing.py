@@ -113,15 +113,6 @@ class Capturing(Tap):
         slots = {name: x[of_first(self._layers()[name])] for name, x in state.slots.items()}
         return {**stacked, **state.outer, **slots}
 
-    def tiled(self, count: int) -> "Capturing":
-        """The same captures for a batch that repeats the examples.
-
-        Args:
-            count: how many times the batch holds the examples, one copy of the batch after the other.
-        """
-        captures = {name: where and where.tiled(count) for name, where in self.captures.items()}
-        return Capturing(captures, self.n_layers)
-
     def _layers(self) -> dict[str, Int[Array, " k"]]:
         """The listed layers of each site of which not all layers are kept."""
         wheres = {name: Where() if where is None else where for name, where in self.captures.items()}

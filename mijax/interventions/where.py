@@ -76,15 +76,6 @@ class Where(eqx.Module):
         """
         return Where(**{field: index for field, index in self.given.items() if field in fields})
 
-    def tiled(self, count: int) -> "Where":
-        """The same places in every copy of the examples, in a batch that repeats them.
-
-        Args:
-            count: how many times the batch holds the examples, one copy of the batch after the other.
-        """
-        fields = {f: jnp.tile(jnp.asarray(i), (count, 1)) if jnp.ndim(i) == 2 else i for f, i in self.given.items()}
-        return Where(**fields)
-
     def with_columns(self, n: int) -> "Where":
         """The same places in a batch of another number of columns.
 
