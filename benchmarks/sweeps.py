@@ -173,8 +173,8 @@ def smollm2() -> Example:
 def tiny(model: str) -> Example:
     """A toy of the model's family."""
     llama = {
-        "positions": "rotary", "norm": "rms", "mlp": "gated", "activation": "silu", "n_kv_heads": 2, "qkv_bias": False,
-        "attn_out_bias": False, "mlp_bias": False,
+        "positions": mj.Rotary(), "norm": "rms", "mlp": "gated", "activation": "silu", "n_kv_heads": 2, "attn_bias": "",
+        "mlp_bias": False,
     }  # fmt: skip
     own: dict[str, Any] = {} if model == "gpt2" else llama
     config = mj.Config(n_layers=2, d_model=32, n_heads=4, d_vocab=101, n_ctx=32, **own)

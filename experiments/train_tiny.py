@@ -59,7 +59,7 @@ def config(settings: Settings) -> mj.Config:
         n_heads=settings.heads,
         d_vocab=settings.vocab,
         n_ctx=settings.length,
-        positions="rotary",
+        positions=mj.Rotary(),
         mlp="none",
         tied_unembed=False,
     )

@@ -42,9 +42,10 @@ from mijax.generation.masks import current_tokens, new_tokens, prompt_tokens
 from mijax.interventions.edits import Add, Apply, Edit, Interchange, Mix, Project, Replace, Scale
 from mijax.interventions.where import Where
 from mijax.model import processing
-from mijax.model.config import Config, RotaryScaling
+from mijax.model.config import Config
 from mijax.model.model import LayeredModel, Model
 from mijax.model.readout import Readout
+from mijax.model.rotary import Rotary, RotaryScaling
 from mijax.model.sites import SITES, Site, sites
 from mijax.model.tap import Point, Tap, Visit, called
 from mijax.model.tokens import Inputs, Tokens
@@ -82,6 +83,7 @@ __all__ = [
     "Project",
     "Readout",
     "Replace",
+    "Rotary",
     "RotaryScaling",
     "Scale",
     "Site",

@@ -11,20 +11,33 @@ _small = {"n_layers": 3, "d_model": 12, "n_heads": 4, "d_vocab": 19, "n_ctx": 16
 ARCHITECTURES = {
     "gpt2": mj.Config(**_small),
     "llama_gqa": mj.Config(
-        **_small, n_kv_heads=2, d_head=6, positions="rotary", norm="rms", mlp="gated", activation="silu",
-        qkv_bias=False, attn_out_bias=False, mlp_bias=False, tied_unembed=False,
+        **_small, n_kv_heads=2, d_head=6, positions=mj.Rotary(), norm="rms", mlp="gated", activation="silu",
+        attn_bias="", mlp_bias=False, tied_unembed=False,
+    ),
+    "gemma": mj.Config(
+        **_small, n_kv_heads=2, d_head=6, positions=(mj.Rotary(), None, mj.Rotary(500.0)), window=(3, 0, 3), norm="rms",
+        norm_at="both", qk_norm="head", scores_cap=2.0, logits_cap=3.0, embed_scale=1.5, mlp="gated", attn_bias="",
     ),
     "parallel_mqa_partial_rotary": mj.Config(
-        **_small, n_kv_heads=1, d_head=6, positions="rotary", rotary_dim=4, parallel=True, mlp="gated", activation="gelu",
-        tied_unembed=False, unembed_bias=True,
+        **_small, n_kv_heads=1, d_head=6, positions=mj.Rotary(dim=4), parallel=True, shared_norm=True, mlp="gated",
+        activation="gelu", tied_unembed=False, unembed_bias=True,
     ),
-    "attention_only": mj.Config(**{**_small, "d_mlp": 0}, mlp="none", norm="none", positions="none", attn_out_bias=False),
-    "normless": mj.Config(**_small, norm="none", positions="none", activation="relu", qkv_bias=False, mlp_bias=False),
-    "bidirectional": mj.Config(**_small, causal=False, activation="relu", attn_scale=0.3),
+    "parallel_two_norms": mj.Config(**_small, d_head=4, positions=mj.Rotary(), parallel=True, attn_bias="qk"),
+    "attention_only": mj.Config(
+        **{**_small, "d_mlp": 0}, mlp="none", norm="none", positions="alibi", attn_bias="qkv", sinks=True
+    ),
+    "output_norms": mj.Config(
+        **_small, n_kv_heads=2, d_head=6, norm="rms", norm_at="output", qk_norm="all", window=4, positions=mj.Rotary(), attn_bias="v"
+    ),
+    "normless": mj.Config(**_small, norm="none", positions="none", activation="relu", attn_bias="o", mlp_bias=False),
+    "bidirectional": mj.Config(
+        **_small, causal=False, activation="relu", attn_scale=0.3, norm_at="stream", embed_norm=True, final_norm=False
+    ),
 }  # fmt: skip
 COVERING = {
     "bidirectional": "right",
     "llama_gqa": "left",
+    "gemma": "right",
     "parallel_mqa_partial_rotary": "none",
     "attention_only": "left",
 }

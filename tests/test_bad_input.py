@@ -29,7 +29,7 @@ patch = lambda **kw: mj.patch(
 )
 
 FAULTS = {
-    "unknown site": (lambda: replace("resid_prr"), ValueError, r"unknown site 'resid_prr'; did you mean 'resid_pre'.*The sites are embed,"),
+    "unknown site": (lambda: replace("resid_prr"), ValueError, r"unknown site 'resid_prr'; did you mean 'resid_pre'.*The sites are .*embed,"),
     "site the model lacks": (lambda: edit("mlp_out", mj.Scale(0.0), PLAIN), ValueError, r"no site 'mlp_out' .*; it has embed, resid_pre"),
     "captured site the model lacks": (lambda: mj.run(MODEL, TOKENS, capture=("pos_embed",)), ValueError, "no site 'pos_embed'"),
     "capture as one string": (lambda: mj.run(MODEL, TOKENS, capture="z"), TypeError, r"given the string 'z'; write \('z',\)"),
@@ -190,7 +190,7 @@ FAULTS = {
     "a probe of no number": (lambda: mj.concept(MODEL, positive=OTHER, negative=TOKENS, site="resid_post", metric=METRIC, probe=np.full((3, 12), np.nan)), ValueError, "direction of the probe at 'resid_post' is not finite"),
     "steps by name": (lambda: mj.IntegratedGradients("inputs"), ValueError, "given steps='inputs', along='gate'"),
     "config that does not fit": (lambda: mj.Config(n_layers=-1, d_model=8, n_heads=2, n_kv_heads=3, d_vocab=0, n_ctx=4, norm="batch"), ValueError, "n_layers=-1 must not be negative; d_vocab=0 must be positive; norm='batch' is none of 'layer', 'rms', 'none'; n_heads=2 is not a multiple of n_kv_heads=3"),
-    "odd rotary dimensions": (lambda: mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=3, n_ctx=4, positions="rotary", rotary_dim=3), ValueError, "rotary_dim=3 must be even and at most d_head=4"),
+    "odd rotary dimensions": (lambda: mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=3, n_ctx=4, positions=mj.Rotary(dim=3)), ValueError, "rotary dim=3 must be even and at most d_head=4"),
 }  # fmt: skip
 
 

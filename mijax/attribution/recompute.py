@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Float, Heads, KVHeads, Scores
-from mijax.model.attention import masked_softmax, scaled_scores
 from mijax.model.position import Frame
+from mijax.model.scores import ScoreRule, masked_softmax
 
 
 def queries_changed(
-    frame: Frame, scale: float, k: KVHeads, pattern: Scores, source: Heads, gate: Float[Array, "batch #pos #head 1"]
+    frame: Frame, rule: ScoreRule, k: KVHeads, pattern: Scores, source: Heads, gate: Float[Array, "batch #pos #head 1"]
 ) -> Scores:
     """The change of the pattern where queries are exchanged, each weighted by its gate.
 
     Args:
         frame: the positions, with the mask of keys that a query may attend to.
-        scale: the factor of the query-key products.
+        rule: how scores are computed.
         k: the base run's keys.
         pattern: the base run's pattern.
         source: the source run's queries.
@@ -29,13 +29,13 @@ def queries_changed(
     Returns:
         `[batch, head, query, key]`, the gate of each query times the change of its row.
     """
-    new = masked_softmax(scaled_scores(source, k, scale, source.dtype), frame)
+    new = masked_softmax(rule(source, k, frame, source.dtype), frame)
     return jnp.moveaxis(gate[..., 0], 1, 2)[..., None] * (new - pattern)
 
 
 def keys_changed(
     frame: Frame,
-    scale: float,
+    rule: ScoreRule,
     q: Heads,
     scores: Scores,
     pattern: Scores,
@@ -46,7 +46,7 @@ def keys_changed(
 
     Args:
         frame: the positions, with the mask of keys that a query may attend to.
-        scale: the factor of the query-key products.
+        rule: how scores are computed.
         q: the base run's queries.
         scores: the base run's scores, before the mask.
         pattern: the base run's pattern.
@@ -57,7 +57,7 @@ def keys_changed(
     Returns:
         `[batch, head, query, key]`.
     """
-    new = scaled_scores(q, source, scale, source.dtype)
+    new = rule(q, source, frame, source.dtype)
     gate = jnp.moveaxis(gate[..., 0], 1, 2)[:, :, None]  # [batch, kv_head, 1, key]
     if gate.shape[1] > 1:
         gate = jnp.repeat(gate, q.shape[2] // source.shape[2], axis=1)

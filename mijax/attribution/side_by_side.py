@@ -117,7 +117,7 @@ class _Beside(eqx.Module):
             x, (kept, seen) = part(runs[name].x, self.frame, Chain((needed, self.read)), state)
             after[name], others[name] = Run(x, seen), {**kept.layer, **kept.outer}
         touched = gated_sites(sites, self.gates, self.path)
-        toward = Toward(gates, self.path, others, touched, sites["attn_scores"].scale)
+        toward = Toward(gates, self.path, others, touched, sites["attn_scores"].rule)
         x, (_, seen) = part(runs["gated"].x, self.frame, Chain((toward, self.read)), ({}, runs["gated"].seen))
         return {**after, "gated": Run(x, seen)}
 

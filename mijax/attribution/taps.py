@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mijax._types import Array, Float, Int, Scores
 from mijax.attribution.recompute import keys_changed, queries_changed
 from mijax.model.position import Frame
+from mijax.model.scores import ScoreRule
 from mijax.model.sites import Site
 from mijax.model.tap import Point, Tap
 
@@ -50,14 +51,14 @@ class Toward(Tap):
         others: the activations of the other runs at the same place, by run and site: those of the `source` (zeros
             without one), and of the `base` with its embeddings unmoved, where they are moved.
         touched: the sites at which the tap is called.
-        scale: the factor of the query-key products.
+        rule: how scores are computed.
     """
 
     gates: Gates
     path: Path
     others: Mapping[str, Mapping[str, Array]]
     touched: frozenset[str] = eqx.field(static=True)
-    scale: float = eqx.field(static=True)
+    rule: ScoreRule | None = eqx.field(static=True)
 
     @property
     def sites(self) -> frozenset[str]:
@@ -94,15 +95,18 @@ class Toward(Tap):
 
     def _through_pattern(self, point: Point, pattern: Scores, state: dict[str, Array]) -> Scores | float:
         """The change of the pattern by the gates at q and k, through recomputed attention."""
+        assert self.rule is not None
+        if self.rule.sinks:
+            raise ValueError("gates at q and k do not act through recomputed attention in a model with attention sinks")
         acts = jax.lax.stop_gradient({**state, "pattern": pattern})
         q, k = (f"rot_{name}" if f"rot_{name}" in acts else name for name in RECOMPUTED)
         change = 0.0
         if "q" in self.gates:
             source = self._of_source(q, acts[q])
-            change = queries_changed(point.frame, self.scale, acts[k], acts["pattern"], source, self.gates["q"])
+            change = queries_changed(point.frame, self.rule, acts[k], acts["pattern"], source, self.gates["q"])
         if "k" in self.gates:
             source, scores = self._of_source(k, acts[k]), acts["attn_scores"]
-            change += keys_changed(point.frame, self.scale, acts[q], scores, acts["pattern"], source, self.gates["k"])
+            change += keys_changed(point.frame, self.rule, acts[q], scores, acts["pattern"], source, self.gates["k"])
         return change
 
 

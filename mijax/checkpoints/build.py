@@ -4,7 +4,7 @@ import dataclasses
 import operator
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import einops
@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from mijax.checkpoints.families import Family, Weight
+from mijax.checkpoints.table import Family, Weight
 from mijax.model.config import Config
 from mijax.model.transformer import Transformer, init
 
@@ -149,27 +149,26 @@ def axis_sizes(weight: Weight, config: Config) -> dict[str, int]:
         config: the model's config.
 
     Returns:
-        The size of each axis among `head`, `kv_head` and `three` that occurs in `weight.axes`.
+        The size of each axis among `head`, `kv_head`, `e` (of a head), `two` and `three` that occurs in `weight.axes`.
     """
-    sizes = {"head": config.n_heads, "kv_head": config.n_kv_heads, "three": 3}
+    sizes = {"head": config.n_heads, "kv_head": config.n_kv_heads, "e": config.d_head, "two": 2, "three": 3}
     return {axis: n for axis, n in sizes.items() if re.search(rf"\b{axis}\b", weight.axes)}
 
 
-def stored(parameters: np.ndarray, weight: Weight, config: Config) -> np.ndarray:
+def stored(parameters: Sequence[np.ndarray], weight: Weight, config: Config) -> np.ndarray:
     """Parameters in the arrangement of axes that the checkpoint's tensor has.
 
     Args:
-        parameters: those of one entry of a family's table, `[len(weight.ours), ...]`: of one layer, or of the model
-            where there is one tensor for all layers.
-        weight: the entry.
+        parameters: one for each of `weight.ours`: of one layer, or of the model where there is one tensor for all layers.
+        weight: the entry of a family's table.
         config: the model's config.
 
     Returns:
         The tensor, a view of `parameters` where that is possible.
     """
-    ours, theirs = (side.strip() for side in reversed(weight.axes.split("->")))
-    fused = parameters if len(weight.ours) > 1 else parameters[0]
-    return einops.rearrange(fused, f"{ours} -> {theirs}", **axis_sizes(weight, config))
+    theirs, arranged = (side.strip() for side in weight.axes.split("->"))
+    tensor = weight.convert.write(parameters, config)
+    return einops.rearrange(tensor, f"{arranged} -> {theirs}", **axis_sizes(weight, config))
 
 
 def tensor_names(theirs: str, config: Config) -> list[str]:
@@ -205,17 +204,17 @@ def _stacked(config: Config, weight: Weight, shapes: Transformer, read: Callable
     slots: list[Any] = [get(shapes, path) for path in weight.ours]
     hosts = [_aligned(slot.shape, slot.dtype) for slot in slots]
     per_layer = "{layer}" in weight.theirs
-    shape = slots[0].shape[1:] if per_layer else slots[0].shape
-    expected = stored(np.broadcast_to(np.float32(0), (len(slots), *shape)), weight, config).shape
+    shapes_of = [slot.shape[1:] if per_layer else slot.shape for slot in slots]
+    expected = stored([np.broadcast_to(np.float32(0), shape) for shape in shapes_of], weight, config).shape
     for i, name in enumerate(tensor_names(weight.theirs, config)):
         tensor = read(name)
         if tensor.shape != expected:
             faults.append(
-                f"{name} has shape {tensor.shape}, expected {expected}, which gives {weight.ours[0]} its {shape}"
+                f"{name} has shape {tensor.shape}, expected {expected}, which gives {weight.ours[0]} its {shapes_of[0]}"
             )
             continue
         arranged = einops.rearrange(tensor, weight.axes, **axis_sizes(weight, config))
-        for host, part in zip(hosts, arranged if len(slots) > 1 else arranged[None]):
+        for host, part in zip(hosts, weight.convert.read(arranged, config)):
             target = host[i] if per_layer else host
             with np.errstate(over="ignore"):  # an overflow is reported below, by the check for finite values
                 target[...] = part

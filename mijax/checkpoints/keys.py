@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from mijax.model.config import Config, RotaryScaling, check_field
+from mijax.model.config import Config
+from mijax.model.fields import check_field
 
 REQUIRED = object()
 """The `default` of a `Key` that must be in the file."""
@@ -16,20 +17,23 @@ class Key(NamedTuple):
         fields: the fields of `Config`, all of which get the key's value.
         default: the value that transformers takes where the key is missing. Where it is `None`, the file may have
             `null` as well, and the fields are derived from the others.
-        spellings: values that mijax calls by another name, and these names.
+        spellings: values that mijax calls by another name, and these names. Where `True` is among them, the key holds a
+            boolean.
     """
 
     fields: tuple[str, ...]
     default: Any = REQUIRED
-    spellings: Mapping[str, str] = {}
+    spellings: Mapping[Any, Any] = {}
 
 
 Harmless = Callable[[Any, Mapping[str, Any]], bool]
 """Of a key's value and the whole file: whether the key, at that value, has no effect on what the model computes."""
 
 _DERIVED_SIZES = ("d_head", "n_kv_heads", "d_mlp")  # 0 makes `Config` derive them; in a file it is an error
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "swish": "silu"}
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 """The `spellings` of activation functions."""
+BIASES = {True: "qkvo", False: ""}
+"""The `spellings` of whether attention has all of its biases, or none."""
 
 
 def read_fields(c: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]:
@@ -54,7 +58,9 @@ def read_fields(c: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]
         value = c[key] if default is REQUIRED else c.get(key, default)
         if value is None and default is None:
             continue
-        value = spellings.get(value, value) if isinstance(value, str) else value
+        if True in spellings and not isinstance(value, bool):
+            raise ValueError(f"{key}={value!r} must be a boolean, given {type(value).__name__}")
+        value = spellings.get(value, value) if isinstance(value, str | bool) else value
         value = check_field(Config, names[0], value, key)
         if names[0] in _DERIVED_SIZES and value == 0:
             raise ValueError(f"{key}=0 must be positive")
@@ -70,9 +76,13 @@ def write_fields(config: Config, keys: Mapping[str, Key]) -> dict[str, Any]:
         keys: the family's table of keys.
 
     Returns:
-        The value of each key.
+        The value of each key; `None` where no boolean says it.
     """
-    return {key: getattr(config, names[0]) for key, (names, _, _) in keys.items()}
+    entries = {}
+    for key, (names, _, spellings) in keys.items():
+        value = getattr(config, names[0])
+        entries[key] = {v: k for k, v in spellings.items()}.get(value) if True in spellings else value
+    return entries
 
 
 def check_keys(c: Mapping[str, Any], family: str, read: frozenset[str], harmless: Mapping[str, Harmless]) -> None:
@@ -168,6 +178,31 @@ def _full_attention(value: Any, _: Mapping[str, Any]) -> bool:
     return value is None or (isinstance(value, list) and all(kind == "full_attention" for kind in value))
 
 
+def windows_of(
+    kinds: Any, window: Any, n_layers: int, local: str = "sliding_attention", full: str = "full_attention"
+) -> tuple[int, ...]:
+    """The window of each layer, by the kind of its attention.
+
+    Args:
+        kinds: of each layer, `local` or `full`.
+        window: the number of tokens that local attention sees.
+        n_layers: the number of layers.
+        local: the name of the kind that sees `window` tokens.
+        full: the name of the kind that sees all.
+
+    Returns:
+        The windows, 0 for full attention.
+
+    Raises:
+        ValueError: for other kinds, another number of layers, or a window that is no positive integer.
+    """
+    if not isinstance(kinds, list) or len(kinds) != n_layers or not set(map(str, kinds)) <= {local, full}:
+        raise ValueError(f"layer_types={kinds!r} must be one of {local!r} and {full!r} for each of {n_layers} layers")
+    if local in kinds and not (type(window) is int and window > 0):
+        raise ValueError(f"the window {window!r} must be a positive integer")
+    return tuple(window if kind == local else 0 for kind in kinds)
+
+
 _ANY_VALUE = """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels attention_dropout
     attn_implementation attn_pdrop bos_token_id chunk_size_feed_forward dtype embd_pdrop eos_token_id finetuning_task
@@ -198,100 +233,3 @@ HARMLESS: Mapping[str, Harmless] = {
     "tie_encoder_decoder": only(False),
 }
 """Keys that the config of any family of Hugging Face may have, and the values at which they have no effect."""
-
-
-# ---- rotary positions
-
-ROTARY_KEYS = frozenset(
-    {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings"}
-)
-_SCALINGS: dict[str, dict[str, str]] = {  # for each kind: its keys, and their fields of RotaryScaling
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq",
-        "high_freq_factor": "high_freq",
-        "original_max_position_embeddings": "original_n_ctx",
-    },
-}
-
-
-def read_rotary(c: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `Config` about rotary positions, from all places of a `config.json` that may hold them.
-
-    transformers 5 writes all of them into `rope_parameters`. Earlier versions wrote `rope_scaling`, with
-    `rope_theta` and `partial_rotary_factor` at the top level of the file. Llama and Mistral in transformers ignore
-    `partial_rotary_factor` and rotate all dimensions of a head, so that a file which asks for another share does not
-    say what its model was trained with.
-
-    Args:
-        c: the contents of the file.
-
-    Returns:
-        The fields `rotary_base` and `rotary_scaling`.
-
-    Raises:
-        KeyError: where Llama 3's scaling needs `max_position_embeddings` and the file lacks it, or a scaling lacks
-            one of its keys.
-        ValueError: where two places disagree, for an unsupported kind of scaling, for a key that the kind does not
-            have, for a value of wrong type or range, and where `partial_rotary_factor` is not 1.
-
-    >>> read_rotary({"rope_theta": 5000.0, "partial_rotary_factor": 1.0})
-    {'rotary_base': 5000.0, 'rotary_scaling': None}
-    """
-    rope = _merged_rotary(c)
-    kind = rope.pop("rope_type", "default")
-    if kind not in _SCALINGS:
-        raise ValueError(f"unsupported rotary scaling {kind!r}; supported are {', '.join(_SCALINGS)}")
-    base = check_field(Config, "rotary_base", rope.pop("rope_theta", 10_000.0), "rope_theta")
-    fraction = check_field(RotaryScaling, "factor", rope.pop("partial_rotary_factor", 1.0), "partial_rotary_factor")
-    if fraction != 1:
-        raise ValueError(
-            f"partial_rotary_factor={fraction} must be 1: this family rotates all dimensions of a head, also in"
-            " transformers, which ignores the key"
-        )
-    if kind == "llama3":
-        rope.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
-    unread = set(rope) - set(_SCALINGS[kind])
-    if unread:
-        extra = ", ".join(f"{key}={rope[key]!r}" for key in sorted(unread))
-        raise ValueError(f"rotary scaling {kind!r} has no {extra}")
-    values = {name: check_field(RotaryScaling, name, rope[key], key) for key, name in _SCALINGS[kind].items()}
-    scaling = None if kind == "default" else RotaryScaling(kind, **values)
-    return {"rotary_base": base, "rotary_scaling": scaling}
-
-
-def _merged_rotary(c: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries about rotary positions: of `rope_parameters`, of `rope_scaling` and of the file's top level."""
-    top_level = {key: c[key] for key in ROTARY_KEYS - {"rope_scaling", "rope_parameters"} if c.get(key) is not None}
-    rope: dict[str, Any] = {}
-    for place in ("rope_parameters", "rope_scaling", "config.json"):
-        values = top_level if place == "config.json" else c.get(place)
-        if values is not None and not isinstance(values, Mapping):
-            raise ValueError(f"{place}={values!r} must be an object or null")
-        for key, value in (values or {}).items():
-            key = "rope_type" if key == "type" else key
-            if value is None:
-                continue
-            if key in rope and rope[key] != value:
-                raise ValueError(f"{key} is {value!r} in {place}, and {rope[key]!r} elsewhere in the file")
-            rope[key] = value
-    return rope
-
-
-def write_rotary(config: Config) -> dict[str, Any]:
-    """The entries of a `config.json` from which `read_rotary` reads a config's rotary positions.
-
-    `partial_rotary_factor` is left out, since Llama in transformers always rotates all dimensions of a head.
-
-    Args:
-        config: the config to write.
-
-    Returns:
-        The entry `rope_parameters`.
-    """
-    scaling = config.rotary_scaling
-    rope: dict[str, Any] = {"rope_type": scaling.kind if scaling else "default", "rope_theta": config.rotary_base}
-    rope |= {key: getattr(scaling, name) for key, name in _SCALINGS[rope["rope_type"]].items()}
-    return {"rope_parameters": rope}

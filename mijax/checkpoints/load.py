@@ -12,9 +12,10 @@ import numpy as np
 from mijax.arguments import check_flag
 from mijax.checkpoints import bundled
 from mijax.checkpoints.build import Tensors, build
-from mijax.checkpoints.families import Family, family_of
 from mijax.checkpoints.gguf import GGUF
 from mijax.checkpoints.json_files import read_object
+from mijax.checkpoints.registry import family_of
+from mijax.checkpoints.table import Family
 from mijax.checkpoints.tokenizer import FILES, Tokenizer
 from mijax.model.config import Config
 from mijax.model.parameters import parameter_dtype

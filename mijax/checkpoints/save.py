@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from mijax.checkpoints.build import get, stored, tensor_names
-from mijax.checkpoints.families import FAMILIES, Family
+from mijax.checkpoints.registry import FAMILIES
+from mijax.checkpoints.table import Family
 from mijax.checkpoints.tokenizer import Tokenizer
 from mijax.model.config import Config
 from mijax.model.parameters import PARAMETER_DTYPES
@@ -80,7 +81,7 @@ def save(
 def _expressed(config: Config) -> tuple[str, Family, dict[str, Any]]:
     """The first family whose config.json reads back as this config; the last one, `mijax`, expresses every config."""
     for kind, family in FAMILIES.items():
-        entries = family.write(config) if family.write else None
+        entries = family.entries(config)
         try:
             if entries is not None and family.config(entries := {"model_type": kind, **entries}) == config:
                 return kind, family, entries
@@ -100,8 +101,7 @@ def _tensors(model: Transformer, family: Family) -> Iterator[tuple[str, int, Any
 
             def make(i=i, arrays=arrays, weight=weight):
                 parts = [np.asarray(a[i] if "{layer}" in weight.theirs else a) for a in arrays]
-                together = np.stack(parts) if len(parts) > 1 else parts[0][None]
-                return np.ascontiguousarray(stored(together, weight, model.config))
+                return np.ascontiguousarray(stored(parts, weight, model.config))
 
             yield name, sum(a.nbytes for a in arrays) // len(names), make
 

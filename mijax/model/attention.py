@@ -6,11 +6,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Asked, Bool, Float, Heads, Int, KVHeads, Scores, Stream
+from mijax._types import Array, Asked, Bool, Float, Heads, Int, KVHeads, Stream
 from mijax.model.config import Config
-from mijax.model.norm import Norm, normalised
+from mijax.model.norm import Norm, normalised, rms_normalised
 from mijax.model.numerics import einsum
-from mijax.model.position import Frame, rotate
+from mijax.model.position import rotate
+from mijax.model.scores import ScoreRule, masked_softmax
 from mijax.model.tap import State, Visit
 
 
@@ -25,6 +26,9 @@ class Attention(eqx.Module):
     b_K: Float[Array, "layer kv_head d_head"] | None
     b_V: Float[Array, "layer kv_head d_head"] | None
     b_O: Float[Array, "layer d_model"] | None
+    q_norm: Float[Array, "layer #head d_head"] | None
+    k_norm: Float[Array, "layer #kv_head d_head"] | None
+    sinks: Float[Array, "layer head"] | None
 
 
 class KVCache(NamedTuple):
@@ -38,25 +42,31 @@ class Branch(NamedTuple):
     """The input of the q, k and v projections.
 
     Attributes:
-        params: the parameters of ln1.
+        params: the parameters of ln1; `None` where there is no norm before the projections.
         stream: the residual stream before ln1.
         normed: the residual stream after ln1.
     """
 
-    params: Norm
+    params: Norm | None
     stream: Stream
     normed: Stream
 
 
 def attention(
-    config: Config, params: Attention, ln1: Norm, x: Stream, visit: Visit, state: State, held: KVCache | None = None
+    config: Config,
+    params: Attention,
+    ln1: Norm | None,
+    x: Stream,
+    visit: Visit,
+    state: State,
+    held: KVCache | None = None,
 ) -> tuple[Asked, State]:
-    """What attention adds to the residual stream, at the positions that the frame reads.
+    """The output of attention, at the positions that the frame reads.
 
     Args:
         config: the architecture.
         params: the projections of one layer (no layer axis).
-        ln1: the norm before them.
+        ln1: the norm before them, where there is one.
         x: `[batch, pos, d_model]`, the residual stream before the layer.
         visit: the tap in this layer, with the frame of the tokens of `x`.
         state: the tap's state.
@@ -65,37 +75,47 @@ def attention(
     Returns:
         `[batch, query, d_model]`, the output of attention with bias; and the tap's state.
     """
-    frame, rotary = visit.frame, config.positions == "rotary"
+    frame = visit.frame
     normed, state = normalised(config, ln1, x, "ln1", visit, state)
     branch = Branch(ln1, x, normed)
     k, state = _project(config, branch, params.W_K, params.b_K, "k", visit, state)
     v, state = _project(config, branch, params.W_V, params.b_V, "v", visit, state)
-    if rotary:
-        k, state = visit("rot_k", rotate(config, k, frame), state)
+    k, state = _as_read(config, k, params.k_norm, "rot_k", visit, state)
     k, v = (frame.join(new, cached) for new, cached in zip((k, v), (None, None) if held is None else held))
     if frame.reading is not None:
         frame, index = frame.reading
         branch, visit = Branch(ln1, x[:, index], normed[:, index]), visit._replace(frame=frame)
     q, state = _project(config, branch, params.W_Q, params.b_Q, "q", visit, state)
-    if rotary:
-        q, state = visit("rot_q", rotate(config, q, frame), state)
-    z, state = _mix(config, frame.spread(q), k, v, visit, state, params.W_Q.dtype)
+    q, state = _as_read(config, q, params.q_norm, "rot_q", visit, state)
+    z, state = _mix(config, frame.spread(q), k, v, params.sinks, visit, state, params.W_Q.dtype)
     z, state = visit("z", frame.gather(z), state)
     z, edited, state = _results(z, params.W_O, visit, state)
     # W_O is flattened to one matrix, whose transpose XLA's products read as it is; with a head axis XLA would copy it.
     out = einsum("bpi,id->bpd", z.reshape(*z.shape[:2], -1), params.W_O.reshape(-1, config.d_model))
     if params.b_O is not None:
         out = out + params.b_O.astype(out.dtype)[None, None]
-    return visit("attn_out", out + edited, state)
+    return out + edited, state
+
+
+def _as_read(
+    config: Config, x: Heads, norm: Array | None, name: str, visit: Visit, state: State
+) -> tuple[Heads, State]:
+    """Queries or keys as attention reads them (`name` is "rot_q" or "rot_k"), and the tap's state."""
+    if norm is not None:
+        axes = (-1,) if config.qk_norm == "head" else (-2, -1)
+        x = rms_normalised(x, config.norm_eps, axes) * norm.astype(x.dtype)[None, None]
+    if visit.frame.sight.rotary is not None:
+        x = rotate(x, visit.frame.sight.rotary)
+    return visit(name, x, state) if name in visit.sites else (x, state)
 
 
 def _mix(
-    config: Config, q: Heads, k: KVHeads, v: KVHeads, visit: Visit, state: State, dtype: Any
+    config: Config, q: Heads, k: KVHeads, v: KVHeads, sinks: Array | None, visit: Visit, state: State, dtype: Any
 ) -> tuple[Heads, State]:
     """`z`, the pattern-weighted sum of values (zero for a query without any key), and the tap's state."""
     batch, n_query = q.shape[:2]
-    scores, state = visit("attn_scores", scaled_scores(q, k, config.attn_scale, dtype), state)
-    pattern, state = visit("pattern", masked_softmax(scores, visit.frame), state)
+    scores, state = visit("attn_scores", ScoreRule.of(config)(q, k, visit.frame, dtype), state)
+    pattern, state = visit("pattern", masked_softmax(scores, visit.frame, sinks), state)
     # An edited pattern may attend to any real token, future ones included, but never to padding.
     pattern = jnp.where((visit.frame.keys >= 0)[:, None, None, :], pattern, 0.0)
     by_group = pattern.reshape(batch, config.n_kv_heads, -1, n_query, k.shape[1])
@@ -105,42 +125,6 @@ def _mix(
     bad_keys = jnp.moveaxis(~jnp.all(finite, axis=-1), 1, 2)[:, :, None, None]  # [batch, kv_head, 1, 1, key]
     bad_queries = jnp.moveaxis(jnp.any(bad_keys & (by_group != 0), axis=-1), 3, 1).reshape(q.shape[:3])
     return jnp.where(bad_queries[..., None], jnp.nan, z.reshape(q.shape)), state
-
-
-def scaled_scores(q: Heads, k: KVHeads, scale: float, dtype: Any) -> Scores:
-    """Products of each query with the keys of its key/value head, times `scale`.
-
-    Args:
-        q: `[batch, query, head, d_head]`.
-        k: `[batch, key, kv_head, d_head]`; the heads of `q` are `kv_head` groups of equal size.
-        scale: the factor, usually `1 / sqrt(d_head)`.
-        dtype: the dtype in which to multiply, usually that of the parameters.
-
-    Returns:
-        `[batch, head, query, key]`, before the mask.
-    """
-    (batch, n_query, n_heads, d_head), (_, n_key, n_kv_heads, _) = q.shape, k.shape
-    grouped = q.reshape(batch, n_query, n_kv_heads, n_heads // n_kv_heads, d_head)
-    scores = einsum("bqhge,bkhe->bhgqk", grouped, k, dtype) * scale
-    return scores.reshape(batch, n_heads, n_query, n_key)
-
-
-def masked_softmax(scores: Scores, frame: Frame) -> Scores:
-    """The attention pattern: softmax of the scores over the keys that each query may see.
-
-    A key with a score of -inf is cut, as an edit may do. A query without any key has a pattern of zeros.
-
-    Args:
-        scores: `[batch, head, query, key]`, before the causal and padding mask.
-        frame: says which keys each query may see.
-
-    Returns:
-        `[batch, head, query, key]`, rows that sum to one, or to zero.
-    """
-    allowed = frame.sight.allowed[:, None] & (scores != -jnp.inf)  # NaN is not masked and stays NaN
-    pattern = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
-    # A row without any key (padding, or all keys cut) is NaN so far, and so are its derivatives: neither goes further.
-    return jnp.where(allowed, pattern, 0.0)
 
 
 def _project(

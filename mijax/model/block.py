@@ -7,17 +7,23 @@ from mijax._types import Array, Asked, Bool, Stream
 from mijax.model.attention import Attention, KVCache, attention
 from mijax.model.config import Config
 from mijax.model.mlp import MLP, mlp
-from mijax.model.norm import Norm
+from mijax.model.norm import Norm, normalised
 from mijax.model.tap import State, Visit
 
 
 class Block(eqx.Module):
-    """The parameters of all layers, each array with a leading layer axis."""
+    """The parameters of all layers, each array with a leading layer axis.
 
-    ln1: Norm
+    `ln1` and `ln2` are the norms before attention and before the MLP, `ln1_post` and `ln2_post` those of their outputs, or
+    of the stream after these were added.
+    """
+
+    ln1: Norm | None
     attn: Attention
+    ln1_post: Norm | None
     ln2: Norm | None
     mlp: MLP | None
+    ln2_post: Norm | None
 
 
 def block(
@@ -55,11 +61,12 @@ def block(
         )
     if frame.reading is not None:
         visit = visit._replace(frame=frame.reading[0])
-    if params.mlp is not None and params.ln2 is not None:
+    if params.mlp is not None:
         if not config.parallel:
             after, state = visit("resid_mid", after, state)
-        mlp_out, state = mlp(config, params.mlp, params.ln2, x if config.parallel else after, visit, state)
-        after = after + mlp_out
+        ln2 = params.ln1 if config.shared_norm else params.ln2
+        mlp_out, state = mlp(config, params.mlp, ln2, x if config.parallel else after, visit, state)
+        after, state = _add(config, after, mlp_out, params.ln2_post, "mlp_out", visit, state)
     return visit("resid_post", after, state)
 
 
@@ -70,4 +77,21 @@ def _attend(
     x, state = visit("resid_pre", x, state)
     attn_out, state = attention(config, params.attn, params.ln1, x, visit, state, held)
     x = visit.frame.read(x)
-    return x, x + attn_out, state
+    if visit.frame.reading is not None:
+        visit = visit._replace(frame=visit.frame.reading[0])
+    after, state = _add(config, x, attn_out, params.ln1_post, "attn_out", visit, state)
+    return x, after, state
+
+
+def _add(
+    config: Config, x: Stream, out: Stream, norm: Norm | None, site: str, visit: Visit, state: State
+) -> tuple[Stream, State]:
+    """The stream after the output of attention or MLP is added, and the tap's state.
+
+    `norm` is that of the output, or of the stream after the addition.
+    """
+    name = {"attn_out": "ln1_post", "mlp_out": "ln2_post"}[site]
+    in_stream = config.norm_at == "stream"
+    out, state = normalised(config, None if in_stream else norm, out, name, visit, state)
+    out, state = visit(site, out, state)
+    return normalised(config, norm if in_stream else None, x + out, name, visit, state)

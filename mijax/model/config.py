@@ -1,54 +1,18 @@
 """The architecture of a transformer, as one frozen and hashable value."""
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Collection, Iterator
-from typing import Any, Literal, TypeAlias, get_args, get_origin
+from typing import Any, Literal, TypeAlias
 
-import numpy as np
+from mijax.model.fields import check_fields
+from mijax.model.rotary import Rotary
 
-Positions = Literal["learned", "rotary", "none"]
+Positions: TypeAlias = Literal["learned", "alibi", "none"] | Rotary | tuple[Rotary | None, ...]
 NormKind = Literal["layer", "rms", "none"]
+NormPlace = Literal["input", "output", "both", "stream"]
+QKNorm = Literal["none", "head", "all"]
 MLPKind = Literal["dense", "gated", "none"]
 Activation = Literal["relu", "gelu", "gelu_new", "silu"]
-FieldValue: TypeAlias = Any
-"""The value of one field of a config: of the type that the field has."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RotaryScaling:
-    """How rotary frequencies are stretched for long contexts.
-
-    Args:
-        kind: `"linear"` divides every frequency by `factor`. `"llama3"` divides the low ones only, and interpolates
-            between the wavelengths `original_n_ctx / high_freq` and `original_n_ctx / low_freq`.
-        factor: by what frequencies are divided.
-        low_freq: turns over the original context up to which a frequency is low (`"llama3"`).
-        high_freq: turns over the original context from which on a frequency is kept (`"llama3"`).
-        original_n_ctx: the context length, in tokens, before stretching (`"llama3"`).
-
-    Raises:
-        ValueError: naming every invalid field; all numbers must be positive and finite, and `high_freq` above
-            `low_freq`.
-
-    >>> RotaryScaling("linear", factor=4.0)
-    RotaryScaling(kind='linear', factor=4.0, low_freq=1.0, high_freq=4.0, original_n_ctx=8192)
-    """
-
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq: float = 1.0
-    high_freq: float = 4.0
-    original_n_ctx: int = 8192
-
-    def __post_init__(self) -> None:
-        """Check all fields."""
-        faults = list(_check_fields(self).values())
-        if not faults and self.high_freq <= self.low_freq:
-            faults.append(f"high_freq={self.high_freq} must be above low_freq={self.low_freq}")
-        if faults:
-            raise ValueError("invalid RotaryScaling: " + "; ".join(faults))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,23 +35,34 @@ class Config:
         d_head: width of a head; 0 for `d_model / n_heads`.
         n_kv_heads: number of key/value heads; 0 for `n_heads`, fewer for grouped-query attention, 1 for multi-query.
         d_mlp: number of neurons; 0 for `4 * d_model` (and none where `mlp` is `"none"`).
-        positions: learned embeddings (parameter `W_pos`), rotary, or none.
-        rotary_dim: how many of the `d_head` dimensions are rotated; 0 for all.
-        rotary_base: base of the rotary frequencies.
-        rotary_scaling: how they are stretched for long contexts.
+        positions: `"learned"` embeddings (parameter `W_pos`); a `Rotary`, or a tuple with one for each layer (`None` for
+            layers without); `"alibi"` (Press et al. 2022), linear biases of the attention scores; or `"none"`.
+        window: how many tokens a query sees, itself and those before it; 0 for all. A tuple has one for each layer.
         norm: LayerNorm, RMSNorm, or none.
-        norm_eps: epsilon in the norm's root.
+        norm_eps: epsilon in the norms' roots.
         norm_bias: whether every LayerNorm has a bias.
+        norm_at: where the norms are: at the `"input"` of attention and MLP (pre-norm), at their `"output"` before it
+            is added to the stream (OLMo 2), at `"both"` (Gemma 2), or in the `"stream"` after each addition
+            (post-norm, as in the original transformer).
+        shared_norm: whether the MLP of a parallel block reads the stream by attention's norm, as in GPT-J.
+        final_norm: whether there is a norm before the unembedding.
+        qk_norm: RMSNorm of queries and keys before they are rotated: of each `"head"`, of `"all"` heads together, or
+            `"none"`.
         mlp: dense, gated, or none.
         activation: activation function of the MLP; `"gelu_new"` is the tanh form of GPT-2.
-        qkv_bias: whether there are `b_Q`, `b_K` and `b_V`: all three, or none.
-        attn_out_bias: whether there is `b_O`.
+        attn_bias: which of `b_Q`, `b_K`, `b_V` and `b_O` there are: letters of `"qkvo"`.
         mlp_bias: whether there are all biases of the MLP, or none.
         tied_unembed: whether the unembedding is `W_E`; otherwise there is `W_U`.
         unembed_bias: whether there is `b_U`.
         causal: whether a token attends to no later ones.
         parallel: whether attention and MLP read the same stream.
         attn_scale: factor of the attention scores; 0 for `1 / sqrt(d_head)`.
+        scores_cap: where above 0, scores `s` become `cap * tanh(s / cap)` (Gemma 2).
+        logits_cap: the same for logits.
+        sinks: whether each head has a further score (parameter `sinks`), which takes its share of the softmax and is then
+            dropped, so that a pattern's row sums to less than one (GPT-OSS).
+        embed_scale: factor of the token embeddings.
+        embed_norm: whether token embeddings go through a norm (BLOOM).
         name: a label for results. It is no part of the architecture: models that differ only in it share compiled
             code.
 
@@ -110,129 +85,132 @@ class Config:
     n_kv_heads: int = 0  # 0: n_heads
     d_mlp: int = 0  # 0: 4 * d_model (and no MLP where mlp is "none")
     positions: Positions = "learned"
-    rotary_dim: int = 0  # 0: d_head
-    rotary_base: float = 10_000.0
-    rotary_scaling: RotaryScaling | None = None
+    window: int | tuple[int, ...] = 0  # 0: all tokens
     norm: NormKind = "layer"
     norm_eps: float = 1e-5
     norm_bias: bool = True  # LayerNorm only
+    norm_at: NormPlace = "input"
+    shared_norm: bool = False
+    final_norm: bool = True
+    qk_norm: QKNorm = "none"
     mlp: MLPKind = "dense"
     activation: Activation = "gelu_new"
-    qkv_bias: bool = True
-    attn_out_bias: bool = True
+    attn_bias: str = "qkvo"
     mlp_bias: bool = True
     tied_unembed: bool = True
     unembed_bias: bool = False
     causal: bool = True
     parallel: bool = False
     attn_scale: float = 0.0  # 0: 1 / sqrt(d_head)
+    scores_cap: float = 0.0  # 0: none
+    logits_cap: float = 0.0  # 0: none
+    sinks: bool = False
+    embed_scale: float = 1.0
+    embed_norm: bool = False
     name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
         """Check all fields, and fill in those whose 0 stands for a value derived from others."""
-        field_faults = _check_fields(self)
-        faults = [*field_faults.values(), *self._misfits(field_faults)]
+        field_faults = check_fields(self, "positions", "window")
+        faults = [*field_faults.values(), *self._misfits(field_faults), *self._unlayered(field_faults)]
         if faults:
             raise ValueError("invalid Config: " + "; ".join(faults))
         self._set("d_head", self.d_head or self.d_model // self.n_heads)
         self._set("n_kv_heads", self.n_kv_heads or self.n_heads)
-        self._set("rotary_dim", self.rotary_dim or self.d_head)
         self._set("attn_scale", self.attn_scale or self.d_head**-0.5)
         self._set("d_mlp", 0 if self.mlp == "none" else self.d_mlp or 4 * self.d_model)
         self._set("norm_bias", self.norm_bias and self.norm == "layer")
+        self._set("final_norm", self.final_norm and self.norm != "none")
+        self._set("embed_norm", self.embed_norm and self.norm != "none")
+        self._set("attn_bias", "".join(letter for letter in "qkvo" if letter in self.attn_bias))
+        full = lambda rotary: rotary and dataclasses.replace(rotary, dim=rotary.dim or self.d_head)
+        if isinstance(self.positions, Rotary):
+            self._set("positions", full(self.positions))
+        elif isinstance(self.positions, tuple):
+            self._set("positions", _shortened(tuple(map(full, self.positions)), "none"))
+        if isinstance(self.window, tuple):
+            self._set("window", _shortened(self.window, 0))
+
+    @property
+    def rotaries(self) -> tuple[Rotary | None, ...]:
+        """The rotary positions of each layer; empty where no layer has any."""
+        if isinstance(self.positions, Rotary):
+            return (self.positions,) * self.n_layers
+        return self.positions if isinstance(self.positions, tuple) else ()
+
+    @property
+    def rotates(self) -> bool:
+        """Whether any layer has rotary positions."""
+        return isinstance(self.positions, Rotary | tuple)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window of each layer; empty where all see all tokens."""
+        return self.window if isinstance(self.window, tuple) else (self.window,) * self.n_layers if self.window else ()
+
+    def has_norm(self, place: Literal["input", "output"]) -> bool:
+        """Whether attention and MLP have a norm before them, or after them (of what they write, or of the stream).
+
+        Args:
+            place: which of the two.
+        """
+        places = {"input": ("input", "both"), "output": ("output", "both", "stream")}
+        return self.norm != "none" and self.norm_at in places[place]
 
     def _misfits(self, invalid: Collection[str]) -> Iterator[str]:
         """What does not fit together among the fields that are not `invalid` by themselves."""
         valid = lambda *fields: not set(fields) & set(invalid)
         if valid("n_heads", "n_kv_heads") and self.n_kv_heads and self.n_heads % self.n_kv_heads:
             yield f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}"
+        if valid("attn_bias") and (set(self.attn_bias) - set("qkvo") or len(set(self.attn_bias)) < len(self.attn_bias)):
+            yield f"attn_bias={self.attn_bias!r} must be letters of 'qkvo'"
+        if valid("shared_norm", "parallel", "norm_at") and self.shared_norm and not (
+            self.parallel and self.norm_at == "input"
+        ):  # fmt: skip
+            yield "shared_norm=True needs parallel=True and norm_at='input'"
+        if valid("parallel", "norm_at") and self.parallel and self.norm_at == "stream":
+            yield "parallel=True does not go with norm_at='stream'"
+        if valid("causal") and not self.causal and (self.positions == "alibi" or self.window):
+            yield f"causal=False does not go with positions={self.positions!r} and window={self.window!r}"
         if not valid("d_model", "n_heads", "d_head"):
             return
         if not self.d_head and self.d_model % self.n_heads:
             yield f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}; give d_head explicitly"
             return
         d_head = self.d_head or self.d_model // self.n_heads
-        rotary_dim = self.rotary_dim or d_head if valid("rotary_dim") else 0
-        if self.positions == "rotary" and (rotary_dim % 2 or rotary_dim > d_head):
-            yield f"rotary_dim={rotary_dim} must be even and at most d_head={d_head}"
+        rotaries = self.positions if isinstance(self.positions, tuple) else (self.positions,)
+        dims = {rotary.dim or d_head for rotary in rotaries if isinstance(rotary, Rotary)}
+        yield from (
+            f"rotary dim={dim} must be even and at most d_head={d_head}" for dim in dims if dim % 2 or dim > d_head
+        )
+        if len(dims) > 1:
+            yield f"layers must rotate equally many dimensions, given {', '.join(map(str, sorted(dims)))}"
+
+    def _unlayered(self, invalid: Collection[str]) -> Iterator[str]:
+        """What is wrong with the fields that may have a value for each layer."""
+        accepted = {
+            "positions": (lambda p: p is None or isinstance(p, Rotary), "a Rotary or None"),
+            "window": (lambda n: isinstance(n, int) and not isinstance(n, bool) and n >= 0, "an integer of at least 0"),
+        }
+        for name, (accepts, noun) in accepted.items():
+            value: Any = getattr(self, name)
+            if isinstance(value, list):
+                self._set(name, value := tuple(value))
+            if isinstance(value, tuple):
+                yield from (f"{name}={v!r} must be {noun}" for v in value if not accepts(v))
+                if "n_layers" not in invalid and len(value) != self.n_layers:
+                    yield f"{name} has {len(value)} entries, expected one for each of {self.n_layers} layers"
+            elif name == "window" and not accepts(value):
+                yield f"window={value!r} must be {noun}, or one for each layer"
+            elif name == "positions" and not (isinstance(value, Rotary) or value in ("learned", "alibi", "none")):
+                yield f"positions={value!r} is none of 'learned', 'alibi', 'none', a Rotary, or one for each layer"
 
     def _set(self, field: str, value):
         object.__setattr__(self, field, value)
 
 
-# Zero is allowed where it stands for a value derived from other fields.
-_POSITIVE = {"d_model", "n_heads", "d_vocab", "n_ctx", "rotary_base"}
-_POSITIVE |= {"factor", "low_freq", "high_freq", "original_n_ctx"}
-_NOT_NEGATIVE = {"n_layers", "d_head", "n_kv_heads", "d_mlp", "rotary_dim", "norm_eps", "attn_scale"}
-
-
-def check_field(owner: type, name: str, value: Any, label: str = "") -> FieldValue:
-    """Check the value of one field of a config, and convert it to the field's Python type.
-
-    Args:
-        owner: `Config` or `RotaryScaling`.
-        name: the field's name.
-        value: the value to check.
-        label: what messages call the field; by default `name`.
-
-    Returns:
-        The value as the Python type of the field (a NumPy integer as `int`, ...).
-
-    Raises:
-        ValueError: for a wrong type, or a value out of range.
-
-    >>> check_field(Config, "norm_eps", -1.0, "rms_norm_eps")
-    Traceback (most recent call last):
-    ValueError: rms_norm_eps=-1.0 must not be negative
-    """
-    label = label or name
-    field_type: Any = next(field.type for field in dataclasses.fields(owner) if field.name == name)
-    if get_origin(field_type) is Literal:
-        if value not in get_args(field_type):
-            raise ValueError(f"{label}={value!r} is none of {', '.join(map(repr, get_args(field_type)))}")
-        return value
-    if field_type not in _TYPES:
-        if not isinstance(value, field_type):
-            raise ValueError(f"{label}={value!r} must be {field_type}")
-        return value
-    accepted, noun = _TYPES[field_type]
-    if not isinstance(value, accepted) or (field_type is not bool and isinstance(value, bool)):
-        raise ValueError(f"{label}={value!r} must be {noun}, given {type(value).__name__}")
-    if field_type is float and not _is_finite(value):
-        raise ValueError(f"{label}={value!r} must be finite")
-    if field_type is float and value and not _SMALLEST <= abs(float(value)) <= _LARGEST:
-        raise ValueError(
-            f"{label}={value!r} is outside float32, which would make it {'0' if abs(value) < 1 else 'infinite'}"
-        )
-    if name in _POSITIVE and value <= 0:
-        raise ValueError(f"{label}={value!r} must be positive")
-    if name in _NOT_NEGATIVE and value < 0:
-        raise ValueError(f"{label}={value!r} must not be negative")
-    return field_type(value)
-
-
-_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-_TYPES: dict[type, tuple[Any, str]] = {
-    bool: ((bool, np.bool_), "a boolean"),
-    int: (numbers.Integral, "an integer"),
-    float: (numbers.Real, "a number"),
-    str: (str, "a string"),
-}
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond the largest float
-        return False
-
-
-def _check_fields(owner: Any) -> dict[str, str]:
-    """Convert every field to its Python type in place; returns messages for the fields that are invalid, by name."""
-    faults = {}
-    for field in dataclasses.fields(owner):
-        try:
-            object.__setattr__(owner, field.name, check_field(type(owner), field.name, getattr(owner, field.name)))
-        except ValueError as error:
-            faults[field.name] = str(error)
-    return faults
+def _shortened(by_layer: tuple[Any, ...], empty: Any) -> Any:
+    """One value in place of equal values of all layers, so that equal architectures are equal configs."""
+    if len(set(by_layer)) > 1:
+        return by_layer
+    return empty if not by_layer or by_layer[0] is None else by_layer[0]

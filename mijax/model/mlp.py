@@ -30,13 +30,13 @@ class MLP(eqx.Module):
     b_gate: Float[Array, "layer d_mlp"] | None
 
 
-def mlp(config: Config, params: MLP, ln2: Norm, x: Stream, visit: Visit, state: State) -> tuple[Stream, State]:
-    """What the MLP adds to the residual stream.
+def mlp(config: Config, params: MLP, ln2: Norm | None, x: Stream, visit: Visit, state: State) -> tuple[Stream, State]:
+    """The output of the MLP.
 
     Args:
         config: the architecture.
         params: the weights of one layer (no layer axis).
-        ln2: the norm before them.
+        ln2: the norm before them, where there is one.
         x: `[batch, pos, d_model]`, the residual stream that the MLP reads.
         visit: the tap in this layer.
         state: the tap's state.
@@ -56,7 +56,7 @@ def mlp(config: Config, params: MLP, ln2: Norm, x: Stream, visit: Visit, state: 
         pre, state = visit("pre", linear, state)
         post = activation(pre)
     post, state = visit("post", post, state)
-    return visit("mlp_out", _affine(post, params.W_out, params.b_out), state)
+    return _affine(post, params.W_out, params.b_out), state
 
 
 def _affine(x: Array, W: Array, b: Array | None) -> Array:

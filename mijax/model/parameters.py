@@ -14,24 +14,32 @@ PARAMETER_DTYPES = ("float64", "float32", "float16", "bfloat16")
 """The names of the dtypes that the parameters of a loaded, saved or initialised model may have."""
 
 _ANNOUNCED_BY = {  # the field of `Config` that says whether a model has the parameter; all others are always there
-    ".W_pos": "positions",
-    ".W_U": "tied_unembed",
-    ".b_U": "unembed_bias",
-    ".b_Q": "qkv_bias",
-    ".b_K": "qkv_bias",
-    ".b_V": "qkv_bias",
-    ".b_O": "attn_out_bias",
-    ".W_in": "mlp",
-    ".W_out": "mlp",
-    ".W_gate": "mlp",
-    ".b_in": "mlp_bias",
-    ".b_out": "mlp_bias",
-    ".b_gate": "mlp_bias",
-    ".weight": "norm",
-    ".bias": "norm_bias",
+    "W_pos": "positions",
+    "W_U": "tied_unembed",
+    "b_U": "unembed_bias",
+    "b_Q": "attn_bias",
+    "b_K": "attn_bias",
+    "b_V": "attn_bias",
+    "b_O": "attn_bias",
+    "q_norm": "qk_norm",
+    "k_norm": "qk_norm",
+    "sinks": "sinks",
+    "W_in": "mlp",
+    "W_out": "mlp",
+    "W_gate": "mlp",
+    "b_in": "mlp_bias",
+    "b_out": "mlp_bias",
+    "b_gate": "mlp_bias",
+    "ln_embed.weight": "embed_norm",
+    "ln_embed.bias": "embed_norm",
+    "ln_final.weight": "final_norm",
+    "ln1.weight": "norm_at",
+    "ln2.weight": "norm_at",
+    "ln1_post.weight": "norm_at",
+    "ln2_post.weight": "norm_at",
+    "bias": "norm_bias",
 }
 _TOGETHER = {
-    "qkv_bias": "; b_Q, b_K and b_V come together: give zeros for those that it lacks",
     "mlp_bias": "; the biases of an MLP come together: give zeros for those that it lacks",
 }
 
@@ -120,19 +128,24 @@ def _path(key_path: Any) -> str:
     return jax.tree_util.keystr(key_path).lstrip(".")
 
 
-def _field(path: str) -> str | None:
-    return _ANNOUNCED_BY.get(f".{path.rpartition('.')[2]}")
+def _field(path: str, config: Config) -> str | None:
+    """The field that says whether a model has the parameter."""
+    name, parent = path.rpartition(".")[2], ".".join(path.split(".")[-2:])
+    field = _ANNOUNCED_BY.get(parent, _ANNOUNCED_BY.get(name))
+    return "norm" if field in ("norm_at", "final_norm", "norm_bias") and config.norm == "none" else field
 
 
 def _unannounced(path: str, config: Config) -> str:
-    field = _field(path)
+    field = _field(path, config)
     if field is None:
         return f"{path} is there, which no config announces"
-    value = getattr(config, field)
+    value: Any = getattr(config, field)
     remedy = f" (set {field}={not value}{_TOGETHER.get(field, '')})" if isinstance(value, bool) else ""
+    if field == "attn_bias":
+        remedy = f" (set attn_bias={str(value) + path[-1].lower()!r})"
     return f"{path} is there, which {field}={value!r} does not announce{remedy}"
 
 
 def _missing(path: str, config: Config) -> str:
-    field = _field(path)
+    field = _field(path, config)
     return f"{path} is missing" + (f", which {field}={getattr(config, field)!r} announces" if field else "")

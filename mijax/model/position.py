@@ -1,13 +1,16 @@
 """What a run computes from positions before the first layer: rotary angles, and which keys a query may see."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, NamedTuple, Self
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, Asked, Bool, Float, Heads, Int, Stream
 from mijax.model.config import Config
+from mijax.model.rotary import Rotary, frequencies
 from mijax.model.tokens import Tokens
 
 
@@ -110,15 +113,30 @@ def _merged(x: Int[Array, "cell batch n"]) -> Int[Array, "cell_batch n"]:
 
 
 class Sight(NamedTuple):
-    """What attention needs of positions.
+    """What attention needs of positions, in one layer; or, before `Frame.in_layer`, in each kind of layers.
 
     Attributes:
         allowed: which keys each query may see.
         rotary: cosine and sine of the rotary angles of each position; `None` where the model does not rotate.
+        kinds: for each layer, the number of its kind in `allowed` and in `rotary`, which then have a leading axis of
+            kinds; `None` where they are those of all layers.
     """
 
-    allowed: Bool[Array, "spread query key"]
-    rotary: tuple[Float[Array, "batch pos angle"], Float[Array, "batch pos angle"]] | None
+    allowed: Bool[Array, "*kind spread query key"]
+    rotary: tuple[Float[Array, "*kind batch pos angle"], Float[Array, "*kind batch pos angle"]] | None
+    kinds: tuple[Int[Array, " layer"], Int[Array, " layer"]] | None = None
+
+    def in_layer(self, layer: Int[Array, ""]) -> "Sight":
+        """Those of one layer.
+
+        Args:
+            layer: the number of the layer.
+        """
+        if self.kinds is None:
+            return self
+        windows, rotaries = self.kinds
+        of = lambda x, kinds: jax.lax.dynamic_index_in_dim(x, kinds[layer], keepdims=False)
+        return Sight(of(self.allowed, windows), jax.tree.map(lambda x: of(x, rotaries), self.rotary))
 
 
 class Frame(eqx.Module):
@@ -179,6 +197,14 @@ class Frame(eqx.Module):
             One entry for each of the frame's tokens: here the same.
         """
         return z
+
+    def in_layer(self, layer: Int[Array, ""]) -> Self:
+        """The frame in one layer, whose window and rotary positions may differ from other layers'.
+
+        Args:
+            layer: the number of the layer.
+        """
+        return dataclasses.replace(self, sight=self.sight.in_layer(layer))
 
     @property
     def reading(self) -> "tuple[Frame, Int[Array, ' query']] | None":
@@ -242,6 +268,11 @@ class Packed(Frame):
         """Take rows out of the slots."""
         return self.rows.gather(z)
 
+    def in_layer(self, layer: Int[Array, ""]) -> Self:
+        """This frame, and that of the rows that are read, in one layer."""
+        last = None if self.last is None else (self.last[0].in_layer(layer), self.last[1])
+        return dataclasses.replace(super().in_layer(layer), last=last)
+
     @property
     def reading(self) -> "tuple[Packed, Int[Array, ' query']] | None":
         """The field `last`."""
@@ -285,10 +316,29 @@ def _sight(config: Config, positions: Int[Array, "batch pos"], keys: Int[Array, 
     allowed = jnp.broadcast_to(keys[:, None, :] >= 0, (*positions.shape, keys.shape[1]))
     if config.causal:
         allowed = allowed & (positions[:, :, None] >= keys[:, None, :])
-    if config.positions != "rotary":
-        return Sight(allowed, None)
-    angles = jnp.maximum(positions, 0).astype(dtype)[:, :, None] * jnp.asarray(frequencies(config), dtype)[None, None]
-    return Sight(allowed, (jnp.cos(angles), jnp.sin(angles)))
+    windows, rotaries = config.windows or (0,) * config.n_layers, config.rotaries or (None,) * config.n_layers
+    seen = [_within(allowed, positions, keys, window) for window in dict.fromkeys(windows)]
+    dim = next((rotary.dim for rotary in rotaries if rotary is not None), 0)
+    angles = [_angles(positions, rotary, dim, dtype) for rotary in dict.fromkeys(rotaries)] if dim else []
+    if len(seen) < 2 and len(angles) < 2:
+        return Sight(seen[0] if seen else allowed, angles[0] if angles else None)
+    number = lambda by_layer: jnp.asarray([list(dict.fromkeys(by_layer)).index(x) for x in by_layer], jnp.int32)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *angles) if angles else None
+    return Sight(jnp.stack(seen), stacked, (number(windows), number(rotaries)))
+
+
+def _within(allowed: Bool[Array, "batch pos key"], positions: Array, keys: Array, window: int) -> Array:
+    """Which keys each query may see, of the last `window` tokens only (0 for all)."""
+    return allowed & (positions[:, :, None] - keys[:, None, :] < window) if window else allowed
+
+
+def _angles(positions: Int[Array, "batch pos"], rotary: Rotary | None, dim: int, dtype: Any) -> tuple[Array, Array]:
+    """Cosine and sine of the rotary angles of `dim` dimensions: those of a layer without rotary positions are zero."""
+    turns, factor = np.zeros(dim // 2) if rotary is None else frequencies(rotary), 1.0
+    if rotary is not None and rotary.scaling is not None:
+        factor = rotary.scaling.attention_factor
+    angles = jnp.maximum(positions, 0).astype(dtype)[:, :, None] * jnp.asarray(turns, dtype)[None, None]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def pack(whole: Whole, rows: Rows) -> Packed:
@@ -304,49 +354,25 @@ def pack(whole: Whole, rows: Rows) -> Packed:
     cells = rows.place.shape[0]
     tile = lambda x: jnp.tile(x, (cells, *(1,) * (x.ndim - 1)))
     by_row = lambda x: x[rows.example, rows.column][None]
-    rotary = None if whole.sight.rotary is None else (by_row(whole.sight.rotary[0]), by_row(whole.sight.rotary[1]))
+    rotary = jax.tree.map(lambda x: x[..., rows.example, rows.column, :][..., None, :, :], whole.sight.rotary)
     example = jnp.arange(whole.keys.shape[0], dtype=jnp.int32)[None, :, None]
-    allowed = whole.sight.allowed[example, jnp.take(rows.column, rows.slot, mode="clip")]
-    sight = Sight(allowed.reshape(-1, *allowed.shape[2:]), rotary)
+    allowed = whole.sight.allowed[..., example, jnp.take(rows.column, rows.slot, mode="clip"), :]
+    merged = allowed.reshape(*allowed.shape[:-4], -1, *allowed.shape[-2:])
+    sight = Sight(merged, rotary, whole.sight.kinds)
     return Packed(by_row(whole.positions), tile(whole.keys), tile(whole.lengths), sight, rows, whole)
 
 
-def frequencies(config: Config) -> np.ndarray:
-    """The rotary frequencies (Su et al. 2021), stretched for long contexts where the config says so.
+def rotate(x: Heads, rotary: tuple[Float[Array, "batch pos angle"], Float[Array, "batch pos angle"]]) -> Heads:
+    """Rotate the first dimensions, of which dimension i is paired with i + the number of angles.
 
     Args:
-        config: the architecture.
-
-    Returns:
-        `[rotary_dim / 2]`, the angle per position of each rotated pair of dimensions, in radians.
-
-    >>> frequencies(Config(n_layers=1, d_model=8, n_heads=2, d_vocab=5, n_ctx=4, positions="rotary")).tolist()
-    [1.0, 0.01]
-    """
-    freq = 1.0 / config.rotary_base ** (np.arange(0, config.rotary_dim, 2) / config.rotary_dim)
-    scaling = config.rotary_scaling
-    if scaling is None:
-        return freq
-    if scaling.kind == "linear":
-        return freq / scaling.factor
-    turns = scaling.original_n_ctx * freq / (2 * np.pi)  # number of turns over the original context
-    keep = np.clip((turns - scaling.low_freq) / (scaling.high_freq - scaling.low_freq), 0, 1)
-    return keep * freq + (1 - keep) * freq / scaling.factor
-
-
-def rotate(config: Config, x: Heads, frame: Frame) -> Heads:
-    """Rotate the first `rotary_dim` dimensions, where dimension i is paired with i + rotary_dim / 2.
-
-    Args:
-        config: the architecture.
         x: `[batch, pos, head, d_head]`, queries or keys.
-        frame: the positions of their tokens.
+        rotary: cosine and sine of the angles of their tokens.
 
     Returns:
-        `[batch, pos, head, d_head]`; dimensions from `rotary_dim` on are unchanged.
+        `[batch, pos, head, d_head]`; dimensions from twice the number of angles on are unchanged.
     """
-    assert frame.sight.rotary is not None
-    cos, sin = (t[:, :, None, :] for t in frame.sight.rotary)
-    half = config.rotary_dim // 2
+    cos, sin = (t[:, :, None, :] for t in rotary)
+    half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

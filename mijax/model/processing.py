@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, ArrayLike
+from mijax.model.config import Config
 from mijax.model.norm import Norm
 from mijax.model.numerics import accumulator, einsum
 from mijax.model.tokens import is_concrete
@@ -23,18 +24,19 @@ from mijax.model.transformer import Transformer
 
 
 def fold_norms(model: Transformer) -> Transformer:
-    """Move the weight and bias of every norm into the matrices that read it; the norms keep ones and zeros.
+    """Move the weight and bias of every norm into the matrices that read it; these norms keep ones and zeros.
 
-    The unembedding is untied, and the matrices get biases where the norms had them.
+    The unembedding is untied, and the matrices get biases where the norms had them. Norms of what attention and MLP
+    write (`norm_at="both"`) are left as they are.
 
     Args:
-        model: a model with norms.
+        model: a model with norms before attention and MLP.
 
     Returns:
         The rewritten model, with a config that describes it.
 
     Raises:
-        ValueError: for a model without norms.
+        ValueError: for a model without norms there.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -42,10 +44,10 @@ def fold_norms(model: Transformer) -> Transformer:
     False
     """
     _check(model, "fold_norms")
-    if model.config.norm == "none":
-        raise ValueError("fold_norms does not apply: the model has no norms")
-    model = _untied(model)
     attn, mlp, ln1, ln2 = model.blocks.attn, model.blocks.mlp, model.blocks.ln1, model.blocks.ln2
+    if ln1 is None:
+        raise ValueError("fold_norms does not apply: the model has no norms before attention and MLP")
+    model, ln2 = _untied(model), ln1 if model.config.shared_norm else ln2
     qkv = [(getattr(attn, f"W_{n}"), getattr(attn, f"b_{n}")) for n in "QKV"]
     spec = "ld,ldhe->lhe"
     folded = {f"attn.{k}_{n}": v for n, (W, b) in zip("QKV", qkv) for k, v in zip("Wb", _fold(ln1, W, b, spec))}
@@ -55,12 +57,13 @@ def fold_norms(model: Transformer) -> Transformer:
             folded |= {f"mlp.{k}_{name}": v for k, v in zip("Wb", _fold(ln2, W, b, "ld,ldm->lm"))}
         if mlp.b_out is None and folded["mlp.b_in"] is not None:  # an MLP has all of its biases, or none
             folded["mlp.b_out"] = jnp.zeros_like(mlp.W_out[:, 0])
-    W_U, b_U = _fold(model.ln_final, jnp.swapaxes(model.unembedding, 0, 1), model.b_U, "d,dv->v")
-    blocks = _replace(model.blocks, {**folded, "ln1": _plain(ln1), **({"ln2": _plain(ln2)} if ln2 is not None else {})})
-    model = _replace(
-        model, {"W_U": jnp.swapaxes(W_U, 0, 1), "b_U": b_U, "blocks": blocks, "ln_final": _plain(model.ln_final)}
-    )
-    return _described(model)
+    new: dict[str, Any] = {f"blocks.{path}": value for path, value in folded.items()} | {"blocks.ln1": _plain(ln1)}
+    if model.blocks.ln2 is not None:
+        new["blocks.ln2"] = _plain(model.blocks.ln2)
+    if model.ln_final is not None:
+        W_U, b_U = _fold(model.ln_final, jnp.swapaxes(model.unembedding, 0, 1), model.b_U, "d,dv->v")
+        new |= {"W_U": jnp.swapaxes(W_U, 0, 1), "b_U": b_U, "ln_final": _plain(model.ln_final)}
+    return _described(_replace(model, new))
 
 
 def centre_writes(model: Transformer) -> Transformer:
@@ -70,13 +73,13 @@ def centre_writes(model: Transformer) -> Transformer:
     unembedding is untied.
 
     Args:
-        model: a model with LayerNorm.
+        model: a model whose stream is read through LayerNorms only.
 
     Returns:
         The rewritten model.
 
     Raises:
-        ValueError: for a model with RMSNorm or without norms.
+        ValueError: for a model with RMSNorm or without norms, and with norms at other places than before what reads.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -88,6 +91,8 @@ def centre_writes(model: Transformer) -> Transformer:
         raise ValueError(
             f"centre_writes needs LayerNorm, which ignores the stream's mean; this model has norm={model.config.norm!r}"
         )
+    if not _reads_centred(model.config):
+        raise ValueError("centre_writes needs norms before attention, MLP and unembedding, and no others")
     model = _untied(model)
     writes = ["W_E", "W_pos", "blocks.attn.W_O", "blocks.attn.b_O", "blocks.mlp.W_out", "blocks.mlp.b_out"]
     weights = {path: _get(model, path) for path in writes}
@@ -102,10 +107,13 @@ def centre_unembedding(model: Transformer) -> Transformer:
     All logits of a position shift by the same number, which softmax ignores. The unembedding is untied.
 
     Args:
-        model: any transformer.
+        model: a transformer without `logits_cap`.
 
     Returns:
         The rewritten model.
+
+    Raises:
+        ValueError: for a model with `logits_cap`, which changes differences between logits when all shift.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -113,6 +121,8 @@ def centre_unembedding(model: Transformer) -> Transformer:
     True
     """
     _check(model, "centre_unembedding")
+    if model.config.logits_cap:
+        raise ValueError(f"centre_unembedding does not apply to capped logits (logits_cap={model.config.logits_cap})")
     model = _untied(model)
     W_U, b_U = model.unembedding, model.b_U
     centred = {"W_U": W_U - jnp.mean(W_U, axis=0, keepdims=True)}
@@ -129,7 +139,7 @@ def fold_value_biases(model: Transformer) -> Transformer:
         The rewritten model, with `b_V` of zeros.
 
     Raises:
-        ValueError: for a model without biases of values.
+        ValueError: for a model without biases of values, and with attention sinks, with which rows sum to less.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -140,6 +150,10 @@ def fold_value_biases(model: Transformer) -> Transformer:
     attn, config = model.blocks.attn, model.config
     if attn.b_V is None:
         raise ValueError("fold_value_biases does not apply: the values have no biases")
+    if config.sinks:
+        raise ValueError(
+            "fold_value_biases does not apply: with attention sinks, a pattern's row sums to less than one"
+        )
     by_head = jnp.repeat(attn.b_V, config.n_heads // config.n_kv_heads, axis=1)
     shift = einsum("lhe,lhed->ld", by_head, attn.W_O).astype(attn.b_V.dtype)
     b_O = shift if attn.b_O is None else attn.b_O + shift
@@ -161,13 +175,13 @@ def simplify(model: Transformer) -> Transformer:
     False
     """
     _check(model, "simplify")
-    if model.config.norm != "none":
+    if model.blocks.ln1 is not None:
         model = fold_norms(model)
-    if model.config.norm == "layer":
+    if model.config.norm == "layer" and _reads_centred(model.config):
         model = centre_writes(model)
-    if model.blocks.attn.b_V is not None:
+    if model.blocks.attn.b_V is not None and not model.config.sinks:
         model = fold_value_biases(model)
-    return centre_unembedding(model)
+    return model if model.config.logits_cap else centre_unembedding(model)
 
 
 def rotate_qk(model: Transformer, rotation: ArrayLike) -> Transformer:
@@ -176,7 +190,7 @@ def rotate_qk(model: Transformer, rotation: ArrayLike) -> Transformer:
     Rotary positions rotate the same space, and the two rotations do not commute: this does not apply there.
 
     Args:
-        model: a model without rotary positions.
+        model: a model without rotary positions, and without norms of queries and keys.
         rotation: `[layer, kv_head, d_head, d_head]`, orthogonal matrices; a permutation may be integers or booleans.
 
     Returns:
@@ -184,7 +198,7 @@ def rotate_qk(model: Transformer, rotation: ArrayLike) -> Transformer:
 
     Raises:
         TypeError: for matrices that are not real numbers.
-        ValueError: for a model with rotary positions, and for matrices of another shape or that are not orthogonal.
+        ValueError: for a model with rotary positions or norms of queries and keys, and for matrices of another shape or that are not orthogonal.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -194,8 +208,10 @@ def rotate_qk(model: Transformer, rotation: ArrayLike) -> Transformer:
     True
     """
     _check(model, "rotate_qk")
-    if model.config.positions == "rotary":
+    if model.config.rotates:
         raise ValueError("rotate_qk does not apply to rotary positions, which turn queries and keys themselves")
+    if model.config.qk_norm != "none":
+        raise ValueError("rotate_qk does not apply to norms of queries and keys, which have weights for each dimension")
     rotation = _head_rotation(model, rotation)
     attn, group = model.blocks.attn, model.config.n_heads // model.config.n_kv_heads
     for_q = jnp.repeat(rotation, group, axis=1)
@@ -282,6 +298,11 @@ def _check(model: Any, function: str) -> None:
     model.check()
 
 
+def _reads_centred(config: Config) -> bool:
+    """Whether all that reads the stream does so through a norm, and only embeddings, attention and MLP write to it."""
+    return config.norm_at == "input" and config.final_norm and not config.embed_norm
+
+
 def _head_rotation(model: Transformer, rotation: ArrayLike) -> Array:
     """As `_rotation`: a matrix for each key head of each layer."""
     c = model.config
@@ -327,15 +348,11 @@ def _fold(norm: Norm, W: Array, b: Array | None, spec: str) -> tuple[Array, Arra
     if norm.bias is not None:
         shift = einsum(spec, norm.bias, W).astype(W.dtype)
         b = shift if b is None else b + shift
-    if norm.weight is not None:
-        W = W * norm.weight.reshape(norm.weight.shape + (1,) * (W.ndim - norm.weight.ndim))
-    return W, b
+    return W * norm.weight.reshape(norm.weight.shape + (1,) * (W.ndim - norm.weight.ndim)), b
 
 
 def _plain(norm: Norm) -> Norm:
-    return Norm(
-        *(None if p is None else like(p) for p, like in ((norm.weight, jnp.ones_like), (norm.bias, jnp.zeros_like)))
-    )
+    return Norm(jnp.ones_like(norm.weight), None if norm.bias is None else jnp.zeros_like(norm.bias))
 
 
 def _turn(x: Array, rotation: Array) -> Array:
@@ -357,8 +374,7 @@ def _described(model: Transformer) -> Transformer:
         model.config,
         tied_unembed=model.W_U is None,
         unembed_bias=model.b_U is not None,
-        qkv_bias=attn.b_Q is not None,
-        attn_out_bias=attn.b_O is not None,
+        attn_bias="".join(letter for letter in "qkvo" if getattr(attn, f"b_{letter.upper()}") is not None),
         mlp_bias=mlp is not None and mlp.b_in is not None,
     )
     return dataclasses.replace(model, config=config)

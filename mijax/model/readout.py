@@ -18,12 +18,14 @@ class Readout(eqx.Module):
         tokens: the batch.
         W_U: the unembedding.
         b_U: its bias; `None` where the model has none.
+        cap: where above 0, a logit `l` becomes `cap * tanh(l / cap)`.
     """
 
     final: Stream
     tokens: Tokens
     W_U: Float[Array, "vocab d_model"]
     b_U: Float[Array, " vocab"] | None
+    cap: float = eqx.field(static=True, default=0.0)
 
     def logits(self, pos: ArrayLike | None = None, tokens: ArrayLike | None = None) -> Logits:
         """Logits at some positions (all by default) for some tokens (all by default).
@@ -59,7 +61,7 @@ class Readout(eqx.Module):
         x, dropped = self._at(pos)
         if tokens is None:
             logits = einsum("bpd,vd->bpv", x, self.W_U)
-            logits = logits if self.b_U is None else logits + self.b_U.astype(logits.dtype)[None, None]
+            logits = self._capped(logits if self.b_U is None else logits + self.b_U.astype(logits.dtype)[None, None])
         else:
             tokens = _index(tokens, "tokens")
             self._check_batch(tokens, "tokens")
@@ -68,6 +70,9 @@ class Readout(eqx.Module):
             real = jnp.asarray(self.tokens.mask)
             logits = jnp.where(real.reshape(*real.shape, *(1,) * (logits.ndim - 2)), logits, jnp.nan)
         return logits[:, 0] if dropped else logits
+
+    def _capped(self, logits: Logits) -> Logits:
+        return self.cap * jnp.tanh(logits / self.cap) if self.cap else logits
 
     def _at(self, pos: ArrayLike | None) -> tuple[Stream, bool]:
         """The final stream at some positions, and whether their axis is to be dropped."""
@@ -101,7 +106,7 @@ class Readout(eqx.Module):
         logits = einsum("bpd,vd->bpv" if tokens.ndim < 2 else "bpd,bvd->bpv", x, directions)
         if self.b_U is not None:
             logits = logits + self.b_U[safe].astype(logits.dtype)[:, None]
-        logits = jnp.where(valid.reshape(batch_k.shape)[:, None], logits, jnp.nan)
+        logits = jnp.where(valid.reshape(batch_k.shape)[:, None], self._capped(logits), jnp.nan)
         return logits[..., 0] if tokens.ndim == 0 else logits
 
 

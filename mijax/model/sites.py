@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from mijax._types import ArrayLike
 from mijax.model.config import Config
+from mijax.model.scores import ScoreRule
 from mijax.model.tokens import Tokens, as_tokens
 
 SELECTS = {
@@ -55,7 +56,7 @@ class Site:
         read_as: for queries, keys and values, the site at which attention reads them.
         zero_at_padding: whether it is zero at padding, whatever the sites before it hold there.
         masked: whether entries of keys that a query may not see have no effect.
-        scale: the factor of the products that it is made of.
+        rule: how attention scores are computed from queries and keys.
         layers: the layers at which it exists, for a site inside the layers without a layer axis.
         fixed: in a model's table (`model.sites`), the sizes of the axes that do not depend on the prompts.
         half: in a model's table, 1 where the site is in the second half of its layer, after attention.
@@ -76,7 +77,7 @@ class Site:
     read_as: str | None = None
     zero_at_padding: bool = False
     masked: bool = False
-    scale: float = 1.0
+    rule: ScoreRule | None = None
     layers: tuple[int, ...] | None = None
     fixed: tuple[tuple[str, int], ...] = ()
     half: int = 0
@@ -142,45 +143,53 @@ _HEADS = ("layer", "batch", "pos", "head", "d_head")
 _KV_HEADS = ("layer", "batch", "pos", "kv_head", "d_head")
 _SCORES = ("layer", "batch", "head", "query", "key")
 _MLP = ("layer", "batch", "pos", "d_mlp")
-_has_norm = lambda config: config.norm != "none"
 _has_mlp = lambda config: config.mlp != "none"
-_has_ln2 = lambda config: _has_norm(config) and _has_mlp(config)
-_rotary = lambda config: config.positions == "rotary"
+_ln1 = lambda config: config.has_norm("input")
+_ln1_post = lambda config: config.has_norm("output")
+_ln2 = lambda config: config.has_norm("input") and _has_mlp(config)
+_ln2_post = lambda config: config.has_norm("output") and _has_mlp(config)
+_turned = lambda config: config.rotates or config.qk_norm != "none"
 _gated = lambda config: config.mlp == "gated"
 
 SITES: Mapping[str, Site] = {
     site.name: site
     for site in (
-        Site("embed", _STREAM[1:], "token embedding", "embedding", added=True),
+        Site("ln_embed.scale", _STREAM[1:3], "as ln1.scale, for the norm of the token embedding", "embedding", lambda c: c.embed_norm),
+        Site("ln_embed.normalized", _STREAM[1:], "as ln1.normalized, for the norm of the token embedding", "embedding", lambda c: c.embed_norm),
+        Site("embed", _STREAM[1:], "token embedding as it is added to the stream: scaled, and after its norm", "embedding", added=True),
         Site("pos_embed", _STREAM[1:], "learned position embedding, added to embed", "embedding", lambda c: c.positions == "learned", added=True),
         Site("resid_pre", _STREAM, "residual stream that the layer reads", "attention", is_stream=True),
         Site("q_input", (*_STREAM[:3], "head", "d_model"), "resid_pre as each head's query alone sees it, before ln1", "attention", per_head=True),
         Site("k_input", (*_STREAM[:3], "kv_head", "d_model"), "resid_pre as each kv head's key alone sees it, before ln1", "attention", per_head=True),
         Site("v_input", (*_STREAM[:3], "kv_head", "d_model"), "resid_pre as each kv head's value alone sees it, before ln1", "attention", per_head=True),
-        Site("ln1.scale", _STREAM[:3], "what ln1 divides by: root of variance (LayerNorm) or mean square (RMSNorm) + eps", "attention", _has_norm),
-        Site("ln1.normalized", _STREAM, "(centred, if LayerNorm) stream over ln1.scale, before weight and bias", "attention", _has_norm),
+        Site("ln1.scale", _STREAM[:3], "what ln1 divides by: root of variance (LayerNorm) or mean square (RMSNorm) + eps", "attention", _ln1),
+        Site("ln1.normalized", _STREAM, "(centred, if LayerNorm) stream over ln1.scale, before weight and bias", "attention", _ln1),
         Site("q", _HEADS, "queries as projected, with bias", "attention", product=True, read_as="rot_q"),
         Site("k", _KV_HEADS, "keys as projected, with bias", "attention", product=True, read_as="rot_k"),
         Site("v", _KV_HEADS, "values as projected, with bias", "attention", product=True, read_as="v"),
-        Site("rot_q", _HEADS, "queries after rotary positions", "attention", _rotary),
-        Site("rot_k", _KV_HEADS, "keys after rotary positions", "attention", _rotary),
-        Site("attn_scores", _SCORES, "scaled query-key products, before the causal and padding mask", "attention", masked=True),
+        Site("rot_q", _HEADS, "queries as attention reads them: after their norm and rotary positions", "attention", _turned),
+        Site("rot_k", _KV_HEADS, "keys as attention reads them: after their norm and rotary positions", "attention", _turned),
+        Site("attn_scores", _SCORES, "scaled query-key products, capped and with ALiBi where the model has these, before the mask", "attention", masked=True),
         Site("pattern", _SCORES, "softmax of the masked scores over key", "attention", zero_at_padding=True),
         Site("z", _HEADS, "pattern-weighted sum of values", "attention", zero_at_padding=True),
-        Site("result", (*_STREAM[:3], "head", "d_model"), "what each head adds to the stream, without bias", "attention", per_head=True, zero_at_padding=True),
-        Site("attn_out", _STREAM, "what attention adds to the stream: sum of result over heads, plus bias", "attention", product=True, added=True),
+        Site("result", (*_STREAM[:3], "head", "d_model"), "what each head writes, without bias and before a norm of the output", "attention", per_head=True, zero_at_padding=True),
+        Site("ln1_post.scale", _STREAM[:3], "as ln1.scale, for the norm of attention's output, or of the stream after it", "attention", _ln1_post),
+        Site("ln1_post.normalized", _STREAM, "as ln1.normalized, for the norm of attention's output, or of the stream after it", "attention", _ln1_post),
+        Site("attn_out", _STREAM, "what attention adds to the stream: sum of result over heads, plus bias, after a norm of the output", "attention", product=True, added=True),
         Site("resid_mid", _STREAM, "residual stream between attention and MLP", "mlp", lambda c: _has_mlp(c) and not c.parallel, is_stream=True),
         Site("mlp_in", _STREAM, "the stream as the MLP alone sees it, before ln2", "mlp", _has_mlp),
-        Site("ln2.scale", _STREAM[:3], "as ln1.scale, for the norm before the MLP", "mlp", _has_ln2),
-        Site("ln2.normalized", _STREAM, "as ln1.normalized, for the norm before the MLP", "mlp", _has_ln2),
+        Site("ln2.scale", _STREAM[:3], "as ln1.scale, for the norm before the MLP", "mlp", _ln2),
+        Site("ln2.normalized", _STREAM, "as ln1.normalized, for the norm before the MLP", "mlp", _ln2),
         Site("pre", _MLP, "neurons before the activation function (of the gate, where gated)", "mlp", _has_mlp, product=True),
         Site("pre_linear", _MLP, "the linear branch that a gated MLP multiplies in", "mlp", _gated, product=True),
         Site("post", _MLP, "neurons: activation(pre), times pre_linear where gated", "mlp", _has_mlp),
-        Site("mlp_out", _STREAM, "what the MLP adds to the stream, with bias", "mlp", _has_mlp, product=True, added=True),
+        Site("ln2_post.scale", _STREAM[:3], "as ln1.scale, for the norm of the MLP's output, or of the stream after it", "mlp", _ln2_post),
+        Site("ln2_post.normalized", _STREAM, "as ln1.normalized, for the norm of the MLP's output, or of the stream after it", "mlp", _ln2_post),
+        Site("mlp_out", _STREAM, "what the MLP adds to the stream, with bias, after a norm of the output", "mlp", _has_mlp, product=True, added=True),
         Site("resid_post", _STREAM, "residual stream that the layer leaves", "mlp", is_stream=True),
         Site("final_in", _STREAM[1:], "the stream as the last norm, and the unembedding behind it, see it", "final"),
-        Site("ln_final.scale", _STREAM[1:3], "as ln1.scale, for the norm before the unembedding", "final", _has_norm),
-        Site("ln_final.normalized", _STREAM[1:], "as ln1.normalized, for the norm before the unembedding", "final", _has_norm),
+        Site("ln_final.scale", _STREAM[1:3], "as ln1.scale, for the norm before the unembedding", "final", lambda c: c.final_norm),
+        Site("ln_final.normalized", _STREAM[1:], "as ln1.normalized, for the norm before the unembedding", "final", lambda c: c.final_norm),
     )
 }  # fmt: skip
 """The sites of all transformers; `model.sites` are those of one model, with their sizes."""
@@ -188,7 +197,7 @@ SITES: Mapping[str, Site] = {
 
 @functools.lru_cache(maxsize=256)
 def transformer_sites(config: Config) -> Mapping[str, Site]:
-    """The sites of the transformers of one config, with `fixed`, `scale`, `half` and `read_as` filled in.
+    """The sites of the transformers of one config, with `fixed`, `rule`, `half`, `product` and `read_as` filled in.
 
     Args:
         config: the architecture.
@@ -207,7 +216,8 @@ def transformer_sites(config: Config) -> Mapping[str, Site]:
             name: dataclasses.replace(
                 site,
                 fixed=fixed,
-                scale=c.attn_scale if name == "attn_scores" else 1.0,
+                rule=ScoreRule.of(c) if name == "attn_scores" else None,
+                product=site.product and not (site.added and c.has_norm("output") and c.norm_at != "stream"),
                 half=int(site.part == "mlp" and not c.parallel),  # a parallel MLP does not read attention's output
                 read_as=name if site.read_as not in existing and site.read_as else site.read_as,
             )

@@ -33,8 +33,9 @@ class Transformer(LayeredModel):
     Attributes:
         W_E: token embedding.
         W_pos: learned position embedding; `None` for other kinds of positions.
+        ln_embed: the norm of the token embedding, or `None`.
         blocks: the layers, each array stacked along a leading axis.
-        ln_final: the norm before the unembedding.
+        ln_final: the norm before the unembedding, or `None`.
         W_U: unembedding; `None` where it is tied to `W_E`.
         b_U: its bias, or `None`.
         config: the architecture, a static field.
@@ -42,8 +43,9 @@ class Transformer(LayeredModel):
 
     W_E: Float[Array, "vocab d_model"]
     W_pos: Float[Array, "ctx d_model"] | None
+    ln_embed: Norm | None
     blocks: Block
-    ln_final: Norm
+    ln_final: Norm | None
     W_U: Float[Array, "vocab d_model"] | None
     b_U: Float[Array, " vocab"] | None
     config: Config = eqx.field(static=True)
@@ -110,7 +112,7 @@ class Transformer(LayeredModel):
     @property
     def has_halves(self) -> bool:
         """Whether a layer's MLP reads the output of its attention, so that a run can begin between them."""
-        return not self.config.parallel
+        return not self.config.parallel and self.config.norm_at != "stream"
 
     def frame(self, inputs: Any) -> Whole:
         """The positions of a batch."""
@@ -123,7 +125,10 @@ class Transformer(LayeredModel):
     def embed(self, ids: Ids, frame: Frame, tap: Tap, state: State) -> tuple[Stream, State]:
         """The residual stream before the first layer (sites `embed` and `pos_embed`), and the tap's state."""
         visit = Visit(tap, self.sites, frame)
-        x, state = visit("embed", self.W_E[ids].astype(self.dtype), state)
+        x = self.W_E[ids].astype(self.dtype)
+        x = x if self.config.embed_scale == 1 else x * self.config.embed_scale
+        x, state = normalised(self.config, self.ln_embed, x, "ln_embed", visit, state)
+        x, state = visit("embed", x, state)
         if self.W_pos is not None:
             pos_embed = self.W_pos[jnp.maximum(frame.positions, 0)].astype(self.dtype)
             pos_embed, state = visit("pos_embed", pos_embed, state)
@@ -146,7 +151,7 @@ class Transformer(LayeredModel):
 
     def readout(self, final: Stream, tokens: Tokens) -> Readout:
         """The final stream of a batch with the unembedding."""
-        return Readout(final, tokens, self.unembedding, self.b_U)
+        return Readout(final, tokens, self.unembedding, self.b_U, self.config.logits_cap)
 
     def numbers_per_token(self, sites: Iterable[str]) -> int:
         """How many numbers of each computed token a layer has in memory at once, with a tap at `sites`."""
@@ -220,17 +225,21 @@ def _with_weights(config: Config, dtype: Any, weights: Callable[[tuple[int, ...]
     c, n = config, config.n_layers
     normal = lambda *shape, scale=0.02: weights(shape, scale)
     bias = lambda exists, *shape: jnp.zeros(shape, dtype) if exists else None
-    norm = lambda *stack: Norm.init(c, *stack, dtype=dtype)
+    norm = lambda exists, *stack: Norm.init(c, *stack, dtype=dtype) if exists else None
+    ones = lambda exists, *shape: jnp.ones(shape, dtype) if exists else None
     to_stream = 0.02 / max(1, 2 * n) ** 0.5
     attn = Attention(
         W_Q=normal(n, c.d_model, c.n_heads, c.d_head),
         W_K=normal(n, c.d_model, c.n_kv_heads, c.d_head),
         W_V=normal(n, c.d_model, c.n_kv_heads, c.d_head),
         W_O=normal(n, c.n_heads, c.d_head, c.d_model, scale=to_stream),
-        b_Q=bias(c.qkv_bias, n, c.n_heads, c.d_head),
-        b_K=bias(c.qkv_bias, n, c.n_kv_heads, c.d_head),
-        b_V=bias(c.qkv_bias, n, c.n_kv_heads, c.d_head),
-        b_O=bias(c.attn_out_bias, n, c.d_model),
+        b_Q=bias("q" in c.attn_bias, n, c.n_heads, c.d_head),
+        b_K=bias("k" in c.attn_bias, n, c.n_kv_heads, c.d_head),
+        b_V=bias("v" in c.attn_bias, n, c.n_kv_heads, c.d_head),
+        b_O=bias("o" in c.attn_bias, n, c.d_model),
+        q_norm=ones(c.qk_norm != "none", n, c.n_heads if c.qk_norm == "all" else 1, c.d_head),
+        k_norm=ones(c.qk_norm != "none", n, c.n_kv_heads if c.qk_norm == "all" else 1, c.d_head),
+        sinks=bias(c.sinks, n, c.n_heads),
     )
     gated = c.mlp == "gated"
     mlp = None if c.mlp == "none" else MLP(
@@ -244,8 +253,16 @@ def _with_weights(config: Config, dtype: Any, weights: Callable[[tuple[int, ...]
     return Transformer(
         W_E=normal(c.d_vocab, c.d_model),
         W_pos=normal(c.n_ctx, c.d_model) if c.positions == "learned" else None,
-        blocks=Block(ln1=norm(n), attn=attn, ln2=norm(n) if mlp else None, mlp=mlp),
-        ln_final=norm(),
+        ln_embed=norm(c.embed_norm),
+        blocks=Block(
+            ln1=norm(c.has_norm("input"), n),
+            attn=attn,
+            ln1_post=norm(c.has_norm("output"), n),
+            ln2=norm(c.has_norm("input") and mlp and not c.shared_norm, n),
+            mlp=mlp,
+            ln2_post=norm(c.has_norm("output") and mlp, n),
+        ),
+        ln_final=norm(c.final_norm),
         W_U=None if c.tied_unembed else normal(c.d_vocab, c.d_model),
         b_U=bias(c.unembed_bias, c.d_vocab),
         config=config,

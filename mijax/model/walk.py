@@ -52,7 +52,7 @@ class Layer(eqx.Module):
         Returns:
             `[batch, query, d_model]`, the residual stream after the layer; and the tap's state.
         """
-        visit = Visit(tap, transformer_sites(self.config), frame, self.index)
+        visit = Visit(tap, transformer_sites(self.config), frame.in_layer(self.index), self.index)
         return block(self.config, self.params, x, visit, state, held, attended)
 
 

@@ -173,7 +173,7 @@ def test_integrated_gradients_are_complete(name, along):
     sites = written if along == "gate" else ("embed",)
     whole = METRIC(mj.run(model, source)) - METRIC(mj.run(model, base))
     gaps = []
-    for steps in (2, 12):
+    for steps in (2, 24):
         found = found_by(model, base, source, sites, mj.IntegratedGradients(steps, along))
         total = sum(found.terms["m"][s].reshape(3, -1).sum(axis=1) for s in sites)
         assert error(found.gap["m"] + 1.0, total - np.asarray(whole) + 1.0) < 1e-8  # what is told is what there is
@@ -207,7 +207,7 @@ def saturated(layer, n_kv_heads=4, positions="learned", dtype=jnp.float64):
     """Two layers of attention alone, that of one nearly one-hot, that of the other nearly even."""
     config = mj.Config(
         n_layers=2, d_model=12, n_heads=4, n_kv_heads=n_kv_heads, d_vocab=19, n_ctx=16, d_head=4, d_mlp=0, mlp="none",
-        norm="none", attn_out_bias=False, positions=positions,
+        norm="none", attn_bias="qkv", positions=positions,
     )  # fmt: skip
     sharpness = jnp.full((2, 1, 1, 1), 0.2, dtype).at[layer].set(8.0)
     projections = lambda model: (model.blocks.attn.W_Q, model.blocks.attn.W_K)
@@ -631,7 +631,7 @@ def test_the_probe_is_the_minimum_that_scipy_finds():
 @pytest.mark.parametrize("method", [AtP(), AtP(probes=2), mj.IntegratedGradients(3, "inputs"), mj.AtPStar()], ids=repr)
 def test_the_estimate_bounds_what_the_program_takes(checkpoint, method):
     config = mj.Config(
-        n_layers=8, d_model=64, n_heads=4, d_vocab=101, n_ctx=64, mlp="gated", norm="rms", positions="rotary"
+        n_layers=8, d_model=64, n_heads=4, d_vocab=101, n_ctx=64, mlp="gated", norm="rms", positions=mj.Rotary()
     )
     model = mj.init(config, jax.random.key(0))
     rng = np.random.default_rng(0)

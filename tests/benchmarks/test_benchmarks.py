@@ -32,7 +32,7 @@ def test_what_changes_nothing_takes_no_arithmetic():
 
 
 def test_grouped_queries_and_gates_are_counted():
-    config = mj.Config(n_layers=1, d_model=8, n_heads=4, n_kv_heads=2, d_mlp=5, d_vocab=11, n_ctx=8, positions="rotary", mlp="gated")  # fmt: skip
+    config = mj.Config(n_layers=1, d_model=8, n_heads=4, n_kv_heads=2, d_mlp=5, d_vocab=11, n_ctx=8, positions=mj.Rotary(), mlp="gated")  # fmt: skip
     mlp, projections, attention, unembedding = 3 * 8 * 5, 2 * 8 * 8 + 2 * 8 * 4, 2 * 3 * 8, 8 * 11
     assert arithmetic.naive(config, "z_head", 1, 3) == 2 * 4 * 3 * (mlp + projections + attention + unembedding)
     head = 2 * 8 + mlp + 2 * 8  # its part of W_O, the MLP, two logits, at one position

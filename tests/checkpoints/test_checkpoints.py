@@ -188,8 +188,8 @@ BROKEN = {
     "config of a list": (lambda f: (f / "config.json").write_text("[1]"), ValueError, "must hold an object, given list"),
     "config of strings": (lambda f: set_config(f, num_attention_heads="4"), ValueError, "does not describe a model"),
     "unknown activation": (lambda f: set_config(f, hidden_act="xielu"), ValueError, "hidden_act='xielu' is none of 'relu', 'gelu', 'gelu_new', 'silu'"),
-    "unknown rotary scaling": (lambda f: set_config(f, rope_parameters={"rope_type": "yarn"}), ValueError, "unsupported rotary scaling 'yarn'"),
-    "a window": (lambda f: set_config(f, model_type="mistral", sliding_window=4), ValueError, "unsupported mistral config: sliding_window=4"),
+    "unknown rotary scaling": (lambda f: set_config(f, rope_parameters={"rope_type": "su"}), ValueError, "unsupported rotary scaling 'su'"),
+    "a window": (lambda f: set_config(f, model_type="mistral", sliding_window=-4), ValueError, "sliding_window=-4 must be a positive integer or null"),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ValueError, "not a readable tokenizer.json"),
 }  # fmt: skip
 

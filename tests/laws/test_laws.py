@@ -42,17 +42,29 @@ def test_3_replacing_the_first_stream_gives_the_other_run(name, padding):
     assert error(on_real(patched.logits, tokens), on_real(source.logits, tokens)) < 1e-10
 
 
+def normed(model, norm, x):
+    """`x` after a norm of all layers, `[layer, batch, pos, d_model]`; unchanged where there is none."""
+    if norm is None:
+        return x
+    x = x - jnp.mean(x, axis=-1, keepdims=True) if model.config.norm == "layer" else x
+    x = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + model.config.norm_eps) * norm.weight[:, None, None]
+    return x if norm.bias is None else x + norm.bias[:, None, None]
+
+
 @cases(*PADDINGS)
 def test_4_the_stream_is_the_sum_of_what_is_written_to_it(name, padding):
     model, tokens, _ = base_and_source(name, padding)
     table = mj.sites(model, tokens)
     acts = mj.run(model, tokens, capture=tuple(table)).acts
-    b_O = model.blocks.attn.b_O
+    blocks, stream_norms = model.blocks, model.config.norm_at == "stream"
+    b_O = blocks.attn.b_O
     heads = jnp.sum(acts["result"], axis=3) + (0 if b_O is None else b_O[:, None, None])
+    heads = heads if stream_norms else normed(model, blocks.ln1_post, heads)
     assert error(heads, acts["attn_out"]) < 1e-10
+    after = lambda norm, x: normed(model, norm, x) if stream_norms else x
     if "resid_mid" in table:
-        assert error(acts["resid_pre"] + acts["attn_out"], acts["resid_mid"]) < 1e-10
-        assert error(acts["resid_mid"] + acts["mlp_out"], acts["resid_post"]) < 1e-10
+        assert error(after(blocks.ln1_post, acts["resid_pre"] + acts["attn_out"]), acts["resid_mid"]) < 1e-10
+        assert error(after(blocks.ln2_post, acts["resid_mid"] + acts["mlp_out"]), acts["resid_post"]) < 1e-10
     else:
         written = acts["attn_out"] + acts.get("mlp_out", 0)
         assert error(acts["resid_pre"] + written, acts["resid_post"]) < 1e-10

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import mijax as mj
+from mijax.model.rotary import frequencies
 from tests.architectures import ARCHITECTURES, PADDINGS, batch, error, example, random_model, real
 from tests.reference.forward import forward
 
@@ -84,11 +85,8 @@ def test_padding_never_leaks():
 @pytest.mark.parametrize("kind, expected", [("linear", 4.0), ("llama3", None)])
 def test_rotary_scaling(kind, expected):
     """`linear` is exactly slower positions; `llama3` keeps high frequencies and slows low ones (formula of the Llama 3 report)."""
-    from mijax.model.position import frequencies
-
     scaling = mj.RotaryScaling(kind, 4.0, low_freq=1.0, high_freq=4.0, original_n_ctx=64)
-    base = {"n_layers": 1, "d_model": 32, "n_heads": 1, "d_vocab": 5, "n_ctx": 8, "positions": "rotary"}
-    plain, scaled = frequencies(mj.Config(**base)), frequencies(mj.Config(**base, rotary_scaling=scaling))
+    plain, scaled = frequencies(mj.Rotary(dim=32)), frequencies(mj.Rotary(dim=32, scaling=scaling))
     if expected:
         assert np.allclose(plain / scaled, expected, rtol=1e-12)
     else:
@@ -102,6 +100,23 @@ def test_rotary_scaling(kind, expected):
                 smooth = (64 / wavelength - 1) / (4 - 1)
                 want = (1 - smooth) * f / 4 + smooth * f
             assert abs(s - want) < 1e-12
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn(truncate):
+    """Dimensions that turn 32 times and more over the original context are kept, those below once are divided by the
+    factor, and those between change linearly with their number (Peng et al. 2023, equations 22 and 23)."""
+    scaling = mj.RotaryScaling("yarn", 8.0, low_freq=1.0, high_freq=32.0, original_n_ctx=4096, truncate=truncate)
+    plain, scaled = frequencies(mj.Rotary(dim=64)), frequencies(mj.Rotary(dim=64, scaling=scaling))
+    turns = 4096 * plain / (2 * np.pi)
+    share = (plain - scaled) / (plain - plain / 8)  # 0: kept, 1: divided
+    edge = 1 if truncate else 0  # rounding outwards moves the first and the last dimension between
+    assert np.allclose(share[turns >= 32][: -1 - edge], 0, atol=1e-12)
+    assert np.allclose(share[turns <= 1][edge:], 1, atol=1e-12)
+    between = np.diff(share[(share > 1e-9) & (share < 1 - 1e-9)])
+    assert len(between) > 8 and np.allclose(between, between[0], atol=1e-9)
+    slope = 2 * np.log(10_000.0) / (64 * np.log(32.0))  # of the exact bounds
+    assert np.isclose(between[0], slope, rtol=0.15 if truncate else 1e-6)
 
 
 def test_init_keeps_the_name_of_the_config():

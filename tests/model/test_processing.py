@@ -25,12 +25,12 @@ def per_head(rotate):
 
 # name: (function, which models it applies to)
 FUNCTIONS = {
-    "fold_norms": (P.fold_norms, lambda c: c.norm != "none"),
-    "centre_writes": (P.centre_writes, lambda c: c.norm == "layer"),
-    "centre_unembedding": (P.centre_unembedding, lambda c: True),
-    "fold_value_biases": (P.fold_value_biases, lambda c: c.qkv_bias),
+    "fold_norms": (P.fold_norms, lambda c: c.norm != "none" and c.norm_at in ("input", "both")),
+    "centre_writes": (P.centre_writes, lambda c: c.norm == "layer" and c.norm_at == "input"),
+    "centre_unembedding": (P.centre_unembedding, lambda c: not c.logits_cap),
+    "fold_value_biases": (P.fold_value_biases, lambda c: "v" in c.attn_bias and not c.sinks),
     "simplify": (P.simplify, lambda c: True),
-    "rotate_qk": (per_head(P.rotate_qk), lambda c: c.positions != "rotary"),
+    "rotate_qk": (per_head(P.rotate_qk), lambda c: isinstance(c.positions, str)),
     "rotate_ov": (per_head(P.rotate_ov), lambda c: True),
     "rotate_stream": (lambda m: P.rotate_stream(m, orthogonal(m.config.d_model)), lambda c: c.norm == "none"),
 }

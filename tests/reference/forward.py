@@ -15,29 +15,41 @@ def forward(model, ids, hook=lambda site, layer, x: x):
     c = model.config
     get = lambda x: None if x is None else np.asarray(x, np.float64)
     n = len(ids)
-    x = hook("embed", None, get(model.W_E)[ids])
+    norm_of = lambda p, x, name: _norm(c, get(p.weight), get(p.bias), x, name, lambda s, v: hook(s, None, v))
+    x = get(model.W_E)[ids] * c.embed_scale
+    x = hook("embed", None, norm_of(model.ln_embed, x, "ln_embed") if c.embed_norm else x)
     if c.positions == "learned":
         x = x + hook("pos_embed", None, get(model.W_pos)[:n])
     for layer in range(c.n_layers):
         p = lambda value, layer=layer: None if value is None else get(value)[layer]
         at = lambda site, value, layer=layer: hook(site, layer, value)
         x = at("resid_pre", x)
-        attn_out = _attention(c, model.blocks, p, at, x)
+        blocks = model.blocks
+        mid = _added(c, p, at, x, _attention(c, blocks, p, at, x, layer), blocks.ln1_post, "ln1_post", "attn_out")
         if c.mlp == "none":
-            x = at("resid_post", x + attn_out)
+            x = at("resid_post", mid)
             continue
-        mid = x + attn_out if c.parallel else at("resid_mid", x + attn_out)
-        mlp_out = _mlp(c, model.blocks, p, at, x if c.parallel else mid)
-        x = at("resid_post", mid + mlp_out)
+        mid = mid if c.parallel else at("resid_mid", mid)
+        mlp_out = _mlp(c, blocks, p, at, x if c.parallel else mid)
+        x = at("resid_post", _added(c, p, at, mid, mlp_out, blocks.ln2_post, "ln2_post", "mlp_out"))
     x = hook("final_in", None, x)
-    x = _norm(c, get(model.ln_final.weight), get(model.ln_final.bias), x, "ln_final", lambda s, v: hook(s, None, v))
+    x = norm_of(model.ln_final, x, "ln_final") if c.final_norm else x
     logits = x @ get(model.W_E if model.W_U is None else model.W_U).T
-    return logits if model.b_U is None else logits + get(model.b_U)
+    logits = logits if model.b_U is None else logits + get(model.b_U)
+    return c.logits_cap * np.tanh(logits / c.logits_cap) if c.logits_cap else logits
+
+
+def _added(c, p, at, x, out, norm, name, site):
+    """The stream after attention's or the MLP's output is added."""
+    apply = lambda x: _norm(c, p(norm.weight), p(norm.bias), x, name, at)
+    if c.norm == "none" or c.norm_at == "input":
+        return x + at(site, out)
+    if c.norm_at == "stream":
+        return apply(x + at(site, out))
+    return x + at(site, apply(out))
 
 
 def _norm(c, weight, bias, x, name, at):
-    if c.norm == "none":
-        return x
     if c.norm == "layer":
         x = x - x.mean(-1, keepdims=True)
     scale = at(f"{name}.scale", np.sqrt((x**2).mean(-1) + c.norm_eps))
@@ -45,9 +57,10 @@ def _norm(c, weight, bias, x, name, at):
     return x if bias is None else x + bias
 
 
-def _attention(c, blocks, p, at, x):
+def _attention(c, blocks, p, at, x, layer):
     a, n = blocks.attn, len(x)
-    ln1 = lambda x: _norm(c, p(blocks.ln1.weight), p(blocks.ln1.bias), x, "ln1", at)
+    has_ln1 = c.norm != "none" and c.norm_at in ("input", "both")
+    ln1 = lambda x: _norm(c, p(blocks.ln1.weight), p(blocks.ln1.bias), x, "ln1", at) if has_ln1 else x
     normed = ln1(x)
     projected = {}
     for name, W, b, heads in (
@@ -62,25 +75,42 @@ def _attention(c, blocks, p, at, x):
             per_head.append(own @ p(W)[:, h] + (0 if b is None else p(b)[h]))
         projected[name] = at(name, np.stack(per_head, axis=1))
     q, k, v = projected["q"], projected["k"], projected["v"]
-    if c.positions == "rotary":
-        q, k = at("rot_q", _rotate(c, q)), at("rot_k", _rotate(c, k))
+    if c.qk_norm != "none":
+        axes = -1 if c.qk_norm == "head" else (-2, -1)
+        rms = lambda x: x / np.sqrt((x**2).mean(axes, keepdims=True) + c.norm_eps)
+        q, k = rms(q) * p(a.q_norm), rms(k) * p(a.k_norm)
+    rotary = c.positions[layer] if isinstance(c.positions, tuple) else c.positions
+    rotary = None if isinstance(rotary, str) else rotary
+    if rotary is not None:
+        q, k = _rotate(rotary, q), _rotate(rotary, k)
+    if c.qk_norm != "none" or not isinstance(c.positions, str):
+        q, k = at("rot_q", q), at("rot_k", k)
     group = c.n_heads // c.n_kv_heads
     scores = np.stack([q[:, h] @ k[:, h // group].T * c.attn_scale for h in range(c.n_heads)])
+    if c.scores_cap:
+        scores = c.scores_cap * np.tanh(scores / c.scores_cap)
+    distance = np.arange(n)[:, None] - np.arange(n)
+    if c.positions == "alibi":  # 2^(-8/n), 2^(-16/n), ... for n heads, a power of two
+        scores = scores - 2.0 ** (-8 / c.n_heads * np.arange(1, c.n_heads + 1))[:, None, None] * distance
     scores = at("attn_scores", scores)
-    if c.causal:
-        scores = np.where(np.tril(np.ones((n, n), bool)), scores, -np.inf)
+    window = c.window[layer] if isinstance(c.window, tuple) else c.window
+    seen = (distance >= 0 if c.causal else distance == distance) & (distance < (window or n))
+    scores = np.where(seen, scores, -np.inf)
     e = np.exp(scores - scores.max(-1, keepdims=True))
-    pattern = at("pattern", e / e.sum(-1, keepdims=True))
+    total = e.sum(-1, keepdims=True)
+    if c.sinks:
+        total = total + np.exp(p(a.sinks)[:, None, None] - scores.max(-1, keepdims=True))
+    pattern = at("pattern", e / total)
     z = at("z", np.stack([pattern[h] @ v[:, h // group] for h in range(c.n_heads)], axis=1))
     result = at("result", np.stack([z[:, h] @ p(a.W_O)[h] for h in range(c.n_heads)], axis=1))
-    return at("attn_out", result.sum(1) + (0 if a.b_O is None else p(a.b_O)))
+    return result.sum(1) + (0 if a.b_O is None else p(a.b_O))
 
 
-def _rotate(c, x):
-    out, half = x.copy(), c.rotary_dim // 2
+def _rotate(rotary, x):
+    out, half = x.copy(), rotary.dim // 2
     for pos in range(len(x)):
         for i in range(half):
-            angle = pos * c.rotary_base ** (-2 * i / c.rotary_dim)
+            angle = pos * rotary.base ** (-2 * i / rotary.dim)
             a, b = x[pos, :, i], x[pos, :, i + half]
             out[pos, :, i] = a * math.cos(angle) - b * math.sin(angle)
             out[pos, :, i + half] = a * math.sin(angle) + b * math.cos(angle)
@@ -96,10 +126,12 @@ def _mlp(c, blocks, p, at, x):
         "gelu_new": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     }[c.activation]
     bias = lambda b: 0 if b is None else p(b)
-    x = _norm(c, p(blocks.ln2.weight), p(blocks.ln2.bias), at("mlp_in", x), "ln2", at)
+    x, norm = at("mlp_in", x), blocks.ln1 if c.shared_norm else blocks.ln2
+    if c.norm != "none" and c.norm_at in ("input", "both"):
+        x = _norm(c, p(norm.weight), p(norm.bias), x, "ln2", at)
     linear = x @ p(m.W_in) + bias(m.b_in)
     if c.mlp == "gated":
         post = act(at("pre", x @ p(m.W_gate) + bias(m.b_gate))) * at("pre_linear", linear)
     else:
         post = act(at("pre", linear))
-    return at("mlp_out", at("post", post) @ p(m.W_out) + bias(m.b_out))
+    return at("post", post) @ p(m.W_out) + bias(m.b_out)

@@ -7,8 +7,8 @@ import mijax as mj
 
 CONFIG = mj.Config(n_layers=3, d_model=8, n_heads=2, d_vocab=11, n_ctx=16)
 GQA = mj.Config(
-    n_layers=2, d_model=8, n_heads=4, n_kv_heads=2, d_vocab=11, n_ctx=16, positions="rotary", norm="rms", mlp="gated",
-    activation="silu", qkv_bias=False, attn_out_bias=False, mlp_bias=False,
+    n_layers=2, d_model=8, n_heads=4, n_kv_heads=2, d_vocab=11, n_ctx=16, positions=mj.Rotary(), norm="rms", mlp="gated",
+    activation="silu", attn_bias="", mlp_bias=False,
 )  # fmt: skip
 
 

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 import mijax as mj
-from mijax.checkpoints.families import FAMILIES
 from mijax.checkpoints.keys import HARMLESS
+from mijax.checkpoints.registry import FAMILIES
 from tests.architectures import error
 from tests.reference.tiny_models import MODELS, STORED, inputs
 from tests.situations import refused
@@ -29,13 +29,15 @@ READ = {  # of each key that is read, another value than the checkpoint's
         "activation_function": "relu", "tie_word_embeddings": False,
     },
     "llama": _MISTRAL | {"attention_bias": True, "mlp_bias": True},
-    "mistral": _MISTRAL,
+    "mistral": _MISTRAL | {"sliding_window": 4},
 }  # fmt: skip
 EACH_READ = [(kind, key) for kind, keys in READ.items() for key in keys]
 
 
 def test_every_key_that_is_read_is_tested_here():
-    assert {kind: set(keys) for kind, keys in READ.items()} == {kind: set(FAMILIES[kind].keys) for kind in READ}
+    assert {kind: set(keys) for kind, keys in READ.items()} == {
+        kind: set(FAMILIES[kind].keys) | FAMILIES[kind].further for kind in READ
+    }
 
 
 @pytest.mark.parametrize("kind, key", EACH_READ, ids=lambda x: str(x))
@@ -171,7 +173,9 @@ def test_say_the_rotary_scaling_twice_and_alike(tmp_path):
         ({"rope_type": "llama3", "factor": 2.0, "high_freq_factor": 4.0}, "lacks the entry 'low_freq_factor'"),
         ({"full_attention": {"rope_type": "default"}}, "has no full_attention="),
         ("linear", "rope_parameters='linear' must be an object or null"),
-        ({"rope_type": "yarn", "factor": 2.0}, "unsupported rotary scaling 'yarn'"),
+        ({"rope_type": "su", "factor": 2.0}, "unsupported rotary scaling 'su'"),
+        ({"rope_type": "yarn"}, "lacks the entry 'factor'"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": 0.5}, "high_freq=0.5 must be above low_freq=1.0"),
     ],
 )
 def test_rotary_scaling_with_a_key_too_many_or_too_few(rope, message, tmp_path):
@@ -210,10 +214,12 @@ def test_a_window_that_is_left_out_is_that_of_transformers(tmp_path):
     folder = set_config(copy(tmp_path, "mistral"), remove=("sliding_window",))
     assert error(logits(mj.load(folder)[0]), stored_logits("mistral")) < 1e-4
     set_config(folder, max_position_embeddings=8192)
-    with refused(ValueError, "sliding_window=4096"):
-        mj.load(folder)
+    assert mj.load(folder)[0].config.window == 4096
     set_config(folder, sliding_window=8192)
-    assert error(logits(mj.load(folder)[0]), stored_logits("mistral")) < 1e-4
+    assert mj.load(folder)[0].config.window == 0
+    for nonsense in (0, -1, 2.0, True, "4096"):
+        with refused(ValueError, "must be a positive integer or null"):
+            mj.load(set_config(folder, sliding_window=nonsense))
 
 
 def test_an_unknown_key_in_our_own_layout(tmp_path):

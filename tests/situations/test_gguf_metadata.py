@@ -8,7 +8,7 @@ from gguf import GGUFValueType as T
 import mijax as mj
 from mijax.checkpoints import gguf_metadata, gguf_tokenizer
 from mijax.checkpoints.gguf import GGUF
-from mijax.model.position import frequencies
+from mijax.model.rotary import frequencies
 from tests.situations import refused
 from tests.situations.gguf_files import BEGIN, END, PAD, TOKENS, write
 
@@ -117,7 +117,7 @@ def scaled(tmp_path, **changes):
     fields = {
         f"llama.rope.{keys[k] if k != 'kind' else 'scaling.type'}": (v, types[type(v)]) for k, v in changes.items()
     }
-    return frequencies(mj.load(write(tmp_path / "x.gguf", fields), tokenizer=False)[0].config)
+    return frequencies(mj.load(write(tmp_path / "x.gguf", fields), tokenizer=False)[0].config.positions)
 
 
 @pytest.mark.parametrize("changes, factor", [

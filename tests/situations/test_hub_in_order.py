@@ -54,7 +54,7 @@ load = lambda: mj.load("someone/tiny", revision="v1")
 UNSUPPORTED = {
     "another architecture": ({"model_type": "mamba"}, "someone/tiny: unsupported model_type 'mamba'"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
-    "a window": ({"model_type": "mistral", "sliding_window": 4}, "sliding_window=4"),
+    "a window": ({"model_type": "mistral", "sliding_window": -4}, "sliding_window=-4"),
     "an unknown key": ({"attention_multiplier": 0.1}, "attention_multiplier=0.1"),
     "a wrong type": ({"num_hidden_layers": "3"}, "num_hidden_layers='3' must be an integer"),
     "code of its own": ({"auto_map": {"AutoModelForCausalLM": "m.M"}}, "auto_map="),

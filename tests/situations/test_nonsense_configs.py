@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mijax as mj
-from mijax.model.config import RotaryScaling
+from mijax.model.rotary import RotaryScaling
 from tests.architectures import ARCHITECTURES, IDS, batch, error, random_model
 from tests.reference.forward import forward
 from tests.situations import refused
@@ -20,26 +20,67 @@ SIZES = {"n_layers": 2, "d_model": 8, "n_heads": 2, "d_vocab": 11, "n_ctx": 16}
 FIELDS = [
     ("norm_eps", -1.0, "must not be negative"), ("norm_eps", NAN, "must be finite"), ("norm_eps", INF, "must be finite"),
     ("norm_eps", "1e-5", "must be a number, given str"), ("norm_eps", True, "must be a number, given bool"),
-    ("rotary_base", -1.0, "must be positive"), ("rotary_base", 0.0, "must be positive"), ("rotary_base", INF, "must be finite"),
-    ("rotary_base", 10**400, "must be finite"), ("rotary_base", 10**39, "is outside float32, which would make it infinite"),
     ("norm_eps", 1e300, "is outside float32, which would make it infinite"), ("norm_eps", 1e-46, "is outside float32, .* it 0"),
     ("attn_scale", 1e39, "is outside float32, which would make it infinite"), ("attn_scale", 1e-50, "is outside float32, .* it 0"),
     ("attn_scale", NAN, "must be finite"), ("attn_scale", -0.5, "must not be negative"),
     ("tied_unembed", "false", "must be a boolean, given str"), ("causal", 0, "must be a boolean, given int"),
-    ("qkv_bias", None, "must be a boolean, given NoneType"), ("n_layers", True, "must be an integer, given bool"),
+    ("attn_bias", None, "must be a string, given NoneType"), ("attn_bias", "qx", "must be letters of"), ("attn_bias", "qq", "letters"), ("n_layers", True, "must be an integer, given bool"),
     ("n_layers", -1, "must not be negative"), ("n_heads", 2.0, "must be an integer, given float"), ("d_vocab", "11", "an integer"),
-    ("d_model", 0, "must be positive"), ("rotary_dim", -2, "must not be negative"), ("n_kv_heads", -1, "must not be negative"),
+    ("d_model", 0, "must be positive"), ("n_kv_heads", -1, "must not be negative"),
     ("positions", "rope", "is none of 'learned'"), ("norm", ["layer"], "is none of"), ("activation", None, "is none of"),
-    ("rotary_scaling", {"factor": 2.0}, "must be .*RotaryScaling"), ("name", 3, "must be a string"),
+    ("positions", {"base": 2.0}, "is none of 'learned'"), ("name", 3, "must be a string"),
+    ("window", -1, "must be an integer of at least 0"), ("window", 2.0, "must be an integer"), ("window", "all", "must be an integer"),
+    ("logits_cap", -1.0, "must not be negative"), ("embed_scale", 0.0, "must be positive"), ("norm_at", "end", "is none of 'input'"),
+    ("scores_cap", NAN, "must be finite"), ("qk_norm", True, "is none of 'none', 'head', 'all'"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("field, value, message", FIELDS, ids=str)
 def test_make_a_config_by_hand(field, value, message):
     with refused(ValueError, rf"invalid Config: {field}=.* {message}"):
-        mj.Config(**SIZES | {"positions": "rotary"} | {field: value})
+        mj.Config(**SIZES | {"positions": mj.Rotary()} | {field: value})
     with refused(ValueError, rf"invalid Config: {field}="):
-        dataclasses.replace(mj.Config(**SIZES, positions="rotary"), **{field: value})
+        dataclasses.replace(mj.Config(**SIZES, positions=mj.Rotary()), **{field: value})
+
+
+MISFITS = [
+    ({"positions": (mj.Rotary(),)}, "positions has 1 entries, expected one for each of 2 layers"),
+    ({"positions": (mj.Rotary(), "none")}, "positions='none' must be a Rotary or None"),
+    ({"positions": (mj.Rotary(dim=2), mj.Rotary(dim=4))}, "layers must rotate equally many dimensions, given 2, 4"),
+    ({"positions": mj.Rotary(dim=6)}, "rotary dim=6 must be even and at most d_head=4"),
+    ({"window": (1, 2, 3)}, "window has 3 entries, expected one for each of 2 layers"),
+    ({"window": (1, True)}, "window=True must be an integer of at least 0"),
+    ({"window": 3, "causal": False}, "causal=False does not go with"),
+    ({"positions": "alibi", "causal": False}, "causal=False does not go with"),
+    ({"shared_norm": True}, "shared_norm=True needs parallel=True"),
+    ({"parallel": True, "norm_at": "stream"}, "parallel=True does not go with norm_at='stream'"),
+]
+
+
+@pytest.mark.parametrize("values, message", MISFITS, ids=str)
+def test_fields_that_do_not_fit_together(values, message):
+    with refused(ValueError, message):
+        mj.Config(**SIZES | values)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"base": -1.0}, "base=-1.0 must be positive"), ({"base": 0.0}, "base=0.0 must be positive"), ({"base": INF}, "must be finite"),
+        ({"base": 10**400}, "must be finite"), ({"base": 10**39}, "is outside float32, which would make it infinite"),
+        ({"dim": -2}, "dim=-2 must not be negative"), ({"scaling": {"factor": 2.0}}, "must be .*RotaryScaling"),
+    ],
+)  # fmt: skip
+def test_make_rotary_positions_by_hand(values, message):
+    with refused(ValueError, f"invalid Rotary: .*{message}"):
+        mj.Rotary(**values)
+
+
+def test_equal_architectures_are_equal_configs():
+    same = mj.Config(**SIZES, positions=mj.Rotary(dim=4), window=3)
+    assert mj.Config(**SIZES, positions=(mj.Rotary(), mj.Rotary()), window=[3, 3]) == same
+    assert mj.Config(**SIZES, positions=(None, None), window=(0, 0)) == mj.Config(**SIZES, positions="none")
+    assert mj.Config(**SIZES, attn_bias="okvq") == mj.Config(**SIZES)
 
 
 def test_every_fault_is_named_at_once():
@@ -51,7 +92,7 @@ def test_every_fault_is_named_at_once():
     "values, message",
     [
         (("linear", 0.0), "factor=0.0 must be positive"), (("linear", NAN), "factor=nan must be finite"),
-        (("linear", -2.0), "factor=-2.0 must be positive"), (("yarn", 2.0), "kind='yarn' is none of 'linear', 'llama3'"),
+        (("linear", -2.0), "factor=-2.0 must be positive"), (("su", 2.0), "kind='su' is none of 'linear', 'llama3', 'yarn'"),
         (("llama3", 8.0, 4.0, 4.0), "high_freq=4.0 must be above low_freq=4.0"), (("llama3", 8.0, 0.0), "low_freq=0.0 must be"),
         (("llama3", 8.0, 1.0, 4.0, 0), "original_n_ctx=0 must be positive"),
         (("llama3", 8.0, 1.0, 4.0, 8192.0), "original_n_ctx=8192.0 must be an integer"),
@@ -118,7 +159,7 @@ def test_load_our_own_layout_with_nonsense(tmp_path):
         "norm_eps": NAN,
         "causal": "true",
         "n_heads": 4.0,
-        "rotary_scaling": {"kind": "linear", "factor": 0},
+        "positions": {"scaling": {"kind": "linear", "factor": 0}},
     }.items():
         before = (tmp_path / "model/config.json").read_text()
         with refused(ValueError, "config.json does not describe"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import mijax as mj
+from mijax.model.norm import Norm
 from mijax.model.transformer import check_parameters
 from tests.architectures import ARCHITECTURES, random_model
 from tests.reference.tiny_models import MODELS, STORED
@@ -40,12 +41,12 @@ NAMES = {
     "an unembedding bias": (lambda: put(MODEL, lambda m: m.b_U, jnp.ones(19)), r"b_U is there, which unembed_bias=False does not announce \(set unembed_bias=True\)"),
     "an untied unembedding": (lambda: put(MODEL, lambda m: m.W_U, MODEL.W_E), r"W_U is there, which tied_unembed=True does not announce \(set tied_unembed=False\)"),
     "no unembedding": (lambda: put(GATED, lambda m: m.W_U, None), "W_U is missing, which tied_unembed=False announces"),
-    "a bias of the values alone": (lambda: put(PLAIN, lambda m: m.blocks.attn.b_V, jnp.ones((3, 4, 3))), r"blocks.attn.b_V is there, .* \(set qkv_bias=True; b_Q, b_K and b_V come together: give zeros"),
-    "no bias of the keys": (lambda: put(MODEL, lambda m: m.blocks.attn.b_K, None), "blocks.attn.b_K is missing, which qkv_bias=True announces"),
-    "a bias after attention": (lambda: put(GATED, lambda m: m.blocks.attn.b_O, jnp.ones((3, 12))), "blocks.attn.b_O is there, which attn_out_bias=False"),
+    "a bias of the values alone": (lambda: put(PLAIN, lambda m: m.blocks.attn.b_V, jnp.ones((3, 4, 3))), r"blocks.attn.b_V is there, which attn_bias=.* \(set attn_bias='.*v'\)"),
+    "no bias of the keys": (lambda: put(MODEL, lambda m: m.blocks.attn.b_K, None), "blocks.attn.b_K is missing, which attn_bias='qkvo' announces"),
+    "a bias after attention": (lambda: put(GATED, lambda m: m.blocks.attn.b_O, jnp.ones((3, 12))), "blocks.attn.b_O is there, which attn_bias=''"),
     "one bias of the MLP": (lambda: put(GATED, lambda m: m.blocks.mlp.b_gate, jnp.ones((3, 10))), "blocks.mlp.b_gate is there, which mlp_bias=False .* come together"),
     "a bias of an RMSNorm": (lambda: put(GATED, lambda m: m.blocks.ln2.bias, jnp.ones((3, 12))), "blocks.ln2.bias is there, which norm_bias=False"),
-    "a norm's weight in a model without norms": (lambda: put(PLAIN, lambda m: m.ln_final.weight, jnp.ones(12)), "ln_final.weight is there, which norm='none' does not announce"),
+    "a norm's weight in a model without norms": (lambda: put(PLAIN, lambda m: m.ln_final, Norm(jnp.ones(12), None)), "ln_final.weight is there, which norm='none' does not announce"),
     "positions in a model without": (lambda: put(PLAIN, lambda m: m.W_pos, jnp.ones((16, 12))), "W_pos is there, which positions='none' does not announce"),
     "no gate": (lambda: put(GATED, lambda m: m.blocks.mlp.W_gate, None), "blocks.mlp.W_gate is missing, which mlp='gated' announces"),
     "no queries": (lambda: put(GATED, lambda m: m.blocks.attn.W_Q, None), "blocks.attn.W_Q is missing"),

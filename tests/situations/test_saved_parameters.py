@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 
 import mijax as mj
+from mijax.model.norm import Norm
 from tests.architectures import ARCHITECTURES, IDS, error, random_model
 from tests.reference.forward import forward
 from tests.situations import refused
 
-SWITCHES = ("tied_unembed", "unembed_bias", "qkv_bias", "attn_out_bias", "mlp_bias")
+SWITCHES = {
+    "tied_unembed": (True, False), "unembed_bias": (True, False), "attn_bias": ("qkvo", "qkv", "o", "", "v"), "mlp_bias": (True, False),
+}  # fmt: skip
 BASES = {"gpt2": ARCHITECTURES["gpt2"], "llama": ARCHITECTURES["llama_gqa"]}
 
 
-@pytest.mark.parametrize("values", list(itertools.product((True, False), repeat=len(SWITCHES))), ids=str)
+@pytest.mark.parametrize("values", list(itertools.product(*SWITCHES.values())), ids=str)
 @pytest.mark.parametrize("base", BASES)
 def test_save_and_load_every_combination_of_what_a_config_announces(base, values, tmp_path):
     config = dataclasses.replace(BASES[base], **dict(zip(SWITCHES, values)))
@@ -53,11 +56,11 @@ UNANNOUNCED = {
     "b_V": (
         lambda m: m.blocks.attn.b_V,
         jnp.ones((3, 4, 3)),
-        "blocks.attn.b_V is there, which qkv_bias=False .*set qkv_bias=True",
+        "blocks.attn.b_V is there, which attn_bias='o' .*set attn_bias='ov'",
     ),
     "W_pos": (lambda m: m.W_pos, jnp.ones((16, 12)), "W_pos is there, which positions='none'"),
     "b_in": (lambda m: m.blocks.mlp.b_in, jnp.ones((3, 10)), "blocks.mlp.b_in is there, which mlp_bias=False"),
-    "ln1": (lambda m: m.blocks.ln1.bias, jnp.ones((3, 12)), "blocks.ln1.bias is there, which norm_bias=False"),
+    "ln1": (lambda m: m.blocks.ln1, Norm(jnp.ones((3, 12)), None), "blocks.ln1.weight is there, which norm='none'"),
 }
 
 
@@ -101,12 +104,16 @@ def test_save_what_is_not_in_memory(tmp_path, as_a_user):
         jax.jit(lambda m: mj.save(m, tmp_path / "saved"))(model)
 
 
-@pytest.mark.parametrize("values", [{"n_heads": 5, "d_head": 6, "n_kv_heads": 5}, {"rotary_dim": 4}], ids=str)
-def test_save_a_llama_that_transformers_refuses_or_rotates_otherwise(values, tmp_path):
-    """Its `hidden_size` must be a multiple of `num_attention_heads`, and all of a head is rotated: in mijax's own format."""
+@pytest.mark.parametrize(
+    "values, kind",
+    [({"n_heads": 5, "d_head": 6, "n_kv_heads": 5}, "mistral"), ({"positions": mj.Rotary(dim=4)}, "mijax")],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*own format")
+def test_save_a_llama_that_transformers_refuses_or_rotates_otherwise(values, kind, tmp_path):
+    """Its `hidden_size` must be a multiple of `num_attention_heads` (Mistral's need not), and all of a head is rotated."""
     model = random_model(dataclasses.replace(BASES["llama"], **values), dtype=jnp.float32)
-    with pytest.warns(UserWarning, match="own format"):
-        assert mj.save(model, tmp_path / "saved") == "mijax"
+    assert mj.save(model, tmp_path / "saved") == kind
     back, _ = mj.load(tmp_path / "saved")
     assert back.config == model.config
     chex.assert_trees_all_equal(jax.tree.leaves(model), jax.tree.leaves(back))

@@ -5,7 +5,7 @@ import pytest
 
 import mijax as mj
 from mijax.checkpoints.build import get
-from mijax.checkpoints.families import FAMILIES
+from mijax.checkpoints.registry import FAMILIES
 from tests.situations import refused
 from tests.situations.checkpoints import copy, set_tensors
 

@@ -1,0 +1,89 @@
+"""GPT-2."""
+
+import numpy as np
+
+from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, only, same_as
+from mijax.checkpoints.table import FUSED, Buffer, Family, Weight, norm
+from mijax.model.config import Config
+
+KEYS = {
+    "n_layer": Key(("n_layers",)),
+    "n_embd": Key(("d_model",)),
+    "n_head": Key(("n_heads",)),
+    "vocab_size": Key(("d_vocab",)),
+    "n_positions": Key(("n_ctx",)),
+    "n_inner": Key(("d_mlp",), None),
+    "layer_norm_epsilon": Key(("norm_eps",), 1e-5),
+    "activation_function": Key(("activation",), "gelu_new", ACTIVATIONS),
+    "tie_word_embeddings": Key(("tied_unembed",), True),
+}
+HARMLESS_KEYS = {
+    **HARMLESS,
+    "architectures": architectures("GPT2LMHeadModel", "GPT2Model"),
+    "scale_attn_weights": only(True),
+    "scale_attn_by_inverse_layer_idx": only(False),
+    "reorder_and_upcast_attn": only(False),
+    # alternative names of keys, which transformers accepts
+    "n_ctx": same_as("n_positions"),
+    "max_position_embeddings": same_as("n_positions"),
+    "hidden_size": same_as("n_embd"),
+    "num_attention_heads": same_as("n_head"),
+    "num_hidden_layers": same_as("n_layer"),
+}
+
+
+def _weights(config: Config) -> list[Weight]:
+    h = "transformer.h.{layer}."
+    qkv = ("blocks.attn.{}_Q", "blocks.attn.{}_K", "blocks.attn.{}_V")
+    fused = lambda kind: tuple(path.format(kind) for path in qkv)
+    return [
+        Weight(("W_E",), "transformer.wte.weight", "vocab d -> vocab d"),
+        Weight(("W_pos",), "transformer.wpe.weight", "ctx d -> ctx d"),
+        *norm("blocks.ln1", h + "ln_1"),
+        Weight(fused("W"), h + "attn.c_attn.weight", "d (three head e) -> three d head e", FUSED),
+        Weight(fused("b"), h + "attn.c_attn.bias", "(three head e) -> three head e", FUSED),
+        Weight(("blocks.attn.W_O",), h + "attn.c_proj.weight", "(head e) d -> head e d"),
+        Weight(("blocks.attn.b_O",), h + "attn.c_proj.bias", "d -> d"),
+        *norm("blocks.ln2", h + "ln_2"),
+        Weight(("blocks.mlp.W_in",), h + "mlp.c_fc.weight", "d m -> d m"),
+        Weight(("blocks.mlp.b_in",), h + "mlp.c_fc.bias", "m -> m"),
+        Weight(("blocks.mlp.W_out",), h + "mlp.c_proj.weight", "m d -> m d"),
+        Weight(("blocks.mlp.b_out",), h + "mlp.c_proj.bias", "d -> d"),
+        *norm("ln_final", "transformer.ln_f"),
+        Weight(("W_U",), "lm_head.weight", "vocab d -> vocab d"),
+    ]
+
+
+def _is_causal_mask(config: Config, x: np.ndarray) -> bool:
+    """Whether it is a lower triangle of ones over the whole context, as in every layer of GPT-2's checkpoints."""
+    return x.shape == (1, 1, config.n_ctx, config.n_ctx) and np.array_equal(x[0, 0], np.tri(config.n_ctx))
+
+
+def _is_masking_score(_: Config, x: np.ndarray) -> bool:
+    """Whether it is the score of masked keys, far below any other: -10000, which bfloat16 rounds to -9984."""
+    return x.shape == () and float(x) <= -9_000
+
+
+def masks(attention: str) -> tuple[Buffer, Buffer]:
+    """The buffers of masks in checkpoints of GPT-2's relatives.
+
+    Args:
+        attention: the start of the names of attention's tensors.
+    """
+    return (
+        Buffer(attention + "bias", _is_causal_mask, "the causal mask of the whole context"),
+        Buffer(attention + "masked_bias", _is_masking_score, "one number of at most -9000"),
+    )
+
+
+GPT2 = Family(
+    "gpt2",
+    _weights,
+    KEYS,
+    {"positions": "learned", "norm": "layer"},
+    write=lambda config: {"architectures": ["GPT2LMHeadModel"]},
+    harmless=HARMLESS_KEYS,
+    prefix="transformer.",
+    buffers=masks("transformer.h.{layer}.attn."),
+    head="lm_head.weight",
+)

@@ -1,0 +1,39 @@
+"""Mistral: Llama with a sliding window."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mijax.checkpoints import llama_layout
+from mijax.checkpoints.keys import Key, architectures, only
+from mijax.checkpoints.table import Family
+from mijax.model.config import Config
+
+KEYS = llama_layout.KEYS | {"num_key_value_heads": Key(("n_kv_heads",))}
+HARMLESS_KEYS = {
+    **llama_layout.HARMLESS_KEYS,
+    "architectures": architectures(
+        "LlamaForCausalLM", "LlamaModel", "LLaMAForCausalLM", "MistralForCausalLM", "MistralModel"
+    ),
+    "attention_bias": only(False),
+    "mlp_bias": only(False),
+}
+
+
+def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    window = c.get("sliding_window", 4096)  # transformers' default
+    if not (window is None or (type(window) is int and window > 0)):
+        raise ValueError(f"sliding_window={window!r} must be a positive integer or null")
+    seen = 0 if window is None or window >= fields["n_ctx"] else window  # a window over the whole context has no effect
+    return {"window": seen, **llama_layout.read_positions(c, fields)}
+
+
+def _write(config: Config) -> dict[str, Any]:
+    return {"sliding_window": config.window or None, **llama_layout.write_as("MistralForCausalLM", config)}
+
+
+_layout = {
+    **llama_layout.LAYOUT,
+    "further": llama_layout.LAYOUT["further"] | {"sliding_window"},
+    "read": _read,
+}
+MISTRAL = Family("mistral", keys=KEYS, write=_write, harmless=HARMLESS_KEYS, **_layout)

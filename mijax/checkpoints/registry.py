@@ -1,0 +1,32 @@
+"""The supported families of architectures."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mijax.checkpoints.families.gpt2 import GPT2
+from mijax.checkpoints.families.llama import LLAMA
+from mijax.checkpoints.families.mijax import MIJAX
+from mijax.checkpoints.families.mistral import MISTRAL
+from mijax.checkpoints.table import Family
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, MISTRAL, MIJAX)}
+"""The families by their `model_type`. `mijax.save` takes the first that expresses a model, so `mijax` comes last."""
+
+
+def family_of(config: Mapping[str, Any], source: str) -> Family:
+    """The family that a config's `model_type` names.
+
+    Args:
+        config: the contents of a `config.json`.
+        source: the name of the checkpoint in the error message.
+
+    Returns:
+        The family.
+
+    Raises:
+        ValueError: where `model_type` is missing or not supported.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{source}: unsupported model_type {kind!r}; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
