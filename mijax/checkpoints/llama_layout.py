@@ -1,16 +1,13 @@
 """What the families that descend from Llama share: names of tensors, keys of the config, and buffers."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, only
+from mijax.checkpoints.buffers import rotary_buffers
+from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, only, windows_of
 from mijax.checkpoints.rotary_keys import ROTARY_KEYS, read_rotary, write_rotary
-from mijax.checkpoints.table import Buffer, Weight, linear, norm
+from mijax.checkpoints.table import Weight, linear, norm
 from mijax.model.config import Config
-from mijax.model.rotary import Rotary, frequencies
 
 LAYER = "model.layers.{layer}."
 """The start of the names of a layer's tensors."""
@@ -42,6 +39,58 @@ def read_positions(c: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str,
     """
     del fields
     return {"positions": read_rotary(c)}
+
+
+def read_window(c: Mapping[str, Any], fields: Mapping[str, Any], default: int | None) -> dict[str, Any]:
+    """The field `window` of a family whose layers all have the window `sliding_window`.
+
+    Args:
+        c: the contents of `config.json`.
+        fields: the fields read so far.
+        default: the window where the file gives none.
+    """
+    window = c.get("sliding_window", default)
+    if not (window is None or (type(window) is int and window > 0)):
+        raise ValueError(f"sliding_window={window!r} must be a positive integer or null")
+    return {"window": 0 if window is None or window >= fields["n_ctx"] else window}  # of no effect beyond
+
+
+WINDOW_KEYS = frozenset({"layer_types", "sliding_window", "use_sliding_window", "max_window_layers"})
+"""The keys of a `config.json` that `read_windows` reads."""
+
+
+def read_windows(
+    c: Mapping[str, Any], fields: Mapping[str, Any], local: Collection[int] | None = None
+) -> dict[str, Any]:
+    """The field `window` of a family whose layers have sliding windows or not.
+
+    Args:
+        c: the contents of `config.json`.
+        fields: the fields read so far.
+        local: the layers with windows where the file has no `layer_types`; by default those from `max_window_layers` on.
+    """
+    n, use = fields["n_layers"], c.get("use_sliding_window", False)
+    if not isinstance(use, bool):
+        raise ValueError(f"use_sliding_window={use!r} must be a boolean, given {type(use).__name__}")
+    window = c.get("sliding_window", 4096) if use else None
+    kinds = c.get("layer_types")
+    if kinds is None:
+        local = range(c.get("max_window_layers", 28), n) if local is None else local
+        kinds = ["sliding_attention" if window is not None and i in local else "full_attention" for i in range(n)]
+    windows = windows_of(kinds, window, n)
+    return {"window": tuple(0 if window >= fields["n_ctx"] else window for window in windows)}  # of no effect beyond
+
+
+def write_windows(config: Config) -> dict[str, Any]:
+    """The entries from which `read_windows` reads.
+
+    Args:
+        config: the config; where its layers have several windows, the entries are read as another config.
+    """
+    windows = config.windows or (0,) * config.n_layers
+    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
+    largest = max(windows, default=0)
+    return {"layer_types": kinds, "sliding_window": largest or None, "use_sliding_window": bool(largest)}
 
 
 def write_as(architecture: str, config: Config) -> dict[str, Any]:
@@ -102,25 +151,6 @@ def gated_mlp(start: str = LAYER + "mlp.") -> list[Weight]:
     for ours, theirs in (("in", "up_proj"), ("gate", "gate_proj"), ("out", "down_proj")):
         table += linear((f"blocks.mlp.W_{ours}", f"blocks.mlp.b_{ours}"), start + theirs, ("o i -> i o", "o -> o"))
     return table
-
-
-def _is_of_config(config: Config, x: np.ndarray) -> bool:
-    """Whether it holds the rotary frequencies of the config, rounded to float32 and then to the buffer's dtype."""
-    if not jnp.issubdtype(x.dtype, jnp.floating) or not isinstance(config.positions, Rotary):
-        return False
-    expected = frequencies(config.positions)
-    precision = jnp.finfo(x.dtype)
-    tolerance = 2e-6 * expected + float(precision.eps) * expected + float(precision.smallest_subnormal)
-    return x.shape == expected.shape and bool((np.abs(x.astype(np.float64) - expected) <= tolerance).all())
-
-
-def rotary_buffers(*names: str) -> tuple[Buffer, ...]:
-    """Buffers that hold rotary frequencies.
-
-    Args:
-        *names: their names.
-    """
-    return tuple(Buffer(name, _is_of_config, "the rotary frequencies that the config gives") for name in names)
 
 
 BUFFERS = rotary_buffers(LAYER + "self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")

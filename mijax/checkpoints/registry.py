@@ -3,13 +3,49 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mijax.checkpoints.families.bloom import BLOOM
+from mijax.checkpoints.families.falcon import FALCON
+from mijax.checkpoints.families.gemma2 import GEMMA2
+from mijax.checkpoints.families.gemma3 import GEMMA3
 from mijax.checkpoints.families.gpt2 import GPT2
+from mijax.checkpoints.families.gpt_neo import GPT_NEO
+from mijax.checkpoints.families.gpt_neox import GPT_NEOX
+from mijax.checkpoints.families.gptj import GPTJ
 from mijax.checkpoints.families.llama import LLAMA
 from mijax.checkpoints.families.mijax import MIJAX
 from mijax.checkpoints.families.mistral import MISTRAL
+from mijax.checkpoints.families.olmo2 import OLMO2
+from mijax.checkpoints.families.opt import OPT
+from mijax.checkpoints.families.phi import PHI
+from mijax.checkpoints.families.phi3 import PHI3
+from mijax.checkpoints.families.qwen2 import QWEN2
+from mijax.checkpoints.families.qwen3 import QWEN3
+from mijax.checkpoints.families.smollm3 import SMOLLM3
 from mijax.checkpoints.table import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, MISTRAL, MIJAX)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        GPT2,
+        LLAMA,
+        MISTRAL,
+        GPT_NEOX,
+        GPTJ,
+        GPT_NEO,
+        OPT,
+        BLOOM,
+        FALCON,
+        QWEN2,
+        QWEN3,
+        GEMMA2,
+        GEMMA3,
+        PHI,
+        PHI3,
+        OLMO2,
+        SMOLLM3,
+        MIJAX,
+    )
+}
 """The families by their `model_type`. `mijax.save` takes the first that expresses a model, so `mijax` comes last."""
 
 

@@ -1,5 +1,7 @@
 """Attribution: the gates' gradient, exact where it must be, and what is said of its error."""
 
+import dataclasses
+
 import chex
 import equinox as eqx
 import jax
@@ -109,7 +111,7 @@ def test_finite_differences_of_patching_itself(name):
 
 def linear_model(dtype=jnp.float64):
     """Attention by position alone (zero queries), no norm, no MLP: the logits are a linear function of the embeddings."""
-    model = random_model(ARCHITECTURES["attention_only"], dtype=dtype)
+    model = random_model(dataclasses.replace(ARCHITECTURES["attention_only"], sinks=False), dtype=dtype)
     return eqx.tree_at(lambda m: (m.blocks.attn.W_Q, m.blocks.attn.b_Q), model, replace_fn=jnp.zeros_like)
 
 
@@ -216,7 +218,7 @@ def saturated(layer, n_kv_heads=4, positions="learned", dtype=jnp.float64):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("over", [("layer", "pos", "head"), ("layer", "head")])
-@pytest.mark.parametrize("n_kv_heads, positions, padding", [(4, "learned", "none"), (2, "rotary", "left")])
+@pytest.mark.parametrize("n_kv_heads, positions, padding", [(4, "learned", "none"), (2, mj.Rotary(), "left")])
 def test_atp_star_sees_through_saturated_attention(over, n_kv_heads, positions, padding):
     base, source, sites = batch(padding), batch(padding, (IDS + 5) % 19), {"q": over, "k": over}
     for layer in (0, 1):

@@ -96,10 +96,10 @@ def _attention(c, blocks, p, at, x, layer):
     window = c.window[layer] if isinstance(c.window, tuple) else c.window
     seen = (distance >= 0 if c.causal else distance == distance) & (distance < (window or n))
     scores = np.where(seen, scores, -np.inf)
-    e = np.exp(scores - scores.max(-1, keepdims=True))
-    total = e.sum(-1, keepdims=True)
-    if c.sinks:
-        total = total + np.exp(p(a.sinks)[:, None, None] - scores.max(-1, keepdims=True))
+    sinks = p(a.sinks)[:, None, None] if c.sinks else np.full((c.n_heads, 1, 1), -np.inf)
+    largest = np.maximum(scores.max(-1, keepdims=True), sinks)
+    e = np.exp(scores - largest)
+    total = e.sum(-1, keepdims=True) + np.exp(sinks - largest)
     pattern = at("pattern", e / total)
     z = at("z", np.stack([pattern[h] @ v[:, h // group] for h in range(c.n_heads)], axis=1))
     result = at("result", np.stack([z[:, h] @ p(a.W_O)[h] for h in range(c.n_heads)], axis=1))

@@ -1,9 +1,8 @@
 """GPT-2."""
 
-import numpy as np
-
+from mijax.checkpoints.buffers import masks
 from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, only, same_as
-from mijax.checkpoints.table import FUSED, Buffer, Family, Weight, norm
+from mijax.checkpoints.table import FUSED, Family, Weight, norm
 from mijax.model.config import Config
 
 KEYS = {
@@ -52,28 +51,6 @@ def _weights(config: Config) -> list[Weight]:
         *norm("ln_final", "transformer.ln_f"),
         Weight(("W_U",), "lm_head.weight", "vocab d -> vocab d"),
     ]
-
-
-def _is_causal_mask(config: Config, x: np.ndarray) -> bool:
-    """Whether it is a lower triangle of ones over the whole context, as in every layer of GPT-2's checkpoints."""
-    return x.shape == (1, 1, config.n_ctx, config.n_ctx) and np.array_equal(x[0, 0], np.tri(config.n_ctx))
-
-
-def _is_masking_score(_: Config, x: np.ndarray) -> bool:
-    """Whether it is the score of masked keys, far below any other: -10000, which bfloat16 rounds to -9984."""
-    return x.shape == () and float(x) <= -9_000
-
-
-def masks(attention: str) -> tuple[Buffer, Buffer]:
-    """The buffers of masks in checkpoints of GPT-2's relatives.
-
-    Args:
-        attention: the start of the names of attention's tensors.
-    """
-    return (
-        Buffer(attention + "bias", _is_causal_mask, "the causal mask of the whole context"),
-        Buffer(attention + "masked_bias", _is_masking_score, "one number of at most -9000"),
-    )
 
 
 GPT2 = Family(

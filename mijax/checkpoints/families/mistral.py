@@ -20,11 +20,10 @@ HARMLESS_KEYS = {
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    window = c.get("sliding_window", 4096)  # transformers' default
-    if not (window is None or (type(window) is int and window > 0)):
-        raise ValueError(f"sliding_window={window!r} must be a positive integer or null")
-    seen = 0 if window is None or window >= fields["n_ctx"] else window  # a window over the whole context has no effect
-    return {"window": seen, **llama_layout.read_positions(c, fields)}
+    return {
+        **llama_layout.read_window(c, fields, 4096),
+        **llama_layout.read_positions(c, fields),
+    }  # transformers' default
 
 
 def _write(config: Config) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""Falcon with rotary positions: 7b (one norm, one key/value head) and 40b (two norms, grouped heads)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mijax.checkpoints.buffers import rotary_buffers
+from mijax.checkpoints.keys import ACTIVATIONS, BIASES, HARMLESS, Key, architectures, only, same_as
+from mijax.checkpoints.rotary_keys import ROTARY_KEYS, read_rotary, write_rotary
+from mijax.checkpoints.table import FUSED, Convert, Family, Weight, linear, norm
+from mijax.model.config import Config
+
+KEYS = {
+    "num_hidden_layers": Key(("n_layers",)),
+    "hidden_size": Key(("d_model",)),
+    "num_attention_heads": Key(("n_heads",)),
+    "ffn_hidden_size": Key(("d_mlp",), None),
+    "vocab_size": Key(("d_vocab",)),
+    "max_position_embeddings": Key(("n_ctx",), 2048),
+    "layer_norm_epsilon": Key(("norm_eps",), 1e-5),
+    "activation": Key(("activation",), "gelu", ACTIVATIONS),
+    "tie_word_embeddings": Key(("tied_unembed",), True),
+    "parallel_attn": Key(("parallel",), True),
+    "bias": Key(("attn_bias",), False, BIASES),
+}
+_FLAGS = {"new_decoder_architecture": False, "multi_query": True}
+
+
+def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    flags = {key: c.get(key, default) for key, default in _FLAGS.items()}
+    wrong = {key: value for key, value in flags.items() if not isinstance(value, bool)}
+    if wrong:
+        raise ValueError(f"{wrong} must be booleans")
+    new, heads, norms = flags["new_decoder_architecture"], fields["n_heads"], c.get("num_ln_in_parallel_attn")
+    if norms not in (None, 1, 2) or (norms == 2 and not new) or (new and not fields["parallel"]):
+        raise ValueError(
+            f"num_ln_in_parallel_attn={norms!r} does not go with new_decoder_architecture={new} and parallel_attn"
+        )
+    kv_heads = (c.get("num_kv_heads") or heads) if new else 1 if flags["multi_query"] else heads
+    two = new and norms != 1
+    return {
+        "n_kv_heads": kv_heads, "mlp_bias": fields["attn_bias"] != "", "positions": read_rotary(c),
+        "shared_norm": fields["parallel"] and not two,
+    }  # fmt: skip
+
+
+def _write(config: Config) -> dict[str, Any]:
+    new = config.parallel and not (config.shared_norm and config.n_kv_heads in (1, config.n_heads))
+    flags = {"new_decoder_architecture": new, "multi_query": not new and config.n_kv_heads == 1}
+    heads = {
+        "num_kv_heads": config.n_kv_heads,
+        "num_ln_in_parallel_attn": (1 if config.shared_norm else 2) if new else None,
+    }
+    return {"architectures": ["FalconForCausalLM"], **flags, **heads, **write_rotary(config.positions)}
+
+
+def _apart(x: np.ndarray, config: Config) -> list[np.ndarray]:
+    """Of `[part, kv_head, e, ...]`: a group's queries, its key and its value."""
+    group = config.n_heads // config.n_kv_heads
+    queries = np.moveaxis(x[:group], 0, 1)
+    parts = [queries.reshape(-1, *queries.shape[2:]), x[group], x[group + 1]]
+    return [part if part.ndim == 2 else np.moveaxis(part, -1, 0) for part in parts]
+
+
+def _together(parts: Sequence[np.ndarray], config: Config) -> np.ndarray:
+    """The inverse of `_apart`."""
+    q, k, v = (part if part.ndim == 2 else np.moveaxis(part, 0, -1) for part in parts)
+    queries = np.moveaxis(q.reshape(config.n_kv_heads, -1, *q.shape[1:]), 1, 0)
+    return np.concatenate([queries, k[None], v[None]])
+
+
+def _weights(config: Config) -> list[Weight]:
+    h = "transformer.h.{layer}."
+    fused = lambda kind: tuple(f"blocks.attn.{kind}_{name}" for name in "QKV")
+    qkv = h + "self_attention.query_key_value."
+    by_group = Convert(_apart, _together)
+    two = config.parallel and not config.shared_norm
+    names = ("ln_attn", "ln_mlp") if two else ("input_layernorm", "post_attention_layernorm")
+    if config.n_kv_heads == config.n_heads and not two and not (config.shared_norm and config.n_heads == 1):
+        attention = [
+            Weight(fused("W"), qkv + "weight", "(head three e) d -> three d head e", FUSED),
+            Weight(fused("b"), qkv + "bias", "(head three e) -> three head e", FUSED),
+        ]
+    else:
+        attention = [
+            Weight(fused("W"), qkv + "weight", "(kv_head part e) d -> part kv_head e d", by_group),
+            Weight(fused("b"), qkv + "bias", "(kv_head part e) -> part kv_head e", by_group),
+        ]
+    return [
+        Weight(("W_E",), "transformer.word_embeddings.weight", "vocab d -> vocab d"),
+        *norm("blocks.ln1", h + names[0]),
+        *attention,
+        *linear(
+            ("blocks.attn.W_O", "blocks.attn.b_O"), h + "self_attention.dense", ("d (head e) -> head e d", "d -> d")
+        ),
+        *norm("blocks.ln2", h + names[1]),
+        *linear(("blocks.mlp.W_in", "blocks.mlp.b_in"), h + "mlp.dense_h_to_4h", ("m d -> d m", "m -> m")),
+        *linear(("blocks.mlp.W_out", "blocks.mlp.b_out"), h + "mlp.dense_4h_to_h", ("d m -> m d", "d -> d")),
+        *norm("ln_final", "transformer.ln_f"),
+        Weight(("W_U",), "lm_head.weight", "vocab d -> vocab d"),
+    ]
+
+
+FALCON = Family(
+    "falcon",
+    _weights,
+    KEYS,
+    {"norm": "layer"},
+    ROTARY_KEYS | {*_FLAGS, "num_kv_heads", "num_ln_in_parallel_attn"},
+    _read,
+    _write,
+    {**HARMLESS, "architectures": architectures("FalconForCausalLM", "FalconModel"), "alibi": only(False),
+     "hidden_dropout": lambda value, c: True, "n_embed": same_as("hidden_size")},
+    "transformer.",
+    rotary_buffers("transformer.h.{layer}.self_attention.rotary_emb.inv_freq"),
+    "lm_head.weight",
+)  # fmt: skip

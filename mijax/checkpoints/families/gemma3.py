@@ -1,0 +1,80 @@
+"""Gemma 3 (text): norms of queries and keys, and two rotary bases."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mijax.checkpoints import gemma_layout, llama_layout
+from mijax.checkpoints.keys import architectures, only
+from mijax.checkpoints.rotary_keys import rope_of, rotary_of
+from mijax.checkpoints.table import Family
+from mijax.model.config import Config
+
+_LOCAL, _FULL = "sliding_attention", "full_attention"
+_PATTERN = ("sliding_window_pattern", "_sliding_window_pattern")
+
+
+def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    n, pattern = fields["n_layers"], next((c[key] for key in _PATTERN if c.get(key) is not None), 6)
+    if type(pattern) is not int or pattern < 1:
+        raise ValueError(f"sliding_window_pattern={pattern!r} must be a positive integer")
+    kinds = c.get("layer_types") or [_FULL if (layer + 1) % pattern == 0 else _LOCAL for layer in range(n)]
+    read = {"use_sliding_window": True, "sliding_window": 4096, **c, "layer_types": kinds}
+    ropes = _ropes(c)
+    positions = tuple(rotary_of(ropes[kind], c) for kind in kinds)
+    return {
+        **llama_layout.read_windows(read, fields),
+        "positions": positions,
+        **gemma_layout.read_scales(c, fields, (None, None)),
+    }
+
+
+def _ropes(c: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rotary entries of both kinds of layers; files of before transformers 5 give the two bases by other keys."""
+    given = c.get("rope_parameters")
+    if given is not None and not (
+        isinstance(given, Mapping) and all(isinstance(given.get(k), Mapping) for k in (_LOCAL, _FULL))
+    ):
+        raise ValueError(f"rope_parameters={given!r} must hold the entries {_LOCAL} and {_FULL}")
+    if given is not None:
+        return {kind: dict(given[kind]) for kind in (_LOCAL, _FULL)}
+    scaling = c.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise ValueError(f"rope_scaling={scaling!r} must be an object or null")
+    scaling = {"rope_type" if key == "type" else key: value for key, value in scaling.items()}
+    return {
+        _LOCAL: {"rope_theta": c.get("rope_local_base_freq", 10_000.0)},
+        _FULL: {"rope_theta": c.get("rope_theta", 1_000_000.0), **scaling},
+    }
+
+
+def _write(config: Config) -> dict[str, Any] | None:
+    rotaries = config.rotaries
+    windows = {k: v for k, v in llama_layout.write_windows(config).items() if k != "use_sliding_window"}
+    of_kind = {kind: rotary for kind, rotary in zip(windows["layer_types"], rotaries)}
+    rotary = next(iter(of_kind.values()), None)
+    if rotary is None or any(rotary is None for rotary in rotaries):
+        return None
+    ropes = {kind: rope_of(of_kind.get(kind) or rotary) for kind in (_LOCAL, _FULL)}
+    windows["sliding_window"] = windows["sliding_window"] or config.n_ctx
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "rope_parameters": ropes,
+        **windows,
+        **gemma_layout.write_scales(config),
+    }
+
+
+_old = {"rope_theta", "rope_scaling", "rope_local_base_freq", "rope_parameters"}
+_layout = llama_layout.LAYOUT | {
+    "weights": gemma_layout.weights,
+    "fixed": llama_layout.FIXED | {"norm_at": "both", "qk_norm": "head"},
+    "further": llama_layout.WINDOW_KEYS | (gemma_layout.FURTHER - {"attn_logit_softcapping"}) | _old | {*_PATTERN},
+    "read": _read,
+    "buffers": (),
+}
+_harmless = {
+    **gemma_layout.HARMLESS_KEYS,
+    "attn_logit_softcapping": only(None),
+    "architectures": architectures("Gemma3ForCausalLM", "Gemma3TextModel"),
+}
+GEMMA3 = Family("gemma3_text", keys=gemma_layout.KEYS, write=_write, harmless=_harmless, **_layout)

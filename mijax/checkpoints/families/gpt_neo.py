@@ -1,0 +1,86 @@
+"""GPT-Neo: GPT-2 with local attention in every second layer, and scores that are not scaled."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mijax.checkpoints.buffers import masks
+from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, same_as, windows_of
+from mijax.checkpoints.llama_layout import attention
+from mijax.checkpoints.table import Buffer, Family, Weight, linear, norm
+from mijax.model.config import Config
+
+KEYS = {
+    "num_layers": Key(("n_layers",)),
+    "hidden_size": Key(("d_model",)),
+    "num_heads": Key(("n_heads",)),
+    "vocab_size": Key(("d_vocab",)),
+    "max_position_embeddings": Key(("n_ctx",)),
+    "intermediate_size": Key(("d_mlp",), None),
+    "layer_norm_epsilon": Key(("norm_eps",), 1e-5),
+    "activation_function": Key(("activation",), "gelu_new", ACTIVATIONS),
+    "tie_word_embeddings": Key(("tied_unembed",), True),
+}
+
+
+def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    types = c.get("attention_types", [[["global", "local"], 12]])
+    try:
+        kinds = [kind for group, count in types for _ in range(count) for kind in group]
+    except (TypeError, ValueError):
+        raise ValueError(f"attention_types={types!r} must be pairs of a list of kinds and a count") from None
+    if c.get("attention_layers") not in (None, kinds):
+        raise ValueError(f"attention_layers={c['attention_layers']!r} is not what attention_types says")
+    windows = windows_of(kinds, c.get("window_size", 256), fields["n_layers"], "local", "global")
+    return {"window": tuple(0 if window >= fields["n_ctx"] else window for window in windows)}
+
+
+def _write(config: Config) -> dict[str, Any]:
+    windows = config.windows or (0,) * config.n_layers
+    kinds = [[["local" if window else "global"], 1] for window in windows]
+    return {
+        "architectures": ["GPTNeoForCausalLM"],
+        "attention_types": kinds,
+        "window_size": max(windows, default=0) or 256,
+    }
+
+
+def _weights(config: Config) -> list[Weight]:
+    h = "transformer.h.{layer}."
+    return [
+        Weight(("W_E",), "transformer.wte.weight", "vocab d -> vocab d"),
+        Weight(("W_pos",), "transformer.wpe.weight", "ctx d -> ctx d"),
+        *norm("blocks.ln1", h + "ln_1"),
+        *attention(config, h + "attn.attention.", "out_proj"),
+        *norm("blocks.ln2", h + "ln_2"),
+        *linear(("blocks.mlp.W_in", "blocks.mlp.b_in"), h + "mlp.c_fc", ("m d -> d m", "m -> m")),
+        *linear(("blocks.mlp.W_out", "blocks.mlp.b_out"), h + "mlp.c_proj", ("d m -> m d", "d -> d")),
+        *norm("ln_final", "transformer.ln_f"),
+        Weight(("W_U",), "lm_head.weight", "vocab d -> vocab d"),
+    ]
+
+
+def _is_mask(config: Config, x: np.ndarray) -> bool:
+    """Whether it is the causal mask of the whole context, or that of one of the windows."""
+    n = config.n_ctx
+    bands = [np.tri(n) - (np.tri(n, k=-window) if window else 0) for window in (0, *config.windows)]
+    return x.shape == (1, 1, n, n) and any(np.array_equal(x[0, 0], band) for band in bands)
+
+
+_attention = "transformer.h.{layer}.attn.attention."
+GPT_NEO = Family(
+    "gpt_neo",
+    _weights,
+    KEYS,
+    {"positions": "learned", "norm": "layer", "attn_bias": "o", "attn_scale": 1.0},
+    frozenset({"attention_types", "attention_layers", "window_size"}),
+    _read,
+    _write,
+    {**HARMLESS, "architectures": architectures("GPTNeoForCausalLM", "GPTNeoModel"),
+     "num_hidden_layers": same_as("num_layers"), "num_attention_heads": same_as("num_heads"),
+     **dict.fromkeys(("classifier_dropout", "embed_dropout", "resid_dropout"), lambda value, c: True)},
+    "transformer.",
+    (Buffer(_attention + "bias", _is_mask, "the mask of a layer"), masks(_attention)[1]),
+    "lm_head.weight",
+)  # fmt: skip
