@@ -46,6 +46,7 @@ from mijax.model.config import Config
 from mijax.model.model import LayeredModel, Model
 from mijax.model.readout import Readout
 from mijax.model.rotary import Rotary, RotaryScaling
+from mijax.model.routing import Experts
 from mijax.model.sites import SITES, Site, sites
 from mijax.model.tap import Point, Tap, Visit, called
 from mijax.model.tokens import Inputs, Tokens
@@ -69,6 +70,7 @@ __all__ = [
     "AtPStar",
     "Config",
     "Edit",
+    "Experts",
     "Generated",
     "Gradients",
     "Grid",

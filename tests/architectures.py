@@ -18,6 +18,11 @@ ARCHITECTURES = {
         **_small, n_kv_heads=2, d_head=6, positions=(mj.Rotary(), None, mj.Rotary(500.0)), window=(3, 0, 3), norm="rms",
         norm_at="both", qk_norm="head", scores_cap=2.0, logits_cap=3.0, embed_scale=1.5, mlp="gated", attn_bias="",
     ),
+    "experts": mj.Config(
+        **_small, n_kv_heads=2, d_head=6, positions=mj.Rotary(), window=(0, 4, 0), norm="rms", mlp="gated", activation="clamped_swiglu",
+        experts=mj.Experts(4, top_k=2, router_bias=True), sinks=True,
+    ),
+    "experts_of_softmax": mj.Config(**_small, experts=mj.Experts(5, top_k=3, normalise=False), mlp_bias=False),
     "parallel_mqa_partial_rotary": mj.Config(
         **_small, n_kv_heads=1, d_head=6, positions=mj.Rotary(dim=4), parallel=True, shared_norm=True, mlp="gated",
         activation="gelu", tied_unembed=False, unembed_bias=True,
@@ -38,6 +43,7 @@ COVERING = {
     "bidirectional": "right",
     "llama_gqa": "left",
     "gemma": "right",
+    "experts": "none",
     "parallel_mqa_partial_rotary": "none",
     "attention_only": "left",
 }

@@ -1,6 +1,7 @@
 """Fills a `Transformer` from named tensors, which are read one at a time."""
 
 import dataclasses
+import itertools
 import operator
 import re
 import warnings
@@ -149,9 +150,10 @@ def axis_sizes(weight: Weight, config: Config) -> dict[str, int]:
         config: the model's config.
 
     Returns:
-        The size of each axis among `head`, `kv_head`, `e` (of a head), `two` and `three` that occurs in `weight.axes`.
+        The size of each axis among `head`, `kv_head`, `e` (of a head), `two`, `three` and `expert` that occurs in `weight.axes`.
     """
-    sizes = {"head": config.n_heads, "kv_head": config.n_kv_heads, "e": config.d_head, "two": 2, "three": 3}
+    sizes = {"head": config.n_heads, "kv_head": config.n_kv_heads, "e": config.d_head, "two": 2, "three": 3,
+             "expert": config.experts.n if config.experts else 0}  # fmt: skip
     return {axis: n for axis, n in sizes.items() if re.search(rf"\b{axis}\b", weight.axes)}
 
 
@@ -175,13 +177,29 @@ def tensor_names(theirs: str, config: Config) -> list[str]:
     """The names of the tensors that an entry of a family's table stands for.
 
     Args:
-        theirs: a name in the table, with `{layer}` in it where there is one tensor per layer.
+        theirs: a name in the table, as in `named_parts`.
         config: the model's config.
 
     Returns:
-        One name, or one name per layer.
+        The names.
     """
-    return [theirs.format(layer=i) for i in range(config.n_layers)] if "{layer}" in theirs else [theirs]
+    return [name for name, _ in named_parts(theirs, config)]
+
+
+def named_parts(theirs: str, config: Config) -> list[tuple[str, tuple[int, ...]]]:
+    """The names of the tensors that an entry of a family's table stands for, and which part of the parameter each holds.
+
+    Args:
+        theirs: a name in the table, with `{layer}` and `{expert}` in it where there is one tensor for each.
+        config: the model's config.
+
+    Returns:
+        Names, and indices of the parameter's leading axes.
+    """
+    sizes = {"layer": config.n_layers, "expert": config.experts.n if config.experts else 0}
+    axes = [axis for axis in sizes if f"{{{axis}}}" in theirs]
+    indices = itertools.product(*(range(sizes[axis]) for axis in axes))
+    return [(theirs.format(**dict(zip(axes, index))), index) for index in indices]
 
 
 def get(model: Any, path: str) -> jax.Array | np.ndarray | jax.ShapeDtypeStruct | None:
@@ -203,10 +221,12 @@ def _stacked(config: Config, weight: Weight, shapes: Transformer, read: Callable
     """Read one weight of all layers; returns one array for each of `weight.ours`, and appends to `faults`."""
     slots: list[Any] = [get(shapes, path) for path in weight.ours]
     hosts = [_aligned(slot.shape, slot.dtype) for slot in slots]
-    per_layer = "{layer}" in weight.theirs
-    shapes_of = [slot.shape[1:] if per_layer else slot.shape for slot in slots]
-    expected = stored([np.broadcast_to(np.float32(0), shape) for shape in shapes_of], weight, config).shape
-    for i, name in enumerate(tensor_names(weight.theirs, config)):
+    parts = named_parts(weight.theirs, config)
+    shapes_of = [slot.shape[len(parts[0][1]) :] for slot in slots] if parts else []
+    expected = (
+        stored([np.broadcast_to(np.float32(0), shape) for shape in shapes_of], weight, config).shape if parts else ()
+    )
+    for name, index in parts:
         tensor = read(name)
         if tensor.shape != expected:
             faults.append(
@@ -215,7 +235,7 @@ def _stacked(config: Config, weight: Weight, shapes: Transformer, read: Callable
             continue
         arranged = einops.rearrange(tensor, weight.axes, **axis_sizes(weight, config))
         for host, part in zip(hosts, weight.convert.read(arranged, config)):
-            target = host[i] if per_layer else host
+            target = host[index]
             with np.errstate(over="ignore"):  # an overflow is reported below, by the check for finite values
                 target[...] = part
             if not np.isfinite(target.astype(np.float32) if target.dtype.itemsize < 4 else target).all():

@@ -10,16 +10,20 @@ from mijax.checkpoints.families.gemma3 import GEMMA3
 from mijax.checkpoints.families.gpt2 import GPT2
 from mijax.checkpoints.families.gpt_neo import GPT_NEO
 from mijax.checkpoints.families.gpt_neox import GPT_NEOX
+from mijax.checkpoints.families.gpt_oss import GPT_OSS
 from mijax.checkpoints.families.gptj import GPTJ
 from mijax.checkpoints.families.llama import LLAMA
 from mijax.checkpoints.families.mijax import MIJAX
 from mijax.checkpoints.families.mistral import MISTRAL
+from mijax.checkpoints.families.mixtral import MIXTRAL
 from mijax.checkpoints.families.olmo2 import OLMO2
+from mijax.checkpoints.families.olmoe import OLMOE
 from mijax.checkpoints.families.opt import OPT
 from mijax.checkpoints.families.phi import PHI
 from mijax.checkpoints.families.phi3 import PHI3
 from mijax.checkpoints.families.qwen2 import QWEN2
 from mijax.checkpoints.families.qwen3 import QWEN3
+from mijax.checkpoints.families.qwen3_moe import QWEN3_MOE
 from mijax.checkpoints.families.smollm3 import SMOLLM3
 from mijax.checkpoints.table import Family
 
@@ -43,6 +47,10 @@ FAMILIES: dict[str, Family] = {
         PHI3,
         OLMO2,
         SMOLLM3,
+        MIXTRAL,
+        QWEN3_MOE,
+        OLMOE,
+        GPT_OSS,
         MIJAX,
     )
 }

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mijax.checkpoints.build import get, stored, tensor_names
+from mijax.checkpoints.build import get, named_parts, stored
 from mijax.checkpoints.registry import FAMILIES
 from mijax.checkpoints.table import Family
 from mijax.checkpoints.tokenizer import Tokenizer
@@ -96,14 +96,14 @@ def _tensors(model: Transformer, family: Family) -> Iterator[tuple[str, int, Any
         arrays: list[Any] = [get(model, ours) for ours in weight.ours]
         if arrays[0] is None:
             continue
-        names = tensor_names(weight.theirs, model.config)
-        for i, name in enumerate(names):
+        named = named_parts(weight.theirs, model.config)
+        for name, index in named:
 
-            def make(i=i, arrays=arrays, weight=weight):
-                parts = [np.asarray(a[i] if "{layer}" in weight.theirs else a) for a in arrays]
+            def make(index=index, arrays=arrays, weight=weight):
+                parts = [np.asarray(a[index]) for a in arrays]
                 return np.ascontiguousarray(stored(parts, weight, model.config))
 
-            yield name, sum(a.nbytes for a in arrays) // len(names), make
+            yield name, sum(a.nbytes for a in arrays) // len(named), make
 
 
 def _write_shards(model: Transformer, family: Family, folder: Path, shard_bytes: int) -> None:

@@ -12,7 +12,7 @@ from mijax._types import Array, Bool, Int
 from mijax.model.sites import field_of
 from mijax.model.tokens import integers, is_concrete, resized
 
-FIELDS = ("layer", "batch", "pos", "head", "unit", "query", "key")
+FIELDS = ("layer", "batch", "pos", "head", "expert", "unit", "query", "key")
 
 
 def _index(value: Any) -> Any:
@@ -35,6 +35,7 @@ class Where(eqx.Module):
         pos: positions. `pos`, `query` and `key` count real tokens, padding excluded; a boolean mask over them is
             over the columns of the batch, as the tokens' mask is.
         head: heads; on sites of keys and values, key/value heads.
+        expert: experts of a mixture.
         unit: entries of the last axis of vectors: neurons, or dimensions of the stream or of a head.
         query: positions of queries, on sites of scores and patterns.
         key: positions of keys, on the same sites.
@@ -51,6 +52,7 @@ class Where(eqx.Module):
     batch: Any = eqx.field(default=None, converter=_index)
     pos: Any = eqx.field(default=None, converter=_index)
     head: Any = eqx.field(default=None, converter=_index)
+    expert: Any = eqx.field(default=None, converter=_index)
     unit: Any = eqx.field(default=None, converter=_index)
     query: Any = eqx.field(default=None, converter=_index)
     key: Any = eqx.field(default=None, converter=_index)

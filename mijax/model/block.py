@@ -6,6 +6,7 @@ import jax
 from mijax._types import Array, Asked, Bool, Stream
 from mijax.model.attention import Attention, KVCache, attention
 from mijax.model.config import Config
+from mijax.model.experts import ExpertMLP, experts
 from mijax.model.mlp import MLP, mlp
 from mijax.model.norm import Norm, normalised
 from mijax.model.tap import State, Visit
@@ -22,7 +23,7 @@ class Block(eqx.Module):
     attn: Attention
     ln1_post: Norm | None
     ln2: Norm | None
-    mlp: MLP | None
+    mlp: MLP | ExpertMLP | None
     ln2_post: Norm | None
 
 
@@ -65,7 +66,11 @@ def block(
         if not config.parallel:
             after, state = visit("resid_mid", after, state)
         ln2 = params.ln1 if config.shared_norm else params.ln2
-        mlp_out, state = mlp(config, params.mlp, ln2, x if config.parallel else after, visit, state)
+        x = x if config.parallel else after
+        if isinstance(params.mlp, ExpertMLP):
+            mlp_out, state = experts(config, params.mlp, ln2, x, visit, state)
+        else:
+            mlp_out, state = mlp(config, params.mlp, ln2, x, visit, state)
         after, state = _add(config, after, mlp_out, params.ln2_post, "mlp_out", visit, state)
     return visit("resid_post", after, state)
 

@@ -6,13 +6,14 @@ from typing import Any, Literal, TypeAlias
 
 from mijax.model.fields import check_fields
 from mijax.model.rotary import Rotary
+from mijax.model.routing import Experts
 
 Positions: TypeAlias = Literal["learned", "alibi", "none"] | Rotary | tuple[Rotary | None, ...]
 NormKind = Literal["layer", "rms", "none"]
 NormPlace = Literal["input", "output", "both", "stream"]
 QKNorm = Literal["none", "head", "all"]
 MLPKind = Literal["dense", "gated", "none"]
-Activation = Literal["relu", "gelu", "gelu_new", "silu"]
+Activation = Literal["relu", "gelu", "gelu_new", "silu", "clamped_swiglu"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Config:
         n_ctx: greatest number of tokens of a prompt.
         d_head: width of a head; 0 for `d_model / n_heads`.
         n_kv_heads: number of key/value heads; 0 for `n_heads`, fewer for grouped-query attention, 1 for multi-query.
-        d_mlp: number of neurons; 0 for `4 * d_model` (and none where `mlp` is `"none"`).
+        d_mlp: number of neurons (of each expert); 0 for `4 * d_model` (and none where `mlp` is `"none"`).
         positions: `"learned"` embeddings (parameter `W_pos`); a `Rotary`, or a tuple with one for each layer (`None` for
             layers without); `"alibi"` (Press et al. 2022), linear biases of the attention scores; or `"none"`.
         window: how many tokens a query sees, itself and those before it; 0 for all. A tuple has one for each layer.
@@ -49,7 +50,9 @@ class Config:
         qk_norm: RMSNorm of queries and keys before they are rotated: of each `"head"`, of `"all"` heads together, or
             `"none"`.
         mlp: dense, gated, or none.
-        activation: activation function of the MLP; `"gelu_new"` is the tanh form of GPT-2.
+        experts: the mixture of experts that stands in place of each MLP, or `None`.
+        activation: activation function of the MLP; `"gelu_new"` is the tanh form of GPT-2, `"clamped_swiglu"` that of
+            GPT-OSS's gated experts.
         attn_bias: which of `b_Q`, `b_K`, `b_V` and `b_O` there are: letters of `"qkvo"`.
         mlp_bias: whether there are all biases of the MLP, or none.
         tied_unembed: whether the unembedding is `W_E`; otherwise there is `W_U`.
@@ -94,6 +97,7 @@ class Config:
     final_norm: bool = True
     qk_norm: QKNorm = "none"
     mlp: MLPKind = "dense"
+    experts: Experts | None = None
     activation: Activation = "gelu_new"
     attn_bias: str = "qkvo"
     mlp_bias: bool = True
@@ -168,6 +172,10 @@ class Config:
             self.parallel and self.norm_at == "input"
         ):  # fmt: skip
             yield "shared_norm=True needs parallel=True and norm_at='input'"
+        if valid("activation", "mlp") and self.activation == "clamped_swiglu" and self.mlp != "gated":
+            yield "activation='clamped_swiglu' needs mlp='gated'"
+        if valid("experts", "mlp") and self.experts and self.mlp == "none":
+            yield f"mlp='none' does not go with experts={self.experts}"
         if valid("parallel", "norm_at") and self.parallel and self.norm_at == "stream":
             yield "parallel=True does not go with norm_at='stream'"
         if valid("causal") and not self.causal and (self.positions == "alibi" or self.window):

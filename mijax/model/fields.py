@@ -12,7 +12,7 @@ FieldValue: TypeAlias = Any
 
 # Zero is allowed where it stands for a value derived from other fields.
 _POSITIVE = {"d_model", "n_heads", "d_vocab", "n_ctx", "base", "embed_scale"}
-_POSITIVE |= {"factor", "low_freq", "high_freq", "original_n_ctx", "attention_factor"}
+_POSITIVE |= {"factor", "low_freq", "high_freq", "original_n_ctx", "attention_factor", "n", "top_k"}
 _NOT_NEGATIVE = {
     "n_layers",
     "d_head",
@@ -30,7 +30,7 @@ def check_field(owner: type, name: str, value: Any, label: str = "") -> FieldVal
     """Check the value of one field of a config, and convert it to the field's Python type.
 
     Args:
-        owner: `Config`, `Rotary` or `RotaryScaling`.
+        owner: `Config`, or the class of one of its values.
         name: the field's name.
         value: the value to check.
         label: what messages call the field; by default `name`.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from mijax._types import Array, Float, Stream
 from mijax.model.config import Config
@@ -46,17 +47,34 @@ def mlp(config: Config, params: MLP, ln2: Norm | None, x: Stream, visit: Visit, 
     """
     x, state = visit("mlp_in", x, state)
     x, state = normalised(config, ln2, x, "ln2", visit, state)
-    activation, linear = ACTIVATIONS[config.activation], _affine(x, params.W_in, params.b_in)
+    linear, gate = _affine(x, params.W_in, params.b_in), None
     if config.mlp == "gated":
         assert params.W_gate is not None
-        pre, state = visit("pre", _affine(x, params.W_gate, params.b_gate), state)
+        gate, state = visit("pre", _affine(x, params.W_gate, params.b_gate), state)
         linear, state = visit("pre_linear", linear, state)
-        post = activation(pre) * linear
     else:
-        pre, state = visit("pre", linear, state)
-        post = activation(pre)
-    post, state = visit("post", post, state)
+        linear, state = visit("pre", linear, state)
+    post, state = visit("post", activated(config, linear, gate), state)
     return _affine(post, params.W_out, params.b_out), state
+
+
+def activated(config: Config, linear: Float[Array, "..."], gate: Float[Array, "..."] | None) -> Float[Array, "..."]:
+    """The neurons' activations.
+
+    Args:
+        config: says which activation function it is.
+        linear: the neurons before it, or the linear branch where there is a gate.
+        gate: the gate before it, or `None`.
+
+    Returns:
+        The activation of `linear`, or of `gate` times `linear`.
+    """
+    if config.activation == "clamped_swiglu":  # GPT-OSS
+        assert gate is not None
+        gate = jnp.minimum(gate, 7.0)
+        return gate * jax.nn.sigmoid(1.702 * gate) * (jnp.clip(linear, -7.0, 7.0) + 1.0)
+    function = ACTIVATIONS[config.activation]
+    return function(linear) if gate is None else function(gate) * linear
 
 
 def _affine(x: Array, W: Array, b: Array | None) -> Array:

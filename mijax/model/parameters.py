@@ -24,6 +24,8 @@ _ANNOUNCED_BY = {  # the field of `Config` that says whether a model has the par
     "q_norm": "qk_norm",
     "k_norm": "qk_norm",
     "sinks": "sinks",
+    "W_router": "experts",
+    "b_router": "experts",
     "W_in": "mlp",
     "W_out": "mlp",
     "W_gate": "mlp",

@@ -14,6 +14,7 @@ from mijax.arguments import check_key
 from mijax.model.attention import Attention
 from mijax.model.block import Block
 from mijax.model.config import Config
+from mijax.model.experts import ExpertMLP
 from mijax.model.mlp import MLP
 from mijax.model.model import LayeredModel
 from mijax.model.norm import Norm, normalised
@@ -155,9 +156,14 @@ class Transformer(LayeredModel):
 
     def numbers_per_token(self, sites: Iterable[str]) -> int:
         """How many numbers of each computed token a layer has in memory at once, with a tap at `sites`."""
-        c, copies = self.config, any(self.sites[name].per_head for name in sites)
+        c, sites = self.config, set(sites)
+        copies = any(self.sites[name].per_head for name in sites)
         heads = (c.n_heads + c.n_kv_heads) * c.d_head
-        numbers = 8 * c.d_model + 4 * heads + (3 if c.mlp == "gated" else 2) * c.d_mlp
+        neurons, out = (3 if c.mlp == "gated" else 2) * c.d_mlp, 0
+        if c.experts is not None:  # a token is copied for each expert that it uses
+            every = "expert_out" in sites or "expert_weights" in sites
+            neurons, out = neurons * c.experts.top_k, 3 * c.d_model * (c.experts.n if every else c.experts.top_k)
+        numbers = 8 * c.d_model + 4 * heads + neurons + out
         return numbers + 3 * c.n_heads * c.d_model * copies
 
     def numbers_per_batch(self, batch: int, pos: int) -> int:
@@ -167,8 +173,13 @@ class Transformer(LayeredModel):
 
     @property
     def products_per_token(self) -> int:
-        """How many multiplications a layer takes per token: the total size of its matrices."""
-        return sum(a.size for a in jax.tree.leaves(self.blocks) if a.ndim > 2) // max(1, self.n_layers)
+        """How many multiplications a layer takes per token: the size of the matrices that it uses."""
+        products = sum(a.size for a in jax.tree.leaves(self.blocks) if a.ndim > 2)
+        mlp = self.blocks.mlp
+        if self.config.experts is not None and mlp is not None:
+            of_experts = sum(a.size for a in (mlp.W_in, mlp.W_out, mlp.W_gate) if a is not None)
+            products -= of_experts * (self.config.experts.n - self.config.experts.top_k) // self.config.experts.n
+        return products // max(1, self.n_layers)
 
     def __repr__(self) -> str:
         arrays = [a for a in jax.tree.leaves(self) if eqx.is_array(a)]
@@ -241,15 +252,20 @@ def _with_weights(config: Config, dtype: Any, weights: Callable[[tuple[int, ...]
         k_norm=ones(c.qk_norm != "none", n, c.n_kv_heads if c.qk_norm == "all" else 1, c.d_head),
         sinks=bias(c.sinks, n, c.n_heads),
     )
-    gated = c.mlp == "gated"
-    mlp = None if c.mlp == "none" else MLP(
-        W_in=normal(n, c.d_model, c.d_mlp),
-        W_out=normal(n, c.d_mlp, c.d_model, scale=to_stream),
-        W_gate=normal(n, c.d_model, c.d_mlp) if gated else None,
-        b_in=bias(c.mlp_bias, n, c.d_mlp),
-        b_out=bias(c.mlp_bias, n, c.d_model),
-        b_gate=bias(c.mlp_bias and gated, n, c.d_mlp),
-    )  # fmt: skip
+    gated, e = c.mlp == "gated", c.experts
+    stack = (n,) if e is None else (n, e.n)
+    mlp: Any = None if c.mlp == "none" else {
+        "W_in": normal(*stack, c.d_model, c.d_mlp),
+        "W_out": normal(*stack, c.d_mlp, c.d_model, scale=to_stream),
+        "W_gate": normal(*stack, c.d_model, c.d_mlp) if gated else None,
+        "b_in": bias(c.mlp_bias, *stack, c.d_mlp),
+        "b_out": bias(c.mlp_bias, *stack, c.d_model),
+        "b_gate": bias(c.mlp_bias and gated, *stack, c.d_mlp),
+    }  # fmt: skip
+    if mlp and e:
+        mlp = ExpertMLP(W_router=normal(n, c.d_model, e.n), b_router=bias(e.router_bias, n, e.n), **mlp)
+    elif mlp:
+        mlp = MLP(**mlp)
     return Transformer(
         W_E=normal(c.d_vocab, c.d_model),
         W_pos=normal(c.n_ctx, c.d_model) if c.positions == "learned" else None,

@@ -129,6 +129,31 @@ REFERENCES = {
         {"num_key_value_heads": _KV, "attention_bias": [False, True], "rope_parameters": _ROPES[:2], "hidden_act": _ACTS, "rms_norm_eps": _EPS,
          "tie_word_embeddings": [False, True]},
     ),
+    "mixtral": Reference(
+        "MixtralConfig", _LLAMA,
+        {"num_key_value_heads": _KV, "head_dim": [10, None], "num_local_experts": [4, 3], "num_experts_per_tok": [2, 3, 1], "sliding_window": [None, 3],
+         "hidden_act": _ACTS, "rope_parameters": _ROPES[:2], "rms_norm_eps": _EPS, "tie_word_embeddings": [False, True]},
+    ),
+    "qwen3_moe": Reference(
+        "Qwen3MoeConfig", _LLAMA | {"moe_intermediate_size": 20},
+        {"num_key_value_heads": _KV, "head_dim": [10, 6], "num_experts": [4, 5], "num_experts_per_tok": [2, 3], "norm_topk_prob": [True, False],
+         "attention_bias": [False, True], "use_sliding_window": [False, True], "sliding_window": [None, 3], "hidden_act": _ACTS, "rope_parameters": _ROPES[:2],
+         "rms_norm_eps": _EPS, "tie_word_embeddings": [False, True]},
+        "decoder_sparse_step, mlp_only_layers: refused by name (layers of two kinds)",
+    ),
+    "olmoe": Reference(
+        "OlmoeConfig", _LLAMA | {"intermediate_size": 20},
+        {"num_key_value_heads": _KV, "num_experts": [4, 5], "num_experts_per_tok": [2, 3], "norm_topk_prob": [False, True], "attention_bias": [False, True],
+         "hidden_act": _ACTS, "rope_parameters": _ROPES[:2], "rms_norm_eps": _EPS, "tie_word_embeddings": [False, True]},
+        "clip_qkv: refused by name",
+    ),
+    "gpt_oss": Reference(
+        "GptOssConfig", _LLAMA | {"intermediate_size": 20},
+        {"num_key_value_heads": _KV, "head_dim": [10, 6], "num_local_experts": [4, 5], "num_experts_per_tok": [2, 3], "attention_bias": _TIED,
+         "sliding_window": [3, 5], "layer_types": [None, _TYPES[0]], "rope_parameters": [_YARN | {"truncate": False}, _ROPES[0]], "rms_norm_eps": _EPS,
+         "tie_word_embeddings": [False, True]},
+        "swiglu_alpha, swiglu_limit: refused by name",
+    ),
     "smollm3": Reference(
         "SmolLM3Config", _LLAMA | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
         {"num_key_value_heads": _KV, "no_rope_layers": [[1, 0, 1], [1, 1, 1], None], "no_rope_layer_interval": [4, 4, 2], "use_sliding_window": [False, True],

@@ -30,7 +30,7 @@ def forward(model, ids, hook=lambda site, layer, x: x):
             x = at("resid_post", mid)
             continue
         mid = mid if c.parallel else at("resid_mid", mid)
-        mlp_out = _mlp(c, blocks, p, at, x if c.parallel else mid)
+        mlp_out = (_mlp if c.experts is None else _experts)(c, blocks, p, at, x if c.parallel else mid)
         x = at("resid_post", _added(c, p, at, mid, mlp_out, blocks.ln2_post, "ln2_post", "mlp_out"))
     x = hook("final_in", None, x)
     x = norm_of(model.ln_final, x, "ln_final") if c.final_norm else x
@@ -118,20 +118,48 @@ def _rotate(rotary, x):
 
 
 def _mlp(c, blocks, p, at, x):
-    m = blocks.mlp
+    x = _mlp_input(c, blocks, p, at, x)
+    return _mlp_output(c, {name: p(getattr(blocks.mlp, name)) for name in WEIGHTS}, x, at)
+
+
+def _experts(c, blocks, p, at, x):
+    """All experts for every token, and the sum of those that it uses."""
+    m, x = blocks.mlp, _mlp_input(c, blocks, p, at, x)
+    logits = at("router_logits", x @ p(m.W_router) + (0 if m.b_router is None else p(m.b_router)))
+    weights = np.zeros_like(logits)
+    for token, row in enumerate(logits):
+        best = np.argsort(-row, kind="stable")[: c.experts.top_k]
+        e = np.exp(row - row.max())
+        weights[token, best] = e[best] / (e[best] if c.experts.normalise else e).sum()
+    weights = at("expert_weights", weights)
+    per_expert = lambda i: {name: None if p(getattr(m, name)) is None else p(getattr(m, name))[i] for name in WEIGHTS}
+    out = np.stack([_mlp_output(c, per_expert(i), x, lambda _, v: v) for i in range(c.experts.n)], axis=1)
+    return (weights[..., None] * at("expert_out", out)).sum(1)
+
+
+WEIGHTS = ("W_in", "W_gate", "W_out", "b_in", "b_gate", "b_out")
+
+
+def _mlp_input(c, blocks, p, at, x):
+    x, norm = at("mlp_in", x), blocks.ln1 if c.shared_norm else blocks.ln2
+    if c.norm != "none" and c.norm_at in ("input", "both"):
+        return _norm(c, p(norm.weight), p(norm.bias), x, "ln2", at)
+    return x
+
+
+def _mlp_output(c, m, x, at):
     act = {
         "relu": lambda x: np.maximum(x, 0),
         "silu": lambda x: x / (1 + np.exp(-x)),
         "gelu": lambda x: x * (1 + erf(x / math.sqrt(2))) / 2,
         "gelu_new": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+        "clamped_swiglu": lambda x: np.minimum(x, 7) / (1 + np.exp(-1.702 * np.minimum(x, 7))),
     }[c.activation]
-    bias = lambda b: 0 if b is None else p(b)
-    x, norm = at("mlp_in", x), blocks.ln1 if c.shared_norm else blocks.ln2
-    if c.norm != "none" and c.norm_at in ("input", "both"):
-        x = _norm(c, p(norm.weight), p(norm.bias), x, "ln2", at)
-    linear = x @ p(m.W_in) + bias(m.b_in)
+    bias = lambda name: 0 if m[name] is None else m[name]
+    linear = x @ m["W_in"] + bias("b_in")
     if c.mlp == "gated":
-        post = act(at("pre", x @ p(m.W_gate) + bias(m.b_gate))) * at("pre_linear", linear)
+        gate, linear = act(at("pre", x @ m["W_gate"] + bias("b_gate"))), at("pre_linear", linear)
+        post = gate * (np.clip(linear, -7, 7) + 1 if c.activation == "clamped_swiglu" else linear)
     else:
         post = act(at("pre", linear))
-    return at("post", post) @ p(m.W_out) + bias(m.b_out)
+    return at("post", post) @ m["W_out"] + bias("b_out")

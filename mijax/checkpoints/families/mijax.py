@@ -10,6 +10,7 @@ from mijax.checkpoints.keys import HARMLESS
 from mijax.checkpoints.table import Family, Weight
 from mijax.model.config import Config
 from mijax.model.rotary import Rotary, RotaryScaling
+from mijax.model.routing import Experts
 from mijax.model.transformer import init
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(Config))
@@ -18,6 +19,8 @@ _FIELDS = frozenset(field.name for field in dataclasses.fields(Config))
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     del fields
     read: dict[str, Any] = {key: value for key, value in c.items() if key in _FIELDS}
+    if isinstance(read.get("experts"), Mapping):
+        read["experts"] = Experts(**read["experts"])
     positions = c.get("positions")
     if isinstance(positions, list | tuple):
         return read | {"positions": tuple(map(_rotary, positions)), **_tuples(read)}

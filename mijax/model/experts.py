@@ -1,0 +1,135 @@
+"""The MLP of a mixture of experts. No other module computes it."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from mijax._types import Array, Float, Int, Stream
+from mijax.model.config import Config
+from mijax.model.mlp import activated
+from mijax.model.norm import Norm, normalised
+from mijax.model.numerics import einsum
+from mijax.model.tap import State, Visit
+
+LARGEST_BLOCK = 128
+"""The most tokens that are multiplied with an expert's matrices at once: more leave more places in blocks empty."""
+
+
+class ExpertMLP(eqx.Module):
+    """Weights stacked over layers and experts; the gate's are `None` in dense experts."""
+
+    W_router: Float[Array, "layer d_model expert"]
+    b_router: Float[Array, "layer expert"] | None
+    W_in: Float[Array, "layer expert d_model d_mlp"]
+    W_out: Float[Array, "layer expert d_mlp d_model"]
+    W_gate: Float[Array, "layer expert d_model d_mlp"] | None
+    b_in: Float[Array, "layer expert d_mlp"] | None
+    b_out: Float[Array, "layer expert d_model"] | None
+    b_gate: Float[Array, "layer expert d_mlp"] | None
+
+
+def experts(
+    config: Config, params: ExpertMLP, ln2: Norm | None, x: Stream, visit: Visit, state: State
+) -> tuple[Stream, State]:
+    """The output of a mixture of experts.
+
+    Only the experts that a token uses are computed for it, unless a tap is called at `expert_out`, or edits
+    `expert_weights` so that a token uses more of them.
+
+    Args:
+        config: the architecture.
+        params: the weights of one layer (no layer axis).
+        ln2: the norm before them, where there is one.
+        x: `[batch, pos, d_model]`, the residual stream that the experts read.
+        visit: the tap in this layer.
+        state: the tap's state.
+
+    Returns:
+        `[batch, pos, d_model]`, the weighted sum of the experts' outputs; and the tap's state.
+    """
+    rule = config.experts
+    assert rule is not None
+    x, state = visit("mlp_in", x, state)
+    x, state = normalised(config, ln2, x, "ln2", visit, state)
+    logits = einsum("bpd,de->bpe", x, params.W_router)
+    if params.b_router is not None:
+        logits = logits + params.b_router.astype(logits.dtype)[None, None]
+    logits, state = visit("router_logits", logits, state)
+    weights, state = visit("expert_weights", rule.weights(logits), state)
+    if "expert_out" in visit.tap.sites:
+        out, state = visit("expert_out", _all(config, params, x), state)
+        return jnp.einsum("bpe,bped->bpd", weights, out), state
+    some = lambda x, weights: _used(config, params, x, weights, rule.top_k)
+    if "expert_weights" not in visit.tap.sites:
+        return some(x, weights), state
+    every = lambda x, weights: jnp.einsum("bpe,bped->bpd", weights, _all(config, params, x))
+    few = jnp.all(jnp.sum(weights != 0, axis=-1) <= rule.top_k)
+    return jax.lax.cond(few, some, every, x, weights), state
+
+
+def _expert(config: Config, params: ExpertMLP, x: Float[Array, "row d_model"]) -> Float[Array, "row d_model"]:
+    """The output of one expert, whose weights have no axis of experts."""
+    affine = lambda x, W, b: einsum("ri,io->ro", x, W) + (0.0 if b is None else b.astype(x.dtype)[None])
+    linear = affine(x, params.W_in, params.b_in)
+    gate = None if params.W_gate is None else affine(x, params.W_gate, params.b_gate)
+    return affine(activated(config, linear, gate), params.W_out, params.b_out)
+
+
+def _all(config: Config, params: ExpertMLP, x: Stream) -> Float[Array, "batch pos expert d_model"]:
+    """The outputs of all experts for all tokens."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = jax.lax.map(lambda weights: _expert(config, weights, rows), _of_experts(params))
+    return jnp.moveaxis(out, 0, 1).reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _of_experts(params: ExpertMLP) -> ExpertMLP:
+    """The weights with an axis of experts; without the router's, which have none."""
+    return eqx.tree_at(lambda p: (p.W_router, p.b_router), params, (None, None), is_leaf=lambda x: x is None)
+
+
+def _used(config: Config, params: ExpertMLP, x: Stream, weights: Array, top_k: int) -> Stream:
+    """The weighted sum over the `top_k` experts of largest weight, computed for these tokens only.
+
+    Pairs of a token and an expert are sorted by expert, and divided into blocks of one expert each, which are
+    multiplied one after the other. Of each expert the last block is filled up.
+    """
+    n, rows = weights.shape[-1], x.reshape(-1, x.shape[-1])
+    chosen, expert = jax.lax.top_k(weights.reshape(-1, n), top_k)  # NaN comes first
+    pairs = expert.size
+    size = _block_size(pairs, n)
+    number, slot, expert_of_block = _blocks(expert.reshape(-1), n, size, min(pairs, pairs // size + n))
+    token = jnp.full(expert_of_block.size * size, len(rows), jnp.int32)
+    token = token.at[slot].set(jnp.arange(pairs, dtype=jnp.int32) // top_k)
+    padded = jnp.concatenate([rows, jnp.zeros_like(rows[:1])])  # a token of zeros fills the blocks
+    of_expert = _of_experts(params)
+
+    def multiply(_: None, block: tuple[Array, Array, Array]) -> tuple[None, Array]:
+        index, rows, expert = block
+        at = lambda a: jax.lax.dynamic_index_in_dim(a, expert, keepdims=False)
+        run = lambda rows: _expert(config, jax.tree.map(at, of_expert), rows)
+        return None, jax.lax.cond(index < number, run, jnp.zeros_like, rows)
+
+    blocks = padded[token].reshape(-1, size, x.shape[-1])
+    _, out = jax.lax.scan(multiply, None, (jnp.arange(len(blocks), dtype=jnp.int32), blocks, expert_of_block))
+    by_pair = out.reshape(-1, x.shape[-1])[slot].reshape(-1, top_k, x.shape[-1])
+    return jnp.einsum("tk,tkd->td", chosen, by_pair).reshape(x.shape)
+
+
+def _block_size(pairs: int, n: int) -> int:
+    """The number of tokens in a block: a power of two, about half of the tokens that an expert has on average."""
+    return min(LARGEST_BLOCK, 2 ** max(0, (pairs // (2 * n)).bit_length() - 1))
+
+
+def _blocks(
+    expert: Int[Array, " pair"], n: int, size: int, most: int
+) -> tuple[Int[Array, ""], Int[Array, " pair"], Int[Array, " block"]]:
+    """The number of blocks in use; the place of each pair in the blocks, one after the other; each block's expert."""
+    order = jnp.argsort(expert, stable=True)
+    counts = jnp.zeros(n, jnp.int32).at[expert].add(1)
+    needed = -(-counts // size)
+    first_block, first_pair = jnp.cumsum(needed) - needed, jnp.cumsum(counts) - counts
+    rank = jnp.arange(expert.size, dtype=jnp.int32) - first_pair[expert[order]]
+    slot = jnp.zeros_like(expert).at[order].set(first_block[expert[order]] * size + rank)
+    ends = jnp.cumsum(needed)
+    of_block = jnp.searchsorted(ends, jnp.arange(most, dtype=jnp.int32), side="right").astype(jnp.int32)
+    return ends[-1], slot, jnp.minimum(of_block, n - 1)
