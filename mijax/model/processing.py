@@ -17,6 +17,7 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike
 from mijax.model.config import Config
+from mijax.model.experts import ExpertMLP
 from mijax.model.norm import Norm
 from mijax.model.numerics import accumulator, einsum
 from mijax.model.tokens import is_concrete
@@ -52,11 +53,15 @@ def fold_norms(model: Transformer) -> Transformer:
     spec = "ld,ldhe->lhe"
     folded = {f"attn.{k}_{n}": v for n, (W, b) in zip("QKV", qkv) for k, v in zip("Wb", _fold(ln1, W, b, spec))}
     if mlp is not None and ln2 is not None:
-        matrices = {"in": (mlp.W_in, mlp.b_in)} | ({"gate": (mlp.W_gate, mlp.b_gate)} if mlp.W_gate is not None else {})
-        for name, (W, b) in matrices.items():
-            folded |= {f"mlp.{k}_{name}": v for k, v in zip("Wb", _fold(ln2, W, b, "ld,ldm->lm"))}
+        reading = ("in", "gate") if mlp.W_gate is not None else ("in",)
+        specs = dict.fromkeys(reading, "ld,ldm->lm")
+        if isinstance(mlp, ExpertMLP):
+            specs = dict.fromkeys(reading, "ld,lndm->lnm") | {"router": "ld,ldn->ln"}
+        for name, spec in specs.items():
+            W, b = getattr(mlp, f"W_{name}"), getattr(mlp, f"b_{name}")
+            folded |= {f"mlp.{k}_{name}": v for k, v in zip("Wb", _fold(ln2, W, b, spec))}
         if mlp.b_out is None and folded["mlp.b_in"] is not None:  # an MLP has all of its biases, or none
-            folded["mlp.b_out"] = jnp.zeros_like(mlp.W_out[:, 0])
+            folded["mlp.b_out"] = jnp.zeros_like(mlp.W_out[..., 0, :])
     new: dict[str, Any] = {f"blocks.{path}": value for path, value in folded.items()} | {"blocks.ln1": _plain(ln1)}
     if model.blocks.ln2 is not None:
         new["blocks.ln2"] = _plain(model.blocks.ln2)
@@ -343,12 +348,14 @@ def _tolerance(dtype: Any, size: int) -> float:
 def _fold(norm: Norm, W: Array, b: Array | None, spec: str) -> tuple[Array, Array | None]:
     """A matrix that reads a norm, `[*layer, d_model, ...]`, and its bias, with the norm's weight and bias folded in.
 
-    `spec` multiplies the norm's bias with the matrix.
+    `spec` multiplies the norm's weight or bias with the matrix.
     """
     if norm.bias is not None:
         shift = einsum(spec, norm.bias, W).astype(W.dtype)
         b = shift if b is None else b + shift
-    return W * norm.weight.reshape(norm.weight.shape + (1,) * (W.ndim - norm.weight.ndim)), b
+    weights, axes = (part.split("->")[0] for part in spec.split(","))  # of the norm, and of the matrix
+    shape = [n if axis in weights else 1 for axis, n in zip(axes, W.shape)]
+    return W * norm.weight.reshape(shape), b
 
 
 def _plain(norm: Norm) -> Norm:
@@ -376,6 +383,8 @@ def _described(model: Transformer) -> Transformer:
         unembed_bias=model.b_U is not None,
         attn_bias="".join(letter for letter in "qkvo" if getattr(attn, f"b_{letter.upper()}") is not None),
         mlp_bias=mlp is not None and mlp.b_in is not None,
+        experts=model.config.experts
+        and dataclasses.replace(model.config.experts, router_bias=getattr(mlp, "b_router", None) is not None),
     )
     return dataclasses.replace(model, config=config)
 

@@ -183,7 +183,7 @@ BROKEN = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "holds no model.safetensors, .* it holds config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "holds no config.json"),
     "config cut off": (lambda f: (f / "config.json").write_text('{"model_type":'), ValueError, "not valid JSON"),
-    "unknown architecture": (lambda f: (f / "config.json").write_text('{"model_type": "mamba"}'), ValueError, "unsupported model_type 'mamba'; supported are gpt2, llama, mistral, mijax"),
+    "unknown architecture": (lambda f: (f / "config.json").write_text('{"model_type": "mamba"}'), ValueError, "unsupported model_type 'mamba'; supported are gpt2, llama, mistral, .*, mijax"),
     "incomplete config": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), ValueError, "config.json lacks the entry 'num_hidden_layers'"),
     "config of a list": (lambda f: (f / "config.json").write_text("[1]"), ValueError, "must hold an object, given list"),
     "config of strings": (lambda f: set_config(f, num_attention_heads="4"), ValueError, "does not describe a model"),

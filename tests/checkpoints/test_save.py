@@ -15,7 +15,11 @@ import mijax as mj
 from tests.architectures import ARCHITECTURES, IDS, random_model
 from tests.reference.tiny_models import MODELS, STORED
 
-EXPRESSED = {"gpt2": "gpt2", "llama_gqa": "llama"}  # of the architectures of the laws; the others have no such config
+EXPRESSED = {
+    "gpt2": "gpt2",
+    "llama_gqa": "llama",
+    "experts": "gpt_oss",
+}  # of the architectures of the laws; the others have no such config
 
 
 @contextlib.contextmanager

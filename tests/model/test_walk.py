@@ -163,7 +163,7 @@ def test_there_is_one_block_and_one_loop_over_layers():
         "attribution/atp_star.py",
         "attribution/curvature.py",
     }  # tokens, steps, dropped layers, probes
-    others |= {"programs/hoist.py", "attribution/probe.py"}
+    others |= {"programs/hoist.py", "attribution/probe.py", "model/experts.py"}  # blocks of experts
     assert {p for p in calls["scan"] if not p.startswith("superposition/")} <= {"model/walk.py", *others}
 
 
