@@ -152,6 +152,20 @@ class Config:
         """The window of each layer; empty where all see all tokens."""
         return self.window if isinstance(self.window, tuple) else (self.window,) * self.n_layers if self.window else ()
 
+    def differences(self) -> str:
+        """The sizes, and the fields in which the architecture differs from GPT-2's, as `field=value, ...`.
+
+        >>> Config(n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16, mlp_bias=False).differences()
+        'n_layers=2, d_model=8, n_heads=2, d_vocab=11, n_ctx=16, mlp_bias=False'
+        """
+        sizes = ("n_layers", "d_model", "n_heads", "d_vocab", "n_ctx")
+        plain = Config(**{size: getattr(self, size) for size in sizes}, d_head=self.d_head)
+        fields = [field.name for field in dataclasses.fields(self) if field.compare]
+        shown = [name for name in fields if name in sizes or getattr(self, name) != getattr(plain, name)]
+        if self.d_head * self.n_heads != self.d_model:
+            shown.insert(len(sizes), "d_head")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
     def has_norm(self, place: Literal["input", "output"]) -> bool:
         """Whether attention and MLP have a norm before them, or after them (of what they write, or of the stream).
 

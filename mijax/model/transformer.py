@@ -184,7 +184,8 @@ class Transformer(LayeredModel):
     def __repr__(self) -> str:
         arrays = [a for a in jax.tree.leaves(self) if eqx.is_array(a)]
         return (
-            f"Transformer({self.config.name or 'unnamed'}: {sum(a.size for a in arrays):,} parameters, {self.config})"
+            f"Transformer({self.config.name or 'unnamed'}: {sum(a.size for a in arrays):,} parameters of"
+            f" {self.W_E.dtype}, {self.config.differences()})"
         )
 
 
