@@ -1,7 +1,7 @@
 """What a run computes from positions before the first layer: rotary angles, and which keys a query may see."""
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -198,7 +198,7 @@ class Frame(eqx.Module):
         """
         return z
 
-    def in_layer(self, layer: Int[Array, ""]) -> Self:
+    def in_layer(self, layer: Int[Array, ""]) -> "Frame":
         """The frame in one layer, whose window and rotary positions may differ from other layers'.
 
         Args:
@@ -268,10 +268,10 @@ class Packed(Frame):
         """Take rows out of the slots."""
         return self.rows.gather(z)
 
-    def in_layer(self, layer: Int[Array, ""]) -> Self:
+    def in_layer(self, layer: Int[Array, ""]) -> "Packed":
         """This frame, and that of the rows that are read, in one layer."""
         last = None if self.last is None else (self.last[0].in_layer(layer), self.last[1])
-        return dataclasses.replace(super().in_layer(layer), last=last)
+        return dataclasses.replace(self, sight=self.sight.in_layer(layer), last=last)
 
     @property
     def reading(self) -> "tuple[Packed, Int[Array, ' query']] | None":
