@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mijax._types import Array, Asked, Bool, Float, Heads, Int, Stream
+from mijax._types import Array, Asked, Bool, Float, Heads, Int, Real, Stream
 from mijax.model.config import Config
 from mijax.model.rotary import Rotary, frequencies
 from mijax.model.tokens import Tokens
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     slot: Int[Array, "cell batch slot"]
     within: Int[Array, " row"]
 
-    def spread(self, x: Float[Array, "1 row *rest"]) -> Float[Array, "cell_batch slot *rest"]:
+    def spread(self, x: Real[Array, "1 row *rest"]) -> Real[Array, "cell_batch slot *rest"]:
         """Put rows into their slots.
 
         Args:

@@ -116,6 +116,6 @@ def test_a_token_that_is_not_a_number_stays_alone(x64):
         ({"n": 2, "top_k": 1, "normalise": 1}, "normalise=1 must be a boolean"),
     ],
 )  # fmt: skip
-def test_experts_by_hand(values, message):
+def test_experts_by_hand(values, message, as_a_user):
     with pytest.raises(ValueError, match=f"invalid Experts: {message}"):
         mj.Experts(**values)
