@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "output_norms": mj.Config(
         **_small, n_kv_heads=2, d_head=6, norm="rms", norm_at="output", qk_norm="all", window=4, positions=mj.Rotary(), attn_bias="v"
     ),
+    "post_norm": mj.Config(**_small, norm_at="stream", final_norm=False, mlp="gated", window=4),
     "normless": mj.Config(**_small, norm="none", positions="none", activation="relu", attn_bias="o", mlp_bias=False),
     "bidirectional": mj.Config(
         **_small, causal=False, activation="relu", attn_scale=0.3, norm_at="stream", embed_norm=True, final_norm=False

@@ -48,7 +48,7 @@ def hooked(case: Case) -> Any:
         "llama": (convert_llama_weights, {
             "act_fn": "silu", "normalization_type": "RMS", "final_rms": True, "gated_mlp": True,
             "positional_embedding_type": "rotary", "rotary_adjacent_pairs": False, "rotary_dim": c["d_head"],
-            "rotary_base": c.get("rotary_base"),
+            "rotary_base": c["positions"]["base"] if isinstance(c["positions"], dict) else None,
             "n_ctx": min(c["n_ctx"], 2048),  # as TransformerLens caps Llama: each layer keeps a mask of n_ctx squared
             "n_key_value_heads": c["n_kv_heads"] if c["n_kv_heads"] != c["n_heads"] else None,
         }),

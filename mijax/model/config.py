@@ -152,6 +152,11 @@ class Config:
         """The window of each layer; empty where all see all tokens."""
         return self.window if isinstance(self.window, tuple) else (self.window,) * self.n_layers if self.window else ()
 
+    @property
+    def has_halves(self) -> bool:
+        """Whether a layer's MLP reads the sum of the stream and attention's output, so that a run can begin between."""
+        return not self.parallel and self.norm_at != "stream"
+
     def differences(self) -> str:
         """The sizes, and the fields in which the architecture differs from GPT-2's, as `field=value, ...`.
 

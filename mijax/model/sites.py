@@ -224,7 +224,7 @@ def transformer_sites(config: Config) -> Mapping[str, Site]:
                 fixed=fixed,
                 rule=ScoreRule.of(c) if name == "attn_scores" else None,
                 product=site.product and not (site.added and c.has_norm("output") and c.norm_at != "stream"),
-                half=int(site.part == "mlp" and not c.parallel),  # a parallel MLP does not read attention's output
+                half=int(site.part == "mlp" and c.has_halves),
                 read_as=name if site.read_as not in existing and site.read_as else site.read_as,
             )
             for name, site in existing.items()

@@ -113,7 +113,7 @@ class Transformer(LayeredModel):
     @property
     def has_halves(self) -> bool:
         """Whether a layer's MLP reads the output of its attention, so that a run can begin between them."""
-        return not self.config.parallel and self.config.norm_at != "stream"
+        return self.config.has_halves
 
     def frame(self, inputs: Any) -> Whole:
         """The positions of a batch."""

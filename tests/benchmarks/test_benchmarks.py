@@ -55,3 +55,10 @@ def test_the_benchmark_runs_and_compares(tmp_path, monkeypatch):
         bench.checked("a peer", "resid_pre", np.array([[1.0, 2.0]]), np.array([[1.0, 2.001]]))
     with pytest.raises(SystemExit, match="is no executable"):
         sweeps.peer_commands(str(tmp_path / "python"), attribution=True)
+
+
+def test_experts_are_timed_beside_a_dense_mlp():
+    from benchmarks import experts
+
+    record = experts.main(experts=4, top_k=2, d_model=16, d_mlp=8, prompts=1, tokens=12, rounds=1)
+    assert record["difference"] < 1e-5 and {"used", "every", "dense"} <= {*record}
