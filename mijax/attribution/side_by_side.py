@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mijax._types import Array, Ids
-from mijax.attribution.taps import KEPT, Gates, Path, Toward, gated_sites, sites_of_others
+from mijax.attribution.taps import KEPT, Gates, Path, Toward, called_sites
 from mijax.forward import Out
 from mijax.interventions.capturing import Capturing
 from mijax.model.model import LayeredModel
@@ -111,12 +111,12 @@ class _Beside(eqx.Module):
     def __call__(self, part: Callable, runs: Mapping[str, Run], gates: Gates) -> dict[str, Run]:
         """All runs after the part, in which the gated run reads the others' activations; `gates` are those within it."""
         sites, after, others = self.model.sites, {}, {}
-        needed = Capturing(dict.fromkeys(sites_of_others(sites, self.gates, self.path)), self.model.n_layers)
+        of_others, touched = called_sites(sites, self.gates, self.path)
+        needed = Capturing(dict.fromkeys(of_others), self.model.n_layers)
         for name in [name for name in runs if name != "gated"]:
             state = (self.init(needed), runs[name].seen)
             x, (kept, seen) = part(runs[name].x, self.frame, Chain((needed, self.read)), state)
             after[name], others[name] = Run(x, seen), {**kept.layer, **kept.outer}
-        touched = gated_sites(sites, self.gates, self.path)
         toward = Toward(gates, self.path, others, touched, sites["attn_scores"].rule)
         x, (_, seen) = part(runs["gated"].x, self.frame, Chain((toward, self.read)), ({}, runs["gated"].seen))
         return {**after, "gated": Run(x, seen)}

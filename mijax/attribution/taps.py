@@ -62,7 +62,7 @@ class Toward(Tap):
 
     @property
     def sites(self) -> frozenset[str]:
-        """The sites of `gated_sites`."""
+        """The second sites of `called_sites`."""
         return self.touched
 
     def init(self, sites: Mapping[str, Site], frame: Frame, zero: Array) -> dict[str, Array]:
@@ -110,8 +110,8 @@ class Toward(Tap):
         return change
 
 
-def sites_of_others(sites: Mapping[str, Site], gates: Gates, path: Path) -> frozenset[str]:
-    """The sites at which the other runs' activations are needed.
+def called_sites(sites: Mapping[str, Site], gates: Gates, path: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """The sites at which the other runs' activations are needed, and those at which `Toward` must be called.
 
     Args:
         sites: the model's table of sites.
@@ -119,25 +119,11 @@ def sites_of_others(sites: Mapping[str, Site], gates: Gates, path: Path) -> froz
         path: how the base run is changed.
 
     Returns:
-        The names of the sites.
+        The names of both; the second hold the first.
     """
     inputs = () if path.inputs is None else ("embed",)
-    recomputed = [sites[name].read_as or name for name in RECOMPUTED if path.recompute]
-    return frozenset((*gates, *inputs, *recomputed))
-
-
-def gated_sites(sites: Mapping[str, Site], gates: Gates, path: Path) -> frozenset[str]:
-    """The sites at which `Toward` must be called.
-
-    Args:
-        sites: the model's table of sites.
-        gates: the gates by site.
-        path: how the base run is changed.
-
-    Returns:
-        The names of the sites.
-    """
-    names = {name for name, site in sites.items() if site.product or (path.dropped is not None and site.added)}
-    if path.recompute:
-        names |= {"attn_scores", "pattern", *RECOMPUTED}
-    return sites_of_others(sites, gates, path) | names
+    read = [sites[name].read_as or name for name in RECOMPUTED if path.recompute]
+    needed = frozenset((*gates, *inputs, *read))
+    marked = {name for name, site in sites.items() if site.product or (path.dropped is not None and site.added)}
+    recomputed = ("attn_scores", "pattern", *RECOMPUTED) if path.recompute else ()
+    return needed, needed | marked | frozenset(recomputed)

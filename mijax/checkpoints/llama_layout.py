@@ -4,9 +4,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mijax.checkpoints.buffers import rotary_buffers
-from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, only, windows_of
+from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, only, windows_of
 from mijax.checkpoints.rotary_keys import ROTARY_KEYS, read_rotary, write_rotary
-from mijax.checkpoints.table import Weight, linear, norm
+from mijax.checkpoints.table import Family, Weight, linear, norm
 from mijax.model.config import Config
 from mijax.model.fields import check_field
 from mijax.model.routing import Experts
@@ -191,3 +191,24 @@ LAYOUT: dict[str, Any] = {
     "buffers": BUFFERS, "head": HEAD,
 }  # fmt: skip
 """The arguments of `Family` for one that has Llama's tensors and rotates all dimensions of a head."""
+
+
+def with_windows(name: str, architecture: str, **arguments: Any) -> Family:
+    """A family that rotates all dimensions of a head, and whose layers have sliding windows or not.
+
+    Args:
+        name: the `model_type`.
+        architecture: the start of the names of transformers' classes.
+        **arguments: further arguments of `Family`; `fixed` beside those of all such families.
+    """
+    fixed = FIXED | arguments.pop("fixed")
+    read = lambda c, fields: read_positions(c, fields) | read_windows(c, fields)
+    return Family(
+        name,
+        **{**LAYOUT, "fixed": fixed, "further": ROTARY_KEYS | WINDOW_KEYS, "read": read, **arguments},
+        write=lambda config: write_as(f"{architecture}ForCausalLM", config) | write_windows(config),
+        harmless={
+            **HARMLESS_KEYS,
+            "architectures": architectures(f"{architecture}ForCausalLM", f"{architecture}Model"),
+        },
+    )

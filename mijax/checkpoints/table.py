@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mijax.checkpoints.keys import Harmless, Key, check_keys, read_fields, write_fields
+from mijax.checkpoints.keys import Harmless, Key, check_keys, read_fields, same_as, write_fields
 from mijax.model.config import Config
 
 
@@ -84,6 +84,7 @@ class Family:
         write: from a `Config` to the entries beside `keys`; `None` where transformers would refuse them. Where reading
             gives another `Config`, the family cannot express the given one.
         harmless: the other keys that are accepted, and at which values.
+        aliases: other names of keys, which transformers accepts; where a file has both names, they must agree.
         prefix: the start of tensors' names, which checkpoints of the bare model leave out.
         buffers: tensors that are checked and dropped.
         head: the tensor of the unembedding, which a checkpoint may hold although the config ties it to the
@@ -98,6 +99,7 @@ class Family:
     read: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _nothing
     write: Callable[[Config], dict[str, Any] | None] = _nothing
     harmless: Mapping[str, Harmless] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefix: str = ""
     buffers: tuple[Buffer, ...] = ()
     head: str | None = None
@@ -115,7 +117,9 @@ class Family:
             KeyError: for a required key that is missing.
             ValueError: for a key that is not known or at an unsupported value, and for invalid values.
         """
-        check_keys(c, self.name, frozenset(self.keys) | self.further, self.harmless)
+        c = {**{key: c[alias] for alias, key in self.aliases.items() if alias in c}, **c}
+        repeated = {alias: same_as(key) for alias, key in self.aliases.items()}
+        check_keys(c, self.name, frozenset(self.keys) | self.further, {**self.harmless, **repeated})
         fields = {**self.fixed, **read_fields(c, self.keys)}
         return Config(**fields | self.read(c, fields))
 
@@ -153,3 +157,36 @@ def linear(ours: tuple[str, str], theirs: str, axes: tuple[str, str]) -> list[We
         axes: the patterns of both.
     """
     return [Weight((path,), f"{theirs}.{part}", pattern) for path, part, pattern in zip(ours, ("weight", "bias"), axes)]
+
+
+def dense_mlp(to_neurons: str, from_neurons: str) -> list[Weight]:
+    """Weights and biases of a dense MLP, as `torch.nn.Linear` arranges them.
+
+    Args:
+        to_neurons: the name of its first map.
+        from_neurons: the name of its second map.
+    """
+    return [
+        *linear(("blocks.mlp.W_in", "blocks.mlp.b_in"), to_neurons, ("m d -> d m", "m -> m")),
+        *linear(("blocks.mlp.W_out", "blocks.mlp.b_out"), from_neurons, ("d m -> m d", "d -> d")),
+    ]
+
+
+def fused_attention(qkv: str, out: str, axes: tuple[str, str], convert: Convert = FUSED) -> list[Weight]:
+    """Weights and biases of attention whose queries, keys and values are one tensor.
+
+    Args:
+        qkv: the name of the map of these.
+        out: the name of the output's map.
+        axes: the patterns of weight and bias of `qkv`.
+        convert: how the arranged tensor becomes three.
+    """
+    fused = [
+        Weight(tuple(f"blocks.attn.{kind}_{name}" for name in "QKV"), f"{qkv}.{part}", pattern, convert)
+        for kind, part, pattern in zip("Wb", ("weight", "bias"), axes)
+    ]
+    return [*fused, *linear(("blocks.attn.W_O", "blocks.attn.b_O"), out, ("d (head e) -> head e d", "d -> d"))]
+
+
+INTERLEAVED = ("(head three e) d -> three d head e", "(head three e) -> three head e")
+"""The `axes` of `fused_attention` where each head has its query, key and value beside one another."""

@@ -65,12 +65,13 @@ def block(
     if params.mlp is not None:
         if not config.parallel:
             after, state = visit("resid_mid", after, state)
+        x, state = visit("mlp_in", x if config.parallel else after, state)
         ln2 = params.ln1 if config.shared_norm else params.ln2
-        x = x if config.parallel else after
+        x, state = normalised(config, ln2, x, "ln2", visit, state)
         if isinstance(params.mlp, ExpertMLP):
-            mlp_out, state = experts(config, params.mlp, ln2, x, visit, state)
+            mlp_out, state = experts(config, params.mlp, x, visit, state)
         else:
-            mlp_out, state = mlp(config, params.mlp, ln2, x, visit, state)
+            mlp_out, state = mlp(config, params.mlp, x, visit, state)
         after, state = _add(config, after, mlp_out, params.ln2_post, "mlp_out", visit, state)
     return visit("resid_post", after, state)
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Collection, Iterator
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
 from mijax.model.fields import check_fields
 from mijax.model.rotary import Rotary
 from mijax.model.routing import Experts
@@ -217,12 +219,14 @@ class Config:
         """What is wrong with the fields that may have a value for each layer."""
         accepted = {
             "positions": (lambda p: p is None or isinstance(p, Rotary), "a Rotary or None"),
-            "window": (lambda n: isinstance(n, int) and not isinstance(n, bool) and n >= 0, "an integer of at least 0"),
+            "window": (lambda n: type(n) is int and n >= 0, "an integer of at least 0"),
         }
         for name, (accepts, noun) in accepted.items():
             value: Any = getattr(self, name)
-            if isinstance(value, list):
-                self._set(name, value := tuple(value))
+            if isinstance(value, list | tuple | np.ndarray):
+                self._set(name, value := tuple(x.item() if isinstance(x, np.integer) else x for x in value))
+            elif isinstance(value, np.integer):
+                self._set(name, value := value.item())
             if isinstance(value, tuple):
                 yield from (f"{name}={v!r} must be {noun}" for v in value if not accepts(v))
                 if "n_layers" not in invalid and len(value) != self.n_layers:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from mijax._types import Array, Float, Int, Stream
 from mijax.model.config import Config
 from mijax.model.mlp import activated
-from mijax.model.norm import Norm, normalised
 from mijax.model.numerics import einsum
 from mijax.model.tap import State, Visit
 
@@ -28,9 +27,7 @@ class ExpertMLP(eqx.Module):
     b_gate: Float[Array, "layer expert d_mlp"] | None
 
 
-def experts(
-    config: Config, params: ExpertMLP, ln2: Norm | None, x: Stream, visit: Visit, state: State
-) -> tuple[Stream, State]:
+def experts(config: Config, params: ExpertMLP, x: Stream, visit: Visit, state: State) -> tuple[Stream, State]:
     """The output of a mixture of experts.
 
     Only the experts that a token uses are computed for it, unless a tap is called at `expert_out`, or edits
@@ -39,8 +36,7 @@ def experts(
     Args:
         config: the architecture.
         params: the weights of one layer (no layer axis).
-        ln2: the norm before them, where there is one.
-        x: `[batch, pos, d_model]`, the residual stream that the experts read.
+        x: `[batch, pos, d_model]`, the stream that router and experts read, after their norm.
         visit: the tap in this layer.
         state: the tap's state.
 
@@ -49,8 +45,6 @@ def experts(
     """
     rule = config.experts
     assert rule is not None
-    x, state = visit("mlp_in", x, state)
-    x, state = normalised(config, ln2, x, "ln2", visit, state)
     logits = einsum("bpd,de->bpe", x, params.W_router)
     if params.b_router is not None:
         logits = logits + params.b_router.astype(logits.dtype)[None, None]
@@ -58,11 +52,11 @@ def experts(
     weights, state = visit("expert_weights", rule.weights(logits), state)
     if "expert_out" in visit.tap.sites:
         out, state = visit("expert_out", _all(config, params, x), state)
-        return jnp.einsum("bpe,bped->bpd", weights, out), state
+        return _weighted(weights, out), state
     some = lambda x, weights: _used(config, params, x, weights, rule.top_k)
     if "expert_weights" not in visit.tap.sites:
         return some(x, weights), state
-    every = lambda x, weights: jnp.einsum("bpe,bped->bpd", weights, _all(config, params, x))
+    every = lambda x, weights: _weighted(weights, _all(config, params, x))
     few = jnp.all(jnp.sum(weights != 0, axis=-1) <= rule.top_k)
     return jax.lax.cond(few, some, every, x, weights), state
 
@@ -73,6 +67,12 @@ def _expert(config: Config, params: ExpertMLP, x: Float[Array, "row d_model"]) -
     linear = affine(x, params.W_in, params.b_in)
     gate = None if params.W_gate is None else affine(x, params.W_gate, params.b_gate)
     return affine(activated(config, linear, gate), params.W_out, params.b_out)
+
+
+def _weighted(weights: Float[Array, "*token expert"], out: Float[Array, "*token expert d_model"]) -> Array:
+    """The sum of the outputs by their weights; an output of weight zero is in it not at all, not even as 0 times inf."""
+    used = jnp.where((weights != 0)[..., None], out, 0.0)
+    return einsum("...e,...ed->...d", weights, used, out.dtype)
 
 
 def _all(config: Config, params: ExpertMLP, x: Stream) -> Float[Array, "batch pos expert d_model"]:
@@ -112,7 +112,7 @@ def _used(config: Config, params: ExpertMLP, x: Stream, weights: Array, top_k: i
     blocks = padded[token].reshape(-1, size, x.shape[-1])
     _, out = jax.lax.scan(multiply, None, (jnp.arange(len(blocks), dtype=jnp.int32), blocks, expert_of_block))
     by_pair = out.reshape(-1, x.shape[-1])[slot].reshape(-1, top_k, x.shape[-1])
-    return jnp.einsum("tk,tkd->td", chosen, by_pair).reshape(x.shape)
+    return _weighted(chosen, by_pair).reshape(x.shape)
 
 
 def _block_size(pairs: int, n: int) -> int:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from mijax._types import Array, Float, Stream
 from mijax.model.config import Config
-from mijax.model.norm import Norm, normalised
 from mijax.model.numerics import einsum
 from mijax.model.tap import State, Visit
 
@@ -31,22 +30,19 @@ class MLP(eqx.Module):
     b_gate: Float[Array, "layer d_mlp"] | None
 
 
-def mlp(config: Config, params: MLP, ln2: Norm | None, x: Stream, visit: Visit, state: State) -> tuple[Stream, State]:
+def mlp(config: Config, params: MLP, x: Stream, visit: Visit, state: State) -> tuple[Stream, State]:
     """The output of the MLP.
 
     Args:
         config: the architecture.
         params: the weights of one layer (no layer axis).
-        ln2: the norm before them, where there is one.
-        x: `[batch, pos, d_model]`, the residual stream that the MLP reads.
+        x: `[batch, pos, d_model]`, the residual stream that the MLP reads, after its norm.
         visit: the tap in this layer.
         state: the tap's state.
 
     Returns:
         `[batch, pos, d_model]`, the output of the MLP with bias; and the tap's state.
     """
-    x, state = visit("mlp_in", x, state)
-    x, state = normalised(config, ln2, x, "ln2", visit, state)
     linear, gate = _affine(x, params.W_in, params.b_in), None
     if config.mlp == "gated":
         assert params.W_gate is not None

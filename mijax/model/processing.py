@@ -62,9 +62,8 @@ def fold_norms(model: Transformer) -> Transformer:
             folded |= {f"mlp.{k}_{name}": v for k, v in zip("Wb", _fold(ln2, W, b, spec))}
         if mlp.b_out is None and folded["mlp.b_in"] is not None:  # an MLP has all of its biases, or none
             folded["mlp.b_out"] = jnp.zeros_like(mlp.W_out[..., 0, :])
-    new: dict[str, Any] = {f"blocks.{path}": value for path, value in folded.items()} | {"blocks.ln1": _plain(ln1)}
-    if model.blocks.ln2 is not None:
-        new["blocks.ln2"] = _plain(model.blocks.ln2)
+    norms = {"ln1": _plain(ln1)} | ({} if model.blocks.ln2 is None else {"ln2": _plain(model.blocks.ln2)})
+    new: dict[str, Any] = {f"blocks.{path}": value for path, value in (folded | norms).items()}
     if model.ln_final is not None:
         W_U, b_U = _fold(model.ln_final, jnp.swapaxes(model.unembedding, 0, 1), model.b_U, "d,dv->v")
         new |= {"W_U": jnp.swapaxes(W_U, 0, 1), "b_U": b_U, "ln_final": _plain(model.ln_final)}

@@ -108,6 +108,15 @@ def test_a_token_that_is_not_a_number_stays_alone(x64):
         assert np.isnan(logits[:, 1]).all() and np.isfinite(np.delete(logits, 1, axis=1)).all()
 
 
+def test_an_infinite_expert_concerns_the_tokens_that_use_it(x64):
+    """Weight zero times infinity is no NaN: an expert that a token does not use is not in its sum."""
+    model, tokens = model_of(), batch("none")
+    edits = {"expert_out": mj.Replace(jnp.inf, mj.Where(layer=1, expert=1))}
+    acts = mj.run(model, tokens, edits, capture=("expert_weights", "mlp_out")).acts
+    uses = np.asarray(acts["expert_weights"][1, ..., 1] != 0)
+    assert 0 < uses.mean() < 1 and (np.isfinite(np.asarray(acts["mlp_out"][1])).all(-1) == ~uses).all()
+
+
 @pytest.mark.parametrize(
     "values, message",
     [

@@ -1,7 +1,7 @@
 """BLOOM."""
 
-from mijax.checkpoints.keys import HARMLESS, Key, architectures, only, same_as
-from mijax.checkpoints.table import FUSED, Family, Weight, linear, norm
+from mijax.checkpoints.keys import HARMLESS, Key, architectures, only
+from mijax.checkpoints.table import INTERLEAVED, Family, Weight, dense_mlp, fused_attention, norm
 from mijax.model.config import Config
 
 KEYS = {
@@ -17,19 +17,13 @@ KEYS = {
 
 def _weights(config: Config) -> list[Weight]:
     h = "transformer.h.{layer}."
-    fused = lambda kind: tuple(f"blocks.attn.{kind}_{name}" for name in "QKV")
     return [
         Weight(("W_E",), "transformer.word_embeddings.weight", "vocab d -> vocab d"),
         *norm("ln_embed", "transformer.word_embeddings_layernorm"),
         *norm("blocks.ln1", h + "input_layernorm"),
-        Weight(fused("W"), h + "self_attention.query_key_value.weight", "(head three e) d -> three d head e", FUSED),
-        Weight(fused("b"), h + "self_attention.query_key_value.bias", "(head three e) -> three head e", FUSED),
-        *linear(
-            ("blocks.attn.W_O", "blocks.attn.b_O"), h + "self_attention.dense", ("d (head e) -> head e d", "d -> d")
-        ),
+        *fused_attention(h + "self_attention.query_key_value", h + "self_attention.dense", INTERLEAVED),
         *norm("blocks.ln2", h + "post_attention_layernorm"),
-        *linear(("blocks.mlp.W_in", "blocks.mlp.b_in"), h + "mlp.dense_h_to_4h", ("m d -> d m", "m -> m")),
-        *linear(("blocks.mlp.W_out", "blocks.mlp.b_out"), h + "mlp.dense_4h_to_h", ("d m -> m d", "d -> d")),
+        *dense_mlp(h + "mlp.dense_h_to_4h", h + "mlp.dense_4h_to_h"),
         *norm("ln_final", "transformer.ln_f"),
         Weight(("W_U",), "lm_head.weight", "vocab d -> vocab d"),
     ]
@@ -43,12 +37,12 @@ BLOOM = Family(
     write=lambda config: {"architectures": ["BloomForCausalLM"]},
     harmless={
         **HARMLESS, "architectures": architectures("BloomForCausalLM", "BloomModel"), "n_inner": only(None),
-        "apply_residual_connection_post_layernorm": only(False), "slow_but_exact": only(False), "n_embed": same_as("hidden_size"),
-        "num_hidden_layers": same_as("n_layer"), "num_attention_heads": same_as("n_head"),
+        "apply_residual_connection_post_layernorm": only(False), "slow_but_exact": only(False),
         **dict.fromkeys(
             ("hidden_dropout", "pretraining_tp", "attention_softmax_in_fp32", "masked_softmax_fusion", "bias_dropout_fusion",
              "skip_bias_add", "skip_bias_add_qkv", "offset_alibi"), lambda value, c: True),
     },
+    aliases={"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
     prefix="transformer.",
     head="lm_head.weight",
 )  # fmt: skip

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from mijax.checkpoints.buffers import rotary_buffers
-from mijax.checkpoints.keys import ACTIVATIONS, BIASES, HARMLESS, Key, architectures, only, same_as
+from mijax.checkpoints.keys import ACTIVATIONS, BIASES, HARMLESS, Key, architectures, only
 from mijax.checkpoints.rotary_keys import ROTARY_KEYS, read_rotary, write_rotary
-from mijax.checkpoints.table import FUSED, Convert, Family, Weight, linear, norm
+from mijax.checkpoints.table import Convert, Family, Weight, dense_mlp, fused_attention, norm
 from mijax.model.config import Config
 
 KEYS = {
@@ -72,31 +72,17 @@ def _together(parts: Sequence[np.ndarray], config: Config) -> np.ndarray:
 
 def _weights(config: Config) -> list[Weight]:
     h = "transformer.h.{layer}."
-    fused = lambda kind: tuple(f"blocks.attn.{kind}_{name}" for name in "QKV")
-    qkv = h + "self_attention.query_key_value."
-    by_group = Convert(_apart, _together)
     two = config.parallel and not config.shared_norm
     names = ("ln_attn", "ln_mlp") if two else ("input_layernorm", "post_attention_layernorm")
-    if config.n_kv_heads == config.n_heads and not two and not (config.shared_norm and config.n_heads == 1):
-        attention = [
-            Weight(fused("W"), qkv + "weight", "(head three e) d -> three d head e", FUSED),
-            Weight(fused("b"), qkv + "bias", "(head three e) -> three head e", FUSED),
-        ]
-    else:
-        attention = [
-            Weight(fused("W"), qkv + "weight", "(kv_head part e) d -> part kv_head e d", by_group),
-            Weight(fused("b"), qkv + "bias", "(kv_head part e) -> part kv_head e", by_group),
-        ]
+    qkv, out = h + "self_attention.query_key_value", h + "self_attention.dense"
+    # (With a key/value head for each head, a group is a head with its query, key and value.)
+    axes = ("(kv_head part e) d -> part kv_head e d", "(kv_head part e) -> part kv_head e")
     return [
         Weight(("W_E",), "transformer.word_embeddings.weight", "vocab d -> vocab d"),
         *norm("blocks.ln1", h + names[0]),
-        *attention,
-        *linear(
-            ("blocks.attn.W_O", "blocks.attn.b_O"), h + "self_attention.dense", ("d (head e) -> head e d", "d -> d")
-        ),
+        *fused_attention(qkv, out, axes, Convert(_apart, _together)),
         *norm("blocks.ln2", h + names[1]),
-        *linear(("blocks.mlp.W_in", "blocks.mlp.b_in"), h + "mlp.dense_h_to_4h", ("m d -> d m", "m -> m")),
-        *linear(("blocks.mlp.W_out", "blocks.mlp.b_out"), h + "mlp.dense_4h_to_h", ("d m -> m d", "d -> d")),
+        *dense_mlp(h + "mlp.dense_h_to_4h", h + "mlp.dense_4h_to_h"),
         *norm("ln_final", "transformer.ln_f"),
         Weight(("W_U",), "lm_head.weight", "vocab d -> vocab d"),
     ]
@@ -111,7 +97,9 @@ FALCON = Family(
     _read,
     _write,
     {**HARMLESS, "architectures": architectures("FalconForCausalLM", "FalconModel"), "alibi": only(False),
-     "hidden_dropout": lambda value, c: True, "n_embed": same_as("hidden_size")},
+     "apply_residual_connection_post_layernorm": only(False),
+     "hidden_dropout": lambda value, c: True},
+    {"n_embed": "hidden_size"},
     "transformer.",
     rotary_buffers("transformer.h.{layer}.self_attention.rotary_emb.inv_freq"),
     "lm_head.weight",

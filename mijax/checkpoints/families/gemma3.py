@@ -10,6 +10,7 @@ from mijax.checkpoints.table import Family
 from mijax.model.config import Config
 
 _LOCAL, _FULL = "sliding_attention", "full_attention"
+_OLD = {"rope_theta", "rope_scaling", "rope_local_base_freq"}
 _PATTERN = ("sliding_window_pattern", "_sliding_window_pattern")
 
 
@@ -30,13 +31,14 @@ def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 def _ropes(c: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The rotary entries of both kinds of layers; files of before transformers 5 give the two bases by other keys."""
-    given = c.get("rope_parameters")
-    if given is not None and not (
-        isinstance(given, Mapping) and all(isinstance(given.get(k), Mapping) for k in (_LOCAL, _FULL))
-    ):
-        raise ValueError(f"rope_parameters={given!r} must hold the entries {_LOCAL} and {_FULL}")
-    if given is not None:
-        return {kind: dict(given[kind]) for kind in (_LOCAL, _FULL)}
+    ropes = c.get("rope_parameters")
+    if ropes is not None:
+        if not (isinstance(ropes, Mapping) and all(isinstance(ropes.get(kind), Mapping) for kind in (_LOCAL, _FULL))):
+            raise ValueError(f"rope_parameters={ropes!r} must hold the entries {_LOCAL} and {_FULL}")
+        twice = sorted(key for key in _OLD if c.get(key) is not None)
+        if twice:
+            raise ValueError(f"{', '.join(twice)} beside rope_parameters: one of the two must go")
+        return {kind: dict(ropes[kind]) for kind in (_LOCAL, _FULL)}
     scaling = c.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
         raise ValueError(f"rope_scaling={scaling!r} must be an object or null")
@@ -64,11 +66,14 @@ def _write(config: Config) -> dict[str, Any] | None:
     }
 
 
-_old = {"rope_theta", "rope_scaling", "rope_local_base_freq", "rope_parameters"}
 _layout = llama_layout.LAYOUT | {
     "weights": gemma_layout.weights,
     "fixed": llama_layout.FIXED | {"norm_at": "both", "qk_norm": "head"},
-    "further": llama_layout.WINDOW_KEYS | (gemma_layout.FURTHER - {"attn_logit_softcapping"}) | _old | {*_PATTERN},
+    "further": llama_layout.WINDOW_KEYS
+    | (gemma_layout.FURTHER - {"attn_logit_softcapping"})
+    | _OLD
+    | {"rope_parameters"}
+    | {*_PATTERN},
     "read": _read,
     "buffers": (),
 }

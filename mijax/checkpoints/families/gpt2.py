@@ -1,33 +1,17 @@
 """GPT-2."""
 
+from mijax.checkpoints import gpt2_layout
 from mijax.checkpoints.buffers import masks
-from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, only, same_as
+from mijax.checkpoints.keys import architectures, only, same_as
 from mijax.checkpoints.table import FUSED, Family, Weight, norm
 from mijax.model.config import Config
 
-KEYS = {
-    "n_layer": Key(("n_layers",)),
-    "n_embd": Key(("d_model",)),
-    "n_head": Key(("n_heads",)),
-    "vocab_size": Key(("d_vocab",)),
-    "n_positions": Key(("n_ctx",)),
-    "n_inner": Key(("d_mlp",), None),
-    "layer_norm_epsilon": Key(("norm_eps",), 1e-5),
-    "activation_function": Key(("activation",), "gelu_new", ACTIVATIONS),
-    "tie_word_embeddings": Key(("tied_unembed",), True),
-}
-HARMLESS_KEYS = {
-    **HARMLESS,
+_harmless = {
+    **gpt2_layout.HARMLESS_KEYS,
     "architectures": architectures("GPT2LMHeadModel", "GPT2Model"),
-    "scale_attn_weights": only(True),
     "scale_attn_by_inverse_layer_idx": only(False),
     "reorder_and_upcast_attn": only(False),
-    # alternative names of keys, which transformers accepts
     "n_ctx": same_as("n_positions"),
-    "max_position_embeddings": same_as("n_positions"),
-    "hidden_size": same_as("n_embd"),
-    "num_attention_heads": same_as("n_head"),
-    "num_hidden_layers": same_as("n_layer"),
 }
 
 
@@ -56,10 +40,11 @@ def _weights(config: Config) -> list[Weight]:
 GPT2 = Family(
     "gpt2",
     _weights,
-    KEYS,
+    gpt2_layout.KEYS,
     {"positions": "learned", "norm": "layer"},
     write=lambda config: {"architectures": ["GPT2LMHeadModel"]},
-    harmless=HARMLESS_KEYS,
+    harmless=_harmless,
+    aliases=gpt2_layout.ALIASES,
     prefix="transformer.",
     buffers=masks("transformer.h.{layer}.attn."),
     head="lm_head.weight",

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from mijax.checkpoints.buffers import masks
-from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, same_as, windows_of
+from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, windows_of
 from mijax.checkpoints.llama_layout import attention
-from mijax.checkpoints.table import Buffer, Family, Weight, linear, norm
+from mijax.checkpoints.table import Buffer, Family, Weight, dense_mlp, norm
 from mijax.model.config import Config
 
 KEYS = {
@@ -54,8 +54,7 @@ def _weights(config: Config) -> list[Weight]:
         *norm("blocks.ln1", h + "ln_1"),
         *attention(config, h + "attn.attention.", "out_proj"),
         *norm("blocks.ln2", h + "ln_2"),
-        *linear(("blocks.mlp.W_in", "blocks.mlp.b_in"), h + "mlp.c_fc", ("m d -> d m", "m -> m")),
-        *linear(("blocks.mlp.W_out", "blocks.mlp.b_out"), h + "mlp.c_proj", ("d m -> m d", "d -> d")),
+        *dense_mlp(h + "mlp.c_fc", h + "mlp.c_proj"),
         *norm("ln_final", "transformer.ln_f"),
         Weight(("W_U",), "lm_head.weight", "vocab d -> vocab d"),
     ]
@@ -78,8 +77,8 @@ GPT_NEO = Family(
     _read,
     _write,
     {**HARMLESS, "architectures": architectures("GPTNeoForCausalLM", "GPTNeoModel"),
-     "num_hidden_layers": same_as("num_layers"), "num_attention_heads": same_as("num_heads"),
      **dict.fromkeys(("classifier_dropout", "embed_dropout", "resid_dropout"), lambda value, c: True)},
+    {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"},
     "transformer.",
     (Buffer(_attention + "bias", _is_mask, "the mask of a layer"), masks(_attention)[1]),
     "lm_head.weight",

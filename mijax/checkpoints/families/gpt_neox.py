@@ -6,7 +6,7 @@ from typing import Any
 from mijax.checkpoints.buffers import masks, rotary_buffers
 from mijax.checkpoints.keys import ACTIVATIONS, BIASES, HARMLESS, Key, architectures
 from mijax.checkpoints.rotary_keys import ROTARY_KEYS, read_rotary, write_rotary
-from mijax.checkpoints.table import FUSED, Family, Weight, linear, norm
+from mijax.checkpoints.table import INTERLEAVED, Family, Weight, dense_mlp, fused_attention, norm
 from mijax.model.config import Config
 
 KEYS = {
@@ -39,16 +39,12 @@ def _write(config: Config) -> dict[str, Any]:
 
 def _weights(config: Config) -> list[Weight]:
     h = "gpt_neox.layers.{layer}."
-    fused = lambda kind: tuple(f"blocks.attn.{kind}_{name}" for name in "QKV")
     return [
         Weight(("W_E",), "gpt_neox.embed_in.weight", "vocab d -> vocab d"),
         *norm("blocks.ln1", h + "input_layernorm"),
-        Weight(fused("W"), h + "attention.query_key_value.weight", "(head three e) d -> three d head e", FUSED),
-        Weight(fused("b"), h + "attention.query_key_value.bias", "(head three e) -> three head e", FUSED),
-        *linear(("blocks.attn.W_O", "blocks.attn.b_O"), h + "attention.dense", ("d (head e) -> head e d", "d -> d")),
+        *fused_attention(h + "attention.query_key_value", h + "attention.dense", INTERLEAVED),
         *norm("blocks.ln2", h + "post_attention_layernorm"),
-        *linear(("blocks.mlp.W_in", "blocks.mlp.b_in"), h + "mlp.dense_h_to_4h", ("m d -> d m", "m -> m")),
-        *linear(("blocks.mlp.W_out", "blocks.mlp.b_out"), h + "mlp.dense_4h_to_h", ("d m -> m d", "d -> d")),
+        *dense_mlp(h + "mlp.dense_h_to_4h", h + "mlp.dense_4h_to_h"),
         *norm("ln_final", "gpt_neox.final_layer_norm"),
         Weight(("W_U",), "embed_out.weight", "vocab d -> vocab d"),
     ]
@@ -64,7 +60,7 @@ GPT_NEOX = Family(
     _write,
     {**HARMLESS, "architectures": architectures("GPTNeoXForCausalLM", "GPTNeoXModel"),
      **dict.fromkeys(("classifier_dropout", "hidden_dropout"), lambda value, c: True)},
-    "gpt_neox.",
-    (*masks("gpt_neox.layers.{layer}.attention."), *rotary_buffers("gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq")),
-    "embed_out.weight",
+    prefix="gpt_neox.",
+    buffers=(*masks("gpt_neox.layers.{layer}.attention."), *rotary_buffers("gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq")),
+    head="embed_out.weight",
 )  # fmt: skip

@@ -5,24 +5,15 @@ from typing import Any
 
 import numpy as np
 
+from mijax.checkpoints import gpt2_layout
 from mijax.checkpoints.buffers import masks
-from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, only, same_as
-from mijax.checkpoints.table import Convert, Family, Weight, linear, norm
+from mijax.checkpoints.keys import Key, architectures, only
+from mijax.checkpoints.table import Convert, Family, Weight, dense_mlp, linear, norm
 from mijax.model.config import Config
 from mijax.model.fields import check_field
 from mijax.model.rotary import Rotary
 
-KEYS = {
-    "n_layer": Key(("n_layers",)),
-    "n_embd": Key(("d_model",)),
-    "n_head": Key(("n_heads",)),
-    "vocab_size": Key(("d_vocab",)),
-    "n_positions": Key(("n_ctx",)),
-    "n_inner": Key(("d_mlp",), None),
-    "layer_norm_epsilon": Key(("norm_eps",), 1e-5),
-    "activation_function": Key(("activation",), "gelu_new", ACTIVATIONS),
-    "tie_word_embeddings": Key(("tied_unembed",), False),
-}
+KEYS = gpt2_layout.KEYS | {"tie_word_embeddings": Key(("tied_unembed",), False)}
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -66,8 +57,7 @@ def _weights(config: Config) -> list[Weight]:
         Weight(("blocks.attn.W_K",), h + "attn.k_proj.weight", heads, rotated),
         Weight(("blocks.attn.W_V",), h + "attn.v_proj.weight", heads),
         Weight(("blocks.attn.W_O",), h + "attn.out_proj.weight", "d (head e) -> head e d"),
-        *linear(("blocks.mlp.W_in", "blocks.mlp.b_in"), h + "mlp.fc_in", ("m d -> d m", "m -> m")),
-        *linear(("blocks.mlp.W_out", "blocks.mlp.b_out"), h + "mlp.fc_out", ("d m -> m d", "d -> d")),
+        *dense_mlp(h + "mlp.fc_in", h + "mlp.fc_out"),
         *norm("ln_final", "transformer.ln_f"),
         *linear(("W_U", "b_U"), "lm_head", ("vocab d -> vocab d", "vocab -> vocab")),
     ]
@@ -81,9 +71,8 @@ GPTJ = Family(
     frozenset({"rotary_dim"}),
     _read,
     _write,
-    {**HARMLESS, "architectures": architectures("GPTJForCausalLM", "GPTJModel"), "scale_attn_weights": only(True),
-     "rotary": only(True), "max_position_embeddings": same_as("n_positions"), "hidden_size": same_as("n_embd"),
-     "num_attention_heads": same_as("n_head"), "num_hidden_layers": same_as("n_layer")},
+    {**gpt2_layout.HARMLESS_KEYS, "architectures": architectures("GPTJForCausalLM", "GPTJModel"), "rotary": only(True)},
+    gpt2_layout.ALIASES,
     "transformer.",
     masks("transformer.h.{layer}.attn."),
     "lm_head.weight",

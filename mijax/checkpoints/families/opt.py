@@ -7,7 +7,7 @@ import numpy as np
 
 from mijax.checkpoints.keys import ACTIVATIONS, BIASES, HARMLESS, Key, architectures, only, same_as
 from mijax.checkpoints.llama_layout import attention
-from mijax.checkpoints.table import Convert, Family, Weight, linear, norm
+from mijax.checkpoints.table import Convert, Family, Weight, dense_mlp, norm
 from mijax.model.config import Config
 
 KEYS = {
@@ -58,8 +58,7 @@ def _weights(config: Config) -> list[Weight]:
         *norm(f"blocks.{norms[0]}", h + "self_attn_layer_norm"),
         *attention(config, h + "self_attn.", "out_proj"),
         *norm(f"blocks.{norms[1]}", h + "final_layer_norm"),
-        *linear(("blocks.mlp.W_in", "blocks.mlp.b_in"), h + "fc1", ("m d -> d m", "m -> m")),
-        *linear(("blocks.mlp.W_out", "blocks.mlp.b_out"), h + "fc2", ("d m -> m d", "d -> d")),
+        *dense_mlp(h + "fc1", h + "fc2"),
         *norm("ln_final", "model.decoder.final_layer_norm"),
         Weight(("W_U",), "lm_head.weight", "vocab d -> vocab d"),
     ]
@@ -76,6 +75,6 @@ OPT = Family(
     {**HARMLESS, "architectures": architectures("OPTForCausalLM", "OPTModel"), "layer_norm_elementwise_affine": only(True),
      "word_embed_proj_dim": same_as("hidden_size"),
      **dict.fromkeys(("dropout", "activation_dropout", "layerdrop", "init_std"), lambda value, c: True)},
-    "model.",
+    prefix="model.",
     head="lm_head.weight",
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 from mijax.checkpoints import llama_layout
 from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, only
 from mijax.checkpoints.rotary_keys import ROTARY_KEYS, read_rotary, write_rotary
-from mijax.checkpoints.table import Family, Weight, linear, norm
+from mijax.checkpoints.table import Family, Weight, dense_mlp, linear, norm
 from mijax.model.config import Config
 
 KEYS = {
@@ -39,8 +39,7 @@ def _weights(config: Config) -> list[Weight]:
         Weight(("W_E",), "model.embed_tokens.weight", "vocab d -> vocab d"),
         *norm("blocks.ln1", h + "input_layernorm"),
         *llama_layout.attention(config, out="dense"),
-        *linear(("blocks.mlp.W_in", "blocks.mlp.b_in"), h + "mlp.fc1", ("m d -> d m", "m -> m")),
-        *linear(("blocks.mlp.W_out", "blocks.mlp.b_out"), h + "mlp.fc2", ("d m -> m d", "d -> d")),
+        *dense_mlp(h + "mlp.fc1", h + "mlp.fc2"),
         *norm("ln_final", "model.final_layernorm"),
         *linear(("W_U", "b_U"), "lm_head", ("vocab d -> vocab d", "vocab -> vocab")),
     ]
@@ -55,7 +54,7 @@ PHI = Family(
     _read,
     _write,
     {**HARMLESS, "architectures": architectures("PhiForCausalLM", "PhiModel"), "qk_layernorm": only(False)},
-    "model.",
-    llama_layout.BUFFERS,
-    llama_layout.HEAD,
+    prefix="model.",
+    buffers=llama_layout.BUFFERS,
+    head=llama_layout.HEAD,
 )

@@ -45,5 +45,6 @@ _layout = llama_layout.LAYOUT | {
     "further": llama_layout.LAYOUT["further"] | llama_layout.WINDOW_KEYS | {"no_rope_layers", "no_rope_layer_interval"},
     "read": _read,
 }
-_harmless = {**llama_layout.HARMLESS_KEYS, "architectures": architectures("SmolLM3ForCausalLM", "SmolLM3Model")}
+_harmless = {**llama_layout.HARMLESS_KEYS, "architectures": architectures("SmolLM3ForCausalLM", "SmolLM3Model"),
+             "pretraining_tp": lambda value, c: True}  # fmt: skip
 SMOLLM3 = Family("smollm3", keys=KEYS, write=_write, harmless=_harmless, **_layout)
