@@ -30,8 +30,8 @@ class ExpertMLP(eqx.Module):
 def experts(config: Config, params: ExpertMLP, x: Stream, visit: Visit, state: State) -> tuple[Stream, State]:
     """The output of a mixture of experts.
 
-    Only the experts that a token uses are computed for it, unless a tap is called at `expert_out`, or edits
-    `expert_weights` so that a token uses more of them.
+    Only the experts that a token uses are computed for it, unless a tap is called at `expert_out` or edits
+    `expert_weights`: a token may then use others, and the derivative in a weight of zero is the output of its expert.
 
     Args:
         config: the architecture.
@@ -49,16 +49,14 @@ def experts(config: Config, params: ExpertMLP, x: Stream, visit: Visit, state: S
     if params.b_router is not None:
         logits = logits + params.b_router.astype(logits.dtype)[None, None]
     logits, state = visit("router_logits", logits, state)
-    weights, state = visit("expert_weights", rule.weights(logits), state)
-    if "expert_out" in visit.tap.sites:
-        out, state = visit("expert_out", _all(config, params, x), state)
-        return _weighted(weights, out), state
-    some = lambda x, weights: _used(config, params, x, weights, rule.top_k)
-    if "expert_weights" not in visit.tap.sites:
-        return some(x, weights), state
-    every = lambda x, weights: _weighted(weights, _all(config, params, x))
-    few = jnp.all(jnp.sum(weights != 0, axis=-1) <= rule.top_k)
-    return jax.lax.cond(few, some, every, x, weights), state
+    weights = rule.weights(logits)
+    edited, state = visit("expert_weights", weights, state)
+    asked = "expert_out" in visit.tap.sites
+    if edited is weights and not asked:  # what only keeps the weights returns them as they are
+        return _used(config, params, x, weights, rule.top_k), state
+    out = _all(config, params, x)
+    out, state = visit("expert_out", out, state) if asked else (out, state)
+    return _weighted(edited, out), state
 
 
 def _expert(config: Config, params: ExpertMLP, x: Float[Array, "row d_model"]) -> Float[Array, "row d_model"]:
@@ -70,9 +68,9 @@ def _expert(config: Config, params: ExpertMLP, x: Float[Array, "row d_model"]) -
 
 
 def _weighted(weights: Float[Array, "*token expert"], out: Float[Array, "*token expert d_model"]) -> Array:
-    """The sum of the outputs by their weights; an output of weight zero is in it not at all, not even as 0 times inf."""
-    used = jnp.where((weights != 0)[..., None], out, 0.0)
-    return einsum("...e,...ed->...d", weights, used, out.dtype)
+    """The sum of the outputs by their weights, where zero times infinity is zero."""
+    unused = (weights == 0)[..., None] & ~jnp.isfinite(out)  # a finite output stays, for the derivative in its weight
+    return einsum("...e,...ed->...d", weights, jnp.where(unused, 0.0, out), out.dtype)
 
 
 def _all(config: Config, params: ExpertMLP, x: Stream) -> Float[Array, "batch pos expert d_model"]:

@@ -108,6 +108,61 @@ def test_a_token_that_is_not_a_number_stays_alone(x64):
         assert np.isnan(logits[:, 1]).all() and np.isfinite(np.delete(logits, 1, axis=1)).all()
 
 
+@pytest.mark.parametrize("sites", [("expert_weights",), ("expert_weights", "expert_out")])
+def test_the_derivative_in_the_weight_of_an_expert_that_is_not_used(x64, sites):
+    """It is what opening the gate a little changes, by central differences: patching may give a token another expert."""
+    model, tokens, other = model_of(), batch("none"), (batch("none").ids + 5) % 19
+    metric = mj.metrics.logit_diff([3, 5, 7], [4, 6, 8])
+    acts = mj.run(model, other, capture=("expert_weights",)).acts["expert_weights"]
+    base = mj.run(model, tokens, capture=("expert_weights",)).acts["expert_weights"]
+    assert ((np.asarray(base) == 0) & (np.asarray(acts) != 0)).any()
+    gated = lambda gate: metric(mj.run(model, tokens, {"expert_weights": mj.Mix(gate, acts)}, capture=sites[1:]))
+    for layer in range(3):
+        for expert in range(4):
+            at = lambda gate, layer=layer, expert=expert: metric(
+                mj.run(
+                    model, tokens, {"expert_weights": mj.Mix(gate, acts, mj.Where(layer=layer, expert=expert))}, capture=sites[1:]
+                )
+            )  # fmt: skip
+            slope = jax.jacfwd(at)(0.0)
+            assert np.allclose((at(1e-6) - at(-1e-6)) / 2e-6, slope, rtol=1e-6, atol=1e-7)
+    assert np.abs(jax.jacfwd(gated)(0.0)).max() > 0.01
+    r = mj.attribute(
+        model,
+        clean=other,
+        corrupted=tokens,
+        sites={"expert_weights": ("layer", "expert")},
+        metric=metric,
+        progress=False,
+    )
+    slopes = [
+        [
+            jax.jacfwd(
+                lambda gate, where=mj.Where(layer=i, expert=e): metric(
+                    mj.run(model, tokens, {"expert_weights": mj.Mix(gate, acts, where)})
+                )
+            )(0.0)
+            for e in range(4)
+        ]
+        for i in range(3)
+    ]
+    assert error(r.expert_weights.values - r.base.values, np.asarray(slopes)) < 1e-5  # float32 results
+
+
+def test_keeping_the_weights_computes_no_other_experts():
+    """The outputs of 16 experts for 200 tokens are an array of the program only where an edit, or a tap, needs them."""
+    config = dataclasses.replace(ARCHITECTURES["experts"], experts=mj.Experts(16, 2), n_ctx=256)
+    model, ids = random_model(config, dtype=jnp.float32), np.ones((1, 200), np.int32)
+
+    def computes_all(edits, *capture):
+        program = jax.make_jaxpr(lambda m, i: mj.run(m, i, edits, capture=capture, readout=False).acts)(model, ids)
+        return "f32[16,200,12]" in str(program)
+
+    assert not computes_all({}, "mlp_out") and not computes_all({}, "mlp_out", "expert_weights")
+    assert computes_all({"expert_weights": mj.Scale(0.0, mj.Where(layer=1, expert=2))}, "mlp_out")
+    assert computes_all({}, "mlp_out", "expert_out")
+
+
 def test_an_infinite_expert_concerns_the_tokens_that_use_it(x64):
     """Weight zero times infinity is no NaN: an expert that a token does not use is not in its sum."""
     model, tokens = model_of(), batch("none")
