@@ -57,7 +57,7 @@ KEPT_OUT = {  # values of keys that mijax does not read, at which they would cha
         "max_position_embeddings": 8, "hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2,
     },
     "llama": {"pretraining_tp": 2, "rope_interleaved": True, "sliding_window": 4},
-    "mistral": {"pretraining_tp": 2, "rope_interleaved": True, "sliding_window": 4, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"pretraining_tp": 2, "rope_interleaved": True, "attention_bias": True, "mlp_bias": True},
 }  # fmt: skip
 _EVERYWHERE = {
     "add_cross_attention": True, "is_causal": False, "is_encoder_decoder": True, "pruned_heads": {"0": [1]},
