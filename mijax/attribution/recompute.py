@@ -81,7 +81,7 @@ def _one_key_changed(
     weight of a row can exceed 1/2: for this key alone, the shares of the other keys are computed as a softmax over
     these.
     """
-    allowed = frame.sight.allowed[:, None]
+    allowed = frame.sight.allows(frame.queries, frame.keys)[:, None]
     scores = jnp.where(allowed, scores, -jnp.inf)
     keys = jnp.arange(scores.shape[-1]).reshape(1, 1, 1, -1)
     largest = keys == jnp.argmax(scores, axis=-1, keepdims=True)

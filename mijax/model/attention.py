@@ -8,10 +8,11 @@ import jax.numpy as jnp
 
 from mijax._types import Array, Asked, Bool, Float, Heads, Int, KVHeads, Stream
 from mijax.model.config import Config
+from mijax.model.fused import QUERIES, fused_attention
 from mijax.model.norm import Norm, normalised, rms_normalised
 from mijax.model.numerics import einsum
 from mijax.model.position import rotate
-from mijax.model.scores import ScoreRule, masked_softmax
+from mijax.model.scores import ScoreRule, masked_softmax, weighted_values
 from mijax.model.tap import State, Visit
 
 
@@ -113,18 +114,14 @@ def _mix(
     config: Config, q: Heads, k: KVHeads, v: KVHeads, sinks: Array | None, visit: Visit, state: State, dtype: Any
 ) -> tuple[Heads, State]:
     """`z`, the pattern-weighted sum of values (zero for a query without any key), and the tap's state."""
-    batch, n_query = q.shape[:2]
-    scores, state = visit("attn_scores", ScoreRule.of(config)(q, k, visit.frame, dtype), state)
-    pattern, state = visit("pattern", masked_softmax(scores, visit.frame, sinks), state)
+    rule, frame = ScoreRule.of(config), visit.frame
+    if q.shape[1] > QUERIES and visit.tap.sites.isdisjoint({"attn_scores", "pattern"}):
+        return fused_attention(rule, q, k, v, frame, dtype, sinks), state
+    scores, state = visit("attn_scores", rule(q, k, frame, dtype), state)
+    pattern, state = visit("pattern", masked_softmax(scores, frame, sinks), state)
     # An edited pattern may attend to any real token, future ones included, but never to padding.
-    pattern = jnp.where((visit.frame.keys >= 0)[:, None, None, :], pattern, 0.0)
-    by_group = pattern.reshape(batch, config.n_kv_heads, -1, n_query, k.shape[1])
-    # 0 * inf is NaN: a value that is not finite must make NaN of the queries that attend to it, and of no others.
-    finite = jnp.isfinite(v.astype(dtype))  # which may have fewer bits, and no place for a large value
-    z = einsum("bhgqk,bkhe->bqhge", by_group, jnp.where(finite, v, 0.0), dtype)
-    bad_keys = jnp.moveaxis(~jnp.all(finite, axis=-1), 1, 2)[:, :, None, None]  # [batch, kv_head, 1, 1, key]
-    bad_queries = jnp.moveaxis(jnp.any(bad_keys & (by_group != 0), axis=-1), 3, 1).reshape(q.shape[:3])
-    return jnp.where(bad_queries[..., None], jnp.nan, z.reshape(q.shape)), state
+    pattern = jnp.where((frame.keys >= 0)[:, None, None, :], pattern, 0.0)
+    return weighted_values(pattern, v, dtype), state
 
 
 def _project(

@@ -136,9 +136,7 @@ class Model(UsersCode, ShownAsTree):
             The frame that `forward` takes.
         """
         positions = inputs.positions
-        return Whole(
-            positions, positions, jnp.asarray(inputs.lengths), Sight(jnp.ones((*positions.shape, 1), bool), None)
-        )
+        return Whole(positions, positions, jnp.asarray(inputs.lengths), Sight(causal=False))
 
     @property
     def n_layers(self) -> int:

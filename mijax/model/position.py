@@ -112,31 +112,48 @@ def _merged(x: Int[Array, "cell batch n"]) -> Int[Array, "cell_batch n"]:
     return x.reshape(-1, x.shape[-1])
 
 
-class Sight(NamedTuple):
-    """What attention needs of positions, in one layer; or, before `Frame.in_layer`, in each kind of layers.
+class Sight(eqx.Module):
+    """What attention needs of positions, in one layer; or, before `in_layer`, in all.
 
     Attributes:
-        allowed: which keys each query may see.
+        causal: whether a query sees no later keys.
+        window: how many tokens back a query sees, itself included; `None` where no layer has a limit. One number for
+            each layer before `in_layer`.
         rotary: cosine and sine of the rotary angles of each position; `None` where the model does not rotate.
-        kinds: for each layer, the number of its kind in `allowed` and in `rotary`, which then have a leading axis of
-            kinds; `None` where they are those of all layers.
+        kinds: for each layer, the number of its kind in `rotary`, which then has a leading axis of kinds; `None` where
+            the angles are those of all layers.
     """
 
-    allowed: Bool[Array, "*kind spread query key"]
-    rotary: tuple[Float[Array, "*kind batch pos angle"], Float[Array, "*kind batch pos angle"]] | None
-    kinds: tuple[Int[Array, " layer"], Int[Array, " layer"]] | None = None
+    causal: bool = eqx.field(static=True)
+    window: Int[Array, "*layer"] | None = None
+    rotary: tuple[Float[Array, "*kind batch pos angle"], Float[Array, "*kind batch pos angle"]] | None = None
+    kinds: Int[Array, " layer"] | None = None
 
     def in_layer(self, layer: Int[Array, ""]) -> "Sight":
-        """Those of one layer.
+        """That of one layer.
 
         Args:
             layer: the number of the layer.
         """
-        if self.kinds is None:
-            return self
-        windows, rotaries = self.kinds
-        of = lambda x, kinds: jax.lax.dynamic_index_in_dim(x, kinds[layer], keepdims=False)
-        return Sight(of(self.allowed, windows), jax.tree.map(lambda x: of(x, rotaries), self.rotary))
+        of = lambda x, index: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+        kinds, window = self.kinds, self.window
+        rotary = self.rotary if kinds is None else jax.tree.map(lambda x: of(x, kinds[layer]), self.rotary)
+        return Sight(self.causal, None if window is None else of(window, layer), rotary)
+
+    def allows(
+        self, queries: Int[Array, "spread query"], keys: Int[Array, "spread key"]
+    ) -> Bool[Array, "spread query key"]:
+        """Which keys each query may see: no padding, and none that is later or too far back.
+
+        Args:
+            queries: the position of each query.
+            keys: that of each key.
+        """
+        queries, keys = queries[:, :, None], keys[:, None, :]
+        allowed = jnp.broadcast_to(keys >= 0, jnp.broadcast_shapes(queries.shape, keys.shape))
+        if self.causal:
+            allowed = allowed & (queries >= keys)
+        return allowed if self.window is None else allowed & (queries - keys < self.window)
 
 
 class Frame(eqx.Module):
@@ -157,6 +174,16 @@ class Frame(eqx.Module):
     keys: Int[Array, "spread key"]
     lengths: Int[Array, " spread"]
     sight: Sight
+
+    @property
+    def queries(self) -> Int[Array, "spread query"]:
+        """The position of each query, grouped as `spread` does."""
+        return self.spread(self.positions[..., None])[..., 0]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the first query is the first key, the second the second, and so on, and later keys are later tokens."""
+        return False
 
     @property
     def entries(self) -> Int[Array, " pos"] | None:
@@ -226,16 +253,32 @@ class Frame(eqx.Module):
 class Whole(Frame):
     """All tokens of a batch."""
 
+    @property
+    def in_order(self) -> bool:
+        """True."""
+        return True
+
 
 class Columns(Frame):
-    """Some columns of a batch; keys and values of the others are cached."""
+    """Some columns of a batch; keys and values of the others are cached.
+
+    Attributes:
+        columns: the columns.
+        alone: whether they attend to one another only.
+    """
 
     columns: Int[Array, " pos"]
+    alone: bool = eqx.field(static=True, default=False)
 
     @property
     def entries(self) -> Int[Array, " pos"]:
         """The columns."""
         return self.columns
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the columns attend to one another only."""
+        return self.alone
 
     def join(self, computed: Array, held: Array | None) -> Array:
         """The computed keys or values put into the cached ones, or alone where there is no cache."""
@@ -291,7 +334,7 @@ def frame(config: Config, tokens: Tokens, dtype: Any) -> Whole:
         The frame.
     """
     positions = tokens.positions
-    return Whole(positions, positions, jnp.asarray(tokens.lengths), _sight(config, positions, positions, dtype))
+    return Whole(positions, positions, jnp.asarray(tokens.lengths), _sight(config, positions, dtype))
 
 
 def frame_of(config: Config, tokens: Tokens, dtype: Any, columns: Int[Array, " pos"], alone: bool = False) -> Columns:
@@ -301,7 +344,7 @@ def frame_of(config: Config, tokens: Tokens, dtype: Any, columns: Int[Array, " p
         config: the architecture.
         tokens: the whole batch.
         dtype: the dtype of the activations, and of the rotary angles.
-        columns: indices of the columns.
+        columns: indices of the columns, in ascending order.
         alone: whether the columns attend to one another only, not to the whole batch.
 
     Returns:
@@ -309,27 +352,20 @@ def frame_of(config: Config, tokens: Tokens, dtype: Any, columns: Int[Array, " p
     """
     positions = tokens.positions[:, columns]
     keys = positions if alone else tokens.positions
-    return Columns(positions, keys, jnp.asarray(tokens.lengths), _sight(config, positions, keys, dtype), columns)
+    return Columns(positions, keys, jnp.asarray(tokens.lengths), _sight(config, positions, dtype), columns, alone)
 
 
-def _sight(config: Config, positions: Int[Array, "batch pos"], keys: Int[Array, "batch key"], dtype: Any) -> Sight:
-    allowed = jnp.broadcast_to(keys[:, None, :] >= 0, (*positions.shape, keys.shape[1]))
-    if config.causal:
-        allowed = allowed & (positions[:, :, None] >= keys[:, None, :])
-    windows, rotaries = config.windows or (0,) * config.n_layers, config.rotaries or (None,) * config.n_layers
-    seen = [_within(allowed, positions, keys, window) for window in dict.fromkeys(windows)]
+def _sight(config: Config, positions: Int[Array, "batch pos"], dtype: Any) -> Sight:
+    no_limit = np.iinfo(np.int32).max
+    windows = jnp.asarray([window or no_limit for window in config.windows], jnp.int32) if config.windows else None
+    rotaries = config.rotaries or (None,) * config.n_layers
     dim = next((rotary.dim for rotary in rotaries if rotary is not None), 0)
-    angles = [_angles(positions, rotary, dim, dtype) for rotary in dict.fromkeys(rotaries)] if dim else []
-    if len(seen) < 2 and len(angles) < 2:
-        return Sight(seen[0] if seen else allowed, angles[0] if angles else None)
-    number = lambda by_layer: jnp.asarray([list(dict.fromkeys(by_layer)).index(x) for x in by_layer], jnp.int32)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *angles) if angles else None
-    return Sight(jnp.stack(seen), stacked, (number(windows), number(rotaries)))
-
-
-def _within(allowed: Bool[Array, "batch pos key"], positions: Array, keys: Array, window: int) -> Array:
-    """Which keys each query may see, of the last `window` tokens only (0 for all)."""
-    return allowed & (positions[:, :, None] - keys[:, None, :] < window) if window else allowed
+    kinds = list(dict.fromkeys(rotaries))
+    angles = [_angles(positions, rotary, dim, dtype) for rotary in kinds] if dim else []
+    if len(angles) < 2:
+        return Sight(config.causal, windows, angles[0] if angles else None)
+    number = jnp.asarray([kinds.index(rotary) for rotary in rotaries], jnp.int32)
+    return Sight(config.causal, windows, jax.tree.map(lambda *x: jnp.stack(x), *angles), number)
 
 
 def _angles(positions: Int[Array, "batch pos"], rotary: Rotary | None, dim: int, dtype: Any) -> tuple[Array, Array]:
@@ -355,10 +391,7 @@ def pack(whole: Whole, rows: Rows) -> Packed:
     tile = lambda x: jnp.tile(x, (cells, *(1,) * (x.ndim - 1)))
     by_row = lambda x: x[rows.example, rows.column][None]
     rotary = jax.tree.map(lambda x: x[..., rows.example, rows.column, :][..., None, :, :], whole.sight.rotary)
-    example = jnp.arange(whole.keys.shape[0], dtype=jnp.int32)[None, :, None]
-    allowed = whole.sight.allowed[..., example, jnp.take(rows.column, rows.slot, mode="clip"), :]
-    merged = allowed.reshape(*allowed.shape[:-4], -1, *allowed.shape[-2:])
-    sight = Sight(merged, rotary, whole.sight.kinds)
+    sight = eqx.tree_at(lambda sight: sight.rotary, whole.sight, rotary, is_leaf=lambda x: x is None)
     return Packed(by_row(whole.positions), tile(whole.keys), tile(whole.lengths), sight, rows, whole)
 
 

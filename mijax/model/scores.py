@@ -1,4 +1,4 @@
-"""Attention scores, and the pattern that a softmax makes of them."""
+"""Attention scores, the pattern that a softmax makes of them, and the sum of values that it weighs."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mijax._types import Array, Float, Heads, KVHeads, Scores
+from mijax._types import Array, Bool, Float, Heads, KVHeads, Scores
 from mijax.model.config import Config
 from mijax.model.numerics import einsum
 from mijax.model.position import Frame
@@ -53,15 +53,16 @@ class ScoreRule:
             `[batch, head, query, key]`.
         """
         (batch, n_query, n_heads, d_head), (_, n_key, n_kv_heads, _) = q.shape, k.shape
-        grouped = q.reshape(batch, n_query, n_kv_heads, n_heads // n_kv_heads, d_head)
-        scores = einsum("bqhge,bkhe->bhgqk", grouped, k, dtype) * self.scale
+        # Queries are put into the order of the scores first: XLA's products would write the scores in another order, and
+        # move them, which are many more.
+        grouped = jnp.moveaxis(q.reshape(batch, n_query, n_kv_heads, n_heads // n_kv_heads, d_head), 1, 3)
+        scores = einsum("bhgqe,bhke->bhgqk", grouped, jnp.moveaxis(k, 1, 2), dtype) * self.scale
         scores = scores.reshape(batch, n_heads, n_query, n_key)
         if self.cap:
             scores = self.cap * jnp.tanh(scores / self.cap)
         if not self.slopes:
             return scores
-        queries = frame.spread(frame.positions[..., None])[..., 0]
-        distance = (queries[:, :, None] - frame.keys[:, None, :]).astype(scores.dtype)
+        distance = (frame.queries[:, :, None] - frame.keys[:, None, :]).astype(scores.dtype)
         return scores - jnp.asarray(self.slopes, scores.dtype)[None, :, None, None] * distance[:, None]
 
 
@@ -97,11 +98,65 @@ def masked_softmax(scores: Scores, frame: Frame, sinks: Float[Array, " head"] | 
     Returns:
         `[batch, head, query, key]`, rows that sum to one (with sinks: to less), or to zero.
     """
-    allowed = frame.sight.allowed[:, None] & (scores != -jnp.inf)  # NaN is not masked and stays NaN
-    masked = jnp.where(allowed, scores, -jnp.inf)
+    masked, allowed = _masked(scores, frame)
     if sinks is not None:
         sink = jnp.broadcast_to(sinks.astype(scores.dtype)[None, :, None, None], (*scores.shape[:-1], 1))
         masked = jnp.concatenate([masked, sink], axis=-1)
     pattern = jax.nn.softmax(masked, axis=-1)[..., : scores.shape[-1]]
     # A row without any key (padding, or all keys cut) is NaN so far, and so are its derivatives: neither goes further.
     return jnp.where(allowed, pattern, 0.0)
+
+
+def softmax_terms(
+    scores: Scores, frame: Frame, sinks: Float[Array, " head"] | None = None
+) -> tuple[Scores, Float[Array, "batch head query 1"]]:
+    """The terms of the softmax over the keys that each query may see, and their sum: the pattern is their quotient.
+
+    Args:
+        scores: `[batch, head, query, key]`, before the causal and padding mask.
+        frame: says which keys each query may see.
+        sinks: as in `masked_softmax`.
+
+    Returns:
+        `[batch, head, query, key]`, exponentials of the scores, divided by that of the row's largest; and their sum,
+        with that of the sink. Both are zero for a query without any key.
+    """
+    masked, _ = _masked(scores, frame)
+    largest = jnp.max(jax.lax.stop_gradient(masked), axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks = sinks.astype(scores.dtype)[None, :, None, None]
+        largest = jnp.maximum(largest, jax.lax.stop_gradient(sinks))
+    largest = jnp.where(largest == -jnp.inf, 0.0, largest)
+    terms = jnp.exp(masked - largest)
+    total = jnp.sum(terms, axis=-1, keepdims=True)
+    return terms, total if sinks is None else total + jnp.exp(sinks - largest)
+
+
+def _masked(scores: Scores, frame: Frame) -> tuple[Scores, Bool[Array, "batch head query key"]]:
+    """The scores, -inf where a query may not see a key, and where it may."""
+    allowed = frame.sight.allows(frame.queries, frame.keys)[:, None] & (scores != -jnp.inf)  # NaN stays NaN
+    return jnp.where(allowed, scores, -jnp.inf), allowed
+
+
+def weighted_values(weights: Scores, v: KVHeads, dtype: Any) -> Heads:
+    """The sum of the values of all keys, weighted.
+
+    Args:
+        weights: `[batch, head, query, key]`.
+        v: `[batch, key, kv_head, d_head]`; a value that is not finite makes NaN of the queries that give it a weight,
+            and of no others, although 0 * inf is NaN.
+        dtype: the dtype in which to multiply.
+
+    Returns:
+        `[batch, query, head, d_head]`.
+    """
+    batch, n_heads, n_query, n_key = weights.shape
+    by_group = weights.reshape(batch, v.shape[2], -1, n_query, n_key)
+    finite = jnp.isfinite(v.astype(dtype))  # which may have fewer bits, and no place for a large value
+    z = einsum("bhgqk,bhke->bhgqe", by_group, jnp.moveaxis(jnp.where(finite, v, 0.0), 1, 2), dtype)
+    bad_keys = jnp.moveaxis(~jnp.all(finite, axis=-1), 1, 2)[:, :, None, None]  # [batch, kv_head, 1, 1, key]
+    weighed = lambda weights: jnp.any(bad_keys & (weights != 0), axis=-1)
+    none = lambda weights: jnp.zeros_like(weights[..., 0], dtype=bool)
+    bad = jax.lax.cond(jnp.any(bad_keys), weighed, none, by_group)
+    z = jnp.where(bad[..., None], jnp.nan, z)
+    return jnp.moveaxis(z, 3, 1).reshape(batch, n_query, n_heads, v.shape[3])
