@@ -85,7 +85,7 @@ def measured(settings: Settings, n_layers: int, tokens: int, checkpoint: int, ru
         job.layout,
         checkpoint,
     )
-    compiled = _chunk.lower(*arguments).compile()
+    compiled = _chunk.lower(*arguments, how="in_little_memory" if checkpoint else "for_speed").compile()
     analysis = compiled.compiled.memory_analysis()
     found = {
         "layers": n_layers, "tokens": tokens, "checkpoint": checkpoint, "peak": None, "cpu": None,

@@ -141,7 +141,7 @@ def programs_timed() -> Iterator[list[float]]:
 
     originals = {name: getattr(module, name) for name in ("_based", "_chunk")}
     for name, program in originals.items():
-        in_its_way = lambda quickly, program=program: partial(waited, program.compiled(quickly))
+        in_its_way = lambda how, program=program: partial(waited, program.compiled(how))
         setattr(module, name, SimpleNamespace(compiled=in_its_way))
     try:
         yield spent

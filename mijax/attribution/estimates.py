@@ -17,7 +17,7 @@ from mijax.attribution.side_by_side import gated, group_size
 from mijax.attribution.taps import Path
 from mijax.engine.driver import check_kept_model
 from mijax.engine.layout import row_bytes
-from mijax.engine.measure import as_programs, captures_of, checked, is_small, metric_bytes, values_of
+from mijax.engine.measure import as_programs, captures_of, checked, compiled_for, metric_bytes, values_of
 from mijax.engine.per_example import check_takes, is_split, of_first, taken
 from mijax.metrics import AnyMetric
 from mijax.model.model import LayeredModel
@@ -211,7 +211,10 @@ def estimated(
         check_takes(job.model, job.base, job.metrics)
     key = jax.random.key(jnp.asarray(job.method.seed))
     parts: list[Estimates] = []
-    small = is_small(job.model, job.base, runs=30)  # forwards and backwards, at several points or by several probes
+    # forwards and backwards, at several points or by several probes
+    how = compiled_for(job.model, job.base, runs=30)
+    if how == "for_speed" and order.checkpoint:  # memory is short
+        how = "in_little_memory"
 
     def run(numbers: Sequence[int]) -> Mapping[str, Array]:
         first = numbers[0] * order.prompts
@@ -221,7 +224,7 @@ def estimated(
         members: Any = {site: n.members[examples] for site, n in job.nodes.items() if n.members is not None}
         source: Any = None if job.source is None else jnp.asarray(some(job.source.ids))
         together = Examples(examples, key)
-        return _chunk.compiled(small)(
+        return _chunk.compiled(how)(
             job.method, job.model, some(job.base), source, metrics, members, together, job.layout, order.checkpoint
         )
 

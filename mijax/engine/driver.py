@@ -16,7 +16,16 @@ from mijax.engine.cells import Cells, Stack, cells_of
 from mijax.engine.chunk import Base, Chunk, base_of, run_chunk
 from mijax.engine.examples import Prompts, groups
 from mijax.engine.layout import Layout, SweepJob, job_of, layout_bytes, layout_of, operations
-from mijax.engine.measure import Metrics, Values, captures_of, checked, is_small, named, reads_activations, values_of
+from mijax.engine.measure import (
+    Metrics,
+    Values,
+    captures_of,
+    checked,
+    compiled_for,
+    named,
+    reads_activations,
+    values_of,
+)
 from mijax.engine.names import check_metric_names
 from mijax.engine.options import Options, Running, options_of
 from mijax.engine.per_example import of_first
@@ -213,7 +222,7 @@ def _group(
         data: Any = [(chunk, *cells.take_split(indices)) for indices, chunk in prepared]
         if mesh is None:
             arguments: Any = (*shared, cells.stacked, *data[0])
-            return _chunk.compiled(small)(*arguments)
+            return _chunk.compiled("quickly" if small else "for_speed")(*arguments)
         width = mesh.devices.shape[0]
         per_device = [(chunk, varying) for chunk, varying, _ in data]
         per_device = jax.tree.map(lambda *a: np.stack([*a, *a[-1:] * (width - len(a))]), *per_device)
@@ -312,7 +321,7 @@ def kept_base(
     Raises:
         ValueError: where a metric is not finite.
     """
-    values, base, acts = _based.compiled(is_small(model, tokens))(model, tokens, edits, metrics, capture)
+    values, base, acts = _based.compiled(compiled_for(model, tokens))(model, tokens, edits, metrics, capture)
     return checked(values, "base", first), base, acts
 
 

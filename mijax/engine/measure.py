@@ -21,7 +21,7 @@ from mijax.model.model import Model
 from mijax.model.numerics import accumulator
 from mijax.model.tokens import Inputs
 from mijax.programs.convert import Converted, convert, for_mesh_axes, shape_of
-from mijax.programs.now import JitNow
+from mijax.programs.now import How, JitNow
 
 Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
 Values: TypeAlias = dict[str, np.ndarray]
@@ -251,7 +251,7 @@ def measure(
     Raises:
         ValueError: where a metric is not finite.
     """
-    values, acts = _measured.compiled(is_small(model, tokens))(model, tokens, edits, metrics, capture)
+    values, acts = _measured.compiled(compiled_for(model, tokens))(model, tokens, edits, metrics, capture)
     return checked(values, what, first), acts
 
 
@@ -309,8 +309,8 @@ def checked(values: Mapping[str, Any], what: str, first: int = 0) -> Values:
     return arrays
 
 
-def is_small(model: Model, tokens: Inputs, runs: int = 1) -> bool:
-    """Whether some runs of prompts are so little work that only the time of compiling them matters.
+def compiled_for(model: Model, tokens: Inputs, runs: int = 1) -> How:
+    """How a program of some runs of prompts is to be compiled.
 
     Args:
         model: the model.
@@ -318,9 +318,10 @@ def is_small(model: Model, tokens: Inputs, runs: int = 1) -> bool:
         runs: the number of runs.
 
     Returns:
-        Whether it is small (`mijax.chunks.small_work`).
+        `"quickly"` where it is so little work that only the time of compiling matters (`mijax.chunks.small_work`).
     """
-    return 2.0 * model.products_per_token * model.n_layers * np.size(tokens.mask) * runs <= small_work()
+    work = 2.0 * model.products_per_token * model.n_layers * np.size(tokens.mask) * runs
+    return "quickly" if work <= small_work() else "for_speed"
 
 
 @JitNow

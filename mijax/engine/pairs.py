@@ -13,7 +13,7 @@ from mijax.engine.cells import cells_of
 from mijax.engine.driver import Start, Swept, kept_base, swept
 from mijax.engine.examples import Prompts
 from mijax.engine.grid import Grid
-from mijax.engine.measure import is_small, measure
+from mijax.engine.measure import compiled_for, measure
 from mijax.engine.options import Options
 from mijax.interventions.checks import check
 from mijax.interventions.edits import Replace
@@ -71,7 +71,7 @@ def patched(
         if not isinstance(model, LayeredModel):  # every cell is run whole
             return Start(prompts.cells._replace(edits=edits), runs, base_states)
         differs, places_of_cells = base_acts[site] != source_acts[site], edits[site][0].where
-        first = _first_change.compiled(is_small(model, tokens))(
+        first = _first_change.compiled(compiled_for(model, tokens))(
             model, model.sites[site], tokens, places_of_cells, differs
         )
         return Start(prompts.cells._replace(edits=edits), runs, base_states, np.asarray(first))
