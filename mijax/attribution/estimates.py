@@ -213,7 +213,7 @@ def estimated(
     parts: list[Estimates] = []
     # forwards and backwards, at several points or by several probes
     how = compiled_for(job.model, job.base, runs=30)
-    if how == "for_speed" and order.checkpoint:  # memory is short
+    if how == "for_speed" and order.checkpoint and jax.default_backend() == "cpu":  # memory is short
         how = "in_little_memory"
 
     def run(numbers: Sequence[int]) -> Mapping[str, Array]:
