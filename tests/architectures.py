@@ -22,7 +22,9 @@ ARCHITECTURES = {
         **_small, n_kv_heads=2, d_head=6, positions=mj.Rotary(), window=(0, 4, 0), norm="rms", mlp="gated", activation="clamped_swiglu",
         experts=mj.Experts(4, top_k=2, router_bias=True), sinks=True,
     ),
-    "experts_of_softmax": mj.Config(**_small, experts=mj.Experts(5, top_k=3, normalise=False), mlp_bias=False),
+    "experts_of_softmax": mj.Config(
+        **_small, experts=mj.Experts(5, top_k=3, normalise=False, shared=6, shared_gate=True), mlp_bias=False, norm_bias=False
+    ),
     "parallel_mqa_partial_rotary": mj.Config(
         **_small, n_kv_heads=1, d_head=6, positions=mj.Rotary(dim=4), parallel=True, shared_norm=True, mlp="gated",
         activation="gelu", tied_unembed=False, unembed_bias=True,
@@ -35,7 +37,10 @@ ARCHITECTURES = {
         **_small, n_kv_heads=2, d_head=6, norm="rms", norm_at="output", qk_norm="all", window=4, positions=mj.Rotary(), attn_bias="v"
     ),
     "post_norm": mj.Config(**_small, norm_at="stream", final_norm=False, mlp="gated", window=4),
-    "normless": mj.Config(**_small, norm="none", positions="none", activation="relu", attn_bias="o", mlp_bias=False),
+    "normless": mj.Config(
+        **_small, norm="none", positions="none", activation="relu", attn_bias="o", mlp_bias=False,
+        experts=mj.Experts(3, top_k=2, shared=5, shared_gate=True),
+    ),
     "bidirectional": mj.Config(
         **_small, causal=False, activation="relu", attn_scale=0.3, norm_at="stream", embed_norm=True, final_norm=False
     ),

@@ -8,8 +8,6 @@ from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, on
 from mijax.checkpoints.rotary_keys import ROTARY_KEYS, read_rotary, write_rotary
 from mijax.checkpoints.table import Family, Weight, linear, norm
 from mijax.model.config import Config
-from mijax.model.fields import check_field
-from mijax.model.routing import Experts
 
 LAYER = "model.layers.{layer}."
 """The start of the names of a layer's tensors."""
@@ -143,46 +141,17 @@ def attention(config: Config, start: str = LAYER + "self_attn.", out: str = "o_p
     return table
 
 
-def gated_mlp(start: str = LAYER + "mlp.") -> list[Weight]:
+def gated_mlp(start: str = LAYER + "mlp.", path: str = "blocks.mlp") -> list[Weight]:
     """The tensors of a gated MLP.
 
     Args:
         start: the start of their names.
+        path: where the MLP is in `Transformer`.
     """
     table = []
     for ours, theirs in (("in", "up_proj"), ("gate", "gate_proj"), ("out", "down_proj")):
-        table += linear((f"blocks.mlp.W_{ours}", f"blocks.mlp.b_{ours}"), start + theirs, ("o i -> i o", "o -> o"))
+        table += linear((f"{path}.W_{ours}", f"{path}.b_{ours}"), start + theirs, ("o i -> i o", "o -> o"))
     return table
-
-
-def expert_mlp(start: str, router: str, names: Mapping[str, str]) -> list[Weight]:
-    """The tensors of a mixture of experts with one tensor for each map of each expert.
-
-    Args:
-        start: the start of their names.
-        router: the name of the router's map.
-        names: the names of each expert's maps, by `in`, `gate` and `out`.
-    """
-    table = linear(("blocks.mlp.W_router", "blocks.mlp.b_router"), start + router, ("n d -> d n", "n -> n"))
-    for ours, theirs in names.items():
-        table.append(Weight((f"blocks.mlp.W_{ours}",), f"{start}experts.{{expert}}.{theirs}.weight", "o i -> i o"))
-    return table
-
-
-def read_experts(c: Mapping[str, Any], n: str, top_k: int, normalise: bool | None = None) -> dict[str, Any]:
-    """The field `experts`.
-
-    Args:
-        c: the contents of `config.json`.
-        n: the key of the number of experts.
-        top_k: the number of experts that a token uses, where the file gives none.
-        normalise: whether their weights sum to one; by default the file's `norm_topk_prob`.
-    """
-    if normalise is None:
-        normalise = bool(check_field(Experts, "normalise", c.get("norm_topk_prob", False), "norm_topk_prob"))
-    sizes = {"n": c[n], "top_k": c.get("num_experts_per_tok", top_k)}
-    checked = {name: check_field(Experts, name, value, name) for name, value in sizes.items()}
-    return {"experts": Experts(**checked, normalise=normalise)}
 
 
 BUFFERS = rotary_buffers(LAYER + "self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")

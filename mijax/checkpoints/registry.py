@@ -22,6 +22,7 @@ from mijax.checkpoints.families.opt import OPT
 from mijax.checkpoints.families.phi import PHI
 from mijax.checkpoints.families.phi3 import PHI3
 from mijax.checkpoints.families.qwen2 import QWEN2
+from mijax.checkpoints.families.qwen2_moe import QWEN2_MOE
 from mijax.checkpoints.families.qwen3 import QWEN3
 from mijax.checkpoints.families.qwen3_moe import QWEN3_MOE
 from mijax.checkpoints.families.smollm3 import SMOLLM3
@@ -49,6 +50,7 @@ FAMILIES: dict[str, Family] = {
         SMOLLM3,
         MIXTRAL,
         QWEN3_MOE,
+        QWEN2_MOE,
         OLMOE,
         GPT_OSS,
         MIJAX,

@@ -1,4 +1,4 @@
-"""The MLP of a mixture of experts. No other module computes it."""
+"""The MLP of a mixture of experts, some of which all tokens may share. No other module computes it."""
 
 import equinox as eqx
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from mijax._types import Array, Float, Int, Stream
 from mijax.model.config import Config
-from mijax.model.mlp import activated
+from mijax.model.mlp import MLP, activated, mlp
 from mijax.model.numerics import einsum
 from mijax.model.tap import State, Visit
 
@@ -15,7 +15,10 @@ LARGEST_BLOCK = 128
 
 
 class ExpertMLP(eqx.Module):
-    """Weights stacked over layers and experts; the gate's are `None` in dense experts."""
+    """Weights stacked over layers and experts; the gate's are `None` in dense experts.
+
+    `shared` is the MLP that all tokens use, `W_shared_gate` projects the stream to the factor of its output.
+    """
 
     W_router: Float[Array, "layer d_model expert"]
     b_router: Float[Array, "layer expert"] | None
@@ -25,6 +28,8 @@ class ExpertMLP(eqx.Module):
     b_in: Float[Array, "layer expert d_mlp"] | None
     b_out: Float[Array, "layer expert d_model"] | None
     b_gate: Float[Array, "layer expert d_mlp"] | None
+    shared: MLP | None
+    W_shared_gate: Float[Array, "layer d_model"] | None
 
 
 def experts(config: Config, params: ExpertMLP, x: Stream, visit: Visit, state: State) -> tuple[Stream, State]:
@@ -41,8 +46,21 @@ def experts(config: Config, params: ExpertMLP, x: Stream, visit: Visit, state: S
         state: the tap's state.
 
     Returns:
-        `[batch, pos, d_model]`, the weighted sum of the experts' outputs; and the tap's state.
+        `[batch, pos, d_model]`, the weighted sum of the experts' outputs, with that of the shared MLP; and the tap's
+        state.
     """
+    out, state = _routed(config, params, x, visit, state)
+    if params.shared is None:
+        return out, state
+    shared, state = mlp(config, params.shared, x, visit, state)
+    if params.W_shared_gate is not None:
+        shared = shared * jax.nn.sigmoid(einsum("bpd,d->bp", x, params.W_shared_gate))[..., None]
+    shared, state = visit("shared_out", shared, state)
+    return out + shared, state
+
+
+def _routed(config: Config, params: ExpertMLP, x: Stream, visit: Visit, state: State) -> tuple[Stream, State]:
+    """The weighted sum of the experts' outputs, and the tap's state."""
     rule = config.experts
     assert rule is not None
     logits = einsum("bpd,de->bpe", x, params.W_router)
@@ -81,8 +99,9 @@ def _all(config: Config, params: ExpertMLP, x: Stream) -> Float[Array, "batch po
 
 
 def _of_experts(params: ExpertMLP) -> ExpertMLP:
-    """The weights with an axis of experts; without the router's, which have none."""
-    return eqx.tree_at(lambda p: (p.W_router, p.b_router), params, (None, None), is_leaf=lambda x: x is None)
+    """The weights with an axis of experts."""
+    others = lambda p: (p.W_router, p.b_router, p.shared, p.W_shared_gate)
+    return eqx.tree_at(others, params, (None,) * 4, is_leaf=lambda x: x is None)
 
 
 def _used(config: Config, params: ExpertMLP, x: Stream, weights: Array, top_k: int) -> Stream:

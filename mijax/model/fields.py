@@ -23,6 +23,7 @@ _NOT_NEGATIVE = {
     "attn_scale",
     "scores_cap",
     "logits_cap",
+    "shared",
 }
 
 

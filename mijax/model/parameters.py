@@ -26,6 +26,7 @@ _ANNOUNCED_BY = {  # the field of `Config` that says whether a model has the par
     "sinks": "sinks",
     "W_router": "experts",
     "b_router": "experts",
+    "W_shared_gate": "experts",
     "W_in": "mlp",
     "W_out": "mlp",
     "W_gate": "mlp",

@@ -37,7 +37,7 @@ def fold_norms(model: Transformer) -> Transformer:
         The rewritten model, with a config that describes it.
 
     Raises:
-        ValueError: for a model without norms there.
+        ValueError: for a model without norms there, and for norms with biases before a shared MLP with a gate.
 
     >>> import jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -53,15 +53,16 @@ def fold_norms(model: Transformer) -> Transformer:
     spec = "ld,ldhe->lhe"
     folded = {f"attn.{k}_{n}": v for n, (W, b) in zip("QKV", qkv) for k, v in zip("Wb", _fold(ln1, W, b, spec))}
     if mlp is not None and ln2 is not None:
-        reading = ("in", "gate") if mlp.W_gate is not None else ("in",)
-        specs = dict.fromkeys(reading, "ld,ldm->lm")
-        if isinstance(mlp, ExpertMLP):
-            specs = dict.fromkeys(reading, "ld,lndm->lnm") | {"router": "ld,ldn->ln"}
-        for name, spec in specs.items():
-            W, b = getattr(mlp, f"W_{name}"), getattr(mlp, f"b_{name}")
-            folded |= {f"mlp.{k}_{name}": v for k, v in zip("Wb", _fold(ln2, W, b, spec))}
-        if mlp.b_out is None and folded["mlp.b_in"] is not None:  # an MLP has all of its biases, or none
-            folded["mlp.b_out"] = jnp.zeros_like(mlp.W_out[..., 0, :])
+        if ln2.bias is not None and getattr(mlp, "W_shared_gate", None) is not None:
+            raise ValueError("fold_norms does not apply: the gate of the shared MLP has no bias for that of the norm")
+        for W_path, axes in _reads(model).items():
+            b_path = _bias_of(W_path)
+            W, b = _fold(ln2, _get(mlp, W_path), _get(mlp, b_path), f"ld,{axes}->{axes.replace('d', '')}")
+            folded |= {f"mlp.{W_path}": W, f"mlp.{b_path}": b}
+        for part in ("", "shared."):  # an MLP has all of its biases, or none
+            W_out, b_out = _get(mlp, f"{part}W_out"), _get(mlp, f"{part}b_out")
+            if W_out is not None and b_out is None and folded[f"mlp.{part}b_in"] is not None:
+                folded[f"mlp.{part}b_out"] = jnp.zeros_like(W_out[..., 0, :])
     norms = {"ln1": _plain(ln1)} | ({} if model.blocks.ln2 is None else {"ln2": _plain(model.blocks.ln2)})
     new: dict[str, Any] = {f"blocks.{path}": value for path, value in (folded | norms).items()}
     if model.ln_final is not None:
@@ -98,7 +99,7 @@ def centre_writes(model: Transformer) -> Transformer:
     if not _reads_centred(model.config):
         raise ValueError("centre_writes needs norms before attention, MLP and unembedding, and no others")
     model = _untied(model)
-    writes = ["W_E", "W_pos", "blocks.attn.W_O", "blocks.attn.b_O", "blocks.mlp.W_out", "blocks.mlp.b_out"]
+    writes = ["W_E", "W_pos", *_LAYERS_WRITE]
     weights = {path: _get(model, path) for path in writes}
     return _replace(
         model, {path: x - jnp.mean(x, axis=-1, keepdims=True) for path, x in weights.items() if x is not None}
@@ -288,11 +289,36 @@ def rotate_stream(model: Transformer, rotation: ArrayLike) -> Transformer:
             f"rotate_stream needs a model without norms, which have a basis of their own; this one has norm={model.config.norm!r}"
         )
     rotation = _rotation(model, rotation, (model.config.d_model,) * 2)
-    writes = ["W_E", "W_pos", "W_U", "blocks.attn.W_O", "blocks.attn.b_O", "blocks.mlp.W_out", "blocks.mlp.b_out"]
-    reads = ["blocks.attn.W_Q", "blocks.attn.W_K", "blocks.attn.W_V", "blocks.mlp.W_in", "blocks.mlp.W_gate"]
+    writes = ["W_E", "W_pos", "W_U", *_LAYERS_WRITE]
     rotated = {path: _dot("...d,de->...e", _get(model, path), rotation) for path in writes}
-    rotated |= {path: _dot("ld...,de->le...", _get(model, path), rotation) for path in reads}
+    reads = {f"blocks.attn.W_{name}": "ldhk" for name in "QKV"}
+    reads |= {f"blocks.mlp.{path}": axes for path, axes in _reads(model).items()}
+    rotated |= {
+        path: _dot(f"{axes},de->{axes.replace('d', 'e')}", _get(model, path), rotation) for path, axes in reads.items()
+    }
     return _replace(model, {path: x for path, x in rotated.items() if x is not None})
+
+
+_LAYERS_WRITE = [
+    *("blocks.attn.W_O", "blocks.attn.b_O"),
+    *(f"blocks.mlp.{part}{name}" for part in ("", "shared.") for name in ("W_out", "b_out")),
+]
+"""The parameters that write to the stream; not all models have all."""
+
+
+def _reads(model: Transformer) -> dict[str, str]:
+    """The matrices of a layer's MLP that read the stream, by path in it: their axes, of which `d` is the stream's."""
+    mlp = model.blocks.mlp
+    of_experts = isinstance(mlp, ExpertMLP)
+    reads = dict.fromkeys(("W_in", "W_gate"), "lndm" if of_experts else "ldm")
+    if of_experts:
+        reads |= {"W_router": "ldn", "W_shared_gate": "ld", "shared.W_in": "ldm", "shared.W_gate": "ldm"}
+    return {path: axes for path, axes in reads.items() if _get(mlp, path) is not None}
+
+
+def _bias_of(path: str) -> str:
+    head, _, name = path.rpartition("W_")
+    return f"{head}b_{name}"
 
 
 def _check(model: Any, function: str) -> None:

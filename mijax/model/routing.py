@@ -22,6 +22,8 @@ class Experts:
         normalise: whether the weights of these experts are made to sum to 1; otherwise they are those of a softmax over
             all experts.
         router_bias: whether the router has a bias.
+        shared: number of neurons of a further MLP that all tokens use, whose output is added; 0 for none.
+        shared_gate: whether that output is multiplied by the sigmoid of a projection of the stream (Qwen2-MoE).
 
     Raises:
         ValueError: naming every invalid field.
@@ -34,12 +36,16 @@ class Experts:
     top_k: int
     normalise: bool = True
     router_bias: bool = False
+    shared: int = 0
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
         """Check all fields."""
         faults = list(check_fields(self).values())
         if not faults and self.top_k > self.n:
             faults.append(f"top_k={self.top_k} must be at most n={self.n}")
+        if not faults and self.shared_gate and not self.shared:
+            faults.append("shared_gate=True needs shared")
         if faults:
             raise ValueError("invalid Experts: " + "; ".join(faults))
 

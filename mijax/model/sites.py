@@ -149,9 +149,10 @@ _ln1_post = lambda config: config.has_norm("output")
 _ln2 = lambda config: config.has_norm("input") and _has_mlp(config)
 _ln2_post = lambda config: config.has_norm("output") and _has_mlp(config)
 _turned = lambda config: config.rotates or config.qk_norm != "none"
-_neurons = lambda config: config.mlp != "none" and config.experts is None
+_neurons = lambda config: config.mlp != "none" and (config.experts is None or config.experts.shared > 0)
 _gated = lambda config: _neurons(config) and config.mlp == "gated"
 _experts = lambda config: config.experts is not None
+_shared = lambda config: config.experts is not None and config.experts.shared > 0
 
 SITES: Mapping[str, Site] = {
     site.name: site
@@ -182,12 +183,13 @@ SITES: Mapping[str, Site] = {
         Site("mlp_in", _STREAM, "the stream as the MLP alone sees it, before ln2", "mlp", _has_mlp),
         Site("ln2.scale", _STREAM[:3], "as ln1.scale, for the norm before the MLP", "mlp", _ln2),
         Site("ln2.normalized", _STREAM, "as ln1.normalized, for the norm before the MLP", "mlp", _ln2),
-        Site("pre", _MLP, "neurons before the activation function (of the gate, where gated)", "mlp", _neurons, product=True),
+        Site("pre", _MLP, "neurons before the activation function (of the gate, where gated); beside experts those of the shared MLP", "mlp", _neurons, product=True),
         Site("pre_linear", _MLP, "the linear branch that a gated MLP multiplies in", "mlp", _gated, product=True),
         Site("post", _MLP, "neurons: activation(pre), times pre_linear where gated", "mlp", _neurons),
         Site("router_logits", (*_STREAM[:3], "expert"), "scores of the experts", "mlp", _experts, product=True),
         Site("expert_weights", (*_STREAM[:3], "expert"), "by what the experts' outputs are multiplied; zero for those that a token does not use", "mlp", _experts),
         Site("expert_out", (*_STREAM[:3], "expert", "d_model"), "output of every expert, with bias; computed where it is asked for", "mlp", _experts),
+        Site("shared_out", _STREAM, "output of the MLP that all tokens share beside experts, after its gate", "mlp", _shared),
         Site("ln2_post.scale", _STREAM[:3], "as ln1.scale, for the norm of the MLP's output, or of the stream after it", "mlp", _ln2_post),
         Site("ln2_post.normalized", _STREAM, "as ln1.normalized, for the norm of the MLP's output, or of the stream after it", "mlp", _ln2_post),
         Site("mlp_out", _STREAM, "what the MLP adds to the stream, with bias, after a norm of the output", "mlp", _has_mlp, product=True, added=True),
@@ -213,7 +215,7 @@ def transformer_sites(config: Config) -> Mapping[str, Site]:
     c = config
     fixed = (
         ("layer", c.n_layers), ("head", c.n_heads), ("kv_head", c.n_kv_heads),
-        ("d_model", c.d_model), ("d_head", c.d_head), ("d_mlp", c.d_mlp),
+        ("d_model", c.d_model), ("d_head", c.d_head), ("d_mlp", c.experts.shared if c.experts else c.d_mlp),
         ("expert", c.experts.n if c.experts else 0),
     )  # fmt: skip
     existing = {name: site for name, site in SITES.items() if site.exists(config)}

@@ -163,6 +163,7 @@ class Transformer(LayeredModel):
         if c.experts is not None:  # a token is copied for each expert that it uses
             every = "expert_out" in sites or "expert_weights" in sites
             neurons, out = neurons * c.experts.top_k, 3 * c.d_model * (c.experts.n if every else c.experts.top_k)
+            neurons += 3 * c.experts.shared
         numbers = 8 * c.d_model + 4 * heads + neurons + out
         return numbers + 3 * c.n_heads * c.d_model * copies
 
@@ -254,19 +255,27 @@ def _with_weights(config: Config, dtype: Any, weights: Callable[[tuple[int, ...]
         sinks=bias(c.sinks, n, c.n_heads),
     )
     gated, e = c.mlp == "gated", c.experts
-    stack = (n,) if e is None else (n, e.n)
-    mlp: Any = None if c.mlp == "none" else {
-        "W_in": normal(*stack, c.d_model, c.d_mlp),
-        "W_out": normal(*stack, c.d_mlp, c.d_model, scale=to_stream),
-        "W_gate": normal(*stack, c.d_model, c.d_mlp) if gated else None,
-        "b_in": bias(c.mlp_bias, *stack, c.d_mlp),
-        "b_out": bias(c.mlp_bias, *stack, c.d_model),
-        "b_gate": bias(c.mlp_bias and gated, *stack, c.d_mlp),
-    }  # fmt: skip
-    if mlp and e:
-        mlp = ExpertMLP(W_router=normal(n, c.d_model, e.n), b_router=bias(e.router_bias, n, e.n), **mlp)
-    elif mlp:
-        mlp = MLP(**mlp)
+
+    def maps(*stack: int, width: int) -> dict[str, Any]:
+        return {
+            "W_in": normal(*stack, c.d_model, width),
+            "W_out": normal(*stack, width, c.d_model, scale=to_stream),
+            "W_gate": normal(*stack, c.d_model, width) if gated else None,
+            "b_in": bias(c.mlp_bias, *stack, width),
+            "b_out": bias(c.mlp_bias, *stack, c.d_model),
+            "b_gate": bias(c.mlp_bias and gated, *stack, width),
+        }
+
+    if e is not None:
+        mlp = ExpertMLP(
+            W_router=normal(n, c.d_model, e.n),
+            b_router=bias(e.router_bias, n, e.n),
+            shared=MLP(**maps(n, width=e.shared)) if e.shared else None,
+            W_shared_gate=normal(n, c.d_model) if e.shared_gate else None,
+            **maps(n, e.n, width=c.d_mlp),
+        )
+    else:
+        mlp = None if c.mlp == "none" else MLP(**maps(n, width=c.d_mlp))
     return Transformer(
         W_E=normal(c.d_vocab, c.d_model),
         W_pos=normal(c.n_ctx, c.d_model) if c.positions == "learned" else None,

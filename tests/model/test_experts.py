@@ -57,6 +57,24 @@ def test_blocks_of_many_tokens_give_what_all_experts_give(x64, n, top_k, pos):
     assert (np.asarray(every.acts["expert_weights"] != 0).sum(-1) == top_k).all()
 
 
+@pytest.mark.parametrize("gate", [True, False])
+def test_the_shared_mlp_is_added(x64, gate):
+    """Its neurons are `pre`, `pre_linear` and `post`; without the experts' outputs it is what is left."""
+    model, tokens = model_of(4, 2, shared=7, shared_gate=gate), batch("left")
+    out = mj.run(model, tokens, capture=(*SITES, "shared_out", "post", "expert_out", "ln2.normalized"))
+    acts, shared = out.acts, model.blocks.mlp.shared
+    of_experts = jnp.einsum("lbpe,lbped->lbpd", acts["expert_weights"], acts["expert_out"])
+    read = acts["ln2.normalized"] * model.blocks.ln2.weight[:, None, None]
+    factor = (
+        jax.nn.sigmoid(jnp.einsum("lbpd,ld->lbp", read, model.blocks.mlp.W_shared_gate))[..., None] if gate else 1.0
+    )
+    down = jnp.einsum("lbpm,lmd->lbpd", acts["post"], shared.W_out) + shared.b_out[:, None, None]
+    assert acts["post"].shape[-1] == 7 and error(acts["shared_out"], factor * down) < 1e-10
+    assert error(acts["mlp_out"], of_experts + acts["shared_out"]) < 1e-10
+    alone = mj.run(model, tokens, {"expert_weights": mj.Replace(0.0)}, capture=("mlp_out", "shared_out")).acts
+    assert error(alone["mlp_out"], alone["shared_out"]) < 1e-10
+
+
 def test_the_blocks_hold_every_pair_once():
     rng = np.random.default_rng(0)
     for n, pairs in ((1, 5), (3, 1), (4, 64), (8, 1000), (128, 64)):

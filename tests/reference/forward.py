@@ -134,7 +134,12 @@ def _experts(c, blocks, p, at, x):
     weights = at("expert_weights", weights)
     per_expert = lambda i: {name: None if p(getattr(m, name)) is None else p(getattr(m, name))[i] for name in WEIGHTS}
     out = np.stack([_mlp_output(c, per_expert(i), x, lambda _, v: v) for i in range(c.experts.n)], axis=1)
-    return (weights[..., None] * at("expert_out", out)).sum(1)
+    out = (weights[..., None] * at("expert_out", out)).sum(1)
+    if m.shared is None:
+        return out
+    shared = _mlp_output(c, {name: p(getattr(m.shared, name)) for name in WEIGHTS}, x, at)
+    gate = 1 if m.W_shared_gate is None else 1 / (1 + np.exp(-(x @ p(m.W_shared_gate))))[:, None]
+    return out + at("shared_out", gate * shared)
 
 
 WEIGHTS = ("W_in", "W_gate", "W_out", "b_in", "b_gate", "b_out")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mijax.checkpoints import llama_layout
+from mijax.checkpoints import expert_layout, llama_layout
 from mijax.checkpoints.keys import BIASES, Key, architectures, only
 from mijax.checkpoints.rotary_keys import read_rotary
 from mijax.checkpoints.table import FUSED, Family, Weight, linear, norm
@@ -25,7 +25,7 @@ _YARN = {
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     said = any(c.get(key) for key in ("rope_parameters", "rope_scaling"))
     local = range(0, fields["n_layers"], 2)
-    experts = llama_layout.read_experts(c, "num_local_experts", 4, normalise=True)["experts"]
+    experts = expert_layout.read_experts(c, "num_local_experts", 4, normalise=True)["experts"]
     return {
         "positions": read_rotary(c if said else {**c, "rope_parameters": _YARN}, theta=150_000.0),
         **llama_layout.read_windows({"sliding_window": 128, **c, "use_sliding_window": True}, fields, local),

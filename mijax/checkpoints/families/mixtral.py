@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mijax.checkpoints import llama_layout
+from mijax.checkpoints import expert_layout, llama_layout
 from mijax.checkpoints.keys import Key, architectures
 from mijax.checkpoints.table import Family, Weight, norm
 from mijax.model.config import Config
@@ -15,7 +15,7 @@ def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return {
         **llama_layout.read_window(c, fields, None),
         **llama_layout.read_positions({"rope_theta": 1_000_000.0, **c} if not c.get("rope_parameters") else c, fields),
-        **llama_layout.read_experts(c, "num_local_experts", 2, normalise=True),
+        **expert_layout.read_experts(c, "num_local_experts", 2, normalise=True),
     }
 
 
@@ -34,7 +34,7 @@ def _weights(config: Config) -> list[Weight]:
         *norm("blocks.ln1", h + "input_layernorm", bias=False),
         *llama_layout.attention(config),
         *norm("blocks.ln2", h + "post_attention_layernorm", bias=False),
-        *llama_layout.expert_mlp(h + "block_sparse_moe.", "gate", maps),
+        *expert_layout.expert_mlp(h + "block_sparse_moe.", "gate", maps),
     ]
 
 
