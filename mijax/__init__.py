@@ -33,6 +33,7 @@ from mijax.cache import compilation_cache
 from mijax.checkpoints.load import load
 from mijax.checkpoints.save import save
 from mijax.checkpoints.tokenizer import Tokenizer
+from mijax.checkpoints.transformer_lens import from_transformer_lens, to_transformer_lens
 from mijax.engine.cells import Stack, stack
 from mijax.engine.grid import Grid, grid
 from mijax.engine.statistics import bootstrap, normalise, sign_flips
@@ -106,6 +107,7 @@ __all__ = [
     "concept",
     "current_tokens",
     "dose_response",
+    "from_transformer_lens",
     "generate",
     "gradients",
     "grid",
@@ -128,5 +130,6 @@ __all__ = [
     "strongest",
     "superposition",
     "sweep",
+    "to_transformer_lens",
     "trace",
 ]

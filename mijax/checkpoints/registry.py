@@ -59,6 +59,39 @@ FAMILIES: dict[str, Family] = {
 """The families by their `model_type`. `mijax.save` takes the first that expresses a model, so `mijax` comes last."""
 
 
+ENCODERS = frozenset(
+    {
+        *(
+            "albert",
+            "bart",
+            "bert",
+            "camembert",
+            "deberta",
+            "deberta-v2",
+            "distilbert",
+            "electra",
+            "longformer",
+            "marian",
+            "mbart",
+        ),
+        *(
+            "modernbert",
+            "mpnet",
+            "mt5",
+            "pegasus",
+            "roberta",
+            "t5",
+            "umt5",
+            "vit",
+            "wav2vec2",
+            "whisper",
+            "xlm-roberta",
+        ),
+    }
+)
+"""Values of `model_type` that name no decoder-only language model."""
+
+
 def family_of(config: Mapping[str, Any], source: str) -> Family:
     """The family that a config's `model_type` names.
 
@@ -70,9 +103,17 @@ def family_of(config: Mapping[str, Any], source: str) -> Family:
         The family.
 
     Raises:
-        ValueError: where `model_type` is missing or not supported.
+        ValueError: where `model_type` is missing or not supported; with a hint for TransformerLens's configs and encoders.
     """
     kind = config.get("model_type")
+    if kind is None and {"d_model", "n_ctx", "act_fn"} <= config.keys():
+        raise ValueError(
+            f"{source}: config.json is TransformerLens's: give it and the arrays to mijax.from_transformer_lens"
+        )
+    if kind in ENCODERS:
+        raise ValueError(
+            f"{source}: model_type {kind!r} is no decoder: encoders and encoder-decoders are out of mijax's scope"
+        )
     if kind not in FAMILIES:
         raise ValueError(f"{source}: unsupported model_type {kind!r}; supported are {', '.join(FAMILIES)}")
     return FAMILIES[kind]

@@ -80,6 +80,9 @@ def check_settings(
             raise TypeError(f"{name} must be one number that is known before anything is compiled, given {value!r}")
     if not model.causal:
         faults.append("a bidirectional model cannot generate")
+    n_logits = model.output_like(tokens).W_U.shape[0]
+    if n_logits != model.d_vocab:
+        faults.append(f"a model with {n_logits} logits for {model.d_vocab} tokens cannot generate")
     if count < 1:
         faults.append(f"max_new_tokens must be at least 1, given {count}")
     if top_k is not None and top_k < 1:

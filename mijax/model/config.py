@@ -34,6 +34,7 @@ class Config:
         d_model: width of the residual stream.
         n_heads: number of query heads.
         d_vocab: number of tokens in the vocabulary.
+        d_vocab_out: number of logits; 0 for `d_vocab`. A classifier of other size cannot generate.
         n_ctx: greatest number of tokens of a prompt.
         d_head: width of a head; 0 for `d_model / n_heads`.
         n_kv_heads: number of key/value heads; 0 for `n_heads`, fewer for grouped-query attention, 1 for multi-query.
@@ -89,6 +90,7 @@ class Config:
     d_head: int = 0  # 0: d_model / n_heads
     n_kv_heads: int = 0  # 0: n_heads
     d_mlp: int = 0  # 0: 4 * d_model (and no MLP where mlp is "none")
+    d_vocab_out: int = 0  # 0: d_vocab
     positions: Positions = "learned"
     window: int | tuple[int, ...] = 0  # 0: all tokens
     norm: NormKind = "layer"
@@ -123,6 +125,7 @@ class Config:
             raise ValueError("invalid Config: " + "; ".join(faults))
         self._set("d_head", self.d_head or self.d_model // self.n_heads)
         self._set("n_kv_heads", self.n_kv_heads or self.n_heads)
+        self._set("d_vocab_out", self.d_vocab_out or self.d_vocab)
         self._set("attn_scale", self.attn_scale or self.d_head**-0.5)
         self._set("d_mlp", 0 if self.mlp == "none" else self.d_mlp or 4 * self.d_model)
         self._set("norm_bias", self.norm_bias and self.norm == "layer")
@@ -193,6 +196,12 @@ class Config:
             self.parallel and self.norm_at == "input"
         ):  # fmt: skip
             yield "shared_norm=True needs parallel=True and norm_at='input'"
+        if (
+            valid("d_vocab", "d_vocab_out", "tied_unembed")
+            and self.tied_unembed
+            and self.d_vocab_out not in (0, self.d_vocab)
+        ):
+            yield f"d_vocab_out={self.d_vocab_out} needs tied_unembed=False"
         if valid("activation", "mlp") and self.activation == "clamped_swiglu" and self.mlp != "gated":
             yield "activation='clamped_swiglu' needs mlp='gated'"
         if valid("experts", "mlp") and self.experts and self.mlp == "none":

@@ -24,6 +24,7 @@ _NOT_NEGATIVE = {
     "scores_cap",
     "logits_cap",
     "shared",
+    "d_vocab_out",
 }
 
 

@@ -47,13 +47,13 @@ class Transformer(LayeredModel):
     ln_embed: Norm | None
     blocks: Block
     ln_final: Norm | None
-    W_U: Float[Array, "vocab d_model"] | None
-    b_U: Float[Array, " vocab"] | None
+    W_U: Float[Array, "vocab_out d_model"] | None
+    b_U: Float[Array, " vocab_out"] | None
     config: Config = eqx.field(static=True)
     users_code = False
 
     @property
-    def unembedding(self) -> Float[Array, "vocab d_model"]:
+    def unembedding(self) -> Float[Array, "vocab_out d_model"]:
         """`W_U`, or `W_E` where the two are tied."""
         return self.W_E if self.W_U is None else self.W_U
 
@@ -289,8 +289,8 @@ def _with_weights(config: Config, dtype: Any, weights: Callable[[tuple[int, ...]
             ln2_post=norm(c.has_norm("output") and mlp, n),
         ),
         ln_final=norm(c.final_norm),
-        W_U=None if c.tied_unembed else normal(c.d_vocab, c.d_model),
-        b_U=bias(c.unembed_bias, c.d_vocab),
+        W_U=None if c.tied_unembed else normal(c.d_vocab_out, c.d_model),
+        b_U=bias(c.unembed_bias, c.d_vocab_out),
         config=config,
     )
 
