@@ -85,6 +85,7 @@ def load(
         return _build(gguf.config, tensors, dtype, name, str(path)), encoder
     config = _read_json(path / "config.json")
     _check_adapter(path)
+    _described(config, str(path))  # first, to refuse an unsupported one whatever else the folder lacks
     encoder = Tokenizer.from_folder(path) if tokenizer else None
     return _build(config, _safetensors(path), dtype, name, str(path)), encoder
 

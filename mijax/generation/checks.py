@@ -80,7 +80,7 @@ def check_settings(
             raise TypeError(f"{name} must be one number that is known before anything is compiled, given {value!r}")
     if not model.causal:
         faults.append("a bidirectional model cannot generate")
-    n_logits = model.output_like(tokens).W_U.shape[0]
+    n_logits = model.output_like(tokens).n_logits
     if n_logits != model.d_vocab:
         faults.append(f"a model with {n_logits} logits for {model.d_vocab} tokens cannot generate")
     if count < 1:

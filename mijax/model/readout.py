@@ -27,6 +27,11 @@ class Readout(eqx.Module):
     b_U: Float[Array, " vocab"] | None
     cap: float = eqx.field(static=True, default=0.0)
 
+    @property
+    def n_logits(self) -> int:
+        """The number of logits of a token."""
+        return self.W_U.shape[0]
+
     def logits(self, pos: ArrayLike | None = None, tokens: ArrayLike | None = None) -> Logits:
         """Logits at some positions (all by default) for some tokens (all by default).
 
