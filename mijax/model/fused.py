@@ -11,7 +11,7 @@ from mijax.model.position import Frame, Whole
 from mijax.model.scores import ScoreRule, softmax_terms, weighted_values
 
 QUERIES = 256
-"""The queries of a block. `benchmarks.long_prompts` compares sizes: from 128 to 256 the time is the same."""
+"""The queries of a block: blocks of 128 to 256 take the same time (`benchmarks.long_prompts`), smaller ones more."""
 
 SEGMENTS = 4
 """How many different numbers of keys a causal run compiles: all keys for all queries would be twice the work."""

@@ -57,6 +57,14 @@ def test_the_benchmark_runs_and_compares(tmp_path, monkeypatch):
         sweeps.peer_commands(str(tmp_path / "python"), attribution=True)
 
 
+def test_long_prompts_are_timed_with_and_without_all_scores():
+    """Where PyTorch is, transformers too, whose logits must be the same."""
+    from benchmarks import long_prompts
+
+    row = long_prompts.main(lengths=(600,), rounds=1, tiny=True)[600]
+    assert row["difference"] < 1e-4 and row["planned"] < 0.6 * row["planned_whole"]
+
+
 def test_experts_are_timed_beside_a_dense_mlp():
     from benchmarks import experts
 
