@@ -119,7 +119,7 @@ def test_message(fault):
         mj.from_transformer_lens(*change(state, config))
 
 
-def test_arguments_of_another_kind():
+def test_arguments_of_another_kind(as_a_user):
     state, config, _ = stored("gpt2")
     with pytest.raises(TypeError, match=r"config must be a mapping \(cfg.to_dict\(\)\), given object"):
         mj.from_transformer_lens(state, object())
