@@ -60,34 +60,10 @@ FAMILIES: dict[str, Family] = {
 
 
 ENCODERS = frozenset(
-    {
-        *(
-            "albert",
-            "bart",
-            "bert",
-            "camembert",
-            "deberta",
-            "deberta-v2",
-            "distilbert",
-            "electra",
-            "longformer",
-            "marian",
-            "mbart",
-        ),
-        *(
-            "modernbert",
-            "mpnet",
-            "mt5",
-            "pegasus",
-            "roberta",
-            "t5",
-            "umt5",
-            "vit",
-            "wav2vec2",
-            "whisper",
-            "xlm-roberta",
-        ),
-    }
+    """
+    albert bart bert camembert deberta deberta-v2 distilbert electra longformer marian mbart modernbert mpnet mt5 pegasus
+    roberta t5 umt5 vit wav2vec2 whisper xlm-roberta
+    """.split()  # noqa: SIM905
 )
 """Values of `model_type` that name no decoder-only language model."""
 

@@ -239,6 +239,8 @@ def from_transformer_lens(
         ours = FAMILY.config(config)
     except KeyError as error:
         raise ValueError(f"the TransformerLens config lacks {error}") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"the TransformerLens config has a value of another kind: {error}") from error
     ours = dataclasses.replace(ours, name=str(config.get("model_name", "")))
     arrays = {_renamed(name, ours): _array(name, x) for name, x in state.items()}
     shapes = {name: shape for name, shape in _supplied(ours, config).items() if name not in arrays}
@@ -260,7 +262,8 @@ def _with_late_biases(arrays: Mapping[str, np.ndarray], config: Config) -> dict[
         sizes = [x is not None and x.shape for x in (b_in, W_out, b_out)]
         if sizes == [(config.d_mlp,), (config.d_mlp, config.d_model), (config.d_model,)]:  # `build` names all others
             assert b_in is not None and W_out is not None and b_out is not None
-            arrays |= {f"{name}b_in": np.zeros_like(b_in), f"{name}b_out": b_out + b_in @ W_out}
+            exact = [x.astype(np.float64) for x in (b_out, b_in, W_out)]
+            arrays |= {f"{name}b_in": np.zeros_like(b_in), f"{name}b_out": exact[0] + exact[1] @ exact[2]}
     return arrays
 
 
@@ -352,10 +355,10 @@ def _with_all_biases(model: Transformer) -> Transformer:
             mlp, **{name: zeros(getattr(mlp, name), (c.n_layers, n)) for name, n in widths.items()}
         )
 
-    def norm(given: Norm | None) -> Norm | None:
-        if given is None or c.norm != "layer":
-            return given
-        return Norm(given.weight, zeros(given.bias, given.weight.shape))
+    def norm(params: Norm | None) -> Norm | None:
+        if params is None or c.norm != "layer":
+            return params
+        return Norm(params.weight, zeros(params.bias, params.weight.shape))
 
     blocks = dataclasses.replace(
         model.blocks,

@@ -12,6 +12,10 @@ from mijax.model.config import Config
 from mijax.model.numerics import einsum
 from mijax.model.position import Frame
 
+MANY = 2**16
+"""The number of a head's weights from which on they are searched only where a value is not finite: 5 % of a forward pass of
+1,024 tokens, for .4 s of compilation."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoreRule:
@@ -157,6 +161,7 @@ def weighted_values(weights: Scores, v: KVHeads, dtype: Any) -> Heads:
     bad_keys = jnp.moveaxis(~jnp.all(finite, axis=-1), 1, 2)[:, :, None, None]  # [batch, kv_head, 1, 1, key]
     weighed = lambda weights: jnp.any(bad_keys & (weights != 0), axis=-1)
     none = lambda weights: jnp.zeros_like(weights[..., 0], dtype=bool)
-    bad = jax.lax.cond(jnp.any(bad_keys), weighed, none, by_group)
+    few = n_query * n_key < MANY
+    bad = weighed(by_group) if few else jax.lax.cond(jnp.any(bad_keys), weighed, none, by_group)
     z = jnp.where(bad[..., None], jnp.nan, z)
     return jnp.moveaxis(z, 3, 1).reshape(batch, n_query, n_heads, v.shape[3])

@@ -103,6 +103,9 @@ FAULTS = {
     "no size": (lambda s, c: (s, without(c, "n_heads")), "lacks 'n_heads'"),
     "an unknown norm": (lambda s, c: (s, c | {"normalization_type": "BN"}), "normalization_type='BN' is none of"),
     "folded, and yet not": (lambda s, c: (s, c | {"normalization_type": "LNPre"}), "unexpected blocks.0.ln1.b"),
+    "a scale of zero": (lambda s, c: (s, c | {"attn_scale": 0.0}), "a value of another kind"),
+    "a cap that is text": (lambda s, c: (s, c | {"attn_scores_soft_cap": "2"}), "a value of another kind"),
+    "a window that is none": (lambda s, c: (s, c | {"use_local_attn": True, "attn_types": ["local"] * 2}), "window=None must be"),
     "alibi of three heads": (lambda s, c: (s, c | {"positional_embedding_type": "alibi", "n_heads": 3}), "no power of 2"),
 }  # fmt: skip
 

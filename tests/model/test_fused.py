@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mijax as mj
-from mijax.model import attention, fused
+from mijax.model import attention, fused, scores
 from tests.architectures import ARCHITECTURES, cases, error, example, on_real, random_model, real
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -24,6 +24,7 @@ def queries(monkeypatch):
     """Two queries in a block: four blocks in a segment of 8, and in the last of 3 a rest."""
     for module in (attention, fused):
         monkeypatch.setattr(module, "QUERIES", 2)
+    monkeypatch.setattr(scores, "MANY", 1)
     jax.clear_caches()
     yield
     jax.clear_caches()
