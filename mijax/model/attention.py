@@ -11,7 +11,7 @@ from mijax.model.config import Config
 from mijax.model.fused import QUERIES, fused_attention
 from mijax.model.norm import Norm, normalised, rms_normalised
 from mijax.model.numerics import einsum
-from mijax.model.position import rotate
+from mijax.model.rotary import rotate
 from mijax.model.scores import ScoreRule, masked_softmax, weighted_values
 from mijax.model.tap import State, Visit
 

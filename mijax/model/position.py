@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mijax._types import Array, Asked, Bool, Float, Heads, Int, Real, Stream
+from mijax._types import Array, Asked, Bool, Float, Int, Real, Stream
 from mijax.model.config import Config
-from mijax.model.rotary import Rotary, frequencies
+from mijax.model.rotary import angles
 from mijax.model.tokens import Tokens
 
 
@@ -361,20 +361,11 @@ def _sight(config: Config, positions: Int[Array, "batch pos"], dtype: Any) -> Si
     rotaries = config.rotaries or (None,) * config.n_layers
     dim = next((rotary.dim for rotary in rotaries if rotary is not None), 0)
     kinds = list(dict.fromkeys(rotaries))
-    angles = [_angles(positions, rotary, dim, dtype) for rotary in kinds] if dim else []
-    if len(angles) < 2:
-        return Sight(config.causal, windows, angles[0] if angles else None)
+    by_kind = [angles(positions, rotary, dim, dtype) for rotary in kinds] if dim else []
+    if len(by_kind) < 2:
+        return Sight(config.causal, windows, by_kind[0] if by_kind else None)
     number = jnp.asarray([kinds.index(rotary) for rotary in rotaries], jnp.int32)
-    return Sight(config.causal, windows, jax.tree.map(lambda *x: jnp.stack(x), *angles), number)
-
-
-def _angles(positions: Int[Array, "batch pos"], rotary: Rotary | None, dim: int, dtype: Any) -> tuple[Array, Array]:
-    """Cosine and sine of the rotary angles of `dim` dimensions: those of a layer without rotary positions are zero."""
-    turns, factor = np.zeros(dim // 2) if rotary is None else frequencies(rotary), 1.0
-    if rotary is not None and rotary.scaling is not None:
-        factor = rotary.scaling.attention_factor
-    angles = jnp.maximum(positions, 0).astype(dtype)[:, :, None] * jnp.asarray(turns, dtype)[None, None]
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    return Sight(config.causal, windows, jax.tree.map(lambda *x: jnp.stack(x), *by_kind), number)
 
 
 def pack(whole: Whole, rows: Rows) -> Packed:
@@ -393,19 +384,3 @@ def pack(whole: Whole, rows: Rows) -> Packed:
     rotary = jax.tree.map(lambda x: x[..., rows.example, rows.column, :][..., None, :, :], whole.sight.rotary)
     sight = eqx.tree_at(lambda sight: sight.rotary, whole.sight, rotary, is_leaf=lambda x: x is None)
     return Packed(by_row(whole.positions), tile(whole.keys), tile(whole.lengths), sight, rows, whole)
-
-
-def rotate(x: Heads, rotary: tuple[Float[Array, "batch pos angle"], Float[Array, "batch pos angle"]]) -> Heads:
-    """Rotate the first dimensions, of which dimension i is paired with i + the number of angles.
-
-    Args:
-        x: `[batch, pos, head, d_head]`, queries or keys.
-        rotary: cosine and sine of the angles of their tokens.
-
-    Returns:
-        `[batch, pos, head, d_head]`; dimensions from twice the number of angles on are unchanged.
-    """
-    cos, sin = (t[:, :, None, :] for t in rotary)
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

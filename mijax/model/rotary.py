@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
+from mijax._types import Array, Float, Heads, Int
 from mijax.model.fields import check_fields
 
 
@@ -113,3 +115,38 @@ def _ramp(rotary: Rotary, scaling: RotaryScaling) -> np.ndarray:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rotary.dim - 1)
     return np.clip((np.arange(rotary.dim // 2) - first) / (last - first if last != first else 0.001), 0, 1)
+
+
+def angles(positions: Int[Array, "batch pos"], rotary: Rotary | None, dim: int, dtype: Any) -> tuple[Array, Array]:
+    """Cosine and sine of the rotary angles of `dim` dimensions: those of a layer without rotary positions are zero.
+
+    Args:
+        positions: `[batch, pos]`, of each token; those of padding are negative.
+        rotary: the rotary positions of the layer, or `None`.
+        dim: the number of dimensions that other layers rotate.
+        dtype: of both.
+
+    Returns:
+        Both `[batch, pos, dim / 2]`.
+    """
+    turns, factor = np.zeros(dim // 2) if rotary is None else frequencies(rotary), 1.0
+    if rotary is not None and rotary.scaling is not None:
+        factor = rotary.scaling.attention_factor
+    turned = jnp.maximum(positions, 0).astype(dtype)[:, :, None] * jnp.asarray(turns, dtype)[None, None]
+    return jnp.cos(turned) * factor, jnp.sin(turned) * factor
+
+
+def rotate(x: Heads, rotary: tuple[Float[Array, "batch pos angle"], Float[Array, "batch pos angle"]]) -> Heads:
+    """Rotate the first dimensions, of which dimension i is paired with i + the number of angles.
+
+    Args:
+        x: `[batch, pos, head, d_head]`, queries or keys.
+        rotary: cosine and sine of the angles of their tokens.
+
+    Returns:
+        `[batch, pos, head, d_head]`; dimensions from twice the number of angles on are unchanged.
+    """
+    cos, sin = (t[:, :, None, :] for t in rotary)
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
