@@ -79,8 +79,8 @@ def _peer(model: mj.Transformer) -> Callable[[np.ndarray], np.ndarray] | None:
     """The same model in transformers; `None` without PyTorch."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
         return None
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     with tempfile.TemporaryDirectory() as scratch:
         mj.save(model, Path(scratch) / "model")
