@@ -61,7 +61,7 @@ def build(config: Config, family: Family, tensors: Tensors, dtype: Any, source: 
         ValueError: listing every tensor that is missing, unexpected, quantised, of the wrong shape or not finite,
             or that is a buffer which contradicts the config.
     """
-    lookup = _Lookup(family, tensors.dtypes)
+    lookup = Lookup(family.prefix, tensors.dtypes)
     head = lookup(family.head) if config.tied_unembed and family.head else None
     buffers = {lookup(name): b for b in family.buffers for name in tensor_names(b.theirs, config)}
     _check_names(config, family, tensors, lookup, buffers, head, source)
@@ -90,7 +90,7 @@ def _check_names(
     config: Config,
     family: Family,
     tensors: Tensors,
-    lookup: "_Lookup",
+    lookup: "Lookup",
     buffers: Collection[str | None],
     head: str | None,
     source: str,
@@ -118,7 +118,7 @@ def _check_buffers(config: Config, tensors: Tensors, buffers: Mapping[str, Any],
     _fail(source, faults)
 
 
-def _with_head(config: Config, family: Family, tensors: Tensors, lookup: "_Lookup", dtype: Any, source: str) -> Config:
+def _with_head(config: Config, family: Family, tensors: Tensors, lookup: "Lookup", dtype: Any, source: str) -> Config:
     """The config of a checkpoint that holds an unembedding although its config ties it: untied where the two differ."""
     embedding_name = next(w.theirs for w in family.weights(config) if w.ours == ("W_E",))
     head, embedding = (tensors.read(lookup(name) or name) for name in (str(family.head), embedding_name))
@@ -132,13 +132,19 @@ def _with_head(config: Config, family: Family, tensors: Tensors, lookup: "_Looku
     return dataclasses.replace(config, tied_unembed=False)
 
 
-class _Lookup:
-    """Maps a tensor's full name to its name in the checkpoint, which may lack the family's prefix; `None` if absent."""
+class Lookup:
+    """Maps a tensor's full name to its name in the checkpoint, which may lack the family's prefix; `None` if absent.
 
-    def __init__(self, family: Family, names: Collection[str]):
-        self.prefix, self.names = family.prefix, set(names)
+    Args:
+        prefix: the family's prefix.
+        names: the names in the checkpoint.
+    """
+
+    def __init__(self, prefix: str, names: Collection[str]):
+        self.prefix, self.names = prefix, set(names)
 
     def __call__(self, name: str) -> str | None:
+        """The name in the checkpoint."""
         return next((n for n in (name, name.removeprefix(self.prefix)) if n in self.names), None)
 
 

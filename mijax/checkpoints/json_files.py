@@ -26,3 +26,21 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object, given {type(content).__name__}")
     return content
+
+
+def required_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that must exist.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it does not hold an object.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}")
+    return read_object(path)

@@ -89,6 +89,8 @@ class Family:
         buffers: tensors that are checked and dropped.
         head: the tensor of the unembedding, which a checkpoint may hold although the config ties it to the
             embedding.
+        inputs_first: whether the matrices of the layers have the axes `[inputs, outputs]` (`Conv1D` of transformers),
+            not `[outputs, inputs]` (`torch.nn.Linear`).
     """
 
     name: str
@@ -103,6 +105,7 @@ class Family:
     prefix: str = ""
     buffers: tuple[Buffer, ...] = ()
     head: str | None = None
+    inputs_first: bool = False
 
     def config(self, c: Mapping[str, Any]) -> Config:
         """Read a `config.json`.

@@ -36,8 +36,8 @@ def hub(tmp_path, monkeypatch):
         (here.repository / name).write_text("{}")
     (here.repository / "outputs.npz").unlink()
 
-    def snapshot_download(repo_id, *, revision=None, allow_patterns=None, ignore_patterns=None):
-        assert (repo_id, revision) == ("someone/tiny", "v1")
+    def snapshot_download(repo_id, *, revision=None, token=None, allow_patterns=None, ignore_patterns=None):
+        assert (repo_id, revision, token) == ("someone/tiny", "v1", "secret")
         files = [str(p.relative_to(here.repository)) for p in here.repository.rglob("*") if p.is_file()]
         for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             (here.cache / name).parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def hub(tmp_path, monkeypatch):
     return here
 
 
-load = lambda: mj.load("someone/tiny", revision="v1")
+load = lambda: mj.load("someone/tiny", revision="v1", token="secret")
 
 UNSUPPORTED = {
     "another architecture": ({"model_type": "mamba"}, "someone/tiny: unsupported model_type 'mamba'"),

@@ -48,4 +48,5 @@ GPT2 = Family(
     prefix="transformer.",
     buffers=masks("transformer.h.{layer}.attn."),
     head="lm_head.weight",
+    inputs_first=True,
 )
