@@ -115,7 +115,7 @@ def without(mapping, key):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_message(fault):
+def test_message(fault, as_a_user):
     change, message = FAULTS[fault]
     state, config, _ = stored("gpt2")
     with pytest.raises(ValueError, match=message):
