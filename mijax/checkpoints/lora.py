@@ -124,9 +124,22 @@ def _settings(folder: Path) -> dict[str, Any]:
     for key in ("r", "lora_alpha"):
         if type(settings.get(key)) not in (int, float) or not settings[key] > 0:
             faults.append(f"{key}={settings.get(key)!r}, which must be a positive number")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not _are_patterns(settings.get(key) or {}):
+            faults.append(f"{key}={settings[key]!r}, which must map patterns of names to positive numbers")
     if faults:
         raise ValueError(f"{folder / CONFIG} describes an adapter that is not supported: {', '.join(faults)}")
     return settings
+
+
+def _are_patterns(patterns: Any) -> bool:
+    """Whether a value maps regular expressions to positive numbers."""
+    if not isinstance(patterns, Mapping):
+        return False
+    try:
+        return all(re.compile(key) and type(value) in (int, float) and value > 0 for key, value in patterns.items())
+    except re.error:
+        return False
 
 
 def _by_target(folder: Path, target: Callable[[str], str | None]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -180,7 +193,7 @@ def _scale(settings: Mapping[str, Any], name: str, rank: int, folder: Path) -> f
     """The factor of a low-rank product, whose half A is the tensor `name`."""
     module = _LOW_RANK.sub(r"\1", name.removeprefix(_START))
 
-    def setting(key: str, patterns: str) -> float:
+    def setting(key: str, patterns: str) -> int | float:
         matching = (v for k, v in (settings.get(patterns) or {}).items() if re.match(rf"(.*\.)?({k})$", module))
         return next(matching, settings[key])
 

@@ -63,6 +63,8 @@ REFUSED = {
     "parameters of experts": ({}, {"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
     "an unknown key": ({}, {"scale_by_moon": 2}, "scale_by_moon=2"),
     "a rank that is not the config's": ({}, {"r": 4}, "have rank 2, and adapter_config.json says 4"),
+    "a pattern that is none": ({}, {"alpha_pattern": {"q_(": 2}}, "alpha_pattern=.*must map patterns of names to positive numbers"),
+    "ranks that are no map": ({}, {"rank_pattern": [2]}, "rank_pattern=.*must map"),
     "one half": ({f"{Q}.lora_B.weight": None}, {}, "lora_A.weight lacks its other half"),
     "halves that do not fit": ({f"{Q}.lora_B.weight": np.ones((3, 2), np.float32)}, {}, "have shapes .* which do not give its shape"),
     "a module that is not there": ({f"{Q}_2.lora_A.weight": np.ones((2, 2), np.float32)}, {}, "q_proj_2.lora_A.weight fits no tensor"),
