@@ -10,6 +10,7 @@ import pytest
 import mijax as mj
 from mijax.checkpoints.registry import FAMILIES
 from tests.architectures import error
+from tests.reference import sites
 from tests.reference.families import CASES, REFERENCES, make
 from tests.reference.tiny_models import PADDINGS, inputs
 
@@ -35,7 +36,7 @@ def check_parity(ours, theirs, padding):
     ids, mask = inputs(padding)
     real = mask.astype(bool)
     logits, hidden = outputs(theirs, ids, mask)
-    out = mj.run(ours, mj.Tokens(ids, mask), capture=("resid_pre",))
+    out = mj.run(ours, mj.Tokens(ids, mask), capture=tuple(ours.sites))  # one program with `sites.compared`
     assert error(np.asarray(out.logits)[real], logits[real]) < 1e-4
     streams = np.concatenate([out.acts["resid_pre"], out.readout.final[None]])
     for layer, (mine, other) in enumerate(zip(streams[:, real], hidden[:, real], strict=True)):
@@ -48,7 +49,7 @@ def test_every_family_is_compared():
 
 @pytest.mark.parametrize("family, variant", CASES)
 def test_family(family, variant, tmp_path):
-    """float32 at 1e-4: logits, every layer's stream, greedy tokens; and what is saved is read by transformers."""
+    """float32 at 1e-4: logits, every layer's stream, every site, greedy tokens; and what is saved is read by transformers."""
     import torch
     import transformers
 
@@ -57,6 +58,12 @@ def test_family(family, variant, tmp_path):
     ours, _ = mj.load(tmp_path / "theirs")
     for padding in PADDINGS:
         check_parity(ours, theirs, padding)
+    page = sites.read()[family]
+    for site, (kind, off) in sites.compared(family, theirs, ours).items():
+        assert off < 1e-4, site
+        assert page[site].startswith(sites.IDENTITY) == (kind == sites.IDENTITY), site  # in the table of docs/verification.md
+    if variant == 0:
+        assert min(sites.moved(ours).values()) > 1e-3
     # a wrong reading fails: two query heads swapped
     W_Q = ours.blocks.attn.W_Q
     swapped = eqx.tree_at(lambda m: m.blocks.attn.W_Q, ours, W_Q.at[:, :, :2].set(W_Q[:, :, 1::-1]))
