@@ -61,7 +61,9 @@ def test_family(family, variant, tmp_path):
     page = sites.read()[family]
     for site, (kind, off) in sites.compared(family, theirs, ours).items():
         assert off < 1e-4, site
-        assert page[site].startswith(sites.IDENTITY) == (kind == sites.IDENTITY), site  # in the table of docs/verification.md
+        assert page[site].startswith(sites.IDENTITY) == (kind == sites.IDENTITY), (
+            site
+        )  # in the table of docs/verification.md
     if variant == 0:
         assert min(sites.moved(ours).values()) > 1e-3
     # a wrong reading fails: two query heads swapped

@@ -35,7 +35,9 @@ def compared(family, theirs, ours) -> dict[str, tuple[str, float]]:
         if reference is None:
             given, reference = _identity(name, acts, ours, recorded)
             where = np.broadcast_to(mask.astype(bool)[None, ..., None], given.shape)
-        elif name == "attn_scores" and ours.config.positions == "alibi":  # of which transformers adds a number to each query's
+        elif (
+            name == "attn_scores" and ours.config.positions == "alibi"
+        ):  # of which transformers adds a number to each query's
             own = lambda x: x - np.diagonal(x, axis1=-2, axis2=-1)[..., None]
             given, reference, where = own(given), own(reference), seen[name]
         else:
@@ -73,7 +75,9 @@ def _identity(name, acts, ours, recorded):
     assert name == "expert_out" and mlp is not None
     written = [recorded.outputs[recorded.module("blocks.mlp.W_router", layer).rpartition(".")[0]] for layer in layers]
     written = np.stack([w[0] if isinstance(w, tuple) else w for w in written]).reshape(acts["mlp_out"].shape)
-    return np.einsum("lbpe,lbped->lbpd", acts["expert_weights"], acts["expert_out"]) + acts.get("shared_out", 0.0), written
+    return np.einsum("lbpe,lbped->lbpd", acts["expert_weights"], acts["expert_out"]) + acts.get(
+        "shared_out", 0.0
+    ), written
 
 
 def _laws(acts, ours):
