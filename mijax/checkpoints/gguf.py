@@ -1,39 +1,26 @@
 """GGUF files: dequantised tensors, config and tokenizer, in the form of a Hugging Face checkpoint."""
 
+import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mijax.checkpoints import gguf_metadata
-from mijax.checkpoints.gguf_file import read_header
+from mijax.checkpoints.build import tensor_names
+from mijax.checkpoints.gguf_architectures import ARCHITECTURES, Architecture, decimal
+from mijax.checkpoints.gguf_file import Tensor, read_header
 from mijax.checkpoints.gguf_tokenizer import read_tokenizer
+from mijax.checkpoints.registry import FAMILIES
 from mijax.checkpoints.tokenizer import Tokenizer
-
-# from GGUF's names of modules (of a block: without its number) to Hugging Face's
-_TENSORS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "blk.attn_norm": "input_layernorm",
-    "blk.attn_q": "self_attn.q_proj",
-    "blk.attn_k": "self_attn.k_proj",
-    "blk.attn_v": "self_attn.v_proj",
-    "blk.attn_output": "self_attn.o_proj",
-    "blk.ffn_norm": "post_attention_layernorm",
-    "blk.ffn_gate": "mlp.gate_proj",
-    "blk.ffn_up": "mlp.up_proj",
-    "blk.ffn_down": "mlp.down_proj",
-}
-# the tensors that llama.cpp permutes, and the config's number of their heads
-_ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+from mijax.model.rotary import Rotary, RotaryScaling, frequencies
 
 
 class GGUF:
-    """A GGUF file of the Llama family, of which the header is read; tensors are read and dequantised one at a time.
+    """A GGUF file, of which the header is read; tensors are read and dequantised one at a time.
 
     Args:
         path: the file.
@@ -53,15 +40,18 @@ class GGUF:
         self.fields: dict[str, Any]
         self.fields, tensors = read_header(path)
         values = gguf_metadata.checked(self.fields, path)
-        if any(tensor.name == "rope_freqs.weight" for tensor in tensors):
-            raise ValueError(f"{path}: rotary scaling by a table (rope_freqs.weight) is not supported yet")
-        unknown = [tensor.name for tensor in tensors if _hf_name(tensor.name) is None]
-        if unknown:
-            raise ValueError(f"{path}: unexpected {', unexpected '.join(unknown)}")
-        self._tensors = {name: tensor for tensor in tensors if (name := _hf_name(tensor.name))}
-        shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        stored = {tensor.name: tensor for tensor in tensors}
         ids = {f"{name}_token_id": self.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+        shapes = {name: tensor.shape for name, tensor in stored.items()}
         self.config: dict[str, Any] = gguf_metadata.config(values, shapes, path) | ids
+        self._architecture = ARCHITECTURES[self.fields["general.architecture"]]
+        if "rope_freqs.weight" in stored:
+            table = stored.pop("rope_freqs.weight").read(path)
+            self.config["rope_scaling"] = _llama3_scaling(table, self.config, path)
+        self._dequantised = functools.lru_cache(maxsize=1)(
+            lambda tensor: tensor.read(path)
+        )  # of experts, one after the other
+        self._tensors = _by_hf_name(stored, self._architecture, self.config, path)
 
     @property
     def names(self) -> list[str]:
@@ -75,18 +65,17 @@ class GGUF:
             name: its Hugging Face name.
 
         Returns:
-            The tensor, dequantised to float32, with the rows of q and k in Hugging Face's order.
+            The tensor, dequantised to float32, as it was before llama.cpp converted it.
 
         Raises:
             ValueError: where the rows of q or k do not divide into heads of an even size.
         """
-        values = self._tensors[name].read(self.path)
-        heads = _ROTATED.get(name.split(".")[-2])
-        if heads is None:
-            return values
-        if values.shape[0] % (2 * self.config[heads]):
-            raise ValueError(f"{self.path}: {name} has {len(values)} rows for {self.config[heads]} heads of even size")
-        return _unpermuted(values, self.config[heads])
+        tensor, expert = self._tensors[name]
+        values = self._dequantised(tensor)
+        try:
+            return self._architecture.undo(name, values if expert is None else values[expert], self.config)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Read all tensors, one at a time.
@@ -117,17 +106,48 @@ class GGUF:
         path.write_text(json.dumps(self.config, indent=2), encoding="utf-8")
 
 
-def _hf_name(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor; `None` for one that no Llama has."""
-    match = re.fullmatch(r"(?:(blk)\.(0|[1-9]\d*)\.)?(\w+)\.(weight|bias)", name)
-    block, layer, part, kind = match.groups() if match else (None, None, "", "")
-    module = _TENSORS.get(f"{block}.{part}" if block else part)
-    if module is None:
-        return None
-    return f"model.layers.{layer}.{module}.{kind}" if block else f"{module}.{kind}"
+def _by_hf_name(
+    stored: Mapping[str, Tensor], architecture: Architecture, config: Mapping[str, Any], path: Path
+) -> dict[str, tuple[Tensor, int | None]]:
+    """The tensors by their Hugging Face names, in the file's order; with the number of the expert where one holds all."""
+    import gguf
+
+    family = FAMILIES[str(config["model_type"])]
+    try:
+        described = family.config(config)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: the metadata do not describe a model that is supported: {error}") from error
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.names], described.n_layers)
+    theirs = (weight.theirs for weight in family.weights(described))
+    named: dict[str, list[tuple[str, int | None]]] = {}
+    for name in (name for pattern in theirs for name in tensor_names(pattern, described)):
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        plain = name if expert is None else name.replace(expert[0], ".experts.")
+        spellings = (plain, plain.removeprefix(family.prefix))  # llama.cpp has some names of the bare model only
+        held = next((n for s in spellings if (n := names.get_name(s, try_suffixes=(".weight", ".bias")))), None)
+        if held is not None and held in stored:
+            named.setdefault(held, []).append((name, None if expert is None else int(expert[1])))
+    unexpected = [name for name in stored if name not in named]
+    if unexpected:
+        raise ValueError(f"{path}: unexpected {', unexpected '.join(unexpected)}")
+    return {name: (tensor, expert) for held, tensor in stored.items() for name, expert in named[held]}
 
 
-def _unpermuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Put the two halves of each head that rotary positions pair one after the other; llama.cpp interleaves them."""
-    shape = rows.shape
-    return rows.reshape(heads, shape[0] // heads // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+def _llama3_scaling(table: np.ndarray, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The scaling of Llama 3.1 and later, which llama.cpp stores as a table of the factors of all frequencies."""
+    factor = decimal(table.max())
+    scaling = {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    base, dim = float(config["rope_theta"]), int(config["head_dim"])
+    plain = frequencies(Rotary(base, dim))
+    expected = frequencies(Rotary(base, dim, RotaryScaling("llama3", factor, 1.0, 4.0, 8192)))
+    if config["rope_scaling"] or table.shape != plain.shape or not np.allclose(plain / table, expected, rtol=1e-5):
+        raise ValueError(
+            f"{path}: the table of rotary scaling (rope_freqs.weight) is not that of Llama 3 ({scaling}), and no other is"
+            " supported"
+        )
+    return {"rope_type": "llama3", **scaling}

@@ -1,4 +1,4 @@
-"""GGUF's metadata of Llama models: every key is read, is known to be harmless, or is refused by name.
+"""GGUF's metadata: every key is read, is known to be harmless, or is refused by name.
 
 A missing key has the default that llama.cpp gives it (llama-model.cpp, llama-hparams.h).
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+from mijax.checkpoints.gguf_architectures import ARCHITECTURES, Architecture, Get, decimal, head_size
 
 
 class Rule(NamedTuple):
@@ -64,54 +64,80 @@ NOT_NEGATIVE = Rule("a number that is not negative", lambda x: _is_number(x) and
 FLAG = Rule("true or false", lambda x: type(x) is bool)
 TEXT = Rule("a text", lambda x: type(x) is str)
 
-_REQUIRED = (
-    "llama.block_count", "llama.context_length", "llama.embedding_length", "llama.feed_forward_length",
-    "llama.attention.head_count", "llama.attention.layer_norm_rms_epsilon",
-)  # fmt: skip
+_REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 # keys that may have an array of one entry per layer
-_PER_LAYER = ("llama.feed_forward_length", "llama.attention.head_count", "llama.attention.head_count_kv")
-KEYS: dict[str, Rule] = {  # the model's keys that are read or whose value must be a certain one
+_PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+_MODEL: dict[str, Rule] = {  # the keys of an architecture that are read or whose value must be a certain one
     **dict.fromkeys(_REQUIRED, COUNT),
-    "llama.attention.layer_norm_rms_epsilon": NOT_NEGATIVE,
-    "llama.attention.head_count_kv": COUNT,
-    "llama.attention.key_length": COUNT,
-    "llama.attention.value_length": COUNT,
-    "llama.vocab_size": COUNT,
-    "llama.rope.dimension_count": COUNT,
-    "llama.rope.freq_base": POSITIVE,
-    "llama.rope.scaling.type": only("none", "linear"),
-    "llama.rope.scaling.factor": POSITIVE,
-    "llama.rope.scale_linear": POSITIVE,  # the older name of rope.scaling.factor
-    "llama.attention.scale": NOT_NEGATIVE,
-    "llama.attention.sliding_window": NATURAL,
+    "attention.head_count_kv": COUNT,
+    "attention.key_length": COUNT,
+    "attention.value_length": COUNT,
+    "vocab_size": COUNT,
+    "rope.dimension_count": COUNT,
+    "rope.freq_base": POSITIVE,
+    "rope.scaling.type": only("none", "linear"),
+    "rope.scaling.factor": POSITIVE,
+    "rope.scale_linear": POSITIVE,  # the older name of rope.scaling.factor
+    "attention.scale": NOT_NEGATIVE,
+    "attention.sliding_window": NATURAL,
     # not implemented here: accepted at the values at which they have no effect
-    "llama.rope.scaling.attn_factor": only(1.0),
-    "llama.attention.causal": only(True),
-    "llama.attention.clamp_kqv": only(0.0),
-    "llama.attention.max_alibi_bias": only(0.0),
-    "llama.attn_logit_softcapping": only(0.0),
-    "llama.final_logit_softcapping": only(0.0),
-    "llama.logit_scale": only(1.0, 0.0),
-    "llama.residual_scale": only(1.0, 0.0),
-    "llama.embedding_scale": only(1.0, 0.0),
-    "llama.expert_count": only(0),
-    "llama.expert_used_count": only(0),
-    "llama.pooling_type": only(0),
-    "llama.use_parallel_residual": only(False),
-    "llama.tensor_data_layout": only("Meta AI original pth"),
-    "general.architecture": only("llama"),
+    "rope.scaling.attn_factor": only(1.0),
+    "attention.causal": only(True),
+    "attention.clamp_kqv": only(0.0),
+    "attention.max_alibi_bias": only(0.0),
+    "attn_logit_softcapping": only(0.0),
+    "final_logit_softcapping": only(0.0),
+    "logit_scale": only(1.0, 0.0),
+    "residual_scale": only(1.0, 0.0),
+    "embedding_scale": only(1.0, 0.0),
+    "expert_count": only(0),
+    "expert_used_count": only(0),
+    "pooling_type": only(0),
+    "use_parallel_residual": only(False),
+    "tensor_data_layout": only("Meta AI original pth"),
+}
+_READ: dict[str, Rule] = {  # the keys of some architectures (`Architecture.reads`), in which they are not refused
+    "expert_count": NATURAL,
+    "expert_used_count": NATURAL,
+    "expert_feed_forward_length": COUNT,
+    "expert_shared_feed_forward_length": COUNT,
+    "attention.sliding_window": NATURAL,
+    "attn_logit_softcapping": POSITIVE,
+    "final_logit_softcapping": NOT_NEGATIVE,
+    "use_parallel_residual": FLAG,
+    "attention.max_alibi_bias": only(8.0),
+}
+_FILE: dict[str, Rule] = {
+    "general.architecture": TEXT,
     "general.type": only("model"),
     "general.quantization_version": only(2),
     "split.no": only(0),
     "split.count": only(1, 0),
     "split.tensors.count": COUNT,
 }
-HARMLESS: dict[str, Rule] = {  # checked for their type, without effect at any value
-    "llama.rope.scaling.original_context_length": COUNT,  # read for YaRN only, which is refused
-    "llama.rope.scaling.finetuned": FLAG,
+_HARMLESS: dict[str, Rule] = {  # checked for their type, without effect at any value
+    "rope.scaling.original_context_length": COUNT,  # read for YaRN only, which is refused
+    "rope.scaling.finetuned": FLAG,
 }
 _HARMLESS_FAMILIES = ("general.", "quantize.imatrix.", "mradermacher.")  # keys that describe the origin of the file
 _TOKENIZER = "tokenizer."
+
+
+def rules(name: str) -> tuple[dict[str, Rule], dict[str, Rule]]:
+    """The rules for the metadata of an architecture, by key.
+
+    Args:
+        name: llama.cpp's name of the architecture.
+
+    Returns:
+        Those of keys that are read or must have a certain value, and those of keys without effect.
+    """
+    architecture = ARCHITECTURES[name]
+    keys = _MODEL | {architecture.epsilon: NOT_NEGATIVE} | {key: _READ[key] for key in architecture.reads}
+    if architecture.rotates == "none":
+        keys = {key: rule for key, rule in keys.items() if not key.startswith("rope.")}
+    named = lambda keys: {f"{name}.{key}": rule for key, rule in keys.items()}
+    return named(keys) | _FILE, named(_HARMLESS)
 
 
 def checked(fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -126,21 +152,23 @@ def checked(fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
         share.
 
     Raises:
-        ValueError: for another architecture than Llama; else naming every key that is missing or unknown, or whose
+        ValueError: for an architecture that is not read; else naming every key that is missing or unknown, or whose
             value is not supported.
     """
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise ValueError(f"{path}: unsupported GGUF architecture {architecture!r}; supported is llama")
+    name = fields.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ValueError(f"{path}: unsupported GGUF architecture {name!r}; supported are {', '.join(ARCHITECTURES)}")
     values = {key: value for key, value in fields.items() if not key.startswith(_TOKENIZER)}
     differing = []
-    for key in _PER_LAYER:
+    for key in (f"{name}.{key}" for key in _PER_LAYER):
         entries = values.get(key)
         if isinstance(entries, list) and entries:
             values[key] = entries[0]
-            if len(entries) != values.get("llama.block_count") or len(set(entries)) > 1:
+            if len(entries) != values.get(f"{name}.block_count") or len(set(entries)) > 1:
                 differing.append(f"{key} must be the same in each of the layers, given {reprlib.repr(entries)}")
-    refuse(path, [*missing(values, _REQUIRED), *faults(values, KEYS | HARMLESS, _HARMLESS_FAMILIES), *differing])
+    required = [f"{name}.{key}" for key in (*_REQUIRED, ARCHITECTURES[name].epsilon)]
+    read, harmless = rules(name)
+    refuse(path, [*missing(values, required), *faults(values, read | harmless, _HARMLESS_FAMILIES), *differing])
     return values
 
 
@@ -202,78 +230,74 @@ def config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], pat
 
     Args:
         values: the model's metadata, as `checked` returns them.
-        shapes: the shape of each tensor, by its Hugging Face name.
+        shapes: the shape of each tensor, by its name in the file.
         path: the file, for error messages.
 
     Returns:
-        The contents of a Llama's `config.json`.
+        The contents of a `config.json`.
 
     Raises:
         ValueError: for values that contradict each other or the tensors.
     """
-    get = lambda key, default=None: values.get(f"llama.{key}", default)
-    heads, d_model = get("attention.head_count"), get("embedding_length")
-    d_head = get("attention.key_length", d_model // heads)
-    if "model.embed_tokens.weight" not in shapes:
+    name = values["general.architecture"]
+    architecture = ARCHITECTURES[name]
+    get = lambda key, default=None: values.get(f"{name}.{key}", default)
+    if "token_embd.weight" not in shapes:
         raise ValueError(f"{path}: the tensor token_embd.weight is missing")
-    n_vocab = shapes["model.embed_tokens.weight"][0]
-    refuse(path, [*_contradictions(values, d_head), *_counts(values, len(shapes), n_vocab)])
+    n_vocab, heads = shapes["token_embd.weight"][0], get("attention.head_count")
+    wrong = [f"{name}.{text}, given {get(text.split()[0])}" for text in _contradictions(get, architecture)]
+    refuse(path, [*wrong, *_counts(values, name, len(shapes), n_vocab)])
+    rotary = {} if architecture.rotates == "none" else _rotary(get)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "model_type": architecture.model_type,
         "num_hidden_layers": get("block_count"),
-        "hidden_size": d_model,
-        "intermediate_size": get("feed_forward_length"),
+        "hidden_size": get("embedding_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": d_head,
         "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _decimal(get("rope.freq_base", 10_000.0)),
-        "rope_scaling": _rope_scaling(values),
         "vocab_size": n_vocab,
-        "hidden_act": "silu",
-        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
-        "mlp_bias": "model.layers.0.mlp.up_proj.bias" in shapes,
-        "tie_word_embeddings": "lm_head.weight" not in shapes,
+        "tie_word_embeddings": "output.weight" not in shapes,
+        **rotary,
+        **architecture.config(get, shapes),
     }
 
 
-def _rope_scaling(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The entry `rope_scaling`: linear where there is a factor, unless the type is `none`."""
-    factor = values.get("llama.rope.scaling.factor", values.get("llama.rope.scale_linear"))
-    kind = values.get("llama.rope.scaling.type", "linear")
-    return None if factor is None or kind == "none" else {"rope_type": kind, "factor": _decimal(factor)}
+def _rotary(get: Get) -> dict[str, Any]:
+    """The entries of rotary positions: scaled linearly where there is a factor, unless the type is `none`."""
+    factor = get("rope.scaling.factor", get("rope.scale_linear"))
+    kind = get("rope.scaling.type", "linear")
+    scaling = None if factor is None or kind == "none" else {"rope_type": kind, "factor": decimal(factor)}
+    return {"rope_theta": decimal(get("rope.freq_base", 10_000.0)), "rope_scaling": scaling}
 
 
-def _contradictions(values: Mapping[str, Any], d_head: int) -> list[str]:
-    """Messages about keys of attention and positions that contradict other keys."""
-    get = lambda key, default=None: values.get(f"llama.{key}", default)
-    heads, d_model, n_ctx = get("attention.head_count"), get("embedding_length"), get("context_length")
+def _contradictions(get: Get, architecture: Architecture) -> list[str]:
+    """Messages, without the architecture's name, about keys of attention and positions that contradict other keys."""
+    heads, d_model, n_ctx, d_head = (
+        get("attention.head_count"), get("embedding_length"), get("context_length"), head_size(get)
+    )  # fmt: skip
     scale, window, factor = get("attention.scale", 0.0), get("attention.sliding_window", 0), get("rope.scaling.factor")
+    rotated, reads_window = get("rope.dimension_count", d_head), "attention.sliding_window" in architecture.reads
+    bad_part = rotated != d_head if architecture.rotates == "all" else rotated > d_head or rotated % 2
+    experts, used = get("expert_count", 0), get("expert_used_count", 0)
+    # fmt: off
     checks = [
-        (f"rope.dimension_count must be the head's size {d_head}", get("rope.dimension_count", d_head) != d_head),
+        (f"expert_count must be above 0 where expert_used_count is {used}", used and not experts),
+        (f"expert_used_count must be from 1 to expert_count, {experts}", experts and not 0 < used <= experts),
+        (f"rope.dimension_count must be the head's size {d_head}", architecture.rotates != "none" and bad_part),
         (f"attention.value_length must be the key's length {d_head}", get("attention.value_length", d_head) != d_head),
-        (
-            f"embedding_length must be a multiple of {heads} heads",
-            "llama.attention.key_length" not in values and d_model % heads,
-        ),
+        (f"embedding_length must be a multiple of {heads} heads", get("attention.key_length") is None and d_model % heads),
         (f"attention.scale must be 1 / sqrt({d_head})", scale and not math.isclose(scale, d_head**-0.5, rel_tol=1e-6)),
-        (f"attention.sliding_window must not be below the context's {n_ctx}", 0 < window < n_ctx),
-        (
-            f"rope.scale_linear must be rope.scaling.factor's {factor}",
-            factor and get("rope.scale_linear", factor) != factor,
-        ),
+        (f"attention.sliding_window must not be below the context's {n_ctx}", not reads_window and 0 < window < n_ctx),
+        (f"rope.scale_linear must be rope.scaling.factor's {factor}", factor and get("rope.scale_linear", factor) != factor),
     ]
-    return [f"llama.{text}, given {values[f'llama.{text.split()[0]}']}" for text, wrong in checks if wrong]
+    # fmt: on
+    return [text for text, wrong in checks if wrong]
 
 
-def _counts(values: Mapping[str, Any], n_tensors: int, n_vocab: int) -> list[str]:
+def _counts(values: Mapping[str, Any], name: str, n_tensors: int, n_vocab: int) -> list[str]:
     """Messages about counts in the metadata that differ from those of the tensors."""
-    counts = {"llama.vocab_size": n_vocab, "split.tensors.count": n_tensors}
-    return [f"{k} is {values[k]}, the file has {n}" for k, n in counts.items() if values.get(k, n) != n]
-
-
-def _decimal(x: float) -> float:
-    """The shortest decimal number that rounds to a float32: 1e-05 for 9.999999747378752e-06."""
-    return float(np.float32(x).astype(str))
+    counts = {f"{name}.vocab_size": n_vocab, "split.tensors.count": n_tensors}
+    messages = [f"{k} is {values[k]}, the file has {n}" for k, n in counts.items() if values.get(k, n) != n]
+    layers = values[f"{name}.block_count"]
+    return messages + (
+        [f"{name}.block_count is {layers}, the file has {n_tensors} tensors"] if layers > n_tensors else []
+    )

@@ -53,7 +53,7 @@ CHANGED = {
 
 
 def test_the_table_of_changes_has_every_key_that_is_read():
-    assert CHANGED.keys() == gguf_metadata.KEYS.keys() | gguf_tokenizer.KEYS.keys()
+    assert CHANGED.keys() == gguf_metadata.rules("llama")[0].keys() | gguf_tokenizer.KEYS.keys()
 
 
 @pytest.mark.parametrize("key", CHANGED)
@@ -78,7 +78,12 @@ def names(section=gguf.Keys):
             yield value.format(arch="llama", id=0, name="rag", dense="x")
 
 
-KNOWN = gguf_metadata.KEYS | gguf_metadata.HARMLESS | gguf_tokenizer.KEYS | gguf_tokenizer.HARMLESS
+KNOWN = {
+    **gguf_metadata.rules("llama")[0],
+    **gguf_metadata.rules("llama")[1],
+    **gguf_tokenizer.KEYS,
+    **gguf_tokenizer.HARMLESS,
+}
 UNKNOWN = sorted(k for k in {*names(), "llama.new_thing", "tokenizer.ggml.new_thing", "new.thing"} if k not in KNOWN and not k.startswith(("general.", "tokenizer.chat_template.")))  # fmt: skip
 
 
@@ -173,7 +178,9 @@ WRONG = {
     "another scale": ({"llama.attention.scale": (1.0, T.FLOAT32)}, r"attention.scale must be 1 / sqrt\(4\), given 1.0"),
     "a window": ({"llama.attention.sliding_window": (16, T.UINT32)}, "sliding_window must not be below the context's 64, given 16"),
     "another vocabulary": ({"llama.vocab_size": (7, T.UINT32)}, f"llama.vocab_size is 7, the file has {len(TOKENS)}"),
-    "experts": ({"llama.expert_count": (8, T.UINT32)}, "llama.expert_count must be 0, given 8"),
+    "experts without their number for a token": ({"llama.expert_count": (8, T.UINT32)}, "llama.expert_used_count must be from 1 to expert_count, 8, given None"),
+    "experts of a token and none in all": ({"llama.expert_used_count": (2, T.UINT32)}, "llama.expert_count must be above 0"),
+    "more layers than tensors": ({"llama.block_count": 4_000_000_000}, "block_count is 4000000000, the file has 20 tensors"),
     "a part of a model": ({"split.count": (3, T.UINT16)}, "split.count must be 1 or 0, given 3"),
     "an adapter": ({"general.type": ("adapter", T.STRING)}, "general.type must be 'model', given 'adapter'"),
 }  # fmt: skip
