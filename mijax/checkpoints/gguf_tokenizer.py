@@ -1,4 +1,7 @@
-"""The tokenizer in a GGUF file: a byte-level BPE that splits text and adds tokens as in llama.cpp (llama-vocab.cpp)."""
+"""The tokenizer in a GGUF file, which splits text and adds tokens as in llama.cpp (llama-vocab.cpp).
+
+A byte-level BPE (llama.cpp's `gpt2`), or a BPE of SentencePiece (`llama`).
+"""
 
 import collections
 import reprlib
@@ -7,12 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from mijax.checkpoints.gguf_metadata import FLAG, NATURAL, TEXT, array, faults, missing, only, refuse
+from mijax.checkpoints.gguf_sentencepiece import sentencepiece
 from mijax.checkpoints.tokenizer import Tokenizer
 
 _LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 _byte_level = lambda use_regex: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
 
@@ -23,20 +28,28 @@ class _Splitting(NamedTuple):
         pre_tokenizer: makes the step that splits text into words.
         ignore_merges: whether a word that is a token is never split further.
         add_bos: whether a text begins with the beginning token, unless the file says otherwise.
+        composed: whether characters are composed first (Unicode's NFC), as Hugging Face's tokenizer does.
     """
 
     pre_tokenizer: Callable[[], pre_tokenizers.PreTokenizer]
     ignore_merges: bool = False
     add_bos: bool = False
+    composed: bool = False
 
 
-_LLAMA3 = _Splitting(
-    lambda: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), _byte_level(False)]),
-    ignore_merges=True,
-    add_bos=True,
-)
+def _by(pattern: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
+    return lambda: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), _byte_level(False)])
+
+
+_GPT2 = _Splitting(lambda: _byte_level(True))
+_LLAMA3 = _Splitting(_by(_LLAMA3_SPLIT), ignore_merges=True, add_bos=True)
+_QWEN2 = _Splitting(_by(_QWEN2_SPLIT), composed=True)
 _SPLITTINGS = {
-    "gpt-2": _Splitting(lambda: _byte_level(True)),
+    "gpt-2": _GPT2,
+    "phi-2": _GPT2,
+    "olmo": _GPT2,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
     "smollm": _Splitting(
         lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level(True)])
     ),
@@ -44,7 +57,12 @@ _SPLITTINGS = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
 }
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # llama.cpp's token types; the others are 1 (normal) and 5 (unused)
+_UNKNOWN, _CONTROL, _USER_DEFINED = (
+    2,
+    3,
+    4,
+)  # llama.cpp's token types; the others are 1 (normal), 5 (unused) and 6 (byte)
+_SENTENCEPIECE = _Splitting(pre_tokenizers.PreTokenizer, add_bos=True)  # which does not split words
 # from GGUF's names of special tokens to Hugging Face's
 _NAMES = {
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token", "padding": "pad_token",
@@ -57,7 +75,7 @@ KEYS = {
     "tokenizer.ggml.model": TEXT,
     "tokenizer.ggml.pre": TEXT,
     "tokenizer.ggml.tokens": array("texts", str),
-    "tokenizer.ggml.token_type": array("1, 2, 3, 4 or 5", int),
+    "tokenizer.ggml.token_type": array("integers from 1 to 6", int),
     "tokenizer.ggml.merges": array("texts", str),
     **{f"tokenizer.ggml.{name}_token_id": NATURAL for name in (*_NAMES, *_END)},
     "tokenizer.ggml.add_bos_token": FLAG,
@@ -73,7 +91,10 @@ HARMLESS = {  # checked for their type, without effect on a byte-level BPE at an
     "tokenizer.huggingface.json": TEXT,
     **{f"tokenizer.ggml.{name}_token_id": NATURAL for name in _INFILL},
 }
-_REQUIRED = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+_REQUIRED = {
+    "gpt2": ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"),
+    "llama": ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores"),
+}
 _TEMPLATE = "tokenizer.chat_template."
 
 
@@ -97,19 +118,28 @@ def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Token
     def get(key: str, default: Any = None) -> Any:
         return values.get(f"tokenizer.ggml.{key}", default)
 
-    splitting = _SPLITTINGS.get(str(get("pre")))
-    if get("model") != "gpt2" or splitting is None:
+    model = str(get("model"))
+    splitting = _SENTENCEPIECE if model == "llama" else _SPLITTINGS.get(str(get("pre"))) if model == "gpt2" else None
+    if splitting is None:
         raise ValueError(
             f"{path}: unsupported tokenizer {get('model')!r} with splitting {get('pre')!r} (tokenizer.ggml.pre); supported"
-            f" is byte-level BPE ('gpt2') split as {', '.join(_SPLITTINGS)}. mijax.load(path, tokenizer=False) loads the"
-            " weights alone"
+            f" are SentencePiece's BPE ('llama'), and byte-level BPE ('gpt2') split as {', '.join(_SPLITTINGS)}."
+            " mijax.load(path, tokenizer=False) loads the weights alone"
         )
-    rules = KEYS | HARMLESS | {key: TEXT for key in values if key.startswith(_TEMPLATE)}
-    refuse(path, [*missing(values, _REQUIRED), *faults(values, rules)])
-    refuse(path, _vocabulary_faults(values, n_vocab))
+    known = KEYS | HARMLESS | {key: TEXT for key in values if key.startswith(_TEMPLATE)}
+    if model == "llama":
+        known |= {"tokenizer.ggml.add_space_prefix": FLAG, "tokenizer.ggml.merges": array("texts", str)}
+    refuse(path, [*missing(values, _REQUIRED[model]), *faults(values, known)])
+    refuse(path, _vocabulary_faults(values, n_vocab, model))
     tokens, kinds = get("tokens"), get("token_type", [1] * n_vocab)
     refuse(path, _special_faults(values, kinds, splitting))
-    backend = _backend(tokens, kinds, get("merges"), splitting)
+    if model == "llama":
+        backend = sentencepiece(tokens, kinds, get("scores"), get("add_space_prefix", True))
+    else:
+        backend = _byte_level_bpe(tokens, get("merges"), splitting)
+    of_kind = lambda *accepted: [token for token, kind in zip(tokens, kinds) if kind in accepted]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in of_kind(_UNKNOWN, _CONTROL)])
+    backend.add_tokens([AddedToken(t, normalized=False) for t in of_kind(_USER_DEFINED)])
     begin = [tokens[get("bos_token_id")]] if get("add_bos_token", splitting.add_bos) else []
     end = [tokens[get("eos_token_id")]] if get("add_eos_token", False) else []
     if begin or end:
@@ -120,18 +150,15 @@ def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Token
     return Tokenizer(backend, _templates(values), named, end_tokens=[i for i in end_ids if i is not None])
 
 
-def _backend(
-    tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[str], splitting: _Splitting
-) -> tokenizers.Tokenizer:
-    """The byte-level BPE of these tokens (with their types) and merges."""
+def _byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], splitting: _Splitting) -> tokenizers.Tokenizer:
+    """The byte-level BPE of these tokens and merges."""
     pairs = [(first, second) for first, second in (merge.split(" ") for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, fuse_unk=False, ignore_merges=splitting.ignore_merges))
+    if splitting.composed:
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = splitting.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
-    of_kind = lambda *accepted: [token for token, kind in zip(tokens, kinds) if kind in accepted]
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in of_kind(_UNKNOWN, _CONTROL)])
-    backend.add_tokens([AddedToken(t, normalized=False) for t in of_kind(_USER_DEFINED)])
     return backend
 
 
@@ -155,7 +182,7 @@ def _templates(values: Mapping[str, Any]) -> dict[str, str]:
     return named if default is None else {"default": default} | named
 
 
-def _vocabulary_faults(values: Mapping[str, Any], n_vocab: int) -> list[str]:
+def _vocabulary_faults(values: Mapping[str, Any], n_vocab: int, model: str) -> list[str]:
     """Messages about the lists of tokens, token types, merges and chat templates."""
     tokens = values["tokenizer.ggml.tokens"]
     messages = [
@@ -166,10 +193,30 @@ def _vocabulary_faults(values: Mapping[str, Any], n_vocab: int) -> list[str]:
     repeated = [token for token, n in collections.Counter(tokens).items() if n > 1]
     if repeated:
         messages.append(f"tokenizer.ggml.tokens has tokens more than once: {reprlib.repr(repeated)}")
-    unknown = set(values.get("tokenizer.ggml.token_type", [])) - {1, 2, 3, 4, 5}
+    kinds = range(1, 7 if model == "llama" else 6)
+    unknown = set(values.get("tokenizer.ggml.token_type", [])) - {*kinds}
     if unknown:
-        messages.append(f"tokenizer.ggml.token_type must be an array of 1, 2, 3, 4 or 5, given {reprlib.repr(unknown)}")
-    merges = values["tokenizer.ggml.merges"]
+        expected = ", ".join(map(str, kinds[:-1])) + f" or {kinds[-1]}"
+        messages.append(f"tokenizer.ggml.token_type must be an array of {expected}, given {reprlib.repr(unknown)}")
+    messages += _byte_faults(values) if model == "llama" else _merge_faults(values)
+    absent = set(values.get("tokenizer.chat_templates", [])) - {k.removeprefix(_TEMPLATE) for k in values}
+    if absent:
+        messages.append(f"tokenizer.chat_templates names {reprlib.repr(sorted(absent))}, which the file lacks")
+    return messages
+
+
+def _byte_faults(values: Mapping[str, Any]) -> list[str]:
+    """Messages about the tokens of single bytes, of which SentencePiece has all or none."""
+    tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+    given = {token for token, kind in zip(tokens, kinds) if kind == 6}
+    if given and given != {f"<0x{i:02X}>" for i in range(256)}:
+        return [f"tokenizer.ggml.tokens must hold the bytes <0x00> to <0xFF>, given {reprlib.repr(sorted(given))}"]
+    return []
+
+
+def _merge_faults(values: Mapping[str, Any]) -> list[str]:
+    """Messages about the merges of a byte-level BPE."""
+    messages, merges, tokens = [], values["tokenizer.ggml.merges"], values["tokenizer.ggml.tokens"]
     vocabulary = set(tokens)
     invalid = [m for m in merges if len(m.split(" ")) != 2 or not {*m.split(" "), m.replace(" ", "")} <= vocabulary]
     if invalid:
@@ -178,9 +225,6 @@ def _vocabulary_faults(values: Mapping[str, Any], n_vocab: int) -> list[str]:
         )
     if len(set(merges)) < len(merges):
         messages.append("tokenizer.ggml.merges has the same merge more than once")
-    absent = set(values.get("tokenizer.chat_templates", [])) - {k.removeprefix(_TEMPLATE) for k in values}
-    if absent:
-        messages.append(f"tokenizer.chat_templates names {reprlib.repr(sorted(absent))}, which the file lacks")
     return messages
 
 
