@@ -32,7 +32,7 @@ def main(
         rounds: of each.
         tiny: whether to take a random model of two layers, for a test.
     """
-    model = _tiny(max(lengths)) if tiny else mj.load("smollm2-135m-instruct", tokenizer=False)[0]
+    model = tiny_llama(max(lengths)) if tiny else mj.load("smollm2-135m-instruct", tokenizer=False)[0]
     last = jax.jit(lambda model, ids: mj.run(model, ids).readout.logits(pos=-1))
     whole = jax.jit(lambda model, ids: mj.run(model, ids, {"pattern": mj.Add(0.0, mj.Where())}).readout.logits(pos=-1))
     peer, table = _peer(model), {}
@@ -67,7 +67,8 @@ def main(
     return table
 
 
-def _tiny(n_ctx: int) -> mj.Transformer:
+def tiny_llama(n_ctx: int) -> mj.Transformer:
+    """A random model of two layers, for tests."""
     config = mj.Config(
         n_layers=2, d_model=24, n_heads=4, n_kv_heads=2, d_mlp=32, d_vocab=61, n_ctx=n_ctx, norm="rms", mlp="gated", activation="silu",
         positions=mj.Rotary(), attn_bias="", mlp_bias=False,

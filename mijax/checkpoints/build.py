@@ -1,40 +1,39 @@
 """Fills a `Transformer` from named tensors, which are read one at a time."""
 
 import dataclasses
-import itertools
 import operator
-import re
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import einops
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from mijax.checkpoints.sharded import sharded
 from mijax.checkpoints.table import Family, Weight
+from mijax.checkpoints.tensors import (
+    FLOATS,
+    Lookup,
+    Tensors,
+    aligned,
+    axis_sizes,
+    get,
+    named_parts,
+    stored,
+    tensor_names,
+)
 from mijax.model.config import Config
 from mijax.model.transformer import Transformer, init
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""The dtypes that weights may have, by their safetensors names; any other means a quantised tensor."""
 _MASKS = ("BOOL", "U8")  # further dtypes that buffers may have
 
 
-class Tensors(NamedTuple):
-    """The contents of a checkpoint.
-
-    Attributes:
-        dtypes: the dtype of each tensor, by its safetensors name (`"F32"`, ...), keyed by the tensor's name.
-        read: reads one tensor, given its name.
-    """
-
-    dtypes: Mapping[str, str]
-    read: Callable[[str], np.ndarray]
-
-
-def build(config: Config, family: Family, tensors: Tensors, dtype: Any, source: str) -> Transformer:
+def build(
+    config: Config, family: Family, tensors: Tensors, dtype: Any, source: str, mesh: Mesh | None = None
+) -> Transformer:
     """Build a model from the tensors of a checkpoint.
 
     Every tensor of the checkpoint is used, or is checked to hold only what the config says as well.
@@ -52,6 +51,7 @@ def build(config: Config, family: Family, tensors: Tensors, dtype: Any, source: 
         tensors: the checkpoint.
         dtype: of the model's parameters.
         source: the name of the checkpoint in error messages.
+        mesh: the devices among which the parameters are divided; see `mijax.checkpoints.sharded`.
 
     Returns:
         The model. Its config has `tied_unembed=False` where the checkpoint holds an unembedding of different
@@ -71,7 +71,10 @@ def build(config: Config, family: Family, tensors: Tensors, dtype: Any, source: 
     shapes, table = _table(config, family, dtype)
     model, faults = shapes, []
     for weight in table:
-        arrays = _stacked(config, weight, shapes, lambda name: tensors.read(lookup(name) or name), faults)
+        if mesh is None:
+            arrays = _stacked(config, weight, shapes, lambda name: tensors.read(lookup(name) or name), faults)
+        else:
+            arrays = sharded(config, weight, shapes, tensors, lambda name: lookup(name) or name, mesh, faults)
         if not faults:
             places = lambda m, weight=weight: [operator.attrgetter(path)(m) for path in weight.ours]
             model = eqx.tree_at(places, model, arrays, is_leaf=lambda x: x is None)
@@ -90,7 +93,7 @@ def _check_names(
     config: Config,
     family: Family,
     tensors: Tensors,
-    lookup: "Lookup",
+    lookup: Lookup,
     buffers: Collection[str | None],
     head: str | None,
     source: str,
@@ -118,7 +121,7 @@ def _check_buffers(config: Config, tensors: Tensors, buffers: Mapping[str, Any],
     _fail(source, faults)
 
 
-def _with_head(config: Config, family: Family, tensors: Tensors, lookup: "Lookup", dtype: Any, source: str) -> Config:
+def _with_head(config: Config, family: Family, tensors: Tensors, lookup: Lookup, dtype: Any, source: str) -> Config:
     """The config of a checkpoint that holds an unembedding although its config ties it: untied where the two differ."""
     embedding_name = next(w.theirs for w in family.weights(config) if w.ours == ("W_E",))
     head, embedding = (tensors.read(lookup(name) or name) for name in (str(family.head), embedding_name))
@@ -132,101 +135,10 @@ def _with_head(config: Config, family: Family, tensors: Tensors, lookup: "Lookup
     return dataclasses.replace(config, tied_unembed=False)
 
 
-class Lookup:
-    """Maps a tensor's full name to its name in the checkpoint, which may lack the family's prefix; `None` if absent.
-
-    Args:
-        prefix: the family's prefix.
-        names: the names in the checkpoint.
-    """
-
-    def __init__(self, prefix: str, names: Collection[str]):
-        self.prefix, self.names = prefix, set(names)
-
-    def __call__(self, name: str) -> str | None:
-        """The name in the checkpoint."""
-        return next((n for n in (name, name.removeprefix(self.prefix)) if n in self.names), None)
-
-
-def axis_sizes(weight: Weight, config: Config) -> dict[str, int]:
-    """The sizes of axes that einops cannot infer from the weight's pattern.
-
-    Args:
-        weight: the entry of a family's table.
-        config: the model's config.
-
-    Returns:
-        The size of each axis among `head`, `kv_head`, `e` (of a head), `two`, `three` and `expert` that occurs in `weight.axes`.
-    """
-    sizes = {"head": config.n_heads, "kv_head": config.n_kv_heads, "e": config.d_head, "two": 2, "three": 3,
-             "expert": config.experts.n if config.experts else 0}  # fmt: skip
-    return {axis: n for axis, n in sizes.items() if re.search(rf"\b{axis}\b", weight.axes)}
-
-
-def stored(parameters: Sequence[np.ndarray], weight: Weight, config: Config) -> np.ndarray:
-    """Parameters in the arrangement of axes that the checkpoint's tensor has.
-
-    Args:
-        parameters: one for each of `weight.ours`: of one layer, or of the model where there is one tensor for all layers.
-        weight: the entry of a family's table.
-        config: the model's config.
-
-    Returns:
-        The tensor, a view of `parameters` where that is possible.
-    """
-    theirs, arranged = (side.strip() for side in weight.axes.split("->"))
-    tensor = weight.convert.write(parameters, config)
-    return einops.rearrange(tensor, f"{arranged} -> {theirs}", **axis_sizes(weight, config))
-
-
-def tensor_names(theirs: str, config: Config) -> list[str]:
-    """The names of the tensors that an entry of a family's table stands for.
-
-    Args:
-        theirs: a name in the table, as in `named_parts`.
-        config: the model's config.
-
-    Returns:
-        The names.
-    """
-    return [name for name, _ in named_parts(theirs, config)]
-
-
-def named_parts(theirs: str, config: Config) -> list[tuple[str, tuple[int, ...]]]:
-    """The names of the tensors that an entry of a family's table stands for, and which part of the parameter each holds.
-
-    Args:
-        theirs: a name in the table, with `{layer}` and `{expert}` in it where there is one tensor for each.
-        config: the model's config.
-
-    Returns:
-        Names, and indices of the parameter's leading axes.
-    """
-    sizes = {"layer": config.n_layers, "expert": config.experts.n if config.experts else 0}
-    axes = [axis for axis in sizes if f"{{{axis}}}" in theirs]
-    indices = itertools.product(*(range(sizes[axis]) for axis in axes))
-    return [(theirs.format(**dict(zip(axes, index))), index) for index in indices]
-
-
-def get(model: Any, path: str) -> jax.Array | np.ndarray | jax.ShapeDtypeStruct | None:
-    """The parameter at a dotted path.
-
-    Args:
-        model: a `Transformer`, or a part of one.
-        path: names of attributes, separated by dots (`"blocks.attn.W_Q"`).
-
-    Returns:
-        The parameter; `None` where the model has none at that path.
-    """
-    for part in path.split("."):
-        model = getattr(model, part, None)
-    return model
-
-
 def _stacked(config: Config, weight: Weight, shapes: Transformer, read: Callable, faults: list[str]) -> list[jax.Array]:
     """Read one weight of all layers; returns one array for each of `weight.ours`, and appends to `faults`."""
     slots: list[Any] = [get(shapes, path) for path in weight.ours]
-    hosts = [_aligned(slot.shape, slot.dtype) for slot in slots]
+    hosts = [aligned(slot.shape, slot.dtype) for slot in slots]
     parts = named_parts(weight.theirs, config)
     shapes_of = [slot.shape[len(parts[0][1]) :] for slot in slots] if parts else []
     expected = (
@@ -248,14 +160,6 @@ def _stacked(config: Config, weight: Weight, shapes: Transformer, read: Callable
                 faults.append(f"{name} has values that are not finite in {target.dtype}")
     # Blocks, because JAX keeps a host array that it has to copy in memory until the copy is done.
     return jax.block_until_ready(jax.device_put(hosts)) if not faults else []
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An uninitialised array at a multiple of 64 bytes: JAX's CPU backend uses it in place, and copies any other."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    buffer = np.empty(size + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _fail(source: str, faults: list[str]) -> None:

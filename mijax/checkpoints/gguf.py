@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from mijax.checkpoints import gguf_metadata
-from mijax.checkpoints.build import tensor_names
 from mijax.checkpoints.gguf_architectures import ARCHITECTURES, Architecture, decimal
 from mijax.checkpoints.gguf_file import Tensor, read_header
 from mijax.checkpoints.gguf_tokenizer import read_tokenizer
 from mijax.checkpoints.registry import FAMILIES
+from mijax.checkpoints.tensors import tensor_names
 from mijax.checkpoints.tokenizer import Tokenizer
 from mijax.model.rotary import Rotary, RotaryScaling, frequencies
 

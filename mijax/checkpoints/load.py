@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mijax.arguments import check_flag
 from mijax.checkpoints import bundled
-from mijax.checkpoints.build import Tensors, build
+from mijax.checkpoints.build import build
 from mijax.checkpoints.gguf import GGUF
 from mijax.checkpoints.hub import fetch
 from mijax.checkpoints.json_files import read_object, required_object
@@ -18,6 +19,7 @@ from mijax.checkpoints.lora import merged
 from mijax.checkpoints.registry import family_of
 from mijax.checkpoints.shards import tensors_of
 from mijax.checkpoints.table import Family
+from mijax.checkpoints.tensors import Tensors
 from mijax.checkpoints.tokenizer import FILES, Tokenizer
 from mijax.model.config import Config
 from mijax.model.parameters import parameter_dtype
@@ -29,6 +31,7 @@ def load(
     *,
     dtype: Any = jnp.float32,
     adapter: str | os.PathLike[str] | None = None,
+    mesh: Mesh | None = None,
     revision: str | None = None,
     token: str | None = None,
     tokenizer: bool = True,
@@ -48,6 +51,9 @@ def load(
         dtype: of the parameters: float64, float32, float16 or bfloat16.
         adapter: a LoRA adapter in the layout of PEFT, which is merged into the weights: a folder with
             adapter_config.json and adapter_model.safetensors, or an id on the hub.
+        mesh: the devices among which the parameters are divided: along the mesh's last axis heads, neurons and
+            vocabulary, where their number is a multiple of its size; all else is on every device. Of a safetensors
+            folder each device's part is read by itself.
         revision: a branch, tag or commit of a model on the hub.
         token: an access token of the hub, by default the one that `hf auth login` or `$HF_TOKEN` gives.
         tokenizer: whether to load the tokenizer too.
@@ -62,7 +68,7 @@ def load(
             includes a tensor that would not be used, and a key of config.json that is not read and may change what
             the model computes: both are named. For an adapter that does not fit, or is of another kind than LoRA.
             For `dtype` float64 without `jax_enable_x64`.
-        TypeError: for another `dtype`, and for `tokenizer` that is no boolean.
+        TypeError: for another `dtype`, for `tokenizer` that is no boolean, and `mesh` that is no mesh.
 
     >>> import tempfile, jax, mijax as mj
     >>> model = mj.init(mj.Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16), jax.random.key(0))
@@ -73,6 +79,8 @@ def load(
     ('mine', None)
     """
     dtype, tokenizer = parameter_dtype(dtype), check_flag(tokenizer, "tokenizer")
+    if not (mesh is None or isinstance(mesh, Mesh)):
+        raise TypeError(f"mesh must be a jax.sharding.Mesh, given {type(mesh).__name__}")
     name = str(source)
     path = Path(source).expanduser()
     if not name:
@@ -107,7 +115,7 @@ def load(
         folder = _adapter_folder(adapter, token)
         name, where = f"{name} with {folder.name}", f"{where} with {folder}"
         tensors = merged(tensors, folder, family, described)
-    return build(dataclasses.replace(described, name=name), family, tensors, dtype, where), encoder
+    return build(dataclasses.replace(described, name=name), family, tensors, dtype, where, mesh), encoder
 
 
 def _described(config: dict, source: str) -> tuple[Family, Config]:

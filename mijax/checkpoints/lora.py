@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from mijax.checkpoints.build import FLOATS, Lookup, Tensors
 from mijax.checkpoints.json_files import read_object
 from mijax.checkpoints.table import Family
+from mijax.checkpoints.tensors import FLOATS, Lookup, Tensors
 from mijax.model.config import Config
 
 CONFIG, WEIGHTS = FILES = "adapter_config.json", "adapter_model.safetensors"

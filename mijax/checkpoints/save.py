@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mijax.checkpoints.build import get, named_parts, stored
 from mijax.checkpoints.registry import FAMILIES
 from mijax.checkpoints.table import Family
+from mijax.checkpoints.tensors import get, named_parts, stored
 from mijax.checkpoints.tokenizer import Tokenizer
 from mijax.model.config import Config
 from mijax.model.parameters import PARAMETER_DTYPES

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mijax.checkpoints.build import Tensors
 from mijax.checkpoints.json_files import required_object
+from mijax.checkpoints.tensors import Tensors
 
 
 def tensors_of(folder: Path) -> Tensors:
@@ -48,7 +48,12 @@ def tensors_of(folder: Path) -> Tensors:
         with safetensors.safe_open(folder / shard_of[name], framework="numpy") as file:
             return file.get_tensor(name)
 
-    return Tensors(dtypes, read)
+    def part(name: str, index: tuple[slice, ...]) -> tuple[tuple[int, ...], np.ndarray]:
+        with safetensors.safe_open(folder / shard_of[name], framework="numpy") as file:
+            lazy = file.get_slice(name)
+            return tuple(lazy.get_shape()), lazy[index]
+
+    return Tensors(dtypes, read, part)
 
 
 def _shards(folder: Path) -> tuple[Sequence[str], Mapping[str, str]]:

@@ -11,8 +11,8 @@ from unittest import mock
 import einops
 import numpy as np
 
-from mijax.checkpoints.build import axis_sizes
 from mijax.checkpoints.registry import FAMILIES
+from mijax.checkpoints.tensors import axis_sizes
 
 
 class Recorded:

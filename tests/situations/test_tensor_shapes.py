@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import mijax as mj
-from mijax.checkpoints.build import get
 from mijax.checkpoints.registry import FAMILIES
+from mijax.checkpoints.tensors import get
 from tests.situations import refused
 from tests.situations.checkpoints import copy, set_tensors
 

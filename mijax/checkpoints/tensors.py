@@ -1,0 +1,135 @@
+"""The named tensors of a checkpoint, and which of them a family's table of parameters stands for."""
+
+import itertools
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import einops
+import jax
+import numpy as np
+
+from mijax.checkpoints.table import Weight
+from mijax.model.config import Config
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes that weights may have, by their safetensors names; any other means a quantised tensor."""
+
+
+class Tensors(NamedTuple):
+    """The contents of a checkpoint.
+
+    Attributes:
+        dtypes: the dtype of each tensor, by its safetensors name (`"F32"`, ...), keyed by the tensor's name.
+        read: reads one tensor, given its name.
+        part: reads a part of a tensor, given its name and a slice for each axis, and returns the shape of the whole
+            too; `None` where tensors can only be read whole.
+    """
+
+    dtypes: Mapping[str, str]
+    read: Callable[[str], np.ndarray]
+    part: Callable[[str, tuple[slice, ...]], tuple[tuple[int, ...], np.ndarray]] | None = None
+
+
+class Lookup:
+    """Maps a tensor's full name to its name in the checkpoint, which may lack the family's prefix; `None` if absent.
+
+    Args:
+        prefix: the family's prefix.
+        names: the names in the checkpoint.
+    """
+
+    def __init__(self, prefix: str, names: Collection[str]):
+        self.prefix, self.names = prefix, set(names)
+
+    def __call__(self, name: str) -> str | None:
+        """The name in the checkpoint."""
+        return next((n for n in (name, name.removeprefix(self.prefix)) if n in self.names), None)
+
+
+def axis_sizes(weight: Weight, config: Config) -> dict[str, int]:
+    """The sizes of axes that einops cannot infer from the weight's pattern.
+
+    Args:
+        weight: the entry of a family's table.
+        config: the model's config.
+
+    Returns:
+        The size of each axis among `head`, `kv_head`, `e` (of a head), `two`, `three` and `expert` that occurs in `weight.axes`.
+    """
+    sizes = {"head": config.n_heads, "kv_head": config.n_kv_heads, "e": config.d_head, "two": 2, "three": 3,
+             "expert": config.experts.n if config.experts else 0}  # fmt: skip
+    return {axis: n for axis, n in sizes.items() if re.search(rf"\b{axis}\b", weight.axes)}
+
+
+def stored(parameters: Sequence[np.ndarray], weight: Weight, config: Config) -> np.ndarray:
+    """Parameters in the arrangement of axes that the checkpoint's tensor has.
+
+    Args:
+        parameters: one for each of `weight.ours`: of one layer, or of the model where there is one tensor for all layers.
+        weight: the entry of a family's table.
+        config: the model's config.
+
+    Returns:
+        The tensor, a view of `parameters` where that is possible.
+    """
+    theirs, arranged = (side.strip() for side in weight.axes.split("->"))
+    tensor = weight.convert.write(parameters, config)
+    return einops.rearrange(tensor, f"{arranged} -> {theirs}", **axis_sizes(weight, config))
+
+
+def tensor_names(theirs: str, config: Config) -> list[str]:
+    """The names of the tensors that an entry of a family's table stands for.
+
+    Args:
+        theirs: a name in the table, as in `named_parts`.
+        config: the model's config.
+
+    Returns:
+        The names.
+    """
+    return [name for name, _ in named_parts(theirs, config)]
+
+
+def named_parts(theirs: str, config: Config) -> list[tuple[str, tuple[int, ...]]]:
+    """The names of the tensors that an entry of a family's table stands for, and which part of the parameter each holds.
+
+    Args:
+        theirs: a name in the table, with `{layer}` and `{expert}` in it where there is one tensor for each.
+        config: the model's config.
+
+    Returns:
+        Names, and indices of the parameter's leading axes.
+    """
+    sizes = {"layer": config.n_layers, "expert": config.experts.n if config.experts else 0}
+    axes = [axis for axis in sizes if f"{{{axis}}}" in theirs]
+    indices = itertools.product(*(range(sizes[axis]) for axis in axes))
+    return [(theirs.format(**dict(zip(axes, index))), index) for index in indices]
+
+
+def get(model: Any, path: str) -> jax.Array | np.ndarray | jax.ShapeDtypeStruct | None:
+    """The parameter at a dotted path.
+
+    Args:
+        model: a `Transformer`, or a part of one.
+        path: names of attributes, separated by dots (`"blocks.attn.W_Q"`).
+
+    Returns:
+        The parameter; `None` where the model has none at that path.
+    """
+    for part in path.split("."):
+        model = getattr(model, part, None)
+    return model
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array at a multiple of 64 bytes: JAX's CPU backend uses it in place, and copies any other.
+
+    Args:
+        shape: its shape.
+        dtype: its dtype.
+    """
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
