@@ -276,13 +276,15 @@ def _contradictions(get: Get, architecture: Architecture) -> list[str]:
     )  # fmt: skip
     scale, window, factor = get("attention.scale", 0.0), get("attention.sliding_window", 0), get("rope.scaling.factor")
     rotated, reads_window = get("rope.dimension_count", d_head), "attention.sliding_window" in architecture.reads
-    bad_part = rotated != d_head if architecture.rotates == "all" else rotated > d_head or rotated % 2
+    whole = architecture.rotates == "all"
+    size = f"the head's size {d_head}" if whole else f"even and at most the head's size {d_head}"
+    bad_part = rotated != d_head if whole else rotated > d_head or rotated % 2
     experts, used = get("expert_count", 0), get("expert_used_count", 0)
     # fmt: off
     checks = [
         (f"expert_count must be above 0 where expert_used_count is {used}", used and not experts),
         (f"expert_used_count must be from 1 to expert_count, {experts}", experts and not 0 < used <= experts),
-        (f"rope.dimension_count must be the head's size {d_head}", architecture.rotates != "none" and bad_part),
+        (f"rope.dimension_count must be {size}", architecture.rotates != "none" and bad_part),
         (f"attention.value_length must be the key's length {d_head}", get("attention.value_length", d_head) != d_head),
         (f"embedding_length must be a multiple of {heads} heads", get("attention.key_length") is None and d_model % heads),
         (f"attention.scale must be 1 / sqrt({d_head})", scale and not math.isclose(scale, d_head**-0.5, rel_tol=1e-6)),

@@ -113,7 +113,7 @@ def load(
     family, described = _described(config, where)
     if adapter is not None:
         folder = _adapter_folder(adapter, token)
-        name, where = f"{name} with {folder.name}", f"{where} with {folder}"
+        name, where = f"{name} with {Path(adapter).expanduser().resolve().name}", f"{where} with {folder}"
         tensors = merged(tensors, folder, family, described)
     return build(dataclasses.replace(described, name=name), family, tensors, dtype, where, mesh), encoder
 

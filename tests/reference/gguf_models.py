@@ -50,11 +50,15 @@ CASES = {
     "gemma2": Case("gemma2", "GEMMA2", _LLAMA | {"head_dim": 256, "sliding_window": 3}),
     "gemma2, other scales": Case("gemma2", "GEMMA2", _LLAMA | {"head_dim": 10, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}, False),
     "gemma3": Case("gemma3_text", "GEMMA3", _LLAMA | {"head_dim": 256, "num_hidden_layers": 7, "sliding_window": 3}),
+    "gemma3, its context stretched": Case("gemma3_text", "GEMMA3", _LLAMA | {"head_dim": 256, "num_hidden_layers": 7, "sliding_window": 3, "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}}, False),
     "phi2": Case("phi", "PHI2", _LLAMA | {"num_key_value_heads": 4, "head_dim": None, "rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}}, False),
     "phi3": Case("phi3", "PHI3", _LLAMA | _SPECIAL | {"original_max_position_embeddings": 48, "sliding_window": 5}, False),
     "gptneox": Case("gpt_neox", "GPTNEOX", {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"} | {"rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.34}}, False),
+    "gptneox, one after the other": Case("gpt_neox", "GPTNEOX", {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"} | {"use_parallel_residual": False, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.67}}, False),
     "gpt2": Case("gpt2", "GPT2", {"vocab_size": 50257, "n_positions": 1024, "n_embd": 24, "n_layer": 2, "n_head": 3}),
     "bloom": Case("bloom", "BLOOM", {"vocab_size": 61, "hidden_size": 24, "n_layer": 2, "n_head": 4}),
     "falcon 7b": Case("falcon", "FALCON", _SIZES | {"new_decoder_architecture": False, "multi_query": True}),
