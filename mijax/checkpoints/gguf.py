@@ -45,7 +45,7 @@ class GGUF:
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         self.config: dict[str, Any] = gguf_metadata.config(values, shapes, path) | ids
         self._architecture = ARCHITECTURES[self.fields["general.architecture"]]
-        if "rope_freqs.weight" in stored:
+        if "rope_freqs.weight" in stored and self._architecture.names == "LLAMA":
             table = stored.pop("rope_freqs.weight").read(path)
             self.config["rope_scaling"] = _llama3_scaling(table, self.config, path)
         self._dequantised = functools.lru_cache(maxsize=1)(
@@ -135,7 +135,7 @@ def _by_hf_name(
 
 def _llama3_scaling(table: np.ndarray, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The scaling of Llama 3.1 and later, which llama.cpp stores as a table of the factors of all frequencies."""
-    factor = decimal(table.max())
+    factor = decimal(float(table.max()))
     scaling = {
         "factor": factor,
         "low_freq_factor": 1.0,

@@ -104,6 +104,6 @@ def test_a_tensor_that_is_too_long(tmp_path):
         mj.load(folder, mesh=jax.make_mesh((2,), ("model",), devices=jax.devices()[:2]))
 
 
-def test_what_is_no_mesh(tmp_path):
+def test_what_is_no_mesh(tmp_path, as_a_user):
     with refused(TypeError, "mesh must be a jax.sharding.Mesh, given int"):
         mj.load(copy(tmp_path, "llama_gqa"), mesh=8)
