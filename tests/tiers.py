@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-BUDGET, LONG = 2.5, 6.0
+BUDGET, LONG = 1.5, 5.0
 """Seconds of a test's cases in the default tier; seconds from which on a case is slow whatever it is (on a busy machine)."""
 FILE = Path(__file__).with_name("slow.txt")
 
