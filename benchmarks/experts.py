@@ -7,14 +7,13 @@ these experts together, so that it multiplies as much. Rounds alternate; CPU sec
 """
 
 import dataclasses
-import statistics
-import time
 
 import jax
 import numpy as np
 import tyro
 
 import mijax as mj
+from benchmarks.rounds import cpu_seconds
 
 
 def main(
@@ -33,13 +32,7 @@ def main(
     every = lambda: mj.run(mixture, ids, capture={"mlp_out": None, "expert_out": some}, readout=False).acts["mlp_out"]
     runs = {"used": keep(mixture), "every": every, "dense": keep(single)}
     difference = float(np.abs(np.asarray(runs["used"]()) - np.asarray(runs["every"]())).max())
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            begin = time.process_time()
-            jax.block_until_ready(run())
-            seconds[name].append(time.process_time() - begin)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians = cpu_seconds(runs, rounds)
     for name, median in medians.items():
         print(f"{name:8}{median:9.3f} CPU s{median / medians['dense']:8.2f} times the dense one")
     print(f"largest difference of used and every: {difference:.0e}")

@@ -8,12 +8,7 @@ without PyTorch mijax is measured alone): CPU seconds, medians of the rounds. Th
 difference at two logits that are nearly equal.
 """
 
-import importlib.util
-import statistics
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.monitoring
@@ -21,7 +16,7 @@ import numpy as np
 import tyro
 
 import mijax as mj
-from benchmarks.long_prompts import tiny_llama
+from benchmarks.rounds import cpu_seconds, in_transformers, tiny_llama
 
 
 def main(
@@ -64,13 +59,7 @@ def main(
         first = {name: run() for name, run in runs.items()}
         if peer is not None:
             _check_equal(model, first["plain"], first["torch"], pos)
-        before, seconds = len(compiled), {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                begin = time.process_time()
-                run()
-                seconds[name].append(time.process_time() - begin)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        before, medians = len(compiled), cpu_seconds(runs, rounds)
         ratio, torch = medians["edited"] / medians["plain"], medians.get("torch", float("nan"))
         table[n] = {**medians, "ratio": ratio, "compiled": float(len(compiled) - before)}
         print(
@@ -83,14 +72,10 @@ def main(
 
 def _peer(model: mj.Transformer) -> Callable[[np.ndarray, int], np.ndarray] | None:
     """The same model in transformers; `None` without PyTorch."""
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+    peer = in_transformers(model)
+    if peer is None:
         return None
     import torch  # pyright: ignore[reportMissingImports]
-    import transformers  # pyright: ignore[reportMissingImports]
-
-    with tempfile.TemporaryDirectory() as scratch:
-        mj.save(model, Path(scratch) / "model")
-        peer = transformers.AutoModelForCausalLM.from_pretrained(Path(scratch) / "model", dtype=torch.float32).eval()
 
     def generate(ids: np.ndarray, tokens: int) -> np.ndarray:
         with torch.no_grad():

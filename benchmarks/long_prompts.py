@@ -7,12 +7,7 @@ seconds, medians of the rounds. `whole` keeps the scores of all queries in memor
 plans beside parameters and logits. The logits must be equal to 1e-3 of the largest.
 """
 
-import importlib.util
-import statistics
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +15,7 @@ import numpy as np
 import tyro
 
 import mijax as mj
+from benchmarks.rounds import cpu_seconds, in_transformers, tiny_llama
 
 
 def main(
@@ -50,13 +46,7 @@ def main(
         first = {name: run() for name, run in runs.items()}
         off = max(float(np.abs(x - first["mijax"]).max() / np.abs(first["mijax"]).max()) for x in first.values())
         assert off < 1e-3, off
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                begin = time.process_time()
-                run()
-                seconds[name].append(time.process_time() - begin)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        medians = cpu_seconds(runs, rounds)
         torch = medians.get("torch", float("nan"))
         table[n] = {**medians, "planned": planned[0], "planned_whole": planned[1], "difference": off}
         print(
@@ -67,25 +57,12 @@ def main(
     return table
 
 
-def tiny_llama(n_ctx: int) -> mj.Transformer:
-    """A random model of two layers, for tests."""
-    config = mj.Config(
-        n_layers=2, d_model=24, n_heads=4, n_kv_heads=2, d_mlp=32, d_vocab=61, n_ctx=n_ctx, norm="rms", mlp="gated", activation="silu",
-        positions=mj.Rotary(), attn_bias="", mlp_bias=False,
-    )  # fmt: skip
-    return mj.init(config, jax.random.key(0))
-
-
 def _peer(model: mj.Transformer) -> Callable[[np.ndarray], np.ndarray] | None:
     """The same model in transformers; `None` without PyTorch."""
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+    peer = in_transformers(model)
+    if peer is None:
         return None
     import torch  # pyright: ignore[reportMissingImports]
-    import transformers  # pyright: ignore[reportMissingImports]
-
-    with tempfile.TemporaryDirectory() as scratch:
-        mj.save(model, Path(scratch) / "model")
-        peer = transformers.AutoModelForCausalLM.from_pretrained(Path(scratch) / "model", dtype=torch.float32).eval()
 
     def logits(ids: np.ndarray) -> np.ndarray:
         with torch.no_grad():

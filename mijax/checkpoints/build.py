@@ -21,7 +21,9 @@ from mijax.checkpoints.tensors import (
     aligned,
     axis_sizes,
     get,
+    has_shape,
     named_parts,
+    put,
     stored,
     tensor_names,
 )
@@ -130,7 +132,7 @@ def _with_head(config: Config, family: Family, tensors: Tensors, lookup: Lookup,
     warnings.warn(
         f"{source}: the config ties {family.head} to {embedding_name} (tie_word_embeddings), but both are in the checkpoint and"
         " they differ: both are used, and the model's config says tied_unembed=False",
-        stacklevel=5,
+        stacklevel=4,
     )
     return dataclasses.replace(config, tied_unembed=False)
 
@@ -146,18 +148,10 @@ def _stacked(config: Config, weight: Weight, shapes: Transformer, read: Callable
     )
     for name, index in parts:
         tensor = read(name)
-        if tensor.shape != expected:
-            faults.append(
-                f"{name} has shape {tensor.shape}, expected {expected}, which gives {weight.ours[0]} its {shapes_of[0]}"
-            )
-            continue
-        arranged = einops.rearrange(tensor, weight.axes, **axis_sizes(weight, config))
-        for host, part in zip(hosts, weight.convert.read(arranged, config)):
-            target = host[index]
-            with np.errstate(over="ignore"):  # an overflow is reported below, by the check for finite values
-                target[...] = part
-            if not np.isfinite(target.astype(np.float32) if target.dtype.itemsize < 4 else target).all():
-                faults.append(f"{name} has values that are not finite in {target.dtype}")
+        if has_shape(tensor.shape, expected, name, weight.ours[0], shapes_of[0], faults):
+            arranged = einops.rearrange(tensor, weight.axes, **axis_sizes(weight, config))
+            for host, part in zip(hosts, weight.convert.read(arranged, config)):
+                put(host[index], part, name, faults)
     # Blocks, because JAX keeps a host array that it has to copy in memory until the copy is done.
     return jax.block_until_ready(jax.device_put(hosts)) if not faults else []
 

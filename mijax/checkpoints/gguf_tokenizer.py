@@ -208,9 +208,9 @@ def _vocabulary_faults(values: Mapping[str, Any], n_vocab: int, model: str) -> l
 def _byte_faults(values: Mapping[str, Any]) -> list[str]:
     """Messages about the tokens of single bytes, of which SentencePiece has all or none."""
     tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
-    given = {token for token, kind in zip(tokens, kinds) if kind == 6}
-    if given and given != {f"<0x{i:02X}>" for i in range(256)}:
-        return [f"tokenizer.ggml.tokens must hold the bytes <0x00> to <0xFF>, given {reprlib.repr(sorted(given))}"]
+    of_bytes = {token for token, kind in zip(tokens, kinds) if kind == 6}
+    if of_bytes and of_bytes != {f"<0x{i:02X}>" for i in range(256)}:
+        return [f"tokenizer.ggml.tokens must hold the bytes <0x00> to <0xFF>, given {reprlib.repr(sorted(of_bytes))}"]
     return []
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mijax.checkpoints.table import ALONE, Weight
-from mijax.checkpoints.tensors import Tensors, aligned, axis_sizes, get, named_parts, stored
+from mijax.checkpoints.tensors import Tensors, aligned, axis_sizes, get, has_shape, named_parts, put, stored
 from mijax.model.config import Config
 from mijax.model.transformer import Transformer
 
@@ -100,16 +100,9 @@ def _block(reading: _Reading, number: int, index: tuple[slice, ...]) -> np.ndarr
         else:
             shape, tensor = tensors.part(lookup(name), theirs)
             of_axes, cut = sizes, tuple(slice(None) for _ in inner)
-        message = ""
-        if shape != expected:
-            message = f"{name} has shape {shape}, expected {expected}, which gives {weight.ours[0]} its {shapes[0]}"
-        else:
-            with np.errstate(over="ignore"):
-                host[at] = weight.convert.read(einops.rearrange(tensor, weight.axes, **of_axes), config)[number][cut]
-            if not np.isfinite(host[at].astype(np.float32) if host.dtype.itemsize < 4 else host[at]).all():
-                message = f"{name} has values that are not finite in {host.dtype}"
-        if message and message not in faults:
-            faults.append(message)
+        if has_shape(shape, expected, name, weight.ours[0], shapes[0], faults):
+            arranged = einops.rearrange(tensor, weight.axes, **of_axes)
+            put(host[at], weight.convert.read(arranged, config)[number][cut], name, faults)
     return host
 
 

@@ -133,3 +133,37 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def put(target: np.ndarray, values: np.ndarray, name: str, faults: list[str]) -> None:
+    """Write values into a parameter's place, in its dtype.
+
+    Args:
+        target: the place.
+        values: the values.
+        name: the name of the tensor that they come from.
+        faults: gets a message where a value is not finite in the parameter's dtype.
+    """
+    with np.errstate(over="ignore"):  # an overflow is reported below
+        target[...] = values
+    if not np.isfinite(target.astype(np.float32) if target.dtype.itemsize < 4 else target).all():
+        message = f"{name} has values that are not finite in {target.dtype}"
+        faults.extend([] if message in faults else [message])
+
+
+def has_shape(
+    shape: tuple[int, ...], expected: tuple[int, ...], name: str, ours: str, inner: tuple[int, ...], faults: list[str]
+) -> bool:
+    """Whether a tensor has the shape that the config asks for.
+
+    Args:
+        shape: its shape.
+        expected: the shape that it should have.
+        name: its name.
+        ours: the parameter that is made of it.
+        inner: the shape of that parameter, of one layer.
+        faults: gets a message where it has not.
+    """
+    message = f"{name} has shape {shape}, expected {expected}, which gives {ours} its {inner}"
+    faults.extend([] if shape == expected or message in faults else [message])
+    return shape == expected
