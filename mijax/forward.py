@@ -197,7 +197,8 @@ def _last(model: LayeredModel, captures: Captures) -> Any:
         site = model.sites[name]
         if site.part == "embedding":
             continue
-        layers = where.layers(model.n_layers) if where is not None and site.has_layer else site.layers
+        of_where = None if where is None else where.layers(model.n_layers)
+        layers = of_where if site.has_layer else site.layers
         if layers is None or not site.is_inside:
             return None
         ends.append(jnp.max(jnp.asarray(layers, jnp.int32)) + 1)

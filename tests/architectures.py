@@ -20,7 +20,7 @@ ARCHITECTURES = {
     ),
     "experts": mj.Config(
         **_small, n_kv_heads=2, d_head=6, positions=mj.Rotary(), window=(0, 4, 0), norm="rms", mlp="gated", activation="clamped_swiglu",
-        experts=mj.Experts(4, top_k=2, router_bias=True), sinks=True,
+        experts=mj.Experts(4, top_k=2, router_bias=True, shared=6, shared_gate=True, d_mlp=7), dense_layers=(1,), sinks=True,
     ),
     "experts_of_softmax": mj.Config(
         **_small, experts=mj.Experts(5, top_k=3, normalise=False, shared=6, shared_gate=True), mlp_bias=False, norm_bias=False
@@ -109,6 +109,12 @@ def example(acts, site: str, tokens: mj.Tokens, i: int) -> np.ndarray:
         if axis in left:
             x = np.take(x, columns, axis=left.index(axis))
     return x
+
+
+def existing(model: mj.Transformer, site: str, x):
+    """`[layer, ...]` at the layers that have the site."""
+    layers = model.sites[site].layers
+    return x if layers is None else x[np.asarray(layers)]
 
 
 def error(given, reference) -> float:

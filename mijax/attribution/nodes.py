@@ -36,7 +36,7 @@ class Nodes(NamedTuple):
 
     Attributes:
         site: the site.
-        axes: the axes that the cells are over, with the number of cells along each; empty for a grid.
+        axes: the axes that the cells are over, with the index of each cell there; empty for a grid.
         shape: the sizes of the site's axes but batch, 1 where the cells are not over an axis.
         grid: the grid of cells, where one is given.
         members: which entries of the site each cell of a grid holds: for each example rows `(cell, index along each
@@ -44,7 +44,7 @@ class Nodes(NamedTuple):
     """
 
     site: Site
-    axes: Mapping[str, int]
+    axes: Mapping[str, Sequence[int]]
     shape: tuple[int, ...]
     grid: Grid | None = None
     members: Int[np.ndarray, "batch k n"] | None = None
@@ -52,7 +52,7 @@ class Nodes(NamedTuple):
     @property
     def labels(self) -> Mapping[str, Sequence[Any]]:
         """The labels along each dimension of the result but batch."""
-        return {axis: range(n) for axis, n in self.axes.items()} if self.grid is None else self.grid.labels
+        return self.axes if self.grid is None else self.grid.labels
 
     @property
     def places(self) -> Mapping[str, Any]:
@@ -85,7 +85,10 @@ class Nodes(NamedTuple):
             gates = in_positions(gates, tokens, axis_of[axis])
         order = [*(axis_of[dim] for dim in self.labels), 0]
         rest = [i for i in range(gates.ndim) if i not in order]
-        return gates.transpose(*order, *rest).reshape([gates.shape[i] for i in order])
+        by_dim = gates.transpose(*order, *rest).reshape([gates.shape[i] for i in order])
+        for i, (dim, indices) in enumerate(self.axes.items()):
+            by_dim = by_dim if dim in POSITIONS else np.take(by_dim, indices, axis=i)
+        return by_dim
 
     def where(self, cells: Int[np.ndarray, " cell"], tokens: Tokens) -> Where:
         """The places of some cells.

@@ -65,7 +65,7 @@ def build(
     """
     lookup = Lookup(family.prefix, tensors.dtypes)
     head = lookup(family.head) if config.tied_unembed and family.head else None
-    buffers = {lookup(name): b for b in family.buffers for name in tensor_names(b.theirs, config)}
+    buffers = {lookup(name): b for b in family.buffers for name in tensor_names(b, config)}
     _check_names(config, family, tensors, lookup, buffers, head, source)
     _check_buffers(config, tensors, {name: b for name, b in buffers.items() if name is not None}, source)
     if head is not None:
@@ -102,7 +102,7 @@ def _check_names(
 ) -> None:
     """Refuse a checkpoint by the names and dtypes of its tensors, before any of them is read."""
     _, table = _table(config, family, np.float32)
-    names = [name for weight in table for name in tensor_names(weight.theirs, config)]
+    names = [name for weight in table for name in tensor_names(weight, config)]
     faults = [f"missing {name}" for name in names if lookup(name) is None]
     weights = {lookup(name) for name in names} | {head}
     for name, dtype in tensors.dtypes.items():
@@ -141,7 +141,7 @@ def _stacked(config: Config, weight: Weight, shapes: Transformer, read: Callable
     """Read one weight of all layers; returns one array for each of `weight.ours`, and appends to `faults`."""
     slots: list[Any] = [get(shapes, path) for path in weight.ours]
     hosts = [aligned(slot.shape, slot.dtype) for slot in slots]
-    parts = named_parts(weight.theirs, config)
+    parts = named_parts(weight, config)
     shapes_of = [slot.shape[len(parts[0][1]) :] for slot in slots] if parts else []
     expected = (
         stored([np.broadcast_to(np.float32(0), shape) for shape in shapes_of], weight, config).shape if parts else ()

@@ -1,10 +1,11 @@
 """What the families share that are Llama with experts: names of tensors, and keys of the config."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mijax.checkpoints import llama_layout
-from mijax.checkpoints.keys import architectures, only
+from mijax.checkpoints.keys import architectures
 from mijax.checkpoints.table import Family, Weight, linear, norm
 from mijax.model.config import Config
 from mijax.model.fields import check_field
@@ -19,9 +20,9 @@ def expert_mlp(start: str, router: str, names: Mapping[str, str]) -> list[Weight
         router: the name of the router's map.
         names: the names of each expert's maps, by `in`, `gate` and `out`.
     """
-    table = linear(("blocks.mlp.W_router", "blocks.mlp.b_router"), start + router, ("n d -> d n", "n -> n"))
+    table = linear(("blocks.experts.W_router", "blocks.experts.b_router"), start + router, ("n d -> d n", "n -> n"))
     for ours, theirs in names.items():
-        table.append(Weight((f"blocks.mlp.W_{ours}",), f"{start}experts.{{expert}}.{theirs}.weight", "o i -> i o"))
+        table.append(Weight((f"blocks.experts.W_{ours}",), f"{start}experts.{{expert}}.{theirs}.weight", "o i -> i o"))
     return table
 
 
@@ -62,7 +63,7 @@ def with_experts(
     harmless: Mapping[str, Any],
     **arguments: Any,
 ) -> Family:
-    """A family of Llama's descendants with experts in every layer, each in tensors of its own.
+    """A family of Llama's descendants with experts, each in tensors of its own.
 
     Args:
         name: the `model_type`.
@@ -95,7 +96,7 @@ def with_experts(
 
 
 def weights(config: Config) -> list[Weight]:
-    """The tensors of such a family, with those of an MLP that all tokens share.
+    """The tensors of such a family, with those of an MLP that all tokens share, and of layers without experts.
 
     Args:
         config: the architecture.
@@ -106,15 +107,44 @@ def weights(config: Config) -> list[Weight]:
         *norm("blocks.ln1", h + "input_layernorm", bias=False),
         *llama_layout.attention(config),
         *norm("blocks.ln2", h + "post_attention_layernorm", bias=False),
+        *llama_layout.gated_mlp(),
         *expert_mlp(h + "mlp.", "gate", maps),
-        *llama_layout.gated_mlp(h + "mlp.shared_expert.", "blocks.mlp.shared"),
-        Weight(("blocks.mlp.W_shared_gate",), h + "mlp.shared_expert_gate.weight", "1 d -> d"),
+        *llama_layout.gated_mlp(h + "mlp.shared_expert.", "blocks.experts.shared"),
+        Weight(("blocks.experts.W_shared_gate",), h + "mlp.shared_expert_gate.weight", "1 d -> d"),
     ]
 
 
-ALL_LAYERS = {
-    "decoder_sparse_step": only(1),
-    "mlp_only_layers": only([], None),
-    "intermediate_size": lambda value, c: True,
-}
-"""The `harmless` keys of families whose layers may be dense, where none is."""
+DENSE_KEYS = frozenset({"decoder_sparse_step", "mlp_only_layers", "intermediate_size", "moe_intermediate_size"})
+"""The keys of a `config.json` that `read_dense` reads."""
+
+
+def read_dense(c: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields `experts`, `dense_layers` and `d_mlp` of a family whose layers may be dense.
+
+    Args:
+        c: the contents of `config.json`.
+        fields: the fields read so far, with `experts`.
+    """
+    step, listed, n = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers") or [], fields["n_layers"]
+    if type(step) is not int or step < 1:
+        raise ValueError(f"decoder_sparse_step={step!r} must be a positive integer")
+    if not isinstance(listed, list) or any(type(layer) is not int for layer in listed):
+        raise ValueError(f"mlp_only_layers={listed!r} must be a list of integers")
+    width = check_field(Experts, "d_mlp", c["moe_intermediate_size"], "moe_intermediate_size")
+    dense = tuple(layer for layer in range(n) if layer in listed or (layer + 1) % step)
+    if not dense:
+        return {"d_mlp": width}
+    experts = None if len(dense) == n else dataclasses.replace(fields["experts"], d_mlp=width)
+    d_mlp = check_field(Config, "d_mlp", c["intermediate_size"], "intermediate_size")
+    return {"d_mlp": d_mlp, "experts": experts, "dense_layers": dense if experts else ()}
+
+
+def write_dense(config: Config) -> dict[str, Any]:
+    """The entries from which `read_dense` reads.
+
+    Args:
+        config: the config of a model with experts.
+    """
+    of_experts = {"moe_intermediate_size": config.experts.d_mlp if config.experts else 0}
+    dense = {"mlp_only_layers": list(config.dense_layers), "intermediate_size": config.d_mlp}
+    return of_experts | (dense if config.dense_layers else {})

@@ -118,9 +118,8 @@ def _by_hf_name(
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: the metadata do not describe a model that is supported: {error}") from error
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.names], described.n_layers)
-    theirs = (weight.theirs for weight in family.weights(described))
     named: dict[str, list[tuple[str, int | None]]] = {}
-    for name in (name for pattern in theirs for name in tensor_names(pattern, described)):
+    for name in (name for weight in family.weights(described) for name in tensor_names(weight, described)):
         expert = re.search(r"\.experts\.(\d+)\.", name)
         plain = name if expert is None else name.replace(expert[0], ".experts.")
         spellings = (plain, plain.removeprefix(family.prefix))  # llama.cpp has some names of the bare model only

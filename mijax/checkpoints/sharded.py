@@ -87,7 +87,7 @@ def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 def _block(reading: _Reading, number: int, index: tuple[slice, ...]) -> np.ndarray:
     """The part at `index` of the parameter `weight.ours[number]`."""
     config, weight, wholes, tensors, lookup, faults = reading
-    names = named_parts(weight.theirs, config)
+    names = named_parts(weight, config)
     n_stacked = len(names[0][1]) if names else 0
     inner, shapes = index[n_stacked:], [whole.shape[n_stacked:] for whole in wholes]
     expected = stored([np.broadcast_to(np.float32(0), shape) for shape in shapes], weight, config).shape

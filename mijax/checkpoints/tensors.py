@@ -9,7 +9,7 @@ import einops
 import jax
 import numpy as np
 
-from mijax.checkpoints.table import Weight
+from mijax.checkpoints.table import Buffer, Weight
 from mijax.model.config import Config
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -78,33 +78,37 @@ def stored(parameters: Sequence[np.ndarray], weight: Weight, config: Config) -> 
     return einops.rearrange(tensor, f"{arranged} -> {theirs}", **axis_sizes(weight, config))
 
 
-def tensor_names(theirs: str, config: Config) -> list[str]:
+def tensor_names(entry: Weight | Buffer, config: Config) -> list[str]:
     """The names of the tensors that an entry of a family's table stands for.
 
     Args:
-        theirs: a name in the table, as in `named_parts`.
+        entry: the entry.
         config: the model's config.
 
     Returns:
         The names.
     """
-    return [name for name, _ in named_parts(theirs, config)]
+    return [name for name, _ in named_parts(entry, config)]
 
 
-def named_parts(theirs: str, config: Config) -> list[tuple[str, tuple[int, ...]]]:
+def named_parts(entry: Weight | Buffer, config: Config) -> list[tuple[str, tuple[int, ...]]]:
     """The names of the tensors that an entry of a family's table stands for, and which part of the parameter each holds.
 
     Args:
-        theirs: a name in the table, with `{layer}` and `{expert}` in it where there is one tensor for each.
+        entry: the entry, with `{layer}` and `{expert}` in its name where there is one tensor for each.
         config: the model's config.
 
     Returns:
         Names, and indices of the parameter's leading axes.
     """
-    sizes = {"layer": config.n_layers, "expert": config.experts.n if config.experts else 0}
-    axes = [axis for axis in sizes if f"{{{axis}}}" in theirs]
-    indices = itertools.product(*(range(sizes[axis]) for axis in axes))
-    return [(theirs.format(**dict(zip(axes, index))), index) for index in indices]
+    ours = entry.ours[0] if isinstance(entry, Weight) else ""
+    of_some = {"blocks.mlp.": config.mlp_layers, "blocks.experts.": config.expert_layers}
+    layers = next((layers for start, layers in of_some.items() if ours.startswith(start)), range(config.n_layers))
+    numbers = {"layer": layers, "expert": range(config.experts.n if config.experts else 0)}
+    axes = [axis for axis in numbers if f"{{{axis}}}" in entry.theirs]
+    places = itertools.product(*(enumerate(numbers[axis]) for axis in axes))
+    number = lambda place: dict(zip(axes, (number for _, number in place)))
+    return [(entry.theirs.format(**number(place)), tuple(i for i, _ in place)) for place in places]
 
 
 def get(model: Any, path: str) -> jax.Array | np.ndarray | jax.ShapeDtypeStruct | None:

@@ -332,7 +332,7 @@ def to_transformer_lens(model: Transformer) -> tuple[dict[str, np.ndarray], dict
         array: Any = get(model, weight.ours[0])
         if array is None:
             continue
-        for name, index in named_parts(weight.theirs, config):
+        for name, index in named_parts(weight, config):
             state[name] = np.ascontiguousarray(stored([np.asarray(array[index])], weight, config))
     late = ("mlp.b_gate", "mlp.b_in") if config.mlp == "gated" else ()
     used = [name for name in state if name.endswith(late) and np.any(state[name])]

@@ -1,5 +1,6 @@
 """Grids over whole axes of a site, and windows of layers."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -53,15 +54,14 @@ def full_grid(model: Model, tokens: Inputs, site: str, over: Sequence[str]) -> G
         ValueError: for an unknown site, an axis that the site lacks or that is named twice, and no axes.
     """
     axes = axes_of(model, tokens, site, over)
-    labels = {axis: range(n) for axis, n in axes.items()}
-    return Grid(places_of(tokens, axes, np.arange(np.prod(list(axes.values())))), labels)
+    return Grid(places_of(tokens, axes, np.arange(math.prod(map(len, axes.values())))), axes)
 
 
-def axes_of(model: Model, tokens: Inputs, site: str, over: Sequence[str]) -> dict[str, int]:
-    """The number of cells along each axis of a site that is named in `over`.
+def axes_of(model: Model, tokens: Inputs, site: str, over: Sequence[str]) -> dict[str, Sequence[int]]:
+    """The indices of the cells along each axis of a site that is named in `over`.
 
     Key/value heads may be named `head`, as in `Where`, or `kv_head`. An axis of positions has as many cells as the
-    longest prompt has tokens.
+    longest prompt has tokens, an axis of layers one for each layer that has the site.
 
     Args:
         model: the model that has the site.
@@ -70,7 +70,7 @@ def axes_of(model: Model, tokens: Inputs, site: str, over: Sequence[str]) -> dic
         over: names of the axes.
 
     Returns:
-        The number of cells by axis, in the order of `over`.
+        The indices by axis, in the order of `over`.
 
     Raises:
         ValueError: for an unknown site, an axis that the site lacks or that is named twice, and no axes.
@@ -84,15 +84,16 @@ def axes_of(model: Model, tokens: Inputs, site: str, over: Sequence[str]) -> dic
     if len({"head" if axis == "kv_head" else axis for axis in over}) < len(over):
         raise ValueError(f"{message}, an axis twice")
     longest = int(np.asarray(tokens.lengths).max())
-    return {axis: longest if axis in POSITIONS else sizes[axis] for axis in over}
+    indices = {axis: range(longest if axis in POSITIONS else sizes[axis]) for axis in over}
+    return indices | ({"layer": entry.layers} if "layer" in over and entry.layers else {})
 
 
-def places_of(tokens: Inputs, axes: Mapping[str, int], cells: Int[np.ndarray, " cell"]) -> Where:
+def places_of(tokens: Inputs, axes: Mapping[str, Sequence[int]], cells: Int[np.ndarray, " cell"]) -> Where:
     """The places of some cells of the product of whole axes.
 
     Args:
         tokens: the prompts.
-        axes: number of cells by axis, as `axes_of` gives it.
+        axes: the indices by axis, as `axes_of` gives them.
         cells: row-major numbers of the cells.
 
     Returns:
@@ -100,8 +101,8 @@ def places_of(tokens: Inputs, axes: Mapping[str, int], cells: Int[np.ndarray, " 
         length.
     """
     lengths, choices = np.asarray(tokens.lengths), {}
-    for axis, n in axes.items():
-        indices = np.arange(n, dtype=np.int32)
+    for axis, entries in axes.items():
+        indices = np.asarray(entries, np.int32)
         if axis in POSITIONS and len(set(lengths.tolist())) > 1:
             indices = np.minimum(indices[:, None, None], lengths[:, None] - 1)
         choices["head" if axis == "kv_head" else axis] = indices

@@ -211,7 +211,7 @@ def check_cells(model: Model, tokens: Inputs, cells: Cells) -> None:
         site = model.sites[name]
         sizes = dict(zip(site.axes, site.shape(*tokens.ids.shape)))
         for edit, stacked in zip(edits, cells.stacked[name]):
-            check_range(together(edit.where, stacked.where), name, field_lengths(site, tokens))
+            check_range(together(edit.where, stacked.where), site, field_lengths(site, tokens))
             check_order(edit, site, stacked)
             check_no_mask(edit.where, name, site.axes, sizes, stacked.where)
 

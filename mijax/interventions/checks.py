@@ -42,7 +42,7 @@ def check_places(model: Model, tokens: Inputs, edits: Edits, captures: Captures)
         captures: what to keep by site.
 
     Raises:
-        ValueError: for a site that the model lacks, an axis that a site lacks, an index out of range, an operand
+        ValueError: for a site that the model lacks, an axis that a site lacks, an index out of range, a layer that lacks the site, an operand
             that does not broadcast to its site, a capture narrowed by a mask or by different layers for each
             example.
         TypeError: for a place that is no `Where`.
@@ -57,7 +57,7 @@ def check_places(model: Model, tokens: Inputs, edits: Edits, captures: Captures)
                     f"expected a mijax.Where at site {name!r}, given {type(edit.where).__name__}; a grid goes to mijax.sweep"
                 )
             check_structure(edit.where, name, site.axes, sizes)
-            check_range(edit.where, name, fields)
+            check_range(edit.where, site, fields)
             check_shapes(edit, site, shape)
         captured = captures.get(name)
         if captured is not None:
@@ -69,7 +69,7 @@ def check_places(model: Model, tokens: Inputs, edits: Edits, captures: Captures)
                 )
             check_structure(captured, name, site.axes, sizes, zipped=False)
             check_no_mask(captured, name, site.axes, sizes)
-            check_range(captured, name, fields)
+            check_range(captured, site, fields)
 
 
 def check_selects(model: Model, tokens: Inputs, edits: Edits) -> None:
@@ -94,6 +94,15 @@ def check_selects(model: Model, tokens: Inputs, edits: Edits) -> None:
             for field, mask in edit.where.masks.items():
                 if is_concrete(mask) and not np.asarray(mask).any():
                     raise ValueError(f"{what} selects nothing: its mask over {field!r} is all False")
+                if (
+                    field == "layer"
+                    and site.layers
+                    and is_concrete(mask)
+                    and not np.asarray(mask)[list(site.layers)].any()
+                ):
+                    raise ValueError(
+                        f"{what} selects nothing: the site is in layers {list(site.layers)}, which its mask leaves out"
+                    )
             if is_concrete(tokens.mask):
                 _selected(model.sites[name], np.asarray(tokens.mask), edit.where, what)
 
@@ -312,5 +321,5 @@ def faulty(model: Model, tokens: Inputs, edits: Edits, captures: Captures) -> Bo
         fields = field_lengths(model.sites[name], tokens)
         wheres = [edit.where for edit in edits.get(name, ())]
         for where in (*wheres, captures.get(name) or Where()):
-            bad = bad | any_out_of_range(where, fields)
+            bad = bad | any_out_of_range(where, model.sites[name], fields)
     return bad

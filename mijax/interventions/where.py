@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array, Bool, Int
-from mijax.model.sites import field_of
+from mijax.model.sites import Site, field_of
 from mijax.model.tokens import integers, is_concrete, resized
 
 FIELDS = ("layer", "batch", "pos", "head", "expert", "unit", "query", "key")
@@ -204,11 +204,12 @@ def _out_of_range(index: Any, length: Any) -> Any:
     return (index >= length) | (index < -length)
 
 
-def any_out_of_range(where: Where, lengths: Mapping[str, Any]) -> Bool[Array, ""]:
+def any_out_of_range(where: Where, site: Site, lengths: Mapping[str, Any]) -> Bool[Array, ""]:
     """Tell whether some index does not exist.
 
     Args:
         where: the places.
+        site: their site.
         lengths: by field, the length of the axis: an integer, or `[batch]` lengths of prompts.
 
     Returns:
@@ -217,19 +218,21 @@ def any_out_of_range(where: Where, lengths: Mapping[str, Any]) -> Bool[Array, ""
     bad = jnp.zeros((), bool)
     for field, index in where.given.items():
         bad = bad | jnp.any(_out_of_range(index, lengths[field]))
+        if field == "layer" and site.layers is not None and index.dtype != bool:
+            bad = bad | ~jnp.all(jnp.isin(index % lengths[field], jnp.asarray(site.layers, jnp.int32)))
     return bad
 
 
-def check_range(where: Where, site: str, lengths: Mapping[str, Any]) -> None:
+def check_range(where: Where, site: Site, lengths: Mapping[str, Any]) -> None:
     """Check that indices exist, as far as indices and lengths are known outside a trace.
 
     Args:
         where: the places.
-        site: the name of the site, for errors.
+        site: their site.
         lengths: by field, the length of the axis: an integer, or `[batch]` lengths of prompts.
 
     Raises:
-        ValueError: for the first index that is out of range.
+        ValueError: for the first index that is out of range, or the first layer that lacks the site.
     """
     for field, index in where.given.items():
         if not (is_concrete(index) and is_concrete(lengths[field])):
@@ -245,5 +248,9 @@ def check_range(where: Where, site: str, lengths: Mapping[str, Any]) -> None:
             )
             size, whose = (length[place[0]], f" of example {place[0]}") if length.ndim else (length, "")
             raise ValueError(
-                f"{field}={wide[place]} is out of range at site {site!r}: the {field} axis{whose} has {size} entries"
+                f"{field}={wide[place]} is out of range at site {site.name!r}: the {field} axis{whose} has {size} entries"
             )
+        if field == "layer" and site.layers is not None and index.dtype != bool:
+            absent = np.setdiff1d(index % length, site.layers)
+            if absent.size:
+                raise ValueError(f"layer {absent[0]} has no site {site.name!r}, which is in layers {list(site.layers)}")

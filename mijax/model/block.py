@@ -1,13 +1,16 @@
 """One layer. No other module computes it: every kind of run calls `block`, through the walk over layers."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 
-from mijax._types import Array, Asked, Bool, Stream
+from mijax._types import Array, Asked, Bool, Int, Stream
 from mijax.model.attention import Attention, KVCache, attention
 from mijax.model.config import Config
-from mijax.model.experts import ExpertMLP, experts
-from mijax.model.mlp import MLP, mlp
+from mijax.model.experts import ExpertMLP
+from mijax.model.mixed import mlp_or_experts
+from mijax.model.mlp import MLP
 from mijax.model.norm import Norm, normalised
 from mijax.model.tap import State, Visit
 
@@ -16,15 +19,40 @@ class Block(eqx.Module):
     """The parameters of all layers, each array with a leading layer axis.
 
     `ln1` and `ln2` are the norms before attention and before the MLP, `ln1_post` and `ln2_post` those of their outputs, or
-    of the stream after these were added.
+    of the stream after these were added. Where some layers have an MLP and the others experts
+    (`Config.dense_layers`), `mlp` and `experts` are stacked over those layers that have them.
     """
 
     ln1: Norm | None
     attn: Attention
     ln1_post: Norm | None
     ln2: Norm | None
-    mlp: MLP | ExpertMLP | None
+    mlp: MLP | None
+    experts: ExpertMLP | None
     ln2_post: Norm | None
+
+    def at(self, config: Config, index: Int[Array, ""] | int) -> "Block":
+        """The parameters of one layer, as `block` takes them.
+
+        Args:
+            config: the architecture.
+            index: the number of the layer.
+        """
+        of_all, of_some = self.split(config)
+        one = lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False)
+        return eqx.combine(jax.tree.map(one, of_all), of_some)
+
+    def split(self, config: Config) -> tuple["Block", "Block"]:
+        """The parameters that all layers have, and those that some layers have, for `equinox.combine`.
+
+        Args:
+            config: the architecture.
+        """
+        nothing = jax.tree.map(lambda _: None, self)
+        if not config.dense_layers:
+            return self, nothing
+        of_some = dataclasses.replace(nothing, mlp=self.mlp, experts=self.experts)
+        return dataclasses.replace(self, mlp=nothing.mlp, experts=nothing.experts), of_some
 
 
 def block(
@@ -40,7 +68,7 @@ def block(
 
     Args:
         config: the architecture.
-        params: the parameters of the layer (no layer axis).
+        params: the parameters of the layer (no layer axis; MLP and experts as `mlp_or_experts` takes them).
         x: `[batch, pos, d_model]`, the residual stream before the layer.
         visit: the tap in this layer, with the frame of the tokens of `x`.
         state: the tap's state.
@@ -62,16 +90,13 @@ def block(
         )
     if frame.reading is not None:
         visit = visit._replace(frame=frame.reading[0])
-    if params.mlp is not None:
+    if config.mlp != "none":
         if not config.parallel:
             after, state = visit("resid_mid", after, state)
         x, state = visit("mlp_in", x if config.parallel else after, state)
         ln2 = params.ln1 if config.shared_norm else params.ln2
         x, state = normalised(config, ln2, x, "ln2", visit, state)
-        if isinstance(params.mlp, ExpertMLP):
-            mlp_out, state = experts(config, params.mlp, x, visit, state)
-        else:
-            mlp_out, state = mlp(config, params.mlp, x, visit, state)
+        mlp_out, state = mlp_or_experts(config, params.mlp, params.experts, x, visit, state)
         after, state = _add(config, after, mlp_out, params.ln2_post, "mlp_out", visit, state)
     return visit("resid_post", after, state)
 

@@ -38,7 +38,8 @@ class Config:
         n_ctx: greatest number of tokens of a prompt.
         d_head: width of a head; 0 for `d_model / n_heads`.
         n_kv_heads: number of key/value heads; 0 for `n_heads`, fewer for grouped-query attention, 1 for multi-query.
-        d_mlp: number of neurons (of each expert); 0 for `4 * d_model` (and none where `mlp` is `"none"`).
+        d_mlp: number of neurons of each MLP (and of each expert, where `experts` gives no other); 0 for `4 * d_model`
+            (and none where `mlp` is `"none"`).
         positions: `"learned"` embeddings (parameter `W_pos`); a `Rotary`, or a tuple with one for each layer (`None` for
             layers without); `"alibi"` (Press et al. 2022), linear biases of the attention scores; or `"none"`.
         window: how many tokens a query sees, itself and those before it; 0 for all. A tuple has one for each layer.
@@ -54,6 +55,7 @@ class Config:
             `"none"`.
         mlp: dense, gated, or none.
         experts: the mixture of experts that stands in place of each MLP, or `None`.
+        dense_layers: the layers that have an MLP all the same (as the first of some models, or every second).
         activation: activation function of the MLP; `"gelu_new"` is the tanh form of GPT-2, `"clamped_swiglu"` that of
             GPT-OSS's gated experts.
         attn_bias: which of `b_Q`, `b_K`, `b_V` and `b_O` there are: letters of `"qkvo"`.
@@ -102,6 +104,7 @@ class Config:
     qk_norm: QKNorm = "none"
     mlp: MLPKind = "dense"
     experts: Experts | None = None
+    dense_layers: tuple[int, ...] = ()
     activation: Activation = "gelu_new"
     attn_bias: str = "qkvo"
     mlp_bias: bool = True
@@ -119,8 +122,13 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check all fields, and fill in those whose 0 stands for a value derived from others."""
-        field_faults = check_fields(self, "positions", "window")
-        faults = [*field_faults.values(), *self._misfits(field_faults), *self._unlayered(field_faults)]
+        field_faults = check_fields(self, "positions", "window", "dense_layers")
+        faults = [
+            *field_faults.values(),
+            *self._misfits(field_faults),
+            *self._unlayered(field_faults),
+            *self._unmixed(field_faults),
+        ]
         if faults:
             raise ValueError("invalid Config: " + "; ".join(faults))
         self._set("d_head", self.d_head or self.d_model // self.n_heads)
@@ -128,6 +136,9 @@ class Config:
         self._set("d_vocab_out", self.d_vocab_out or self.d_vocab)
         self._set("attn_scale", self.attn_scale or self.d_head**-0.5)
         self._set("d_mlp", 0 if self.mlp == "none" else self.d_mlp or 4 * self.d_model)
+        if self.experts is not None:
+            self._set("experts", dataclasses.replace(self.experts, d_mlp=self.experts.d_mlp or self.d_mlp))
+            self._set("d_mlp", self.d_mlp if self.dense_layers else self.experts.d_mlp)
         self._set("norm_bias", self.norm_bias and self.norm == "layer")
         self._set("final_norm", self.final_norm and self.norm != "none")
         self._set("embed_norm", self.embed_norm and self.norm != "none")
@@ -156,6 +167,21 @@ class Config:
     def windows(self) -> tuple[int, ...]:
         """The window of each layer; empty where all see all tokens."""
         return self.window if isinstance(self.window, tuple) else (self.window,) * self.n_layers if self.window else ()
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether layers have an MLP, not all of them experts."""
+        return self.mlp != "none" and (self.experts is None or bool(self.dense_layers))
+
+    @property
+    def mlp_layers(self) -> tuple[int, ...]:
+        """The layers with an MLP."""
+        return self.dense_layers if self.experts else tuple(range(self.n_layers)) if self.has_mlp else ()
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The layers with experts."""
+        return tuple(i for i in range(self.n_layers) if i not in self.dense_layers) if self.experts else ()
 
     @property
     def has_halves(self) -> bool:
@@ -244,6 +270,27 @@ class Config:
                 yield f"window={value!r} must be {noun}, or one for each layer"
             elif name == "positions" and not (isinstance(value, Rotary) or value in ("learned", "alibi", "none")):
                 yield f"positions={value!r} is none of 'learned', 'alibi', 'none', a Rotary, or one for each layer"
+
+    def _unmixed(self, invalid: Collection[str]) -> Iterator[str]:
+        """What is wrong with experts of other width than the MLPs, and with the layers that have these."""
+        layers: Any = self.dense_layers
+        if isinstance(layers, list | tuple | np.ndarray) and all(
+            isinstance(i, int | np.integer) and not isinstance(i, bool) for i in layers
+        ):
+            self._set("dense_layers", layers := tuple(sorted(map(int, layers))))
+        else:
+            yield f"dense_layers={layers!r} must be a sequence of integers"
+            return
+        if {"n_layers", "experts", "d_mlp"} & set(invalid):
+            return
+        if len(set(layers)) < len(layers) or any(not 0 <= i < self.n_layers for i in layers):
+            yield f"dense_layers={layers!r} must be different layers, of {self.n_layers}"
+        elif layers and self.experts is None:
+            yield f"dense_layers={layers!r} needs experts in the other layers"
+        elif layers and len(layers) == self.n_layers:
+            yield "dense_layers are all layers: leave out experts"
+        elif self.experts and not layers and self.d_mlp and self.experts.d_mlp not in (0, self.d_mlp):
+            yield f"d_mlp={self.d_mlp} does not go with experts of d_mlp={self.experts.d_mlp} in all layers"
 
     def _set(self, field: str, value):
         object.__setattr__(self, field, value)

@@ -52,7 +52,7 @@ def experts(config: Config, params: ExpertMLP, x: Stream, visit: Visit, state: S
     out, state = _routed(config, params, x, visit, state)
     if params.shared is None:
         return out, state
-    shared, state = mlp(config, params.shared, x, visit, state)
+    shared, state = mlp(config, params.shared, x, visit, state, "shared_")
     if params.W_shared_gate is not None:
         shared = shared * jax.nn.sigmoid(einsum("bpd,d->bp", x, params.W_shared_gate))[..., None]
     shared, state = visit("shared_out", shared, state)

@@ -30,7 +30,7 @@ class MLP(eqx.Module):
     b_gate: Float[Array, "layer d_mlp"] | None
 
 
-def mlp(config: Config, params: MLP, x: Stream, visit: Visit, state: State) -> tuple[Stream, State]:
+def mlp(config: Config, params: MLP, x: Stream, visit: Visit, state: State, start: str = "") -> tuple[Stream, State]:
     """The output of the MLP.
 
     Args:
@@ -39,6 +39,7 @@ def mlp(config: Config, params: MLP, x: Stream, visit: Visit, state: State) -> t
         x: `[batch, pos, d_model]`, the residual stream that the MLP reads, after its norm.
         visit: the tap in this layer.
         state: the tap's state.
+        start: how the names of its sites begin.
 
     Returns:
         `[batch, pos, d_model]`, the output of the MLP with bias; and the tap's state.
@@ -46,11 +47,11 @@ def mlp(config: Config, params: MLP, x: Stream, visit: Visit, state: State) -> t
     linear, gate = _affine(x, params.W_in, params.b_in), None
     if config.mlp == "gated":
         assert params.W_gate is not None
-        gate, state = visit("pre", _affine(x, params.W_gate, params.b_gate), state)
-        linear, state = visit("pre_linear", linear, state)
+        gate, state = visit(start + "pre", _affine(x, params.W_gate, params.b_gate), state)
+        linear, state = visit(start + "pre_linear", linear, state)
     else:
-        linear, state = visit("pre", linear, state)
-    post, state = visit("post", activated(config, linear, gate), state)
+        linear, state = visit(start + "pre", linear, state)
+    post, state = visit(start + "post", activated(config, linear, gate), state)
     return _affine(post, params.W_out, params.b_out), state
 
 

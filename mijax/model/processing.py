@@ -17,7 +17,6 @@ import numpy as np
 
 from mijax._types import Array, ArrayLike
 from mijax.model.config import Config
-from mijax.model.experts import ExpertMLP
 from mijax.model.norm import Norm
 from mijax.model.numerics import accumulator, einsum
 from mijax.model.tokens import is_concrete
@@ -45,24 +44,27 @@ def fold_norms(model: Transformer) -> Transformer:
     False
     """
     _check(model, "fold_norms")
-    attn, mlp, ln1, ln2 = model.blocks.attn, model.blocks.mlp, model.blocks.ln1, model.blocks.ln2
+    attn, ln1, ln2 = model.blocks.attn, model.blocks.ln1, model.blocks.ln2
     if ln1 is None:
         raise ValueError("fold_norms does not apply: the model has no norms before attention and MLP")
     model, ln2 = _untied(model), ln1 if model.config.shared_norm else ln2
     qkv = [(getattr(attn, f"W_{n}"), getattr(attn, f"b_{n}")) for n in "QKV"]
     spec = "ld,ldhe->lhe"
     folded = {f"attn.{k}_{n}": v for n, (W, b) in zip("QKV", qkv) for k, v in zip("Wb", _fold(ln1, W, b, spec))}
-    if mlp is not None and ln2 is not None:
-        if ln2.bias is not None and getattr(mlp, "W_shared_gate", None) is not None:
+    if ln2 is not None:
+        if ln2.bias is not None and _get(model.blocks, "experts.W_shared_gate") is not None:
             raise ValueError("fold_norms does not apply: the gate of the shared MLP has no bias for that of the norm")
         for W_path, axes in _reads(model).items():
-            b_path = _bias_of(W_path)
-            W, b = _fold(ln2, _get(mlp, W_path), _get(mlp, b_path), f"ld,{axes}->{axes.replace('d', '')}")
-            folded |= {f"mlp.{W_path}": W, f"mlp.{b_path}": b}
-        for part in ("", "shared."):  # an MLP has all of its biases, or none
-            W_out, b_out = _get(mlp, f"{part}W_out"), _get(mlp, f"{part}b_out")
-            if W_out is not None and b_out is None and folded[f"mlp.{part}b_in"] is not None:
-                folded[f"mlp.{part}b_out"] = jnp.zeros_like(W_out[..., 0, :])
+            b_path, layers = _bias_of(W_path), _layers(model.config, W_path)
+            read = jax.tree.map(lambda a, layers=layers: a[jnp.asarray(layers, jnp.int32)], ln2)
+            W, b = _fold(
+                read, _get(model.blocks, W_path), _get(model.blocks, b_path), f"ld,{axes}->{axes.replace('d', '')}"
+            )
+            folded |= {W_path: W, b_path: b}
+        for part in _MLPS:  # an MLP has all of its biases, or none
+            W_out, b_out = _get(model.blocks, f"{part}.W_out"), _get(model.blocks, f"{part}.b_out")
+            if W_out is not None and b_out is None and folded[f"{part}.b_in"] is not None:
+                folded[f"{part}.b_out"] = jnp.zeros_like(W_out[..., 0, :])
     norms = {"ln1": _plain(ln1)} | ({} if model.blocks.ln2 is None else {"ln2": _plain(model.blocks.ln2)})
     new: dict[str, Any] = {f"blocks.{path}": value for path, value in (folded | norms).items()}
     if model.ln_final is not None:
@@ -292,28 +294,32 @@ def rotate_stream(model: Transformer, rotation: ArrayLike) -> Transformer:
     writes = ["W_E", "W_pos", "W_U", *_LAYERS_WRITE]
     rotated = {path: _dot("...d,de->...e", _get(model, path), rotation) for path in writes}
     reads = {f"blocks.attn.W_{name}": "ldhk" for name in "QKV"}
-    reads |= {f"blocks.mlp.{path}": axes for path, axes in _reads(model).items()}
+    reads |= {f"blocks.{path}": axes for path, axes in _reads(model).items()}
     rotated |= {
         path: _dot(f"{axes},de->{axes.replace('d', 'e')}", _get(model, path), rotation) for path, axes in reads.items()
     }
     return _replace(model, {path: x for path, x in rotated.items() if x is not None})
 
 
+_MLPS = ("mlp", "experts", "experts.shared")
 _LAYERS_WRITE = [
     *("blocks.attn.W_O", "blocks.attn.b_O"),
-    *(f"blocks.mlp.{part}{name}" for part in ("", "shared.") for name in ("W_out", "b_out")),
+    *(f"blocks.{part}.{name}" for part in _MLPS for name in ("W_out", "b_out")),
 ]
 """The parameters that write to the stream; not all models have all."""
 
 
 def _reads(model: Transformer) -> dict[str, str]:
-    """The matrices of a layer's MLP that read the stream, by path in it: their axes, of which `d` is the stream's."""
-    mlp = model.blocks.mlp
-    of_experts = isinstance(mlp, ExpertMLP)
-    reads = dict.fromkeys(("W_in", "W_gate"), "lndm" if of_experts else "ldm")
-    if of_experts:
-        reads |= {"W_router": "ldn", "W_shared_gate": "ld", "shared.W_in": "ldm", "shared.W_gate": "ldm"}
-    return {path: axes for path, axes in reads.items() if _get(mlp, path) is not None}
+    """The matrices of MLPs and experts that read the stream, by path in the blocks: their axes, of which `d` is the stream's."""
+    reads = {"mlp.W_in": "ldm", "mlp.W_gate": "ldm", "experts.W_in": "lndm", "experts.W_gate": "lndm"}
+    reads |= {"experts.W_router": "ldn", "experts.W_shared_gate": "ld"}
+    reads |= {"experts.shared.W_in": "ldm", "experts.shared.W_gate": "ldm"}
+    return {path: axes for path, axes in reads.items() if _get(model.blocks, path) is not None}
+
+
+def _layers(config: Config, path: str) -> tuple[int, ...]:
+    """The layers that have a parameter of `_reads`."""
+    return config.mlp_layers if path.startswith("mlp.") else config.expert_layers
 
 
 def _bias_of(path: str) -> str:
@@ -401,15 +407,15 @@ def _untied(model: Transformer) -> Transformer:
 
 def _described(model: Transformer) -> Transformer:
     """The model with a config that says which parameters it has."""
-    attn, mlp = model.blocks.attn, model.blocks.mlp
+    attn, mlps = model.blocks.attn, [mlp for mlp in (model.blocks.mlp, model.blocks.experts) if mlp is not None]
     config = dataclasses.replace(
         model.config,
         tied_unembed=model.W_U is None,
         unembed_bias=model.b_U is not None,
         attn_bias="".join(letter for letter in "qkvo" if getattr(attn, f"b_{letter.upper()}") is not None),
-        mlp_bias=mlp is not None and mlp.b_in is not None,
+        mlp_bias=any(mlp.b_in is not None for mlp in mlps),
         experts=model.config.experts
-        and dataclasses.replace(model.config.experts, router_bias=getattr(mlp, "b_router", None) is not None),
+        and dataclasses.replace(model.config.experts, router_bias=_get(model.blocks, "experts.b_router") is not None),
     )
     return dataclasses.replace(model, config=config)
 

@@ -11,7 +11,7 @@ from mijax.model.fields import check_fields
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of each layer's MLP.
+    """A mixture of experts in place of a layer's MLP.
 
     A router scores the experts for each token; the token uses the `top_k` best, and the output is the sum of theirs,
     weighted by the softmax of the scores.
@@ -24,6 +24,7 @@ class Experts:
         router_bias: whether the router has a bias.
         shared: number of neurons of a further MLP that all tokens use, whose output is added; 0 for none.
         shared_gate: whether that output is multiplied by the sigmoid of a projection of the stream (Qwen2-MoE).
+        d_mlp: number of neurons of each expert; 0 for the `d_mlp` of the config.
 
     Raises:
         ValueError: naming every invalid field.
@@ -38,6 +39,7 @@ class Experts:
     router_bias: bool = False
     shared: int = 0
     shared_gate: bool = False
+    d_mlp: int = 0  # 0: that of the config
 
     def __post_init__(self) -> None:
         """Check all fields."""

@@ -14,7 +14,7 @@ from mijax.model.tokens import Tokens, as_tokens
 
 SELECTS = {
     "layer": "layer", "batch": "batch", "pos": "pos", "query": "query", "key": "key",
-    "head": "head", "kv_head": "head", "expert": "expert", "d_model": "unit", "d_head": "unit", "d_mlp": "unit",
+    "head": "head", "kv_head": "head", "expert": "expert", "d_model": "unit", "d_head": "unit", "d_mlp": "unit", "d_shared": "unit",
 }  # fmt: skip
 """The field of `Where` that selects along an axis: `unit` is the last axis of vectors."""
 
@@ -57,7 +57,8 @@ class Site:
         zero_at_padding: whether it is zero at padding, whatever the sites before it hold there.
         masked: whether entries of keys that a query may not see have no effect.
         rule: how attention scores are computed from queries and keys.
-        layers: the layers at which it exists, for a site inside the layers without a layer axis.
+        layers: the layers at which it exists, where it does not at all: a site inside the layers without a layer axis,
+            or one of layers of one kind. Captured at all layers, the others are NaN.
         fixed: in a model's table (`model.sites`), the sizes of the axes that do not depend on the prompts.
         half: in a model's table, 1 where the site is in the second half of its layer, after attention.
 
@@ -143,16 +144,18 @@ _HEADS = ("layer", "batch", "pos", "head", "d_head")
 _KV_HEADS = ("layer", "batch", "pos", "kv_head", "d_head")
 _SCORES = ("layer", "batch", "head", "query", "key")
 _MLP = ("layer", "batch", "pos", "d_mlp")
+_SHARED = ("layer", "batch", "pos", "d_shared")
 _has_mlp = lambda config: config.mlp != "none"
 _ln1 = lambda config: config.has_norm("input")
 _ln1_post = lambda config: config.has_norm("output")
 _ln2 = lambda config: config.has_norm("input") and _has_mlp(config)
 _ln2_post = lambda config: config.has_norm("output") and _has_mlp(config)
 _turned = lambda config: config.rotates or config.qk_norm != "none"
-_neurons = lambda config: config.mlp != "none" and (config.experts is None or config.experts.shared > 0)
-_gated = lambda config: _neurons(config) and config.mlp == "gated"
+_neurons = lambda config: config.has_mlp
+_gated = lambda config: config.has_mlp and config.mlp == "gated"
 _experts = lambda config: config.experts is not None
 _shared = lambda config: config.experts is not None and config.experts.shared > 0
+_shared_gated = lambda config: _shared(config) and config.mlp == "gated"
 
 SITES: Mapping[str, Site] = {
     site.name: site
@@ -183,12 +186,15 @@ SITES: Mapping[str, Site] = {
         Site("mlp_in", _STREAM, "the stream as the MLP alone sees it, before ln2", "mlp", _has_mlp),
         Site("ln2.scale", _STREAM[:3], "as ln1.scale, for the norm before the MLP", "mlp", _ln2),
         Site("ln2.normalized", _STREAM, "as ln1.normalized, for the norm before the MLP", "mlp", _ln2),
-        Site("pre", _MLP, "neurons before the activation function (of the gate, where gated); beside experts those of the shared MLP", "mlp", _neurons, product=True),
+        Site("pre", _MLP, "neurons before the activation function (of the gate, where gated)", "mlp", _neurons, product=True),
         Site("pre_linear", _MLP, "the linear branch that a gated MLP multiplies in", "mlp", _gated, product=True),
         Site("post", _MLP, "neurons: activation(pre), times pre_linear where gated", "mlp", _neurons),
         Site("router_logits", (*_STREAM[:3], "expert"), "scores of the experts", "mlp", _experts, product=True),
         Site("expert_weights", (*_STREAM[:3], "expert"), "by what the experts' outputs are multiplied; zero for those that a token does not use", "mlp", _experts),
         Site("expert_out", (*_STREAM[:3], "expert", "d_model"), "output of every expert, with bias; computed where it is asked for", "mlp", _experts),
+        Site("shared_pre", _SHARED, "as pre, of the MLP that all tokens share beside experts", "mlp", _shared, product=True),
+        Site("shared_pre_linear", _SHARED, "as pre_linear, of the MLP that all tokens share beside experts", "mlp", _shared_gated, product=True),
+        Site("shared_post", _SHARED, "as post, of the MLP that all tokens share beside experts", "mlp", _shared),
         Site("shared_out", _STREAM, "output of the MLP that all tokens share beside experts, after its gate", "mlp", _shared),
         Site("ln2_post.scale", _STREAM[:3], "as ln1.scale, for the norm of the MLP's output, or of the stream after it", "mlp", _ln2_post),
         Site("ln2_post.normalized", _STREAM, "as ln1.normalized, for the norm of the MLP's output, or of the stream after it", "mlp", _ln2_post),
@@ -204,7 +210,7 @@ SITES: Mapping[str, Site] = {
 
 @functools.lru_cache(maxsize=256)
 def transformer_sites(config: Config) -> Mapping[str, Site]:
-    """The sites of the transformers of one config, with `fixed`, `rule`, `half`, `product` and `read_as` filled in.
+    """The sites of the transformers of one config, with `fixed`, `rule`, `layers`, `half`, `product` and `read_as` filled in.
 
     Args:
         config: the architecture.
@@ -215,9 +221,12 @@ def transformer_sites(config: Config) -> Mapping[str, Site]:
     c = config
     fixed = (
         ("layer", c.n_layers), ("head", c.n_heads), ("kv_head", c.n_kv_heads),
-        ("d_model", c.d_model), ("d_head", c.d_head), ("d_mlp", c.experts.shared if c.experts else c.d_mlp),
-        ("expert", c.experts.n if c.experts else 0),
+        ("d_model", c.d_model), ("d_head", c.d_head), ("d_mlp", c.d_mlp),
+        ("expert", c.experts.n if c.experts else 0), ("d_shared", c.experts.shared if c.experts else 0),
     )  # fmt: skip
+    of_some = {_neurons: c.mlp_layers, _gated: c.mlp_layers} | dict.fromkeys(
+        (_experts, _shared, _shared_gated), c.expert_layers
+    )
     existing = {name: site for name, site in SITES.items() if site.exists(config)}
     return MappingProxyType(
         {
@@ -226,6 +235,7 @@ def transformer_sites(config: Config) -> Mapping[str, Site]:
                 fixed=fixed,
                 rule=ScoreRule.of(c) if name == "attn_scores" else None,
                 product=site.product and not (site.added and c.has_norm("output") and c.norm_at != "stream"),
+                layers=of_some.get(site.exists) if c.dense_layers else None,
                 half=int(site.part == "mlp" and c.has_halves),
                 read_as=name if site.read_as not in existing and site.read_as else site.read_as,
             )

@@ -138,7 +138,7 @@ class Transformer(LayeredModel):
 
     def layer(self, index: int) -> Layer:
         """One layer, as `walk` passes it to its body."""
-        return Layer(self.config, jnp.int32(index), jax.tree.map(lambda a: a[index], self.blocks))
+        return Layer(self.config, jnp.int32(index), self.blocks.at(self.config, index))
 
     def walk(self, body: Body, carry: Any, xs: Any = None, **how: Any) -> tuple[Any, Any]:
         """Run `body(layer, carry, x) -> carry, y` on the layers in turn."""
@@ -159,11 +159,12 @@ class Transformer(LayeredModel):
         c, sites = self.config, set(sites)
         copies = any(self.sites[name].per_head for name in sites)
         heads = (c.n_heads + c.n_kv_heads) * c.d_head
-        neurons, out = (3 if c.mlp == "gated" else 2) * c.d_mlp, 0
+        maps = 3 if c.mlp == "gated" else 2
+        neurons, out = maps * c.d_mlp * bool(c.mlp_layers), 0
         if c.experts is not None:  # a token is copied for each expert that it uses
             every = "expert_out" in sites or "expert_weights" in sites
-            neurons, out = neurons * c.experts.top_k, 3 * c.d_model * (c.experts.n if every else c.experts.top_k)
-            neurons += 3 * c.experts.shared
+            neurons = max(neurons, maps * c.experts.d_mlp * c.experts.top_k + 3 * c.experts.shared)
+            out = 3 * c.d_model * (c.experts.n if every else c.experts.top_k)
         numbers = 8 * c.d_model + 4 * heads + neurons + out
         return numbers + 3 * c.n_heads * c.d_model * copies
 
@@ -174,12 +175,12 @@ class Transformer(LayeredModel):
 
     @property
     def products_per_token(self) -> int:
-        """How many multiplications a layer takes per token: the size of the matrices that it uses."""
+        """How many multiplications a layer takes per token, on average: the size of the matrices that it uses."""
         products = sum(a.size for a in jax.tree.leaves(self.blocks) if a.ndim > 2)
-        mlp = self.blocks.mlp
-        if self.config.experts is not None and mlp is not None:
-            of_experts = sum(a.size for a in (mlp.W_in, mlp.W_out, mlp.W_gate) if a is not None)
-            products -= of_experts * (self.config.experts.n - self.config.experts.top_k) // self.config.experts.n
+        rule, experts = self.config.experts, self.blocks.experts
+        if rule is not None and experts is not None:
+            of_experts = sum(a.size for a in (experts.W_in, experts.W_out, experts.W_gate) if a is not None)
+            products -= of_experts * (rule.n - rule.top_k) // rule.n
         return products // max(1, self.n_layers)
 
     def __repr__(self) -> str:
@@ -266,16 +267,16 @@ def _with_weights(config: Config, dtype: Any, weights: Callable[[tuple[int, ...]
             "b_gate": bias(c.mlp_bias and gated, *stack, width),
         }
 
+    experts, n_sparse = None, len(c.expert_layers)
+    mlp = MLP(**maps(len(c.mlp_layers), width=c.d_mlp)) if c.has_mlp else None
     if e is not None:
-        mlp = ExpertMLP(
-            W_router=normal(n, c.d_model, e.n),
-            b_router=bias(e.router_bias, n, e.n),
-            shared=MLP(**maps(n, width=e.shared)) if e.shared else None,
-            W_shared_gate=normal(n, c.d_model) if e.shared_gate else None,
-            **maps(n, e.n, width=c.d_mlp),
+        experts = ExpertMLP(
+            W_router=normal(n_sparse, c.d_model, e.n),
+            b_router=bias(e.router_bias, n_sparse, e.n),
+            shared=MLP(**maps(n_sparse, width=e.shared)) if e.shared else None,
+            W_shared_gate=normal(n_sparse, c.d_model) if e.shared_gate else None,
+            **maps(n_sparse, e.n, width=e.d_mlp),
         )
-    else:
-        mlp = None if c.mlp == "none" else MLP(**maps(n, width=c.d_mlp))
     return Transformer(
         W_E=normal(c.d_vocab, c.d_model),
         W_pos=normal(c.n_ctx, c.d_model) if c.positions == "learned" else None,
@@ -284,9 +285,10 @@ def _with_weights(config: Config, dtype: Any, weights: Callable[[tuple[int, ...]
             ln1=norm(c.has_norm("input"), n),
             attn=attn,
             ln1_post=norm(c.has_norm("output"), n),
-            ln2=norm(c.has_norm("input") and mlp and not c.shared_norm, n),
+            ln2=norm(c.has_norm("input") and c.mlp != "none" and not c.shared_norm, n),
             mlp=mlp,
-            ln2_post=norm(c.has_norm("output") and mlp, n),
+            experts=experts,
+            ln2_post=norm(c.has_norm("output") and c.mlp != "none", n),
         ),
         ln_final=norm(c.final_norm),
         W_U=None if c.tied_unembed else normal(c.d_vocab_out, c.d_model),

@@ -23,7 +23,7 @@ class Layer(eqx.Module):
     Attributes:
         config: the architecture.
         index: the number of the layer.
-        params: its parameters, without the layer axis.
+        params: its parameters, as `block` takes them.
     """
 
     config: Config = eqx.field(static=True)
@@ -104,7 +104,7 @@ def walk(
 
     def sliced(carry: Any, inputs: tuple[Int[Array, ""], Any]) -> tuple[Any, Any]:
         index, x = inputs
-        return body(Layer(config, index, at(index, blocks)), carry, x)
+        return body(Layer(config, index, blocks.at(config, index)), carry, x)
 
     def ranged(carry: Any, index: Int[Array, ""]) -> tuple[Any, Any]:
         all_sliced = lambda carry, index: sliced(carry, (index, at(index, xs)))
@@ -124,8 +124,11 @@ def walk(
     if not whole:  # parameters are sliced in the branch of layers that run, so that a skipped layer costs nothing
         return jax.lax.scan(ranged, carry, numbers)
     if remat is None:  # parameters are scanned over: their gradient is written once, not summed over the layers
-        scanned = lambda carry, inputs: body(Layer(config, *inputs[:2]), carry, inputs[2])
-        return jax.lax.scan(scanned, carry, (numbers, blocks, xs))
+        of_all, of_some = blocks.split(config)
+        scanned = lambda carry, inputs: body(
+            Layer(config, inputs[0], eqx.combine(inputs[1], of_some)), carry, inputs[2]
+        )
+        return jax.lax.scan(scanned, carry, (numbers, of_all, xs))
     # Parameters are sliced inside the function that is computed again: scanned over, each layer's parameters would be
     # stored for the backward pass a second time. Other inputs are scanned over, since their gradient is written once.
     layers = lambda carry, inputs: jax.lax.scan(remat(sliced), carry, inputs)

@@ -88,5 +88,5 @@ def _check_seen(model: LayeredModel, tokens: Inputs, edges: Mapping[str, tuple[A
     site, mask = model.sites["attn_scores"], np.asarray(tokens.mask)
     for name, (query, key) in edges.items():
         where = Where(query=query, key=key)
-        check_range(where, site.name, field_lengths(site, tokens))
+        check_range(where, site, field_lengths(site, tokens))
         check_sees(model, site, mask, where, f"edge {name!r} (queries, keys)")

@@ -20,7 +20,7 @@ from mijax.forward import run
 from mijax.interventions.edits import Add, Replace
 from mijax.interventions.where import Where
 from mijax.model.model import LayeredModel
-from mijax.model.sites import site_of
+from mijax.model.sites import Site, site_of
 from mijax.model.tokens import Tokens, integers
 from mijax.sweeps.sweep import sweep
 
@@ -96,7 +96,7 @@ def trace(
     repeated, metric, places = (
         Tokens(ids, real),
         metrics.prob(np.tile(answer, draws)),
-        _places(model, tokens, pos, window, draws),
+        _places(tokens, pos, window, draws, entry),
     )
 
     def edits(corruption: Any, source: Any, corrupted: Any) -> dict[str, Any]:
@@ -178,9 +178,10 @@ def _noise(
     return jnp.concatenate([jnp.take_along_axis(draw(key), position[..., None], axis=1) for key in keys])
 
 
-def _places(model: LayeredModel, tokens: Tokens, pos: Mapping[str, Any] | None, window: int, draws: int) -> Grid:
+def _places(tokens: Tokens, pos: Mapping[str, Any] | None, window: int, draws: int, site: Site) -> Grid:
     """The grid of windows of layers and positions, for prompts repeated `draws` times."""
-    n, lengths = model.n_layers, np.asarray(tokens.lengths)
+    lengths, n = np.asarray(tokens.lengths), site.sizes["layer"]
+    layers = range(n) if site.layers is None else site.layers
     if pos is None:  # in a shorter prompt, the last position stands in for those that it lacks
         pos = {str(p): np.minimum(p, lengths - 1)[:, None] for p in range(int(lengths.max()))}
         labels: Sequence[Any] = list(map(int, pos))
@@ -188,8 +189,8 @@ def _places(model: LayeredModel, tokens: Tokens, pos: Mapping[str, Any] | None, 
         labels = list(pos)
     per_prompt = {name: np.asarray(p) for name, p in pos.items()}
     tiled = {name: np.tile(p, (draws, 1)) if p.ndim == 2 else p for name, p in per_prompt.items()}
-    layers = {str(layer): layer_window(layer, window, n) for layer in range(n)}
-    return Grid(grid(layer=layers, pos=tiled).where, {"layer": list(range(n)), "pos": labels})
+    windows = {str(layer): [i for i in layer_window(layer, window, n) if i in layers] for layer in layers}
+    return Grid(grid(layer=windows, pos=tiled).where, {"layer": layers, "pos": labels})
 
 
 def _later(places: Grid, n_layers: int) -> Grid:

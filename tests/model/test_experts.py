@@ -16,7 +16,9 @@ SITES = ("router_logits", "expert_weights", "mlp_in", "mlp_out")
 
 
 def model_of(n=4, top_k=2, **experts):
-    config = dataclasses.replace(ARCHITECTURES["experts"], experts=mj.Experts(n, top_k, **experts), activation="silu")
+    config = dataclasses.replace(
+        ARCHITECTURES["experts"], experts=mj.Experts(n, top_k, **experts), dense_layers=(), activation="silu"
+    )
     return random_model(config)
 
 
@@ -34,7 +36,7 @@ def test_equal_experts_are_one_mlp(x64, normalise):
     model, tokens = model_of(5, 2, normalise=normalise), batch("right")
     first = lambda w: jnp.broadcast_to(w[:, :1], w.shape)
     names = ("W_in", "W_gate", "W_out", "b_in", "b_gate", "b_out")
-    at = lambda m: [getattr(m.blocks.mlp, name) for name in names]
+    at = lambda m: [getattr(m.blocks.experts, name) for name in names]
     model = eqx.tree_at(at, model, replace_fn=first)
     acts = mj.run(model, tokens, capture=(*SITES, "ln2.normalized")).acts
     x = acts["ln2.normalized"] * model.blocks.ln2.weight[:, None, None]
@@ -49,7 +51,7 @@ def test_equal_experts_are_one_mlp(x64, normalise):
 @pytest.mark.parametrize("n, top_k, pos", [(3, 1, 7), (8, 2, 200), (16, 3, 111), (5, 5, 40), (2, 2, 1)])
 def test_blocks_of_many_tokens_give_what_all_experts_give(x64, n, top_k, pos):
     """Asking for `expert_out` computes all of them."""
-    config = dataclasses.replace(ARCHITECTURES["experts"], experts=mj.Experts(n, top_k), n_ctx=256)
+    config = dataclasses.replace(ARCHITECTURES["experts"], experts=mj.Experts(n, top_k), dense_layers=(), n_ctx=256)
     model, ids = random_model(config), np.random.default_rng(0).integers(0, 19, (2, pos))
     used = mj.run(model, ids, capture=("mlp_out",))
     every = mj.run(model, ids, capture=("mlp_out", "expert_out", "expert_weights"))
@@ -59,17 +61,17 @@ def test_blocks_of_many_tokens_give_what_all_experts_give(x64, n, top_k, pos):
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_the_shared_mlp_is_added(x64, gate):
-    """Its neurons are `pre`, `pre_linear` and `post`; without the experts' outputs it is what is left."""
+    """Its neurons are `shared_pre`, `shared_pre_linear` and `shared_post`; without the experts' outputs it is what is left."""
     model, tokens = model_of(4, 2, shared=7, shared_gate=gate), batch("left")
-    out = mj.run(model, tokens, capture=(*SITES, "shared_out", "post", "expert_out", "ln2.normalized"))
-    acts, shared = out.acts, model.blocks.mlp.shared
+    out = mj.run(model, tokens, capture=(*SITES, "shared_out", "shared_post", "expert_out", "ln2.normalized"))
+    acts, shared = out.acts, model.blocks.experts.shared
     of_experts = jnp.einsum("lbpe,lbped->lbpd", acts["expert_weights"], acts["expert_out"])
     read = acts["ln2.normalized"] * model.blocks.ln2.weight[:, None, None]
     factor = (
-        jax.nn.sigmoid(jnp.einsum("lbpd,ld->lbp", read, model.blocks.mlp.W_shared_gate))[..., None] if gate else 1.0
+        jax.nn.sigmoid(jnp.einsum("lbpd,ld->lbp", read, model.blocks.experts.W_shared_gate))[..., None] if gate else 1.0
     )
-    down = jnp.einsum("lbpm,lmd->lbpd", acts["post"], shared.W_out) + shared.b_out[:, None, None]
-    assert acts["post"].shape[-1] == 7 and error(acts["shared_out"], factor * down) < 1e-10
+    down = jnp.einsum("lbpm,lmd->lbpd", acts["shared_post"], shared.W_out) + shared.b_out[:, None, None]
+    assert acts["shared_post"].shape[-1] == 7 and error(acts["shared_out"], factor * down) < 1e-10
     assert error(acts["mlp_out"], of_experts + acts["shared_out"]) < 1e-10
     alone = mj.run(model, tokens, {"expert_weights": mj.Replace(0.0)}, capture=("mlp_out", "shared_out")).acts
     assert error(alone["mlp_out"], alone["shared_out"]) < 1e-10
@@ -169,7 +171,7 @@ def test_the_derivative_in_the_weight_of_an_expert_that_is_not_used(x64, sites):
 
 def test_keeping_the_weights_computes_no_other_experts():
     """The outputs of 16 experts for 200 tokens are an array of the program only where an edit, or a tap, needs them."""
-    config = dataclasses.replace(ARCHITECTURES["experts"], experts=mj.Experts(16, 2), n_ctx=256)
+    config = dataclasses.replace(ARCHITECTURES["experts"], experts=mj.Experts(16, 2), dense_layers=(), n_ctx=256)
     model, ids = random_model(config, dtype=jnp.float32), np.ones((1, 200), np.int32)
 
     def computes_all(edits, *capture):

@@ -10,7 +10,7 @@ import pytest
 
 import mijax as mj
 from mijax.model.rotary import frequencies
-from tests.architectures import ARCHITECTURES, PADDINGS, batch, error, example, random_model, real
+from tests.architectures import ARCHITECTURES, PADDINGS, batch, error, example, existing, random_model, real
 from tests.reference.forward import forward
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -34,7 +34,10 @@ def test_logits_and_every_site(name, padding):
         assert error(out.logits[i, real(tokens, i)], logits) < 1e-10
         for site in table:
             mine = example(out.acts[site], site, tokens, i)
-            layers = range(model.config.n_layers) if mj.SITES[site].has_layer else [None]
+            layers = existing(model, site, np.arange(3)) if mj.SITES[site].has_layer else [None]
+            if mj.SITES[site].has_layer:
+                assert np.isnan(np.delete(mine, layers, axis=0)).all()  # layers that lack the site
+                mine = existing(model, site, mine)
             theirs = np.stack([seen[site, layer] for layer in layers])
             mine = mine if mj.SITES[site].has_layer else mine[None]
             if (

@@ -30,7 +30,10 @@ def forward(model, ids, hook=lambda site, layer, x: x):
             x = at("resid_post", mid)
             continue
         mid = mid if c.parallel else at("resid_mid", mid)
-        mlp_out = (_mlp if c.experts is None else _experts)(c, blocks, p, at, x if c.parallel else mid)
+        of_kind = [i for i in range(c.n_layers) if (i in c.dense_layers) == (layer in c.dense_layers)]
+        read, place = _mlp_input(c, blocks, p, at, x if c.parallel else mid), of_kind.index(layer)
+        kind = _mlp if c.experts is None or layer in c.dense_layers else _experts
+        mlp_out = kind(c, blocks, lambda value, place=place: None if value is None else get(value)[place], at, read)
         x = at("resid_post", _added(c, p, at, mid, mlp_out, blocks.ln2_post, "ln2_post", "mlp_out"))
     x = hook("final_in", None, x)
     x = norm_of(model.ln_final, x, "ln_final") if c.final_norm else x
@@ -118,13 +121,12 @@ def _rotate(rotary, x):
 
 
 def _mlp(c, blocks, p, at, x):
-    x = _mlp_input(c, blocks, p, at, x)
     return _mlp_output(c, {name: p(getattr(blocks.mlp, name)) for name in WEIGHTS}, x, at)
 
 
 def _experts(c, blocks, p, at, x):
     """All experts for every token, and the sum of those that it uses."""
-    m, x = blocks.mlp, _mlp_input(c, blocks, p, at, x)
+    m = blocks.experts
     logits = at("router_logits", x @ p(m.W_router) + (0 if m.b_router is None else p(m.b_router)))
     weights = np.zeros_like(logits)
     for token, row in enumerate(logits):
@@ -137,7 +139,8 @@ def _experts(c, blocks, p, at, x):
     out = (weights[..., None] * at("expert_out", out)).sum(1)
     if m.shared is None:
         return out
-    shared = _mlp_output(c, {name: p(getattr(m.shared, name)) for name in WEIGHTS}, x, at)
+    of_shared = lambda site, value: at(f"shared_{site}", value)
+    shared = _mlp_output(c, {name: p(getattr(m.shared, name)) for name in WEIGHTS}, x, of_shared)
     gate = 1 if m.W_shared_gate is None else 1 / (1 + np.exp(-(x @ p(m.W_shared_gate))))[:, None]
     return out + at("shared_out", gate * shared)
 

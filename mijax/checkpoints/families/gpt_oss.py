@@ -45,18 +45,18 @@ def _write(config: Config) -> dict[str, Any] | None:
 
 def _weights(config: Config) -> list[Weight]:
     h = llama_layout.LAYER
-    gate_up = lambda kind: (f"blocks.mlp.{kind}_gate", f"blocks.mlp.{kind}_in")
+    gate_up = lambda kind: (f"blocks.experts.{kind}_gate", f"blocks.experts.{kind}_in")
     return [
         *llama_layout.ends(),
         *norm("blocks.ln1", h + "input_layernorm", bias=False),
         *llama_layout.attention(config),
         Weight(("blocks.attn.sinks",), h + "self_attn.sinks", "head -> head"),
         *norm("blocks.ln2", h + "post_attention_layernorm", bias=False),
-        *linear(("blocks.mlp.W_router", "blocks.mlp.b_router"), h + "mlp.router", ("n d -> d n", "n -> n")),
+        *linear(("blocks.experts.W_router", "blocks.experts.b_router"), h + "mlp.router", ("n d -> d n", "n -> n")),
         Weight(gate_up("W"), h + "mlp.experts.gate_up_proj", "n d (m two) -> two n d m", FUSED),
         Weight(gate_up("b"), h + "mlp.experts.gate_up_proj_bias", "n (m two) -> two n m", FUSED),
-        Weight(("blocks.mlp.W_out",), h + "mlp.experts.down_proj", "n m d -> n m d"),
-        Weight(("blocks.mlp.b_out",), h + "mlp.experts.down_proj_bias", "n d -> n d"),
+        Weight(("blocks.experts.W_out",), h + "mlp.experts.down_proj", "n m d -> n m d"),
+        Weight(("blocks.experts.b_out",), h + "mlp.experts.down_proj_bias", "n d -> n d"),
     ]
 
 

@@ -28,7 +28,7 @@ def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tuples(read: Mapping[str, Any]) -> dict[str, Any]:
-    return {"window": tuple(read["window"])} if isinstance(read.get("window"), list) else {}
+    return {name: tuple(read[name]) for name in ("window", "dense_layers") if isinstance(read.get(name), list)}
 
 
 def _rotary(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Qwen2-MoE: Qwen2 with experts in every layer, beside an MLP that all tokens use."""
+"""Qwen2-MoE: Qwen2 with experts, in every layer or in some, beside an MLP that all tokens use."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,6 @@ from mijax.checkpoints.keys import Key
 from mijax.model.config import Config
 
 KEYS = {key: value for key, value in llama_layout.KEYS.items() if key != "intermediate_size"} | {
-    "moe_intermediate_size": Key(("d_mlp",)),
     "qkv_bias": Key(("attn_bias",), True, {True: "qkv", False: ""}),
 }
 
@@ -16,15 +15,15 @@ KEYS = {key: value for key, value in llama_layout.KEYS.items() if key != "interm
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     # beyond `max_window_layers` all layers see all tokens, before it every second one
     local = [i for i in range(fields["n_layers"]) if i % 2 == 0 and i < c.get("max_window_layers", 28)]
-    return {
-        **llama_layout.read_windows(c, fields, local),
-        **expert_layout.read_experts(c, "num_experts", 4, shared=5632),
-    }
+    experts = expert_layout.read_experts(c, "num_experts", 4, shared=5632)
+    windows = llama_layout.read_windows(c, fields, local)
+    return {**windows, **experts, **expert_layout.read_dense(c, fields | experts)}
 
 
 def _write(config: Config) -> dict[str, Any]:
     shared = config.experts.shared if config.experts else 0
-    return llama_layout.write_windows(config) | {"shared_expert_intermediate_size": shared}
+    sizes = {"shared_expert_intermediate_size": shared}
+    return llama_layout.write_windows(config) | expert_layout.write_dense(config) | sizes
 
 
 QWEN2_MOE = expert_layout.with_experts(
@@ -32,8 +31,8 @@ QWEN2_MOE = expert_layout.with_experts(
     "Qwen2Moe",
     keys=KEYS,
     fixed={},
-    further={"shared_expert_intermediate_size", *llama_layout.WINDOW_KEYS},
+    further={"shared_expert_intermediate_size", *llama_layout.WINDOW_KEYS, *expert_layout.DENSE_KEYS},
     read=_read,
     write=_write,
-    harmless=expert_layout.ALL_LAYERS,
+    harmless={},
 )
