@@ -84,7 +84,7 @@ def axes_of(model: Model, tokens: Inputs, site: str, over: Sequence[str]) -> dic
     if len({"head" if axis == "kv_head" else axis for axis in over}) < len(over):
         raise ValueError(f"{message}, an axis twice")
     longest = int(np.asarray(tokens.lengths).max())
-    indices = {axis: range(longest if axis in POSITIONS else sizes[axis]) for axis in over}
+    indices: dict[str, Sequence[int]] = {axis: range(longest if axis in POSITIONS else sizes[axis]) for axis in over}
     return indices | ({"layer": entry.layers} if "layer" in over and entry.layers else {})
 
 

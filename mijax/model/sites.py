@@ -224,9 +224,8 @@ def transformer_sites(config: Config) -> Mapping[str, Site]:
         ("d_model", c.d_model), ("d_head", c.d_head), ("d_mlp", c.d_mlp),
         ("expert", c.experts.n if c.experts else 0), ("d_shared", c.experts.shared if c.experts else 0),
     )  # fmt: skip
-    of_some = {_neurons: c.mlp_layers, _gated: c.mlp_layers} | dict.fromkeys(
-        (_experts, _shared, _shared_gated), c.expert_layers
-    )
+    of_kinds = (((_neurons, _gated), c.mlp_layers), ((_experts, _shared, _shared_gated), c.expert_layers))
+    layers_of = lambda site: next((layers for kinds, layers in of_kinds if site.exists in kinds), None)
     existing = {name: site for name, site in SITES.items() if site.exists(config)}
     return MappingProxyType(
         {
@@ -235,7 +234,7 @@ def transformer_sites(config: Config) -> Mapping[str, Site]:
                 fixed=fixed,
                 rule=ScoreRule.of(c) if name == "attn_scores" else None,
                 product=site.product and not (site.added and c.has_norm("output") and c.norm_at != "stream"),
-                layers=of_some.get(site.exists) if c.dense_layers else None,
+                layers=layers_of(site) if c.dense_layers else None,
                 half=int(site.part == "mlp" and c.has_halves),
                 read_as=name if site.read_as not in existing and site.read_as else site.read_as,
             )

@@ -59,12 +59,23 @@ def test_5_a_sweep_is_a_loop_of_runs(x64, name, site):
     sizes = {SELECTS[a]: n for a, n in zip(info.axes, info.shape) if a != "batch"}
     sizes |= {a: SHORTEST for a in ("pos", "query", "key") if a in sizes}
     axes = [a for a in sizes if a != "unit" or len(sizes) < 4][-3:]
+    layers = model.sites[site].layers
+    if layers is not None and len(layers) < 2:
+        axes.remove("layer")
     edit = EDITS[number % 4]
 
     @settings(max_examples=2)
     @given(
         st.fixed_dictionaries(
-            {a: st.lists(st.integers(-sizes[a], sizes[a] - 1), min_size=2, max_size=2, unique=True) for a in axes}
+            {
+                a: st.lists(
+                    st.sampled_from(layers) if a == "layer" and layers else st.integers(-sizes[a], sizes[a] - 1),
+                    min_size=2,
+                    max_size=2,
+                    unique=True,
+                )
+                for a in axes
+            }
         )
     )
     def check(choices):

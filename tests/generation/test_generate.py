@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mijax as mj
-from tests.architectures import ARCHITECTURES, IDS, batch, error, example, random_model, real
+from tests.architectures import ARCHITECTURES, IDS, batch, error, example, existing, random_model, real
 from tests.compilations import compilations
 
 CAUSAL = [name for name, config in ARCHITECTURES.items() if config.causal]
@@ -59,7 +59,7 @@ def test_8_cached_is_uncached_under_every_kind_of_edit(x64, name, padding):
     whole = mj.run(model, finished, edits, capture=table)
     for site in table:
         for i in range(3):
-            mine, theirs = (example(acts[site], site, finished, i) for acts in (out.acts, whole.acts))
+            mine, theirs = (existing(model, site, example(a[site], site, finished, i)) for a in (out.acts, whole.acts))
             if site == "attn_scores":  # before the mask: a token's score with later ones is never computed
                 mine, theirs = np.tril(mine), np.tril(theirs)
             assert error(mine, theirs) < 1e-10, site

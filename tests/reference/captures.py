@@ -13,10 +13,11 @@ import numpy as np
 
 from mijax.checkpoints.registry import FAMILIES
 from mijax.checkpoints.tensors import axis_sizes
+from tests.architectures import existing
 
 
 class Recorded:
-    """What a forward pass of `theirs` computed, by site of mijax, each `[layer, ...]` in the site's order of axes.
+    """What a forward pass of `theirs` computed, by site of mijax, each `[layer, ...]` (the layers that have it) in the site's order of axes.
 
     Args:
         family: the name of the family.
@@ -127,8 +128,9 @@ class Recorded:
         c = self.config
         if name in ("embed", "pos_embed", "final_in") or name.startswith(("ln_embed", "ln_final")):
             return self._outside(name)
-        layers = [self._inside(name, layer) for layer in range(c.n_layers)]
-        return None if any(x is None for x in layers) else np.stack(layers)
+        layers = existing(self.ours, name, np.arange(c.n_layers))
+        acts = [self._inside(name, int(layer)) for layer in layers]
+        return None if any(x is None for x in acts) else np.stack(acts)
 
     def _outside(self, name):
         pos = self.module("W_pos")
@@ -217,22 +219,25 @@ class Recorded:
     def _mlp(self, name, layer):
         c = self.config
         at = lambda path: self.module(path, layer)
-        start = "blocks.mlp.shared." if c.experts is not None else "blocks.mlp."
+        shared = name.startswith("shared_")
+        start = "blocks.experts.shared." if shared else "blocks.mlp."
         if name == "mlp_out":
             normed = None if c.norm_at == "stream" else at("blocks.ln2_post.weight")
-            block = at("blocks.mlp.W_router").rpartition(".")[0] if c.experts is not None else at(start + "W_out")
+            sparse = layer in c.expert_layers
+            block = at("blocks.experts.W_router").rpartition(".")[0] if sparse else at("blocks.mlp.W_out")
             out = self.outputs[normed or block]
             return (out[0] if isinstance(out, tuple) else out).reshape(*self.shape, -1)
         if name in ("router_logits", "expert_weights"):
-            logits, weights, chosen = self.outputs[at("blocks.mlp.W_router")]
+            logits, weights, chosen = self.outputs[at("blocks.experts.W_router")]
             if name == "expert_weights":
                 logits = np.zeros_like(logits)
                 np.put_along_axis(logits, chosen, weights, axis=-1)
             return self.of_tokens(logits)
         if name == "shared_out":
-            gate = self.outputs[at("blocks.mlp.W_shared_gate")]
-            shared = self.outputs[at(start + "W_out").rpartition(".")[0]]
-            return self.of_tokens(self.flat(shared) / (1 + np.exp(-self.flat(gate))))
+            gate = self.outputs[at("blocks.experts.W_shared_gate")]
+            out = self.outputs[at(start + "W_out").rpartition(".")[0]]
+            return self.of_tokens(self.flat(out) / (1 + np.exp(-self.flat(gate))))
+        name = name.removeprefix("shared_")
         if name == "post":
             return self.of_tokens(self.arranged(start + "W_out", self.flat(self.inputs[at(start + "W_out")])))
         if name in ("pre", "pre_linear"):

@@ -138,16 +138,14 @@ REFERENCES = {
         "Qwen3MoeConfig", _LLAMA | {"moe_intermediate_size": 20},
         {"num_key_value_heads": _KV, "head_dim": [10, 6], "num_experts": [4, 5], "num_experts_per_tok": [2, 3], "norm_topk_prob": [True, False],
          "attention_bias": [False, True], "use_sliding_window": [False, True], "sliding_window": [None, 3], "hidden_act": _ACTS, "rope_parameters": _ROPES[:2],
-         "rms_norm_eps": _EPS, "tie_word_embeddings": [False, True]},
-        "decoder_sparse_step, mlp_only_layers: refused by name (layers of two kinds)",
+         "rms_norm_eps": _EPS, "tie_word_embeddings": [False, True], "decoder_sparse_step": [1, 2, 1], "mlp_only_layers": [None, None, [1], [0]]},
     ),
     "qwen2_moe": Reference(
         "Qwen2MoeConfig", _LLAMA | {"moe_intermediate_size": 20},
         {"num_key_value_heads": _KV, "num_experts": [4, 5], "num_experts_per_tok": [2, 3], "norm_topk_prob": [True, False],
          "shared_expert_intermediate_size": [28, 12], "qkv_bias": [True, False], "use_sliding_window": [True, False], "sliding_window": [3, None, 5],
          "max_window_layers": [1, 28], "layer_types": [None, None, _TYPES[0]], "hidden_act": _ACTS, "rope_parameters": _ROPES[:2], "rms_norm_eps": _EPS,
-         "tie_word_embeddings": [False, True]},
-        "decoder_sparse_step, mlp_only_layers: refused by name (layers of two kinds)",
+         "tie_word_embeddings": [False, True], "decoder_sparse_step": [1, 2, 1], "mlp_only_layers": [None, None, [0, 2], [2]]},
     ),
     "olmoe": Reference(
         "OlmoeConfig", _LLAMA | {"intermediate_size": 20},

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mijax as mj
+from tests.architectures import existing
 from tests.reference.captures import Recorded
 from tests.reference.families import CASES, make
 from tests.reference.tiny_models import inputs
@@ -26,7 +27,7 @@ def compared(family, theirs, ours) -> dict[str, tuple[str, float]]:
     ids, mask = inputs("left")
     recorded = Recorded(family, theirs, ours, ids, mask)
     acts = mj.run(ours, mj.Tokens(ids, mask), capture=tuple(ours.sites)).acts
-    acts = {name: np.asarray(x, np.float64) for name, x in acts.items()}
+    acts = {name: np.asarray(existing(ours, name, x), np.float64) for name, x in acts.items()}
     seen = {name: _seen(ours.sites[name].axes, mask, acts, x.shape) for name, x in acts.items()}
     rows = {}
     for name, given in acts.items():
@@ -67,14 +68,16 @@ def _seen(axes, mask, acts, shape):
 
 def _identity(name, acts, ours, recorded):
     """A sum over what transformers has no tensor of, and that sum as it computes it."""
-    attn, mlp, layers = ours.blocks.attn, ours.blocks.mlp, range(ours.n_layers)
+    attn, layers = ours.blocks.attn, range(ours.n_layers)
     if name == "result":
         bias = 0.0 if attn.b_O is None else np.asarray(attn.b_O)[:, None, None]
         written = [recorded.outputs[recorded.module("blocks.attn.W_O", layer)] for layer in layers]
         return acts["result"].sum(-2) + bias, np.stack(written).reshape(acts["attn_out"].shape)
-    assert name == "expert_out" and mlp is not None
-    written = [recorded.outputs[recorded.module("blocks.mlp.W_router", layer).rpartition(".")[0]] for layer in layers]
-    written = np.stack([w[0] if isinstance(w, tuple) else w for w in written]).reshape(acts["mlp_out"].shape)
+    assert name == "expert_out"
+    blocks = [recorded.module("blocks.experts.W_router", i).rpartition(".")[0] for i in ours.config.expert_layers]
+    written = [recorded.outputs[block] for block in blocks]
+    written = np.stack([w[0] if isinstance(w, tuple) else w for w in written])
+    written = written.reshape(-1, *acts["mlp_out"].shape[1:])
     return np.einsum("lbpe,lbped->lbpd", acts["expert_weights"], acts["expert_out"]) + acts.get(
         "shared_out", 0.0
     ), written
@@ -97,10 +100,10 @@ def _laws(acts, ours):
     if "resid_mid" in acts:
         laws["what attention writes adds up"] = (acts["resid_mid"], middle)
     laws["what the layer writes adds up"] = (acts["resid_post"], stream(middle + acts["mlp_out"], "ln2_post"))
-    if c.experts is None and c.norm_at in ("input", "stream"):
+    if c.has_mlp and c.norm_at in ("input", "stream"):
         bias = 0.0 if blocks.mlp.b_out is None else np.asarray(blocks.mlp.b_out)[:, None, None]
         down = np.einsum("lbpm,lmd->lbpd", acts["post"], np.asarray(blocks.mlp.W_out, np.float64)) + bias
-        laws["the MLP writes the neurons through W_out"] = (acts["mlp_out"], down)
+        laws["the MLP writes the neurons through W_out"] = (acts["mlp_out"][list(c.mlp_layers)], down)
     return laws
 
 

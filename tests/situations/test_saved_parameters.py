@@ -59,7 +59,11 @@ UNANNOUNCED = {
         "blocks.attn.b_V is there, which attn_bias='o' .*set attn_bias='ov'",
     ),
     "W_pos": (lambda m: m.W_pos, jnp.ones((16, 12)), "W_pos is there, which positions='none'"),
-    "b_in": (lambda m: m.blocks.mlp.b_in, jnp.ones((3, 10)), "blocks.mlp.b_in is there, which mlp_bias=False"),
+    "b_in": (
+        lambda m: m.blocks.experts.b_in,
+        jnp.ones((3, 3, 10)),
+        "blocks.experts.b_in is there, which mlp_bias=False",
+    ),
     "ln1": (lambda m: m.blocks.ln1, Norm(jnp.ones((3, 12)), None), "blocks.ln1.weight is there, which norm='none'"),
 }
 
