@@ -1,22 +1,23 @@
-"""A BPE of SentencePiece, from the tokens and scores of a GGUF file.
+"""The tokenizers of SentencePiece, a BPE and a unigram model, from the tokens and scores of a GGUF file.
 
-Kudo and Richardson 2018, "SentencePiece", arXiv:1808.06226. SentencePiece merges the two neighbours that give the token
-of the highest score; a BPE that merges in the order of scores does the same.
+Kudo and Richardson 2018, "SentencePiece", arXiv:1808.06226. Its BPE merges the two neighbours that give the token of the
+highest score; a BPE that merges in the order of scores does the same. A unigram model (Kudo 2018, arXiv:1804.10959)
+splits a text into the tokens whose scores, logarithms of probabilities, have the highest sum.
 """
 
 from collections.abc import Sequence
 
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 _UNKNOWN, _NORMAL, _USER_DEFINED = 2, 1, 4  # llama.cpp's types of tokens that are relevant here
 _SPACE = "▁"
 
 
-def sentencepiece(
+def bpe(
     tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float], add_space_prefix: bool
 ) -> tokenizers.Tokenizer:
-    """Build the tokenizer.
+    """Build a BPE.
 
     Args:
         tokens: the tokens, in the order of their ids.
@@ -42,8 +43,43 @@ def sentencepiece(
     spaces = normalizers.Replace(" ", _SPACE)
     first = [normalizers.Prepend(_SPACE)] if add_space_prefix else []
     backend.normalizer = normalizers.Sequence([*first, spaces])
-    strip = [decoders.Strip(" ", 1, 0)] if add_space_prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = _decoder(add_space_prefix)
     return backend
+
+
+def unigram(
+    tokens: Sequence[str],
+    kinds: Sequence[int],
+    scores: Sequence[float],
+    add_space_prefix: bool,
+    remove_extra_whitespaces: bool,
+    charsmap: bytes,
+) -> tokenizers.Tokenizer:
+    """Build a unigram model.
+
+    Args:
+        tokens: the tokens, in the order of their ids.
+        kinds: their types, as llama.cpp numbers them.
+        scores: the logarithms of their probabilities.
+        add_space_prefix: whether a text begins with a space.
+        remove_extra_whitespaces: whether spaces at the ends of a text are dropped, and several in a row are one.
+        charsmap: SentencePiece's compiled table of characters and what they are replaced by; empty for none.
+
+    Returns:
+        The tokenizer, without special tokens.
+    """
+    unknown = next((i for i, kind in enumerate(kinds) if kind == _UNKNOWN), None)
+    backend = tokenizers.Tokenizer(models.Unigram(list(zip(tokens, scores)), unknown, "<0x00>" in set(tokens)))
+    steps = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, "always" if add_space_prefix else "never")
+    backend.decoder = _decoder(add_space_prefix)
+    return backend
+
+
+def _decoder(add_space_prefix: bool) -> decoders.Decoder:
+    """From tokens to text, without the space in front that was added."""
+    strip = [decoders.Strip(" ", 1, 0)] if add_space_prefix else []
+    return decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])

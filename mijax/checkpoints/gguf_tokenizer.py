@@ -1,9 +1,10 @@
 """The tokenizer in a GGUF file, which splits text and adds tokens as in llama.cpp (llama-vocab.cpp).
 
-A byte-level BPE (llama.cpp's `gpt2`), or a BPE of SentencePiece (`llama`).
+A byte-level BPE (llama.cpp's `gpt2`), a BPE of SentencePiece (`llama`) or its unigram model (`t5`).
 """
 
 import collections
+import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from mijax.checkpoints.gguf_metadata import FLAG, NATURAL, TEXT, array, faults, missing, only, refuse
-from mijax.checkpoints.gguf_sentencepiece import sentencepiece
+from mijax.checkpoints.gguf_metadata import FLAG, NATURAL, TEXT, Rule, array, faults, missing, only, refuse
+from mijax.checkpoints.gguf_sentencepiece import bpe, unigram
 from mijax.checkpoints.tokenizer import Tokenizer
 
 _LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,12 +29,14 @@ class _Splitting(NamedTuple):
         pre_tokenizer: makes the step that splits text into words.
         ignore_merges: whether a word that is a token is never split further.
         add_bos: whether a text begins with the beginning token, unless the file says otherwise.
+        add_eos: whether it ends with the end token, unless the file says otherwise.
         composed: whether characters are composed first (Unicode's NFC), as Hugging Face's tokenizer does.
     """
 
     pre_tokenizer: Callable[[], pre_tokenizers.PreTokenizer]
     ignore_merges: bool = False
     add_bos: bool = False
+    add_eos: bool = False
     composed: bool = False
 
 
@@ -62,7 +65,11 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = (
     3,
     4,
 )  # llama.cpp's token types; the others are 1 (normal), 5 (unused) and 6 (byte)
-_SENTENCEPIECE = _Splitting(pre_tokenizers.PreTokenizer, add_bos=True)  # which does not split words
+# which do not split words
+_SENTENCEPIECE = {
+    "llama": _Splitting(pre_tokenizers.PreTokenizer, add_bos=True),
+    "t5": _Splitting(pre_tokenizers.PreTokenizer, add_eos=True),
+}
 # from GGUF's names of special tokens to Hugging Face's
 _NAMES = {
     "bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token", "padding": "pad_token",
@@ -93,9 +100,10 @@ HARMLESS = {  # checked for their type, without effect on a byte-level BPE at an
 }
 _REQUIRED = {
     "gpt2": ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"),
-    "llama": ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores"),
+    **dict.fromkeys(_SENTENCEPIECE, ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores")),
 }
 _TEMPLATE = "tokenizer.chat_template."
+_BYTES = Rule("an array of bytes", lambda x: isinstance(x, list) and all(type(b) is int and 0 <= b < 256 for b in x))
 
 
 def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Tokenizer:
@@ -119,35 +127,48 @@ def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Token
         return values.get(f"tokenizer.ggml.{key}", default)
 
     model = str(get("model"))
-    splitting = _SENTENCEPIECE if model == "llama" else _SPLITTINGS.get(str(get("pre"))) if model == "gpt2" else None
+    splitting = _SPLITTINGS.get(str(get("pre"))) if model == "gpt2" else _SENTENCEPIECE.get(model)
     if splitting is None:
         raise ValueError(
             f"{path}: unsupported tokenizer {get('model')!r} with splitting {get('pre')!r} (tokenizer.ggml.pre); supported"
-            f" are SentencePiece's BPE ('llama'), and byte-level BPE ('gpt2') split as {', '.join(_SPLITTINGS)}."
+            f" are SentencePiece's BPE ('llama') and unigram model ('t5'), and byte-level BPE ('gpt2') split as {', '.join(_SPLITTINGS)}."
             " mijax.load(path, tokenizer=False) loads the weights alone"
         )
     known = KEYS | HARMLESS | {key: TEXT for key in values if key.startswith(_TEMPLATE)}
-    if model == "llama":
+    if model in _SENTENCEPIECE:
         known |= {"tokenizer.ggml.add_space_prefix": FLAG, "tokenizer.ggml.merges": array("texts", str)}
+    if model == "t5":
+        known |= {"tokenizer.ggml.remove_extra_whitespaces": FLAG, "tokenizer.ggml.precompiled_charsmap": _BYTES}
     refuse(path, [*missing(values, _REQUIRED[model]), *faults(values, known)])
     refuse(path, _vocabulary_faults(values, n_vocab, model))
     tokens, kinds = get("tokens"), get("token_type", [1] * n_vocab)
     refuse(path, _special_faults(values, kinds, splitting))
     if model == "llama":
-        backend = sentencepiece(tokens, kinds, get("scores"), get("add_space_prefix", True))
+        backend = bpe(tokens, kinds, get("scores"), get("add_space_prefix", True))
+    elif model == "t5":
+        flags = get("add_space_prefix", True), get("remove_extra_whitespaces", False)
+        backend = _unigram(path, tokens, kinds, get("scores"), *flags, bytes(get("precompiled_charsmap", [])))
     else:
         backend = _byte_level_bpe(tokens, get("merges"), splitting)
     of_kind = lambda *accepted: [token for token, kind in zip(tokens, kinds) if kind in accepted]
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in of_kind(_UNKNOWN, _CONTROL)])
     backend.add_tokens([AddedToken(t, normalized=False) for t in of_kind(_USER_DEFINED)])
     begin = [tokens[get("bos_token_id")]] if get("add_bos_token", splitting.add_bos) else []
-    end = [tokens[get("eos_token_id")]] if get("add_eos_token", False) else []
+    end = [tokens[get("eos_token_id")]] if get("add_eos_token", splitting.add_eos) else []
     if begin or end:
         backend.post_processor = _surround(backend, begin, end)
     ids = {name: get(f"{key}_token_id") for key, name in _NAMES.items()}
     named = {n: tokens[i] for n, i in ids.items() if i is not None and kinds[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)}
     end_ids = [get(f"{name}_token_id") for name in _END]
     return Tokenizer(backend, _templates(values), named, end_tokens=[i for i in end_ids if i is not None])
+
+
+def _unigram(path: Path, *arguments: Any) -> tokenizers.Tokenizer:
+    """As `unigram`, with the library's refusals as errors of the file."""
+    try:
+        return unigram(*arguments)
+    except Exception as error:  # of no documented type
+        raise ValueError(f"{path}: the unigram tokenizer cannot be built: {error}") from error
 
 
 def _byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], splitting: _Splitting) -> tokenizers.Tokenizer:
@@ -193,12 +214,17 @@ def _vocabulary_faults(values: Mapping[str, Any], n_vocab: int, model: str) -> l
     repeated = [token for token, n in collections.Counter(tokens).items() if n > 1]
     if repeated:
         messages.append(f"tokenizer.ggml.tokens has tokens more than once: {reprlib.repr(repeated)}")
-    kinds = range(1, 7 if model == "llama" else 6)
+    kinds = range(1, 7 if model in _SENTENCEPIECE else 6)
     unknown = set(values.get("tokenizer.ggml.token_type", [])) - {*kinds}
     if unknown:
         expected = ", ".join(map(str, kinds[:-1])) + f" or {kinds[-1]}"
         messages.append(f"tokenizer.ggml.token_type must be an array of {expected}, given {reprlib.repr(unknown)}")
-    messages += _byte_faults(values) if model == "llama" else _merge_faults(values)
+    messages += _byte_faults(values) if model in _SENTENCEPIECE else _merge_faults(values)
+    scores = values.get("tokenizer.ggml.scores", []) if model in _SENTENCEPIECE else []
+    if not all(map(math.isfinite, scores)):
+        messages.append("tokenizer.ggml.scores must be finite numbers")
+    if model == "t5" and _UNKNOWN not in values["tokenizer.ggml.token_type"]:
+        messages.append("tokenizer.ggml.token_type marks no token as unknown (2), which a unigram model needs")
     absent = set(values.get("tokenizer.chat_templates", [])) - {k.removeprefix(_TEMPLATE) for k in values}
     if absent:
         messages.append(f"tokenizer.chat_templates names {reprlib.repr(sorted(absent))}, which the file lacks")
@@ -232,7 +258,7 @@ def _special_faults(values: Mapping[str, Any], kinds: Sequence[int], splitting: 
     """Messages about the ids of special tokens."""
     ids = {key: value for key, value in values.items() if key.endswith("_token_id")}
     messages = [f"{k} is {i}, outside the vocabulary of {len(kinds)}" for k, i in ids.items() if i >= len(kinds)]
-    for name, default in (("bos", splitting.add_bos), ("eos", False)):
+    for name, default in (("bos", splitting.add_bos), ("eos", splitting.add_eos)):
         key, flag = f"tokenizer.ggml.{name}_token_id", f"tokenizer.ggml.add_{name}_token"
         if key not in ids and values.get(flag, default):
             messages.append(f"the key {key} is missing, although it is to be added to every text ({flag})")

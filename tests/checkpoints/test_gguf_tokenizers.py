@@ -1,5 +1,6 @@
 """Tokenizers rebuilt from GGUF files, against the `tokenizers` models that they were written from, trained here on a page of texts."""
 
+import numpy as np
 import pytest
 import tokenizers
 from gguf import GGUFValueType as T
@@ -34,8 +35,6 @@ SPLITTINGS = {  # as in the tokenizer.json of the models on the hub
 
 def written(tmp_path, fields, n_vocab):
     """The tokenizer of a file with a vocabulary of this size."""
-    import numpy as np
-
     embedding = {"token_embd.weight": np.zeros((n_vocab, 8), np.float32)}
     names = ("bos_token_id", "eos_token_id", "merges", "pre")
     fields = {**{f"tokenizer.ggml.{name}": None for name in names}, **fields}
@@ -92,6 +91,96 @@ def test_sentencepiece(prefix, tmp_path):
         token in special[3:] for text in PAGE[3:] for token in theirs.encode(text).tokens
     )  # what is not in the vocabulary: its bytes
     check(ours, theirs)
+
+
+@pytest.mark.parametrize("prefix, whitespace", [(True, True), (False, False)])
+def test_unigram(prefix, whitespace, tmp_path):
+    """Trained by the library; set up as transformers sets up a SentencePiece model."""
+    steps = [(r"\A +| +\z", ""), (" {2,}", " ")] if whitespace else []
+    steps = [normalizers.Replace(Regex(pattern), by) for pattern, by in steps]
+    trained = tokenizers.Tokenizer(models.Unigram())
+    trained.normalizer = normalizers.Sequence(steps)
+    trained.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always" if prefix else "never")
+    special = ["<pad>", "</s>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.UnigramTrainer(vocab_size=500, special_tokens=special, unk_token="<unk>", show_progress=False)
+    trained.train_from_iterator(PAGE[:3], trainer)
+    import json
+
+    pieces = json.loads(trained.to_str())["model"]["vocab"]
+    tokens, scores = [token for token, _ in pieces], [float(np.float32(score)) for _, score in pieces]
+    theirs = tokenizers.Tokenizer(models.Unigram(list(zip(tokens, scores)), 2, True))
+    theirs.normalizer, theirs.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    theirs.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    theirs.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    kinds = [2 if t == "<unk>" else 3 if t in special[:2] else 6 if t in special else 1 for t in tokens]
+    fields = {
+        "tokenizer.ggml.model": ("t5", T.STRING), "tokenizer.ggml.tokens": (tokens, T.STRING), "tokenizer.ggml.token_type": (kinds, T.INT32),
+        "tokenizer.ggml.scores": (scores, T.FLOAT32), "tokenizer.ggml.add_space_prefix": (prefix, T.BOOL),
+        "tokenizer.ggml.remove_extra_whitespaces": (whitespace, T.BOOL), "tokenizer.ggml.add_eos_token": (False, T.BOOL),
+    }  # fmt: skip
+    ours = written(tmp_path, fields, len(tokens))
+    check(ours, theirs)
+    # the end token is added unless the file says otherwise, as in llama.cpp
+    del fields["tokenizer.ggml.add_eos_token"]
+    with refused(
+        ValueError, "the key tokenizer.ggml.eos_token_id is missing, although it is to be added to every text"
+    ):
+        written(tmp_path, fields, len(tokens))
+    ended = written(tmp_path, {**fields, "tokenizer.ggml.eos_token_id": (1, T.UINT32)}, len(tokens))
+    assert ended(PAGE[0]).ids[0].tolist() == [*theirs.encode(PAGE[0]).ids, 1]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "identity"])
+@pytest.mark.parametrize("whitespace", [True, False])
+def test_unigram_of_sentencepiece(rule, whitespace, tmp_path):
+    """A model that SentencePiece trained gives its tokens, or others of the same score (in float32, 1e-4)."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    (tmp_path / "page.txt").write_text("\n".join(PAGE * 50))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "page.txt"), model_prefix=str(tmp_path / "x"), vocab_size=500, model_type="unigram", byte_fallback=True, minloglevel=3,
+        remove_extra_whitespaces=whitespace, add_dummy_prefix=whitespace, normalization_rule_name=rule, hard_vocab_limit=False,
+    )  # fmt: skip
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "x.model"))
+    model = proto.ModelProto.FromString((tmp_path / "x.model").read_bytes())
+    scores = np.array([piece.score for piece in model.pieces])
+    table = list(model.normalizer_spec.precompiled_charsmap)
+    ours = written(tmp_path, {
+        "tokenizer.ggml.model": ("t5", T.STRING), "tokenizer.ggml.tokens": ([piece.piece for piece in model.pieces], T.STRING),
+        "tokenizer.ggml.token_type": ([piece.type for piece in model.pieces], T.INT32), "tokenizer.ggml.scores": (scores.tolist(), T.FLOAT32),
+        "tokenizer.ggml.add_space_prefix": (whitespace, T.BOOL), "tokenizer.ggml.remove_extra_whitespaces": (whitespace, T.BOOL),
+        "tokenizer.ggml.add_eos_token": (False, T.BOOL), **({"tokenizer.ggml.precompiled_charsmap": (table, T.UINT8)} if table else {}),
+    }, len(scores))  # fmt: skip
+    page = [
+        text.replace("\r\n", "\n") for text in PAGE
+    ]  # by tables, Hugging Face's library replaces "\r\n" as one character
+    texts = [text for text in (*page, "\n".join(page)) if theirs.encode(text)]
+    assert len(texts) > 10
+    for text in texts:
+        mine, other = ours(text).ids[0].tolist(), theirs.encode(text)
+        assert mine == other or abs(scores[mine].sum() - scores[other].sum()) < 1e-4, text
+
+
+BAD_UNIGRAMS = {
+    "a score that is not finite": ({"tokenizer.ggml.scores": ([0.0, 0.0, -1.0, float("nan")], T.FLOAT32)}, "tokenizer.ggml.scores must be finite numbers"),
+    "a table that is none": ({"tokenizer.ggml.precompiled_charsmap": ([1, 2, 3], T.UINT8)}, "the unigram tokenizer cannot be built"),
+    "no unknown token": ({"tokenizer.ggml.token_type": ([1, 3, 1, 1], T.INT32)}, r"token_type marks no token as unknown \(2\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_UNIGRAMS)
+def test_bad_unigrams(name, tmp_path):
+    changed, message = BAD_UNIGRAMS[name]
+    fields = {
+        "tokenizer.ggml.model": ("t5", T.STRING), "tokenizer.ggml.tokens": (["<unk>", "</s>", "▁", "a"], T.STRING),
+        "tokenizer.ggml.token_type": ([2, 3, 1, 1], T.INT32), "tokenizer.ggml.scores": ([0.0, 0.0, -1.0, -2.0], T.FLOAT32),
+        "tokenizer.ggml.add_eos_token": (False, T.BOOL),
+    }  # fmt: skip
+    with refused(ValueError, message):
+        written(tmp_path, {**fields, **changed}, 4)
 
 
 def test_sentencepiece_with_some_bytes(tmp_path):
