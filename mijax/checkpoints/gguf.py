@@ -68,12 +68,13 @@ class GGUF:
             The tensor, dequantised to float32, as it was before llama.cpp converted it.
 
         Raises:
-            ValueError: where the rows of q or k do not divide into heads of an even size.
+            ValueError: where the rows of q or k do not divide into heads of an even size, and parts differ in shape.
         """
-        tensor, expert = self._tensors[name]
-        values = self._dequantised(tensor)
+        tensors, expert = self._tensors[name]
+        values = [self._dequantised(tensor) for tensor in tensors]
         try:
-            return self._architecture.undo(name, values if expert is None else values[expert], self.config)
+            whole = values[0] if len(values) == 1 else np.stack(values)
+            return self._architecture.undo(name, whole if expert is None else whole[expert], self.config)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
@@ -108,8 +109,8 @@ class GGUF:
 
 def _by_hf_name(
     stored: Mapping[str, Tensor], architecture: Architecture, config: Mapping[str, Any], path: Path
-) -> dict[str, tuple[Tensor, int | None]]:
-    """The tensors by their Hugging Face names, in the file's order; with the number of the expert where one holds all."""
+) -> dict[str, tuple[list[Tensor], int | None]]:
+    """The parts of tensors by their Hugging Face names, in the file's order; with the expert's number where one holds all."""
     import gguf
 
     family = FAMILIES[str(config["model_type"])]
@@ -118,18 +119,21 @@ def _by_hf_name(
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: the metadata do not describe a model that is supported: {error}") from error
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.names], described.n_layers)
-    named: dict[str, list[tuple[str, int | None]]] = {}
+    named: dict[str, tuple[list[Tensor], int | None]] = {}
     for name in (name for weight in family.weights(described) for name in tensor_names(weight, described)):
         expert = re.search(r"\.experts\.(\d+)\.", name)
         plain = name if expert is None else name.replace(expert[0], ".experts.")
-        spellings = (plain, plain.removeprefix(family.prefix))  # llama.cpp has some names of the bare model only
-        held = next((n for s in spellings if (n := names.get_name(s, try_suffixes=(".weight", ".bias")))), None)
-        if held is not None and held in stored:
-            named.setdefault(held, []).append((name, None if expert is None else int(expert[1])))
-    unexpected = [name for name in stored if name not in named]
+        parts = []
+        for part in architecture.parts(plain):
+            spellings = (part, part.removeprefix(family.prefix))  # llama.cpp has some names of the bare model only
+            parts += [n for s in spellings if (n := names.get_name(s, try_suffixes=(".weight", ".bias")))][:1]
+        if parts and all(part in stored for part in parts):
+            named[name] = [stored[part] for part in parts], None if expert is None else int(expert[1])
+    order = {name: i for i, name in enumerate(stored)}
+    unexpected = order.keys() - {part.name for parts, _ in named.values() for part in parts}
     if unexpected:
-        raise ValueError(f"{path}: unexpected {', unexpected '.join(unexpected)}")
-    return {name: (tensor, expert) for held, tensor in stored.items() for name, expert in named[held]}
+        raise ValueError(f"{path}: unexpected {', unexpected '.join(sorted(unexpected, key=order.__getitem__))}")
+    return dict(sorted(named.items(), key=lambda item: order[item[1][0][0].name]))
 
 
 def _llama3_scaling(table: np.ndarray, config: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class Architecture(NamedTuple):
         reads: the keys that `config` reads beside those of every architecture.
         epsilon: the key of the norms' epsilon.
         rotates: `"all"` dimensions of a head, a `"part"` of them or `"none"`.
+        parts: from a tensor's Hugging Face name to the names, as it were there, of the tensors that it was split into, which
+            `undo` gets stacked.
     """
 
     names: str
@@ -36,6 +38,7 @@ class Architecture(NamedTuple):
     reads: tuple[str, ...] = ()
     epsilon: str = "attention.layer_norm_rms_epsilon"
     rotates: str = "all"
+    parts: Callable[[str], tuple[str, ...]] = lambda name: (name,)
 
 
 # --- what the converter did
@@ -81,6 +84,24 @@ def _grouped(name: str, x: np.ndarray, c: Mapping[str, Any]) -> np.ndarray:
 def _with_gate(name: str, x: np.ndarray, c: Mapping[str, Any]) -> np.ndarray:
     """The gate of the shared MLP, which lost its axis of one output."""
     return x.reshape(1, -1) if "shared_expert_gate" in name else x
+
+
+def _fused(name: str, x: np.ndarray, c: Mapping[str, Any]) -> np.ndarray:
+    """GPT-OSS's gates and linear branches `[2, expert, ...]`: side by side; and its experts' maps as `[inputs, outputs]`."""
+    if "gate_up_proj" in name:
+        x = np.moveaxis(x, 0, 2)  # [expert, neuron, two, ...]
+        x = x.reshape(x.shape[0], 2 * x.shape[1], *x.shape[3:])
+    return x.swapaxes(-1, -2) if name.endswith(("gate_up_proj", "down_proj")) else x
+
+
+def _gpt_oss_parts(name: str) -> tuple[str, ...]:
+    """Gates and linear branches apart; weights and biases of experts under the names of a layer's."""
+    head, _, last = name.rpartition(".")
+    if last.endswith("_proj") or last.endswith("_proj_bias"):
+        kind = "bias" if last.endswith("_bias") else "weight"
+        maps = ("gate_proj", "up_proj") if last.startswith("gate_up") else ("down_proj",)
+        return tuple(f"{head}.{part}.{kind}" for part in maps)
+    return (f"{name}.weight",) if last == "sinks" else (name,)
 
 
 # --- the entries of config.json
@@ -211,6 +232,25 @@ def _falcon(get: Get, shapes: Shapes) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def yarn(get: Get) -> dict[str, Any]:
+    """The entries of rotary positions that are scaled by YaRN.
+
+    Args:
+        get: reads the metadata.
+    """
+    original = get("rope.scaling.original_context_length", get("context_length"))
+    return {"rope_type": "yarn", "factor": decimal(get("rope.scaling.factor", 1.0)), "original_max_position_embeddings": original}  # fmt: skip
+
+
+def _gpt_oss(get: Get, shapes: Shapes) -> dict[str, Any]:
+    scaling = {"rope_scaling": yarn(get) | {"truncate": False}} if get("rope.scaling.type") == "yarn" else {}
+    return _gated(get, shapes) | scaling | {
+        "intermediate_size": get("expert_feed_forward_length"), "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "num_local_experts": get("expert_count"), "num_experts_per_tok": get("expert_used_count"),
+        "sliding_window": get("attention.sliding_window"),
+    }  # fmt: skip
+
+
 _EXPERTS = ("expert_count", "expert_used_count")
 _MOE = (*_EXPERTS, "expert_feed_forward_length")
 _LAYER_NORM = "attention.layer_norm_epsilon"
@@ -233,5 +273,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture("GPT2", "gpt2", _gpt2, _transposed, (), _LAYER_NORM, "none"),
     "bloom": Architecture("BLOOM", "bloom", _bloom, _interleaved, ("attention.max_alibi_bias",), _LAYER_NORM, "none"),
     "falcon": Architecture("FALCON", "falcon", _falcon, _grouped, (), _LAYER_NORM),
+    "gpt-oss": Architecture("GPT_OSS", "gpt_oss", _gpt_oss, _fused, (*_MOE, *_WINDOW), parts=_gpt_oss_parts),
 }  # fmt: skip
 """The architectures that are read, by llama.cpp's names."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mijax.checkpoints.gguf_architectures import ARCHITECTURES, Architecture, Get, decimal, head_size
+from mijax.checkpoints.gguf_architectures import ARCHITECTURES, Architecture, Get, decimal, head_size, yarn
 
 
 class Rule(NamedTuple):
@@ -75,7 +75,8 @@ _MODEL: dict[str, Rule] = {  # the keys of an architecture that are read or whos
     "vocab_size": COUNT,
     "rope.dimension_count": COUNT,
     "rope.freq_base": POSITIVE,
-    "rope.scaling.type": only("none", "linear"),
+    "rope.scaling.type": only("none", "linear", "yarn"),
+    "rope.scaling.original_context_length": COUNT,
     "rope.scaling.factor": POSITIVE,
     "rope.scale_linear": POSITIVE,  # the older name of rope.scaling.factor
     "attention.scale": NOT_NEGATIVE,
@@ -116,7 +117,6 @@ _FILE: dict[str, Rule] = {
     "split.tensors.count": COUNT,
 }
 _HARMLESS: dict[str, Rule] = {  # checked for their type, without effect at any value
-    "rope.scaling.original_context_length": COUNT,  # read for YaRN only, which is refused
     "rope.scaling.finetuned": FLAG,
 }
 _HARMLESS_FAMILIES = ("general.", "quantize.imatrix.", "mradermacher.")  # keys that describe the origin of the file
@@ -262,10 +262,11 @@ def config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], pat
 
 
 def _rotary(get: Get) -> dict[str, Any]:
-    """The entries of rotary positions: scaled linearly where there is a factor, unless the type is `none`."""
+    """The entries of rotary positions: scaled linearly where there is a factor, unless the type is another."""
     factor = get("rope.scaling.factor", get("rope.scale_linear"))
     kind = get("rope.scaling.type", "linear")
     scaling = None if factor is None or kind == "none" else {"rope_type": kind, "factor": decimal(factor)}
+    scaling = yarn(get) if kind == "yarn" else scaling
     return {"rope_theta": decimal(get("rope.freq_base", 10_000.0)), "rope_scaling": scaling}
 
 

@@ -105,7 +105,8 @@ def check_keys(c: Mapping[str, Any], family: str, read: frozenset[str], harmless
     ValueError: unsupported gpt2 config: is_decoder=False
     """
     for key in QUANTISATION:
-        if c.get(key) is not None:
+        accepts = harmless.get(key, only(None))
+        if c.get(key) is not None and not accepts(c[key], c):
             raise ValueError(f"quantised weights are not supported, and the file has {key}={c[key]!r}")
     faults = []
     for key, value in c.items():

@@ -16,6 +16,7 @@ from mijax.checkpoints.hub import fetch
 from mijax.checkpoints.json_files import read_object, required_object
 from mijax.checkpoints.lora import FILES as ADAPTER_FILES
 from mijax.checkpoints.lora import merged
+from mijax.checkpoints.mxfp4 import is_mxfp4, unpacked
 from mijax.checkpoints.registry import family_of
 from mijax.checkpoints.shards import tensors_of
 from mijax.checkpoints.table import Family
@@ -109,6 +110,8 @@ def load(
         _described(config, str(path))  # first, to refuse an unsupported one whatever else the folder lacks
         encoder = Tokenizer.from_folder(path) if tokenizer else None
         tensors = tensors_of(path)
+        if is_mxfp4(config.get("quantization_config")):
+            tensors = unpacked(tensors, str(path))
     where = str(path)
     family, described = _described(config, where)
     if adapter is not None:

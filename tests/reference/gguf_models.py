@@ -62,6 +62,10 @@ CASES = {
     "gpt2": Case("gpt2", "GPT2", {"vocab_size": 50257, "n_positions": 1024, "n_embd": 24, "n_layer": 2, "n_head": 3}),
     "bloom": Case("bloom", "BLOOM", {"vocab_size": 61, "hidden_size": 24, "n_layer": 2, "n_head": 4}),
     "falcon 7b": Case("falcon", "FALCON", _SIZES | {"new_decoder_architecture": False, "multi_query": True}),
+    "gpt_oss": Case("gpt_oss", "GPT_OSS", _LLAMA | {"num_hidden_layers": 3, "head_dim": 10, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 12, "truncate": False}}, False),
+    "qwen3 with YaRN": Case("qwen3", "QWEN3", _LLAMA | {"head_dim": 10, "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 12}}, False),
     "falcon 40b": Case("falcon", "FALCON", _SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2}, False),
 }  # fmt: skip
 
@@ -84,8 +88,8 @@ def make(case: Case):
     return model.eval()
 
 
-def write(case: Case, theirs, folder: Path) -> Path:
-    """Write the file of a model; `folder` gets its Hugging Face form too."""
+def write(case: Case, theirs, folder: Path, quantised: str | None = None) -> Path:
+    """Write the file of a model, its experts `quantised`; `folder` gets its Hugging Face form too."""
     theirs.save_pretrained(folder)
     arch = gguf.MODEL_ARCH[case.arch]
     path = folder / "model.gguf"
@@ -93,10 +97,16 @@ def write(case: Case, theirs, folder: Path) -> Path:
     _metadata(writer, case, theirs.config)
     names = gguf.get_tensor_name_map(arch, theirs.config.num_hidden_layers)
     tensors = _stacked(safetensors.numpy.load_file(folder / "model.safetensors"))
+    tensors = _gpt_oss(tensors) if case.arch == "GPT_OSS" else tensors
     for name, tensor in tensors.items():
         spellings = [name, f"transformer.{name}", name.removeprefix("transformer.")]
         new = next(n for s in spellings if (n := names.get_name(s, try_suffixes=(".weight", ".bias"))))
-        writer.add_tensor(new, np.ascontiguousarray(_converted(case, name, tensor.astype(np.float32), theirs.config)))
+        values = np.ascontiguousarray(_converted(case, name, tensor.astype(np.float32), theirs.config))
+        if quantised and new.endswith("_exps.weight"):
+            kind = gguf.GGMLQuantizationType[quantised]
+            writer.add_tensor(new, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(new, values)
     if (
         (theirs.config.rope_parameters or {}).get("rope_type") == "llama3"
         if hasattr(theirs.config, "rope_parameters")
@@ -120,6 +130,23 @@ def _stacked(tensors):
         else:
             stacked[name] = tensor
     return {name: np.stack([t[i] for i in sorted(t)]) if isinstance(t, dict) else t for name, t in stacked.items()}
+
+
+def _gpt_oss(tensors):
+    """As `modify_tensors` of GptOssModel: gates and linear branches apart, the maps of experts transposed."""
+    converted = {}
+    for name, x in tensors.items():
+        if "gate_up_proj" in name:
+            new, x = (
+                (name.replace("_bias", ".bias"), x) if name.endswith("_bias") else (f"{name}.weight", x.swapaxes(1, 2))
+            )
+            for i, part in enumerate(("gate_proj", "up_proj")):
+                converted[new.replace("gate_up_proj", part)] = x[:, i::2]
+        elif name.endswith("down_proj"):
+            converted[f"{name}.weight"] = x.swapaxes(1, 2)
+        else:
+            converted[name.replace("down_proj_bias", "down_proj.bias")] = x
+    return {f"{name}.weight" if name.endswith("sinks") else name: x for name, x in converted.items()}
 
 
 def _metadata(writer, case, c):
@@ -153,7 +180,11 @@ def _metadata(writer, case, c):
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if case.family in ("gemma2", "gemma3_text", "phi3"):
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if case.family in ("gemma2", "gemma3_text", "phi3", "gpt_oss"):
         writer.add_sliding_window(c.sliding_window)
     if case.family == "gemma2":
         writer.add_attn_logit_softcapping(c.attn_logit_softcapping)
@@ -162,8 +193,8 @@ def _metadata(writer, case, c):
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(c.num_experts_per_tok)
-    if getattr(c, "moe_intermediate_size", None):
-        writer.add_expert_feed_forward_length(c.moe_intermediate_size)
+    if case.family == "gpt_oss" or getattr(c, "moe_intermediate_size", None):
+        writer.add_expert_feed_forward_length(getattr(c, "moe_intermediate_size", None) or c.intermediate_size)
     if getattr(c, "shared_expert_intermediate_size", None):
         writer.add_expert_shared_feed_forward_length(c.shared_expert_intermediate_size)
     if case.family == "gpt_neox":

@@ -6,6 +6,7 @@ from typing import Any
 
 from mijax.checkpoints import expert_layout, llama_layout
 from mijax.checkpoints.keys import BIASES, Key, architectures, only
+from mijax.checkpoints.mxfp4 import is_mxfp4
 from mijax.checkpoints.rotary_keys import read_rotary
 from mijax.checkpoints.table import FUSED, Family, Weight, linear, norm
 from mijax.model.config import Config
@@ -70,7 +71,7 @@ _layout = llama_layout.LAYOUT | {
 _harmless = {
     **llama_layout.HARMLESS_KEYS, "architectures": architectures("GptOssForCausalLM", "GptOssModel"), "hidden_act": only("silu"),
     "swiglu_alpha": only(1.702), "swiglu_limit": only(7.0), "experts_per_token": lambda value, c: value == c.get("num_experts_per_tok", 4),
-    "initial_context_length": lambda value, c: True,
+    "initial_context_length": lambda value, c: True, "quantization_config": lambda value, c: is_mxfp4(value),
     **dict.fromkeys(("output_router_logits", "router_aux_loss_coef"), lambda value, c: True),
 }  # fmt: skip
 GPT_OSS = Family("gpt_oss", keys=KEYS, write=_write, harmless=_harmless, **_layout)

@@ -1,0 +1,66 @@
+"""Weights in MXFP4, as GPT-OSS is published: numbers of four bits, 32 of which share a power of two.
+
+OCP Microscaling Formats (MX) Specification, version 1.0. A matrix of experts is stored transposed, as `NAME_blocks`,
+`[expert, outputs, block, 16]` with two numbers in a byte, and `NAME_scales`, `[expert, outputs, block]`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mijax.checkpoints.tensors import Tensors
+
+_NUMBERS = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+
+
+def is_mxfp4(quantisation: Any) -> bool:
+    """Whether a config's `quantization_config` says that experts are in MXFP4.
+
+    Args:
+        quantisation: the entry.
+    """
+    return isinstance(quantisation, Mapping) and quantisation.get("quant_method") == "mxfp4"
+
+
+def unpacked(tensors: Tensors, source: str) -> Tensors:
+    """A checkpoint whose tensors in MXFP4 are read as float32, under their names.
+
+    Args:
+        tensors: the checkpoint.
+        source: its name in error messages.
+
+    Returns:
+        The checkpoint without the blocks and scales.
+
+    Raises:
+        ValueError: for blocks without scales, or scales without blocks; on reading, for shapes that do not belong together.
+    """
+    names = {name.removesuffix(end) for name in tensors.dtypes for end in ("_blocks", "_scales") if name.endswith(end)}
+    stored = {f"{name}{end}" for name in names for end in ("_blocks", "_scales")}
+    missing = sorted(name for name in stored if tensors.dtypes.get(name) != "U8")
+    if missing:
+        raise ValueError(f"{source} says that it is in MXFP4, and does not hold {', '.join(missing[:8])} as U8")
+
+    def read(name: str) -> np.ndarray:
+        if name not in names:
+            return tensors.read(name)
+        blocks, scales = tensors.read(f"{name}_blocks"), tensors.read(f"{name}_scales")
+        if blocks.ndim != 4 or blocks.shape[-1] != 16 or scales.shape != blocks.shape[:-1]:
+            raise ValueError(
+                f"{source}: {name}_blocks {blocks.shape} and {name}_scales {scales.shape} must be [expert, outputs, block, 16]"
+                " and [expert, outputs, block]"
+            )
+        numbers = np.stack([_NUMBERS[blocks & 15], _NUMBERS[blocks >> 4]], axis=-1).reshape(*scales.shape, 32)
+        numbers *= scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)[..., None]
+        return numbers.reshape(*blocks.shape[:2], -1).swapaxes(-1, -2)
+
+    def part(name: str, index: tuple[slice, ...]) -> tuple[tuple[int, ...], np.ndarray]:
+        if name not in names and tensors.part is not None:
+            return tensors.part(name, index)
+        whole = read(name)
+        return whole.shape, whole[index]
+
+    kept = {name: dtype for name, dtype in tensors.dtypes.items() if name not in stored}
+    return Tensors(kept | dict.fromkeys(names, "F32"), read, part)
