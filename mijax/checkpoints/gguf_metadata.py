@@ -76,7 +76,6 @@ _MODEL: dict[str, Rule] = {  # the keys of an architecture that are read or whos
     "rope.dimension_count": COUNT,
     "rope.freq_base": POSITIVE,
     "rope.scaling.type": only("none", "linear", "yarn"),
-    "rope.scaling.original_context_length": COUNT,
     "rope.scaling.factor": POSITIVE,
     "rope.scale_linear": POSITIVE,  # the older name of rope.scaling.factor
     "attention.scale": NOT_NEGATIVE,
@@ -117,6 +116,7 @@ _FILE: dict[str, Rule] = {
     "split.tensors.count": COUNT,
 }
 _HARMLESS: dict[str, Rule] = {  # checked for their type, without effect at any value
+    "rope.scaling.original_context_length": COUNT,  # read for YaRN
     "rope.scaling.finetuned": FLAG,
 }
 _HARMLESS_FAMILIES = ("general.", "quantize.imatrix.", "mradermacher.")  # keys that describe the origin of the file
