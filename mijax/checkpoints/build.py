@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mijax.checkpoints.sharded import sharded
-from mijax.checkpoints.table import Family, Weight
+from mijax.checkpoints.table import Buffer, Family, Weight
 from mijax.checkpoints.tensors import (
     FLOATS,
     Lookup,
@@ -63,11 +63,10 @@ def build(
         ValueError: listing every tensor that is missing, unexpected, quantised, of the wrong shape or not finite,
             or that is a buffer which contradicts the config.
     """
-    lookup = Lookup(family.prefix, tensors.dtypes)
+    lookup, buffers = Lookup(family.prefix, tensors.dtypes), buffers_in(config, family, tensors)
     head = lookup(family.head) if config.tied_unembed and family.head else None
-    buffers = {lookup(name): b for b in family.buffers for name in tensor_names(b, config)}
     _check_names(config, family, tensors, lookup, buffers, head, source)
-    _check_buffers(config, tensors, {name: b for name, b in buffers.items() if name is not None}, source)
+    _check_buffers(config, tensors, buffers, source)
     if head is not None:
         config = _with_head(config, family, tensors, lookup, dtype, source)
     shapes, table = _table(config, family, dtype)
@@ -84,6 +83,19 @@ def build(
     return model
 
 
+def buffers_in(config: Config, family: Family, tensors: Tensors) -> dict[str, Buffer]:
+    """The tensors of a checkpoint that hold no parameters, by name.
+
+    Args:
+        config: the model's config.
+        family: the architecture's table of names.
+        tensors: the checkpoint.
+    """
+    lookup = Lookup(family.prefix, tensors.dtypes)
+    named = ((lookup(name), buffer) for buffer in family.buffers for name in tensor_names(buffer, config))
+    return {name: buffer for name, buffer in named if name is not None}
+
+
 def _table(config: Config, family: Family, dtype: Any) -> tuple[Transformer, list[Weight]]:
     """The model as `jax.ShapeDtypeStruct`s, and those weights of the family that this config has, largest first."""
     shapes = jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
@@ -96,7 +108,7 @@ def _check_names(
     family: Family,
     tensors: Tensors,
     lookup: Lookup,
-    buffers: Collection[str | None],
+    buffers: Collection[str],
     head: str | None,
     source: str,
 ) -> None:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from mijax.arguments import check_flag
 from mijax.checkpoints import bundled
-from mijax.checkpoints.build import build
+from mijax.checkpoints.build import buffers_in, build
 from mijax.checkpoints.gguf import GGUF
 from mijax.checkpoints.hub import fetch
 from mijax.checkpoints.json_files import read_object, required_object
@@ -118,7 +118,17 @@ def load(
         folder = _adapter_folder(adapter, token)
         name, where = f"{name} with {Path(adapter).expanduser().resolve().name}", f"{where} with {folder}"
         tensors = merged(tensors, folder, family, described)
-    return build(dataclasses.replace(described, name=name), family, tensors, dtype, where, mesh), encoder
+    described = dataclasses.replace(described, name=name, origin=_origin(config, described, family, tensors))
+    return build(described, family, tensors, dtype, where, mesh), encoder
+
+
+def _origin(config: dict, described: Config, family: Family, tensors: Tensors) -> str:
+    """The family, and what of the checkpoint has no effect."""
+    keys, dropped = family.ignored(config), sorted(buffers_in(described, family, tensors))
+    names = f"{', '.join(dropped[:2])}{', ...' if len(dropped) > 2 else ''}"
+    ignored = [f"keys {', '.join(keys)}"] if keys else []
+    ignored += [f"{len(dropped)} buffers ({names})"] if dropped else []
+    return f"loaded as {family.name}" + (f", without effect: {'; '.join(ignored)}" if ignored else "")
 
 
 def _described(config: dict, source: str) -> tuple[Family, Config]:

@@ -126,6 +126,15 @@ class Family:
         fields = {**self.fixed, **read_fields(c, self.keys)}
         return Config(**fields | self.read(c, fields))
 
+    def ignored(self, c: Mapping[str, Any]) -> list[str]:
+        """The keys of a `config.json` that have no effect on the model.
+
+        Args:
+            c: its contents, which `config` accepts.
+        """
+        read = {"model_type", *self.keys, *self.further, *self.aliases}
+        return sorted(key for key, value in c.items() if key not in read and value is not None)
+
     def entries(self, config: Config) -> dict[str, Any] | None:
         """The contents of a `config.json` for a config.
 

@@ -73,6 +73,7 @@ class Config:
         embed_norm: whether token embeddings go through a norm (BLOOM).
         name: a label for results. It is no part of the architecture: models that differ only in it share compiled
             code.
+        origin: what a model was loaded from, which its `repr` shows; no part of the architecture either.
 
     Raises:
         ValueError: naming every invalid field.
@@ -119,6 +120,7 @@ class Config:
     embed_scale: float = 1.0
     embed_norm: bool = False
     name: str = dataclasses.field(default="", compare=False)
+    origin: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check all fields, and fill in those whose 0 stands for a value derived from others."""

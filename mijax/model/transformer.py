@@ -187,7 +187,7 @@ class Transformer(LayeredModel):
         arrays = [a for a in jax.tree.leaves(self) if eqx.is_array(a)]
         return (
             f"Transformer({self.config.name or 'unnamed'}: {sum(a.size for a in arrays):,} parameters of"
-            f" {self.W_E.dtype}, {self.config.differences()})"
+            f" {self.W_E.dtype}, {self.config.differences()}{self.config.origin and f'; {self.config.origin}'})"
         )
 
 

@@ -13,7 +13,7 @@ from mijax.model.rotary import Rotary, RotaryScaling
 from mijax.model.routing import Experts
 from mijax.model.transformer import init
 
-_FIELDS = frozenset(field.name for field in dataclasses.fields(Config))
+_FIELDS = frozenset(field.name for field in dataclasses.fields(Config)) - {"origin"}
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +49,6 @@ MIJAX = Family(
     _weights,
     further=_FIELDS,
     read=_read,
-    write=dataclasses.asdict,
+    write=lambda config: {key: value for key, value in dataclasses.asdict(config).items() if key in _FIELDS},
     harmless={key: HARMLESS[key] for key in ("model_type", "dtype")},
 )
