@@ -103,7 +103,7 @@ def test_finite_differences_of_patching_itself(name):
             where = jax.tree.map(lambda index, n=number: jnp.asarray(index[n]), cells)
             slope = np.asarray(metric(where, h) - metric(where, -h)) / (2 * h)
             own = terms.reshape(nodes.size, -1)[number]
-            place = dict(zip(over, np.unravel_index(number, list(nodes.axes.values()))))
+            place = dict(zip(over, np.unravel_index(number, [len(entries) for entries in nodes.axes.values()])))
             there = np.asarray(base.lengths) > place.get("pos", -1)
             # right to h^2 = 1e-10 times a third derivative, which is large in models without norms, and rounding / h
             assert np.abs(own - slope)[there].max() < 1e-5 * max(1.0, np.abs(slope).max()), (site, place)
