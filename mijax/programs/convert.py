@@ -10,6 +10,7 @@ JAX's caches are not affected: functions that the user jitted, and bodies of `sc
 values.
 """
 
+import functools
 import gc
 import warnings
 import weakref
@@ -181,16 +182,19 @@ def convert(function: Callable, *arguments: Any, name: str | None = None) -> Con
 
     inputs = [leaf for leaf in shapes if _is_input(leaf)]
     closed = jax.make_jaxpr(fresh)(leaves, inputs)
-    if any(_is_kept(trace, closed) for trace in traces):
+    traced = closed.jaxpr
+    key = functools.cache(lambda: key_of(traced))  # where it is needed: it reads the values of inner arrays
+    if any(_is_kept(trace, traced, key) for trace in traces):
         raise TypeError(
             f"{name} keeps an array beyond its call (in a list, an attribute, a cache, the rule of a custom derivative), where it is"
             " no array but a tracer of JAX: activations are kept by capture=, in mijax.run and mijax.generate; other arrays for"
             " later calls are made before the first"
         )
-    if has_inner_constants(closed.jaxpr):
+    if has_inner_constants(traced):
         inner = closed
         closed = jax.make_jaxpr(lambda *flat: evaluate(inner.jaxpr, inner.consts, flat))(*leaves, *inputs)
-    return Converted(list(leaves), [_on_device(c) for c in closed.consts], _intern(name, closed, structure))
+    whole = key() if closed.jaxpr is traced else key_of(closed.jaxpr)
+    return Converted(list(leaves), [_on_device(c) for c in closed.consts], _intern(name, closed, (structure, whole)))
 
 
 def name_of(function: Any) -> str:
@@ -208,15 +212,15 @@ def name_of(function: Any) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
-def _is_kept(trace: weakref.ref, closed: Any) -> bool:
+def _is_kept(trace: weakref.ref, jaxpr: Any, key: Callable[[], Key]) -> bool:
     """Whether a tracer of a finished trace is still referred to from outside."""
-    if trace() is None or (_has_rules(closed.jaxpr) and hash(key_of(closed.jaxpr)) in _without_kept):
+    if trace() is None or (_has_rules(jaxpr) and hash(key()) in _without_kept):
         return False
     gc.collect()
     alive = trace()
     if alive is None or any(isinstance(holder, jax.core.Tracer) for holder in gc.get_referrers(alive)):
         return alive is not None
-    _without_kept.add(hash(key_of(closed.jaxpr)))
+    _without_kept.add(hash(key()))
     return False
 
 
@@ -227,11 +231,11 @@ def _has_rules(jaxpr: Any) -> bool:
     )
 
 
-def _intern(name: str, closed: Any, structure: Any) -> Program:
-    key = (structure, key_of(closed.jaxpr))
+def _intern(name: str, closed: Any, key: Key) -> Program:
+    """The program, one for equal keys: the structure of its result, and that of its jaxpr."""
     program = _interned.get(key)
     if program is None:
-        program = _interned[key] = Program(name, closed, structure, key)
+        program = _interned[key] = Program(name, closed, key[0], key)
         _tell_repeats(name, key)
     return program
 

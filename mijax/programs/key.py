@@ -207,7 +207,8 @@ def _value(array: Any) -> Key:
     return "array", str(host.dtype), host.shape, hashlib.sha256(host.tobytes()).hexdigest()
 
 
-# ---- custom derivatives: each trace makes a new Python function for a rule; its key is that of what the rule computes
+# ---- custom derivatives: each trace makes a new Python function for a rule; its key is that of what the rule computes,
+# or the name of the function that a library has written for it
 
 
 def _jvp_rule(eqn: Any, rule: list[Any]) -> Key:
@@ -231,6 +232,9 @@ RULES: dict[str, tuple[tuple[str, ...], Any]] = {
 
 def _traced_rule(eqn: Any, rule: list[Any], derivative: Any) -> Key:
     """The key of an equation's derivative; the rule by identity where the derivative cannot be traced."""
+    authors = [_written(part) for part in rule if hasattr(part, "transforms")]
+    if authors and None not in authors:
+        return "library", tuple(authors)
     inputs = [v.aval for v in eqn.invars if not isinstance(v, jex.Literal)]
     indices = [i for i, aval in enumerate(inputs) if i >= _constants(eqn) and jnp.issubdtype(aval.dtype, jnp.inexact)]
 
@@ -250,6 +254,34 @@ def _traced_rule(eqn: Any, rule: list[Any], derivative: Any) -> Key:
     except Exception:  # a rule may raise anything; a run that uses it raises it again
         return tuple(map(ById, rule))
     return key_of(closed.jaxpr, closed.consts)
+
+
+_WRAPPERS = ("_flatten_fwd", "_flatten_bwd", "_flatten_jvp")
+"""What JAX wraps around a rule that closes over nothing: arguments as flat lists."""
+
+
+def _written(rule: Any) -> Any:
+    """The function of a library that a rule is, which its name identifies; `None` where there is another, or where JAX wraps it otherwise."""
+    while True:
+        if hasattr(rule, "transforms"):
+            if any(transform.__name__ not in _WRAPPERS for transform, *_ in rule.transforms):
+                return None
+            rule = rule.f
+            continue
+        cells = [cell.cell_contents for cell in getattr(rule, "__closure__", None) or ()]
+        inner = [x for x in cells if callable(x) or hasattr(x, "transforms")]
+        is_jax_s = getattr(rule, "__module__", "") in _OF_WRAPPERS and "<locals>" in rule.__qualname__
+        if not (is_jax_s and len(inner) == 1):
+            break
+        (rule,) = inner
+    try:
+        _of_library(rule)
+    except (UnknownError, AttributeError):
+        return None
+    return rule
+
+
+_OF_WRAPPERS = ("jax._src.interpreters.partial_eval", "jax._src.custom_derivatives")
 
 
 def _constants(eqn: Any) -> int:

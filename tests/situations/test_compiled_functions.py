@@ -90,6 +90,7 @@ def test_a_fresh_but_equal_metric_compiles_nothing():
 
 def test_new_python_numbers_compile_and_say_so():
     edit = lambda number: lambda x, site, layer, positions: x * number - 0.125
+    run(lambda x, site, layer, positions: x + 0.5)  # compiles what every run needs
     with compilations() as compiled:
         for number in range(1, 8):
             run(edit(float(number)))

@@ -3,6 +3,8 @@
 The expected value is that of mijax's own edits, or of the same function written without what it closes over.
 """
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mijax as mj
+from mijax.programs.key import _written, key_of
+from mijax.superposition.model import _backward, _forward, _written_out
 from tests.situations.models import model
 
 PROMPT = [[1, 2, 3], [4, 5, 6]]
@@ -186,3 +190,24 @@ class _Times(eqx.Module):
 
     def __call__(self, x, site, layer, positions):
         return self.factor * x
+
+
+def test_a_rule_of_a_library_is_known_by_its_name():
+    """And any other by what it computes: a user's, and one that closes over a number."""
+    user = jax.custom_jvp(lambda x: x)
+    user.defjvp(lambda primals, tangents: (primals[0], 2 * tangents[0]))
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def scaled(number, x):
+        return x
+
+    scaled.defvjp(lambda number, x: (x, None), lambda number, _, g: (number * g,))
+
+    def rules(function):
+        (equation,) = jax.make_jaxpr(function)(jnp.ones((2, 2))).eqns
+        return [_written(x) for x in equation.params.values() if hasattr(x, "transforms")]
+
+    assert rules(lambda x: _written_out(x, x)) == [_forward, _backward]
+    assert rules(user) == [None] and rules(lambda x: scaled(2.0, x)) == [None, None]
+    key = lambda number: key_of(jax.make_jaxpr(lambda x: scaled(number, x))(jnp.ones(2)).jaxpr)
+    assert key(2.0) == key(2.0) != key(3.0)
