@@ -39,7 +39,8 @@ class Block(eqx.Module):
             index: the number of the layer.
         """
         of_all, of_some = self.split(config)
-        one = lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False)
+        indexed = jax.lax.index_in_dim if isinstance(index, int) else jax.lax.dynamic_index_in_dim
+        one = lambda a: indexed(a, index, keepdims=False)
         return eqx.combine(jax.tree.map(one, of_all), of_some)
 
     def split(self, config: Config) -> tuple["Block", "Block"]:
