@@ -106,7 +106,9 @@ def _directions(
 ) -> np.ndarray:
     """The directions `[kind, *layer, *head, unit]`; `ValueError` for a probe of another shape."""
     axis = entry.axes.index("batch")
-    by_example = lambda x: np.moveaxis(np.asarray(x[site]), axis, 0).squeeze(axis + 1)  # the one position
+    layers = slice(None) if entry.layers is None else list(entry.layers)  # those that have the site
+    existing = lambda x: x[layers] if entry.has_layer else x
+    by_example = lambda x: np.moveaxis(existing(np.asarray(x[site])), axis, 0).squeeze(axis + 1)  # the one position
     gradient = np.concatenate([by_example(positive.grads), by_example(negative.grads)]).mean(axis=0)
     acts, baseline = by_example(positive.acts), by_example(negative.acts)
     probed = probes(acts, baseline) if probe is None else np.asarray(probe, gradient.dtype)
@@ -126,5 +128,6 @@ def _labelled(directions: np.ndarray, entry: Site) -> "xr.Dataset":
     dims = ["unit" if field_of(a) == "unit" else a for a in entry.axes if a not in ("batch", "pos")]
     coords = {"kind": list(KINDS), "other": list(KINDS)}
     coords |= {dim: np.arange(n) for dim, n in zip(dims, directions.shape[1:])}
+    coords |= {"layer": np.asarray(entry.layers)} if entry.has_layer and entry.layers is not None else {}
     variables = {"direction": (("kind", *dims), directions), "cosine": (("kind", "other", *dims[:-1]), cosine)}
     return xr.Dataset(variables, coords)

@@ -130,13 +130,20 @@ def read_dense(c: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any
         raise ValueError(f"decoder_sparse_step={step!r} must be a positive integer")
     if not isinstance(listed, list) or any(type(layer) is not int for layer in listed):
         raise ValueError(f"mlp_only_layers={listed!r} must be a list of integers")
-    width = check_field(Experts, "d_mlp", c["moe_intermediate_size"], "moe_intermediate_size")
+    width = _positive(c, "moe_intermediate_size")
     dense = tuple(layer for layer in range(n) if layer in listed or (layer + 1) % step)
     if not dense:
         return {"d_mlp": width}
     experts = None if len(dense) == n else dataclasses.replace(fields["experts"], d_mlp=width)
-    d_mlp = check_field(Config, "d_mlp", c["intermediate_size"], "intermediate_size")
-    return {"d_mlp": d_mlp, "experts": experts, "dense_layers": dense if experts else ()}
+    return {"d_mlp": _positive(c, "intermediate_size"), "experts": experts, "dense_layers": dense if experts else ()}
+
+
+def _positive(c: Mapping[str, Any], key: str) -> int:
+    """A number of neurons."""
+    value = check_field(Config, "d_mlp", c[key], key)
+    if value == 0:  # by which `Config` would derive it
+        raise ValueError(f"{key}=0 must be positive")
+    return value
 
 
 def write_dense(config: Config) -> dict[str, Any]:
@@ -145,6 +152,6 @@ def write_dense(config: Config) -> dict[str, Any]:
     Args:
         config: the config of a model with experts.
     """
-    of_experts = {"moe_intermediate_size": config.experts.d_mlp if config.experts else 0}
+    of_experts = {"moe_intermediate_size": config.d_expert}
     dense = {"mlp_only_layers": list(config.dense_layers), "intermediate_size": config.d_mlp}
     return of_experts | (dense if config.dense_layers else {})

@@ -27,6 +27,7 @@ class Architecture(NamedTuple):
         reads: the keys that `config` reads beside those of every architecture.
         epsilon: the key of the norms' epsilon.
         rotates: `"all"` dimensions of a head, a `"part"` of them or `"none"`.
+        requires: the keys without which llama.cpp refuses a file of this architecture, beside those of every one.
         parts: from a tensor's Hugging Face name to the names, as it were there, of the tensors that it was split into, which
             `undo` gets stacked.
     """
@@ -38,6 +39,7 @@ class Architecture(NamedTuple):
     reads: tuple[str, ...] = ()
     epsilon: str = "attention.layer_norm_rms_epsilon"
     rotates: str = "all"
+    requires: tuple[str, ...] = ()
     parts: Callable[[str], tuple[str, ...]] = lambda name: (name,)
 
 
@@ -243,7 +245,12 @@ def yarn(get: Get) -> dict[str, Any]:
 
 
 def _gpt_oss(get: Get, shapes: Shapes) -> dict[str, Any]:
-    scaling = {"rope_scaling": yarn(get) | {"truncate": False}} if get("rope.scaling.type") == "yarn" else {}
+    kind = get("rope.scaling.type", "none" if get("rope.scaling.factor") is None else "linear")
+    yarns = {
+        "yarn": yarn(get) | {"truncate": False},
+        "none": {"rope_type": "default"},
+    }  # said, since the family's default is YaRN
+    scaling = {"rope_scaling": yarns[kind]} if kind in yarns else {}
     return _gated(get, shapes) | scaling | {
         "intermediate_size": get("expert_feed_forward_length"), "attention_bias": "blk.0.attn_q.bias" in shapes,
         "num_local_experts": get("expert_count"), "num_experts_per_tok": get("expert_used_count"),
@@ -273,6 +280,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture("GPT2", "gpt2", _gpt2, _transposed, (), _LAYER_NORM, "none"),
     "bloom": Architecture("BLOOM", "bloom", _bloom, _interleaved, ("attention.max_alibi_bias",), _LAYER_NORM, "none"),
     "falcon": Architecture("FALCON", "falcon", _falcon, _grouped, (), _LAYER_NORM),
-    "gpt-oss": Architecture("GPT_OSS", "gpt_oss", _gpt_oss, _fused, (*_MOE, *_WINDOW), parts=_gpt_oss_parts),
+    "gpt-oss": Architecture("GPT_OSS", "gpt_oss", _gpt_oss, _fused, (*_MOE, *_WINDOW), requires=(*_MOE, *_WINDOW), parts=_gpt_oss_parts),
 }  # fmt: skip
 """The architectures that are read, by llama.cpp's names."""

@@ -166,7 +166,8 @@ def checked(fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
             values[key] = entries[0]
             if len(entries) != values.get(f"{name}.block_count") or len(set(entries)) > 1:
                 differing.append(f"{key} must be the same in each of the layers, given {reprlib.repr(entries)}")
-    required = [f"{name}.{key}" for key in (*_REQUIRED, ARCHITECTURES[name].epsilon)]
+    architecture = ARCHITECTURES[name]
+    required = [f"{name}.{key}" for key in (*_REQUIRED, architecture.epsilon, *architecture.requires)]
     read, harmless = rules(name)
     refuse(path, [*missing(values, required), *faults(values, read | harmless, _HARMLESS_FAMILIES), *differing])
     return values

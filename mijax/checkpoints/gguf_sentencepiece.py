@@ -8,7 +8,7 @@ splits a text into the tokens whose scores, logarithms of probabilities, have th
 from collections.abc import Sequence
 
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers
 
 _UNKNOWN, _NORMAL, _USER_DEFINED = 2, 1, 4  # llama.cpp's types of tokens that are relevant here
 _SPACE = "▁"
@@ -40,9 +40,7 @@ def bpe(
     backend = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
     )
-    spaces = normalizers.Replace(" ", _SPACE)
-    first = [normalizers.Prepend(_SPACE)] if add_space_prefix else []
-    backend.normalizer = normalizers.Sequence([*first, spaces])
+    backend.normalizer = normalizers.Sequence(_spaces(add_space_prefix))
     backend.decoder = _decoder(add_space_prefix)
     return backend
 
@@ -73,10 +71,14 @@ def unigram(
     steps = [normalizers.Precompiled(charsmap)] if charsmap else []
     if remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    backend.normalizer = normalizers.Sequence(steps)
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, "always" if add_space_prefix else "never")
+    backend.normalizer = normalizers.Sequence([*steps, *_spaces(add_space_prefix)])
     backend.decoder = _decoder(add_space_prefix)
     return backend
+
+
+def _spaces(add_space_prefix: bool) -> list[normalizers.Normalizer]:
+    """Spaces as SentencePiece writes them, one in front of the text where that is asked for."""
+    return [*([normalizers.Prepend(_SPACE)] if add_space_prefix else []), normalizers.Replace(" ", _SPACE)]
 
 
 def _decoder(add_space_prefix: bool) -> decoders.Decoder:

@@ -127,13 +127,14 @@ class Family:
         return Config(**fields | self.read(c, fields))
 
     def ignored(self, c: Mapping[str, Any]) -> list[str]:
-        """The keys of a `config.json` that have no effect on the model.
+        """The keys of a `config.json` that have no effect on the model, whatever they say.
 
         Args:
             c: its contents, which `config` accepts.
         """
-        read = {"model_type", *self.keys, *self.further, *self.aliases}
-        return sorted(key for key, value in c.items() if key not in read and value is not None)
+        anything = object()
+        free = {key for key, accepts in self.harmless.items() if accepts(anything, c)}
+        return sorted(key for key, value in c.items() if key in free and value is not None)
 
     def entries(self, config: Config) -> dict[str, Any] | None:
         """The contents of a `config.json` for a config.

@@ -71,6 +71,9 @@ def patched(
         if not isinstance(model, LayeredModel):  # every cell is run whole
             return Start(prompts.cells._replace(edits=edits), runs, base_states)
         differs, places_of_cells = base_acts[site] != source_acts[site], edits[site][0].where
+        layers = model.sites[site].layers
+        if layers is not None and model.sites[site].has_layer:  # what the others have is NaN, which equals nothing
+            differs = jnp.zeros_like(differs).at[jnp.asarray(layers)].set(differs[jnp.asarray(layers)])
         first = _first_change.compiled(compiled_for(model, tokens))(
             model, model.sites[site], tokens, places_of_cells, differs
         )

@@ -281,13 +281,15 @@ def _layers(site: Site, where: Where | None, n: int) -> Int[np.ndarray, " k"] | 
     """The layers of places at a site, -1 before all and `n` after all; `None` where they are known only in a trace."""
     if not site.is_inside:
         return np.array([-1 if site.part == "embedding" else n])
-    index = (where.layer if where is not None and site.has_layer else None) if site.layers is None else site.layers
+    having, index = np.arange(n) if site.layers is None else np.asarray(site.layers), None
+    if where is not None and site.has_layer:
+        index = where.layer
     if index is None:
-        return np.arange(n)
+        return having
     if not is_concrete(index):
         return None
     index = np.asarray(index)
-    return np.flatnonzero(index) if index.dtype == bool else index.reshape(-1) % n
+    return np.intersect1d(np.flatnonzero(index), having) if index.dtype == bool else index.reshape(-1) % n
 
 
 def field_lengths(site: Site, tokens: Inputs) -> dict[str, Any]:

@@ -39,8 +39,9 @@ class Block(eqx.Module):
             index: the number of the layer.
         """
         of_all, of_some = self.split(config)
-        indexed = jax.lax.index_in_dim if isinstance(index, int) else jax.lax.dynamic_index_in_dim
-        one = lambda a: indexed(a, index, keepdims=False)
+        fixed = lambda a: jax.lax.index_in_dim(a, int(index), keepdims=False)
+        traced = lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False)
+        one = fixed if isinstance(index, int) else traced
         return eqx.combine(jax.tree.map(one, of_all), of_some)
 
     def split(self, config: Config) -> tuple["Block", "Block"]:

@@ -138,9 +138,10 @@ class Config:
         self._set("d_vocab_out", self.d_vocab_out or self.d_vocab)
         self._set("attn_scale", self.attn_scale or self.d_head**-0.5)
         self._set("d_mlp", 0 if self.mlp == "none" else self.d_mlp or 4 * self.d_model)
-        if self.experts is not None:
-            self._set("experts", dataclasses.replace(self.experts, d_mlp=self.experts.d_mlp or self.d_mlp))
-            self._set("d_mlp", self.d_mlp if self.dense_layers else self.experts.d_mlp)
+        if self.experts is not None:  # one way to say one width
+            self._set("d_mlp", self.d_mlp if self.dense_layers else self.experts.d_mlp or self.d_mlp)
+            width = self.experts.d_mlp if self.dense_layers and self.experts.d_mlp != self.d_mlp else 0
+            self._set("experts", dataclasses.replace(self.experts, d_mlp=width))
         self._set("norm_bias", self.norm_bias and self.norm == "layer")
         self._set("final_norm", self.final_norm and self.norm != "none")
         self._set("embed_norm", self.embed_norm and self.norm != "none")
@@ -179,6 +180,11 @@ class Config:
     def mlp_layers(self) -> tuple[int, ...]:
         """The layers with an MLP."""
         return self.dense_layers if self.experts else tuple(range(self.n_layers)) if self.has_mlp else ()
+
+    @property
+    def d_expert(self) -> int:
+        """The number of neurons of each expert; 0 without experts."""
+        return (self.experts.d_mlp or self.d_mlp) if self.experts else 0
 
     @property
     def expert_layers(self) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The second half of a layer that has an MLP or experts: in a model, all layers may have one of these, or each its own."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,9 @@ def mlp_or_experts(
 def _absent(layers: tuple[int, ...], x: Stream, visit: Visit, state: State) -> State:
     """The tap's state after it is called, with NaN, at the sites that only `layers` have."""
     nan = jnp.full_like(x[..., 0], jnp.nan)
+    # What is computed of NaN has no effect; a derivative, zero, times NaN would be NaN all the same.
+    fixed = lambda a: jax.lax.stop_gradient(a) if eqx.is_inexact_array(a) else a
+    visit = visit._replace(tap=jax.tree.map(fixed, visit.tap))
     for name in sorted(visit.tap.sites & visit.sites.keys()):
         site = visit.sites[name]
         if site.has_layer and site.layers == layers:

@@ -69,6 +69,9 @@ class Tap(UsersCode, ShownAsTree):
     def at(self, point: Point, x: Array, state: State) -> tuple[Array, State]:
         """Edit or keep an activation.
 
+        At a site that only some layers have (`point.site.layers`), the tap is called in the others too, with NaN; what it
+        makes of that has no effect, except on its state.
+
         Args:
             point: the site, layer and frame.
             x: the activation.

@@ -74,8 +74,11 @@ class Transformer(LayeredModel):
 
     @property
     def layer_bytes(self) -> int:
-        """The size of the parameters of one layer, in bytes."""
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.blocks)) // max(1, self.n_layers)
+        """The size of the parameters of one layer, in bytes: of the largest, where they differ."""
+        of_all, of_some = self.blocks.split(self.config)
+        size = lambda tree, layers: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // max(1, layers)
+        kinds = (of_some.mlp, self.config.mlp_layers), (of_some.experts, self.config.expert_layers)
+        return size(of_all, self.n_layers) + max(size(tree, len(layers)) for tree, layers in kinds)
 
     @property
     def d_vocab(self) -> int:
@@ -163,7 +166,7 @@ class Transformer(LayeredModel):
         neurons, out = maps * c.d_mlp * bool(c.mlp_layers), 0
         if c.experts is not None:  # a token is copied for each expert that it uses
             every = "expert_out" in sites or "expert_weights" in sites
-            neurons = max(neurons, maps * c.experts.d_mlp * c.experts.top_k + 3 * c.experts.shared)
+            neurons = max(neurons, maps * c.d_expert * c.experts.top_k + 3 * c.experts.shared)
             out = 3 * c.d_model * (c.experts.n if every else c.experts.top_k)
         numbers = 8 * c.d_model + 4 * heads + neurons + out
         return numbers + 3 * c.n_heads * c.d_model * copies
@@ -275,7 +278,7 @@ def _with_weights(config: Config, dtype: Any, weights: Callable[[tuple[int, ...]
             b_router=bias(e.router_bias, n_sparse, e.n),
             shared=MLP(**maps(n_sparse, width=e.shared)) if e.shared else None,
             W_shared_gate=normal(n_sparse, c.d_model) if e.shared_gate else None,
-            **maps(n_sparse, e.n, width=e.d_mlp),
+            **maps(n_sparse, e.n, width=c.d_expert),
         )
     return Transformer(
         W_E=normal(c.d_vocab, c.d_model),

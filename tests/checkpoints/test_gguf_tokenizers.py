@@ -17,7 +17,7 @@ PAGE = [
     "日本語のテキストと漢字、中文文本。한국어 텍스트 ไทย",
     "👋🏽 👨‍👩‍👧‍👦 🏳️‍🌈 🤖 a👍b \u200d \ufeff \u00a0 x²₃ ½",
     "def f(x):\n\tif x >= 10_000:\n        return {'a': [1, 2,  3]}  # comment\n\n\n\r\n  # end  \n",
-    "   leading, trailing   ", "", " ", "\n\n", "\t tab \t", "aaaaaaaaaaaaaaaa", "don't DON'T I'LL we'Ve", "1 22 333 4444 55555",
+    "   leading, trailing   ", " one", "", " ", "\n\n", "\t tab \t", "aaaaaaaaaaaaaaaa", "don't DON'T I'LL we'Ve", "1 22 333 4444 55555",
     "https://example.org/a?b=c&d=%20e <html lang=\"en\">&amp;</html> \\frac{1}{2} $x_i^2$",
 ]  # fmt: skip
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -139,8 +139,9 @@ def test_unigram(prefix, whitespace, tmp_path):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("rule", ["nmt_nfkc", "identity"])
+@pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("whitespace", [True, False])
-def test_unigram_of_sentencepiece(rule, whitespace, tmp_path):
+def test_unigram_of_sentencepiece(rule, whitespace, prefix, tmp_path):
     """A model that SentencePiece trained gives its tokens, or others of the same score (in float32, 1e-4)."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as proto
@@ -148,7 +149,8 @@ def test_unigram_of_sentencepiece(rule, whitespace, tmp_path):
     (tmp_path / "page.txt").write_text("\n".join(PAGE * 50))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "page.txt"), model_prefix=str(tmp_path / "x"), vocab_size=500, model_type="unigram", byte_fallback=True, minloglevel=3,
-        remove_extra_whitespaces=whitespace, add_dummy_prefix=whitespace, normalization_rule_name=rule, hard_vocab_limit=False,
+        remove_extra_whitespaces=whitespace, add_dummy_prefix=prefix, normalization_rule_name=rule, hard_vocab_limit=False,
+        allow_whitespace_only_pieces=True,
     )  # fmt: skip
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "x.model"))
     model = proto.ModelProto.FromString((tmp_path / "x.model").read_bytes())
@@ -157,7 +159,7 @@ def test_unigram_of_sentencepiece(rule, whitespace, tmp_path):
     ours = written(tmp_path, {
         "tokenizer.ggml.model": ("t5", T.STRING), "tokenizer.ggml.tokens": ([piece.piece for piece in model.pieces], T.STRING),
         "tokenizer.ggml.token_type": ([piece.type for piece in model.pieces], T.INT32), "tokenizer.ggml.scores": (scores.tolist(), T.FLOAT32),
-        "tokenizer.ggml.add_space_prefix": (whitespace, T.BOOL), "tokenizer.ggml.remove_extra_whitespaces": (whitespace, T.BOOL),
+        "tokenizer.ggml.add_space_prefix": (prefix, T.BOOL), "tokenizer.ggml.remove_extra_whitespaces": (whitespace, T.BOOL),
         "tokenizer.ggml.add_eos_token": (False, T.BOOL), **({"tokenizer.ggml.precompiled_charsmap": (table, T.UINT8)} if table else {}),
     }, len(scores))  # fmt: skip
     page = [

@@ -16,6 +16,7 @@ from tests.situations import refused
 pytestmark = pytest.mark.usefixtures("x64")
 MIXED = ARCHITECTURES["experts"]  # layer 1 has an MLP, layers 0 and 2 experts
 METRIC = mj.metrics.logit_diff([3, 5, 7], [4, 6, 8])
+METRIC_OF_TWO = mj.metrics.logit_diff(3, 4)
 BOTH = {"clean": batch("left"), "corrupted": batch("left", (IDS + 5) % 19)}
 
 
@@ -143,6 +144,47 @@ def test_processing_keeps_the_log_probabilities(function):
     model, tokens = random_model(dataclasses.replace(MIXED, sinks=False)), batch("left")
     before, after = mj.run(model, tokens).logits, mj.run(getattr(mj.processing, function)(model), tokens).logits
     assert error(on_real(jax.nn.log_softmax(after), tokens), on_real(jax.nn.log_softmax(before), tokens)) < 1e-10
+
+
+def test_gradients_of_an_edit_that_is_captured_are_finite(model):
+    """In layers that lack the site the edit meets NaN, which a zero derivative does not stop."""
+    tokens, basis = batch("none"), jnp.asarray(np.random.default_rng(0).normal(size=(2, 10)))
+    where = mj.Where(layer=1)
+
+    def loss(factor, captured):
+        out = mj.run(model, tokens, {"post": mj.Scale(factor)}, capture={"post": captured})
+        return jnp.sum(out.acts["post"][1 if captured is None else 0])
+
+    for captured in (None, where):
+        slope = jax.grad(loss)(1.0, captured)
+        plain = jnp.sum(mj.run(model, tokens, capture={"post": where}).acts["post"])
+        np.testing.assert_allclose(slope, plain, rtol=1e-9)
+    projected = lambda basis: jnp.sum(
+        mj.run(model, tokens, {"post": mj.Project(basis, where)}, capture={"post": where}).acts["post"]
+    )
+    assert np.isfinite(jax.grad(projected)(basis)).all()
+
+
+def test_an_edit_above_what_is_captured_is_refused(model):
+    edit = {"router_logits": mj.Scale(0.0, mj.Where(layer=2))}
+    with refused(ValueError, "acts above all that is captured"):
+        mj.run(model, batch("none"), edit, capture={"router_logits": mj.Where(layer=0)}, readout=False)
+
+
+def test_positions_that_cannot_differ_have_no_effect_at_all(model):
+    """Exactly zero, though what two layers have at the site is NaN in both runs."""
+    other = np.array(IDS)
+    other[:, 3:] = (other[:, 3:] + 5) % 19
+    effects = mj.patch(model, clean=other, corrupted=IDS, site="post", over=("pos",), metric=METRIC, progress=False)
+    change = effects.values - effects.base.values
+    assert (change[:3] == 0).all() and (change[3:] != 0).any()
+
+
+def test_a_concept_has_the_directions_of_the_layers_that_have_the_site(model):
+    result = mj.concept(
+        model, positive=IDS[:2], negative=(IDS[:2] + 5) % 19, site="shared_post", metric=METRIC_OF_TWO
+    )
+    assert result["layer"].values.tolist() == [0, 2] and np.isfinite(result.direction.values).all()
 
 
 REFUSED = {

@@ -64,6 +64,8 @@ CASES = {
     "falcon 7b": Case("falcon", "FALCON", _SIZES | {"new_decoder_architecture": False, "multi_query": True}),
     "gpt_oss": Case("gpt_oss", "GPT_OSS", _LLAMA | {"num_hidden_layers": 3, "head_dim": 10, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3,
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 12, "truncate": False}}, False),
+    "gpt_oss without YaRN": Case("gpt_oss", "GPT_OSS", _LLAMA | {"head_dim": 10, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}, False),
     "qwen3 with YaRN": Case("qwen3", "QWEN3", _LLAMA | {"head_dim": 10, "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 12}}, False),
     "falcon 40b": Case("falcon", "FALCON", _SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2}, False),
