@@ -199,13 +199,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_configs_that_do_not_fit(name):
+def test_configs_that_do_not_fit(name, as_a_user):
     fields, message = REFUSED[name]
     with refused(ValueError, message):
         dataclasses.replace(MIXED, **fields)
 
 
-def test_equal_architectures_are_equal_configs():
+def test_equal_architectures_are_equal_configs(as_a_user):
     of_all = dataclasses.replace(MIXED, dense_layers=(), d_mlp=0)
     assert of_all.d_mlp == 7 and of_all == dataclasses.replace(MIXED, dense_layers=(), d_mlp=7, experts=MIXED.experts)
     assert dataclasses.replace(MIXED, dense_layers=[np.int64(1)]) == MIXED
