@@ -181,9 +181,7 @@ def test_positions_that_cannot_differ_have_no_effect_at_all(model):
 
 
 def test_a_concept_has_the_directions_of_the_layers_that_have_the_site(model):
-    result = mj.concept(
-        model, positive=IDS[:2], negative=(IDS[:2] + 5) % 19, site="shared_post", metric=METRIC_OF_TWO
-    )
+    result = mj.concept(model, positive=IDS[:2], negative=(IDS[:2] + 5) % 19, site="shared_post", metric=METRIC_OF_TWO)
     assert result["layer"].values.tolist() == [0, 2] and np.isfinite(result.direction.values).all()
 
 
