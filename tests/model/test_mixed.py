@@ -10,6 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import mijax as mj
+from mijax.checkpoints.expert_layout import read_dense
 from tests.architectures import ARCHITECTURES, IDS, batch, error, on_real, random_model
 from tests.situations import refused
 
@@ -208,3 +209,13 @@ def test_equal_architectures_are_equal_configs(as_a_user):
     assert of_all.d_mlp == 7 and of_all == dataclasses.replace(MIXED, dense_layers=(), d_mlp=7, experts=MIXED.experts)
     assert dataclasses.replace(MIXED, dense_layers=[np.int64(1)]) == MIXED
     assert (MIXED.mlp_layers, MIXED.expert_layers) == ((1,), (0, 2))
+
+
+@pytest.mark.parametrize("key", ["moe_intermediate_size", "intermediate_size"])
+def test_a_file_that_says_no_neurons_is_refused(key):
+    """Zero would otherwise stand for a number that is derived."""
+    fields = {"n_layers": 3, "experts": mj.Experts(4, 2)}
+    c = {"decoder_sparse_step": 2, "moe_intermediate_size": 8, "intermediate_size": 12}
+    assert read_dense(c, fields)["dense_layers"] == (0, 2)
+    with refused(ValueError, f"{key}=0 must be positive"):
+        read_dense(c | {key: 0}, fields)
