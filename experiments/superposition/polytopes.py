@@ -22,6 +22,7 @@ from experiments.superposition.study import Claim, Study, at_most, finish, near
 from mijax import plots
 from mijax import superposition as sp
 from mijax.superposition import bounds, geometry
+from mijax.superposition.corners import THOMSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def compare(name: str, w: np.ndarray, dimensionality: float) -> list[Claim]:
             near(
                 f"{own}: energy as charges on a sphere, over Thomson's",
                 1.0,
-                geometry.thomson_energy(w) / geometry.THOMSON[n],
+                geometry.thomson_energy(w) / THOMSON[n],
                 0.002,
             )
         )

@@ -12,8 +12,9 @@ from mijax._types import Int
 from mijax.engine.grid import Grid
 from mijax.engine.names import check_labels
 from mijax.interventions.checks import check, check_no_mask, check_order, field_lengths
-from mijax.interventions.edits import Apply, Interventions, as_edits, canonical
+from mijax.interventions.edits import Apply, Interventions, as_edits
 from mijax.interventions.functions import has_functions, of_prompts
+from mijax.interventions.operands import canonical
 from mijax.interventions.places import together
 from mijax.interventions.where import check_range
 from mijax.model.model import Model

@@ -8,7 +8,8 @@ import numpy as np
 
 from mijax._types import Array, Bool, Int
 from mijax.interventions.capturing import Captures
-from mijax.interventions.edits import Edit, Edits, canonical, check_shapes
+from mijax.interventions.edits import Edit, Edits
+from mijax.interventions.operands import canonical, check_shapes
 from mijax.interventions.where import Where, any_out_of_range, check_range, check_structure
 from mijax.model.model import LayeredModel, Model
 from mijax.model.sites import Site, field_of, site_of

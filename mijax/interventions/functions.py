@@ -8,7 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from mijax.interventions.edits import Apply, Edit, Edits, canonical
+from mijax.interventions.edits import Apply, Edit, Edits
+from mijax.interventions.operands import canonical
 from mijax.model.model import Model
 from mijax.model.sites import Site
 from mijax.model.tokens import Inputs

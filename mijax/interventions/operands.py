@@ -1,14 +1,58 @@
 """Which axes of its site an operand has, from its rank and sizes or named by the user; operands with all axes."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
 from mijax._types import Array
+from mijax.interventions.edits import Edit
 from mijax.model.sites import Site, field_of
+
+
+def canonical(edit: Edit, site: Site, stacked: Any = None) -> Edit:
+    """The edit with operands that have all axes of the site, and bases that have the site's axes of layers and heads.
+
+    Args:
+        edit: an edit that `check_shapes` accepts.
+        site: the site that it acts at.
+        stacked: a pytree of booleans of the structure of the edit, which marks arrays with an axis of choices in
+            front; this axis stays in front. `None` where no array has one.
+
+    Returns:
+        The edit, with axes of size 1 where an array had none, and `axes=None`.
+    """
+    marked = lambda name: bool(stacked is not None and getattr(stacked, name))
+    full = {name: in_full(getattr(edit, name), name, edit.axes, site, marked(name)) for name in edit.operands}
+    full |= {name: basis_in_full(getattr(edit, name), site, marked(name)) for name in edit.bases}
+    for name, value in full.items():
+        edit = eqx.tree_at(lambda e, name=name: getattr(e, name), edit, value)
+    return edit if edit.axes is None else dataclasses.replace(edit, axes=None)
+
+
+def check_shapes(edit: Edit, site: Site, shape: tuple[int, ...]) -> None:
+    """Check that the operands and bases of an edit fit a site, in one way only.
+
+    Args:
+        edit: the edit.
+        site: the site that it acts at.
+        shape: the shape of the site.
+
+    Raises:
+        ValueError: for an operand or a basis that does not broadcast to the site, or does so in two ways.
+    """
+    kind = type(edit).__name__
+    for name in edit.operands:
+        value = getattr(edit, name)
+        if edit.axes is not None:
+            value = in_full(value, name, edit.axes, site)
+        check_operand(jnp.shape(value), f"{kind}'s {name}", site, shape)
+    for name in edit.bases:
+        check_basis(jnp.shape(getattr(edit, name)), kind if not site.has_vectors else f"{kind}'s {name}", site, shape)
 
 
 def in_full(

@@ -41,8 +41,7 @@ class Block(eqx.Module):
         of_all, of_some = self.split(config)
         fixed = lambda a: jax.lax.index_in_dim(a, int(index), keepdims=False)
         traced = lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False)
-        one = fixed if isinstance(index, int) else traced
-        return eqx.combine(jax.tree.map(one, of_all), of_some)
+        return eqx.combine(jax.tree.map(fixed if isinstance(index, int) else traced, of_all), of_some)
 
     def split(self, config: Config) -> tuple["Block", "Block"]:
         """The parameters that all layers have, and those that some layers have, for `equinox.combine`.

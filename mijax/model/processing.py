@@ -13,13 +13,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mijax._types import Array, ArrayLike
 from mijax.model.config import Config
 from mijax.model.norm import Norm
-from mijax.model.numerics import accumulator, einsum
-from mijax.model.tokens import is_concrete
+from mijax.model.numerics import einsum
+from mijax.model.orthogonal import orthogonal
 from mijax.model.transformer import Transformer
 
 
@@ -290,7 +289,7 @@ def rotate_stream(model: Transformer, rotation: ArrayLike) -> Transformer:
         raise ValueError(
             f"rotate_stream needs a model without norms, which have a basis of their own; this one has norm={model.config.norm!r}"
         )
-    rotation = _rotation(model, rotation, (model.config.d_model,) * 2)
+    rotation = orthogonal(rotation, (model.config.d_model,) * 2, model.dtype, model.W_E.dtype)
     writes = ["W_E", "W_pos", "W_U", *_LAYERS_WRITE]
     rotated = {path: _dot("...d,de->...e", _get(model, path), rotation) for path in writes}
     reads = {f"blocks.attn.W_{name}": "ldhk" for name in "QKV"}
@@ -340,40 +339,9 @@ def _reads_centred(config: Config) -> bool:
 
 
 def _head_rotation(model: Transformer, rotation: ArrayLike) -> Array:
-    """As `_rotation`: a matrix for each key head of each layer."""
+    """As `orthogonal`: a matrix for each key head of each layer."""
     c = model.config
-    return _rotation(model, rotation, (c.n_layers, c.n_kv_heads, c.d_head, c.d_head))
-
-
-def _rotation(model: Transformer, rotation: Any, shape: tuple[int, ...]) -> Array:
-    """Orthogonal matrices of this shape, in the dtype of the model's activations; NaN where a trace finds them not orthogonal."""
-    x: Any = rotation if isinstance(rotation, jax.Array) else np.asarray(rotation)
-    if not (x.dtype == bool or jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)):
-        raise TypeError(f"rotation must be real numbers, given dtype {x.dtype}")
-    if x.shape != shape:
-        raise ValueError(f"rotation must have shape {shape}, given {x.shape}")
-    tolerance = _tolerance(model.W_E.dtype, shape[-1])
-    if is_concrete(x):
-        exact = np.asarray(x, np.float64)
-        deviation = np.abs(exact @ exact.swapaxes(-1, -2) - np.eye(shape[-1])).max(initial=0.0)
-        if not deviation <= tolerance:
-            raise ValueError(
-                f"rotation must be orthogonal: rotation @ rotation.T differs from the identity by up to {deviation:.2g}"
-            )
-        return jnp.asarray(x).astype(model.dtype)
-    x = x.astype(model.dtype)
-    products = einsum("...ij,...kj->...ik", x, x)
-    deviations = jnp.abs(products - jnp.broadcast_to(jnp.eye(shape[-1], dtype=x.dtype), shape))
-    return jnp.where(jnp.max(deviations, initial=0.0) <= tolerance, x, jnp.nan)
-
-
-def _tolerance(dtype: Any, size: int) -> float:
-    """How far from orthogonal matrices may be for a model of this dtype: what rounding leaves of those made in it.
-
-    They are computed in at least float32, and then rounded to the dtype.
-    """
-    computed, stored = (float(jnp.finfo(d).eps) for d in (accumulator(dtype), dtype))
-    return max(2 * stored, 16 * size**0.5 * computed)
+    return orthogonal(rotation, (c.n_layers, c.n_kv_heads, c.d_head, c.d_head), model.dtype, model.W_E.dtype)
 
 
 def _fold(norm: Norm, W: Array, b: Array | None, spec: str) -> tuple[Array, Array | None]:

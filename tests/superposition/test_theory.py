@@ -13,6 +13,7 @@ import scipy.spatial
 
 from mijax import superposition as sp
 from mijax.superposition import bounds, geometry, kgons, phase, theory
+from mijax.superposition.corners import POLYTOPES, THOMSON
 
 DENSITIES = [0.01, 0.1, 0.5, 0.9, 1.0]
 
@@ -124,9 +125,9 @@ def random_rotation(d, seed=0):
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
 
 
-@pytest.mark.parametrize("name", geometry.POLYTOPES)
+@pytest.mark.parametrize("name", POLYTOPES)
 def test_polytopes_are_named_up_to_rotation_order_and_noise(name):
-    corners = geometry.POLYTOPES[name]
+    corners = POLYTOPES[name]
     rng = np.random.default_rng(1)
     d, k = corners.shape
     assert np.allclose(np.linalg.norm(corners, axis=0), 1)
@@ -138,11 +139,11 @@ def test_polytopes_are_named_up_to_rotation_order_and_noise(name):
 
 def test_features_per_dimension_of_known_bodies():
     for name, value in {"digon": 1 / 2, "triangle": 2 / 3, "pentagon": 2 / 5, "hexagon": 1 / 3, "tetrahedron": 3 / 4, "5-cell": 4 / 5, "octahedron": 1 / 2, "cube": 3 / 8, "icosahedron": 1 / 4}.items():  # fmt: skip
-        corners = geometry.POLYTOPES[name]
+        corners = POLYTOPES[name]
         assert np.allclose(geometry.dimensionality(corners), value, atol=1e-6)
         assert np.isclose(geometry.dimensions_per_feature(corners), value)
         assert np.isclose(bounds.frame_potential(corners), corners.shape[1] ** 2 / corners.shape[0])
-    assert np.allclose(geometry.dimensionality(geometry.POLYTOPES["square antiprism"]), 3 / 8, atol=0.01)
+    assert np.allclose(geometry.dimensionality(POLYTOPES["square antiprism"]), 3 / 8, atol=0.01)
 
 
 def test_dimensionalities_never_sum_to_more_than_there_are():
@@ -155,7 +156,7 @@ def test_dimensionalities_never_sum_to_more_than_there_are():
 
 def test_tegum_factors():
     w = np.zeros((5, 8))
-    w[:2, :3], w[2:4, 3:5], w[4, 5:7] = geometry.POLYTOPES["triangle"], np.eye(2), [1, -1]
+    w[:2, :3], w[2:4, 3:5], w[4, 5:7] = POLYTOPES["triangle"], np.eye(2), [1, -1]
     w = random_rotation(5) @ w  # the last feature is not represented
     assert geometry.tegum_factors(w) == [[0, 1, 2], [5, 6], [3], [4]]
     assert geometry.polytopes(w) == ["triangle", "digon", "point", "point"]
@@ -174,9 +175,9 @@ def test_thomson_energies():
         8: "square antiprism",
     }
     for k, name in names.items():
-        assert np.isclose(geometry.thomson_energy(geometry.POLYTOPES[name]), geometry.THOMSON[k], rtol=1e-6)
+        assert np.isclose(geometry.thomson_energy(POLYTOPES[name]), THOMSON[k], rtol=1e-6)
         for seed in range(20):
-            assert geometry.thomson_energy(np.random.default_rng(seed).normal(size=(3, k))) > geometry.THOMSON[k]
+            assert geometry.thomson_energy(np.random.default_rng(seed).normal(size=(3, k))) > THOMSON[k]
 
 
 def test_roles_and_neurons():
@@ -195,7 +196,7 @@ def test_welch_and_frame_bounds_hold_and_are_met():
             assert np.abs(unit.T @ unit - np.eye(n)).max() >= bounds.welch(n, m)
             assert bounds.frame_potential(w) >= n**2 / m - 1e-9
     for name in ("triangle", "tetrahedron", "5-cell"):  # simplices meet it
-        corners = geometry.POLYTOPES[name]
+        corners = POLYTOPES[name]
         assert np.isclose(
             np.abs(corners.T @ corners - np.eye(corners.shape[1])).max(), bounds.welch(*corners.shape[::-1])
         )
@@ -235,7 +236,7 @@ def test_rounding_does_not_decide_what_is_recoverable(dtype):
     for _ in range(100):
         turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
         assert bounds.recoverable(turn.astype(dtype)) == bounds.recoverable(jnp.asarray(turn.astype(dtype))) == 3
-        assert bounds.recoverable((turn @ geometry.POLYTOPES["tetrahedron"]).astype(dtype)) == 1
+        assert bounds.recoverable((turn @ POLYTOPES["tetrahedron"]).astype(dtype)) == 1
         assert bounds.recoverable(np.stack([turn[0], -2 * turn[0]], axis=1).astype(dtype)) == 0
     nearly = np.eye(3) + 1e-9 * rng.normal(size=(3, 3))
     assert bounds.recoverable(nearly) == 3  # at most n
