@@ -26,13 +26,21 @@ settings.register_profile("mijax", deadline=None, max_examples=20, derandomize=T
 settings.load_profile("mijax")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--share", metavar="K/N", help="of the slow tests every N-th, the K-th first (K from 0 on)")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Mark the tests of `slow.txt`."""
+def pytest_collection_modifyitems(config, items):
+    """Mark the tests of `slow.txt`, and leave out those slow ones that are not of the share asked for."""
     names = tiers.slow()
     for item in items:
         if item.nodeid in names:
             item.add_marker("slow")
+    if config.getoption("share"):
+        kept = tiers.share(items, config.getoption("share"))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)

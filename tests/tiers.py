@@ -20,6 +20,15 @@ def slow() -> set[str]:
     return set(FILE.read_text().splitlines()) if FILE.exists() else set()
 
 
+def share(items: list, given: str) -> set:
+    """Of pytest's items all that are not slow, and every N-th of the slow ones from the K-th on, given `"K/N"`."""
+    first, every = map(int, given.split("/"))
+    if not 0 <= first < every:
+        raise ValueError(f"--share must be K/N with K from 0 to N - 1, given {given!r}")
+    slow_items = [item for item in items if item.get_closest_marker("slow")]
+    return {*items} - {*slow_items} | {*slow_items[first::every]}
+
+
 def chosen(log: str) -> list[str]:
     """The slow tests by pytest's report of durations."""
     seconds: dict[str, float] = {}
