@@ -1,5 +1,6 @@
 """Strictness for the whole run: no silent promotion of dtypes or ranks."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import pytest
 from hypothesis import settings
 
 from tests import tiers
+
+gc.set_threshold(200_000, 20, 20)  # tracing makes many objects and little garbage: 3 to 7 % of the time
 
 settings.register_profile("mijax", deadline=None, max_examples=20, derandomize=True, print_blob=True)
 settings.load_profile("mijax")
