@@ -66,7 +66,7 @@ def heatmaps(
             _label(axis, effects)
             axis.set(title=name, ylabel=next(names) or "")
         layout.label_row(row[0], row_title, -0.32)
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     figure.colorbar(colours, ax=axes, shrink=0.6, label=label, extend="both")
     return figure
 

@@ -66,7 +66,7 @@ def scatter(pairs: Pairs, *, title: str = "", notes: Mapping[tuple[str, str], st
             if note:
                 axis.text(0.04, 0.96, note, transform=axis.transAxes, va="top", fontsize=8)
         layout.label_row(row[0], row_title, -0.42)
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     figure.colorbar(colours, ax=axes, shrink=0.6, label="layer")
     return figure
 

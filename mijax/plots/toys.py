@@ -62,7 +62,7 @@ def models(models: Mapping[str, tuple[np.ndarray, np.ndarray]], *, title: str = 
         norm, shared = geometry.represented(w)
         bars.barh(np.arange(len(b)), norm, height=1.0, color=colormaps["viridis"](np.clip(shared, 0, 1)))
         bars.set(xlim=(0, 1.3), ylim=(len(b) - 0.5, -0.5), xticks=[], yticks=[])
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure
 
 
@@ -105,7 +105,7 @@ def phases(panels: Mapping[str, Mapping[str, Diagram]], *, title: str = "") -> "
             axis.set(title=name, xscale="log", yscale="log", xlabel=x)
             axis.set_ylabel(f"{row_title}\n{y}" if axis is row[0] else "")
             axis.invert_xaxis()
-    figure.suptitle(f"{title} (white, red, blue)".strip())
+    figure.suptitle(f"{title} (white, red, blue)".strip(), wrap=True)
     return figure
 
 
@@ -152,7 +152,7 @@ def curves(
             _simplify_ticks(axis)
         if 1 < len(panel) <= 12:
             axis.legend(fontsize=7)
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure
 
 
@@ -219,5 +219,5 @@ def directions(
         for (x, y), colour in zip(w.T.tolist(), colours):
             axis.plot([0, x], [0, y], marker="o", markevery=[1], color=f"C{colour}")
         axis.set(title=name, xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), xticks=[], yticks=[], aspect="equal")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure

@@ -48,6 +48,13 @@ def test_heatmaps_hold_the_effects_on_one_symmetric_scale():
     assert plots.heatmaps(blank).axes[0].images[0].get_clim() == (-1.0, 1.0)
 
 
+def test_a_long_title_stays_within_a_narrow_figure():
+    figure = plots.heatmaps(SMALL, title="patching indirect object identification " * 3)
+    figure.canvas.draw()
+    title, panel = figure.texts[0].get_window_extent(), figure.axes[0].title.get_window_extent()
+    assert 0 <= title.x0 and title.x1 <= figure.bbox.x1 and panel.y1 <= title.y0 and title.y1 <= figure.bbox.y1
+
+
 def test_a_page_shows_the_same_as_the_heat_maps():
     two = {**SMALL, "noising": {"z": effects([[-2.0]]), "q": effects([[0.5]], head=["7.1"])}}
     figure = plots.heatmap_page(two, title="Patching", label="effect")
