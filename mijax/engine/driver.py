@@ -303,8 +303,9 @@ def kept_base(
     metrics: Mapping[str, AnyMetric],
     capture: tuple[str, ...] = (),
     first: int = 0,
+    what: str = "base",
 ) -> tuple[Values, Base | None, dict[str, Array]]:
-    """Run the base, under the edits that all cells share.
+    """Run the base, under the edits that all cells share; or the source of a pair.
 
     Args:
         model: the model.
@@ -313,6 +314,7 @@ def kept_base(
         metrics: the metrics by name.
         capture: sites of which the activations are returned too.
         first: number of the first example, for error messages.
+        what: which run this is, for error messages.
 
     Returns:
         The metrics, the states that cells resume from (`None` for a model that is run whole), and the activations
@@ -322,7 +324,7 @@ def kept_base(
         ValueError: where a metric is not finite.
     """
     values, base, acts = _based.compiled(compiled_for(model, tokens))(model, tokens, edits, metrics, capture)
-    return checked(values, "base", first), base, acts
+    return checked(values, what, first), base, acts
 
 
 @JitNow

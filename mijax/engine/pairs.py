@@ -13,7 +13,7 @@ from mijax.engine.cells import cells_of
 from mijax.engine.driver import Start, Swept, kept_base, swept
 from mijax.engine.examples import Prompts
 from mijax.engine.grid import Grid
-from mijax.engine.measure import compiled_for, measure
+from mijax.engine.measure import compiled_for
 from mijax.engine.options import Options
 from mijax.interventions.checks import check
 from mijax.interventions.edits import Replace
@@ -62,20 +62,16 @@ def patched(
 
     def begin(model: Model, prompts: Prompts) -> Start:
         tokens = prompts.tokens
-        at_source, source_acts = measure(
-            model, prompts.of(source), {}, prompts.metrics, "source", (site,), prompts.first
-        )
-        at_base, base_states, base_acts = kept_base(model, tokens, {}, prompts.metrics, (site,), prompts.first)
+        # One program runs both, so that they agree to the bit where their tokens do (`_first_change`).
+        kept = lambda tokens, what: kept_base(model, tokens, {}, prompts.metrics, (site,), prompts.first, what)
+        at_source, source_acts = kept(prompts.of(source), "source")[::2]  # its states are freed here
+        at_base, base_states, base_acts = kept(tokens, "base")
         edits = eqx.tree_at(lambda edits: edits[site][0].value, prompts.cells.edits, source_acts[site])
         runs = {"base": at_base, "source": at_source}
         if not isinstance(model, LayeredModel):  # every cell is run whole
             return Start(prompts.cells._replace(edits=edits), runs, base_states)
-        differs, places_of_cells = base_acts[site] != source_acts[site], edits[site][0].where
-        layers = model.sites[site].layers
-        if layers is not None and model.sites[site].has_layer:  # what the others have is NaN, which equals nothing
-            differs = jnp.zeros_like(differs).at[jnp.asarray(layers)].set(differs[jnp.asarray(layers)])
         first = _first_change.compiled(compiled_for(model, tokens))(
-            model, model.sites[site], tokens, places_of_cells, differs
+            model, model.sites[site], tokens, edits[site][0].where, base_acts[site], source_acts[site]
         )
         return Start(prompts.cells._replace(edits=edits), runs, base_states, np.asarray(first))
 
@@ -104,14 +100,17 @@ def _first_difference(causal: bool, base: Inputs, source: Inputs) -> Int[np.ndar
 
 @JitNow
 def _first_change(
-    model: LayeredModel, site: Site, tokens: Inputs, cells: Where, differs: Bool[Array, "..."]
+    model: LayeredModel, site: Site, tokens: Inputs, cells: Where, base: Array, source: Array
 ) -> Int[Array, "cell batch"]:
     """The first column of each example at which a cell puts in anything but the base run's value.
 
     It is the number of columns where the cell changes nothing. The two runs agree bit by bit before the first token
     that differs, and the effect of a cell there is then exactly zero, and not a rounding error.
     """
-    frame = model.frame(tokens)
+    frame, differs = model.frame(tokens), base != source
+    if site.layers is not None and site.has_layer:  # what the other layers have is NaN, which equals nothing
+        has_site = np.isin(np.arange(len(differs)), site.layers)
+        differs &= has_site.reshape(-1, *(1,) * (differs.ndim - 1))
     if site.has_vectors and not cells.narrows("unit"):
         differs = jnp.any(differs, axis=-1, keepdims=True)
     layers = differs if site.has_layer else differs[None]
