@@ -84,10 +84,10 @@ def _head_cell(c: Config, site: str, layer: int, begin: int, edited, pos: int) -
     seen = [i + 1 for i in edited if not last or i == pos - 1]  # how many keys each recomputed query has
     heads = c.n_heads // heads_of(c, site)  # that read an edited key or value
     products = {"q": 2, "k": 2, "v": 1, "pattern": 1, "z": 0}[site]
-    own = len(seen) * (heads * c.d_head * c.d_model + _mlp(c)) + products * heads * c.d_head * sum(seen)
+    cost = len(seen) * (heads * c.d_head * c.d_model + _mlp(c)) + products * heads * c.d_head * sum(seen)
     if last:
-        return own + 2 * c.d_model * len(seen)
-    return own + _layers(c, layer + 1, begin, pos)
+        return cost + 2 * c.d_model * len(seen)
+    return cost + _layers(c, layer + 1, begin, pos)
 
 
 def _layers(c: Config, layer: int, begin: int, pos: int) -> int:

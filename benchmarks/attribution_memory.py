@@ -87,7 +87,7 @@ def measured(settings: Settings, n_layers: int, tokens: int, checkpoint: int, ru
     )
     compiled = _chunk.lower(*arguments, how="in_little_memory" if checkpoint else "for_speed").compile()
     analysis = compiled.compiled.memory_analysis()
-    found = {
+    row = {
         "layers": n_layers, "tokens": tokens, "checkpoint": checkpoint, "peak": None, "cpu": None,
         "planned": analysis.temp_size_in_bytes + analysis.output_size_in_bytes,
         "computed": layers_bytes(model) + prompt_bytes(job, checkpoint),
@@ -98,8 +98,8 @@ def measured(settings: Settings, n_layers: int, tokens: int, checkpoint: int, ru
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         reset, before, start = reset_peak(), peak_rss(), time.process_time()
         jax.block_until_ready(compiled(*arguments))
-        found |= {"peak": peak_rss() - before if reset else None, "cpu": time.process_time() - start}
-    return found
+        row |= {"peak": peak_rss() - before if reset else None, "cpu": time.process_time() - start}
+    return row
 
 
 if __name__ == "__main__":

@@ -30,18 +30,20 @@ class Compared(NamedTuple):
         return self.low > SLOWER
 
 
-def compare(own: Worker, other: Worker, grid: str, rounds: int) -> Compared:
+def compare(current: Worker, other: Worker, grid: str, rounds: int) -> Compared:
     """Both on one grid, warm, in alternating rounds that begin with each in turn."""
-    first = [worker.ask(grid) for worker in (own, other)]
+    first = [worker.ask(grid) for worker in (current, other)]
     values = [np.load(answer["file"]) for answer in first]
-    repeats = max(1, round(SHORT / max(1e-3, own.ask(grid)["cpu"])))
-    seconds: dict[Worker, list[float]] = {own: [], other: []}
+    repeats = max(1, round(SHORT / max(1e-3, current.ask(grid)["cpu"])))
+    seconds: dict[Worker, list[float]] = {current: [], other: []}
     for number in range(rounds):
-        for worker in (own, other) if number % 2 == 0 else (other, own):
+        for worker in (current, other) if number % 2 == 0 else (other, current):
             seconds[worker].append(sum(worker.ask(grid)["cpu"] for _ in range(repeats)) / repeats)
-        print(f"{grid:14} round {number + 1}: {seconds[own][-1]:.3f} and {seconds[other][-1]:.3f} CPU s", flush=True)
-    ratios = [a / b for a, b in zip(seconds[own], seconds[other])]
-    medians = statistics.median(seconds[own]), statistics.median(seconds[other])
+        print(
+            f"{grid:14} round {number + 1}: {seconds[current][-1]:.3f} and {seconds[other][-1]:.3f} CPU s", flush=True
+        )
+    ratios = [a / b for a, b in zip(seconds[current], seconds[other])]
+    medians = statistics.median(seconds[current]), statistics.median(seconds[other])
     off = float(np.nanmax(np.abs(values[0] - values[1])) / np.nanmax(np.abs(values[1])))
     return Compared(ratios, *interval(ratios), medians, off)
 
@@ -60,13 +62,13 @@ def interval(ratios: list[float], level: float = 0.9) -> tuple[float, float]:
     return ordered[k], ordered[n - 1 - k]
 
 
-def compared_table(found: Mapping[str, Compared]) -> str:
+def compared_table(results: Mapping[str, Compared]) -> str:
     """What was found, to be read."""
     lines = [f"{'':14}{'CPU s':>9}{'other':>9}{'ratio':>8}{'90 % interval':>18}{'':>9}  off"]
-    for grid, one in found.items():
-        verdict = "slower" if one.slower else "faster" if one.high < 1 / SLOWER else ""
+    for grid, result in results.items():
+        verdict = "slower" if result.slower else "faster" if result.high < 1 / SLOWER else ""
         lines.append(
-            f"{grid:14}{one.seconds[0]:9.3f}{one.seconds[1]:9.3f}{statistics.median(one.ratios):8.3f}"
-            f"     [{one.low:5.3f}, {one.high:5.3f}]{verdict:>9}  {one.difference:.0e}"
+            f"{grid:14}{result.seconds[0]:9.3f}{result.seconds[1]:9.3f}{statistics.median(result.ratios):8.3f}"
+            f"     [{result.low:5.3f}, {result.high:5.3f}]{verdict:>9}  {result.difference:.0e}"
         )
     return "\n".join(lines)

@@ -30,7 +30,7 @@ def main(layer: int = 3, prompts: int = 8, tokens: int = 64, rounds: int = 7) ->
             out = run()
             jax.block_until_ready((out.acts, out.readout and out.readout.final))
             seconds[name].append(time.process_time() - begin)
-    medians = {name: statistics.median(own) for name, own in seconds.items()}
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     share, necessary = medians["early"] / medians["whole"], (layer + 1) / model.n_layers
     print(f"{'whole':12}{medians['whole']:9.3f} CPU s\n{'early':12}{medians['early']:9.3f} CPU s")
     print(f"share {share:.3f}, layers {layer + 1} of {model.n_layers} = {necessary:.3f}; largest difference {same:.0e}")

@@ -90,8 +90,8 @@ def with_mijax(case: Case, batch: int, steps: int) -> tuple[Callable, Callable]:
 
     @jax.jit
     def draws():
-        one = lambda i, seed: sp.sparse(case.n, 1.0).sample(jax.random.fold_in(jax.random.key(seed), i), batch)
-        every = lambda i: jax.vmap(lambda seed: one(i, seed))(jnp.arange(case.seeds))
+        sample = lambda i, seed: sp.sparse(case.n, 1.0).sample(jax.random.fold_in(jax.random.key(seed), i), batch)
+        every = lambda i: jax.vmap(lambda seed: sample(i, seed))(jnp.arange(case.seeds))
         return jax.lax.fori_loop(0, steps, lambda i, total: total + every(i), every(0))
 
     return run, draws
@@ -134,17 +134,17 @@ def measure(case: Case, settings: Settings) -> dict[str, Any]:
     """Both sides of a case, in turn."""
     steps = max(2, int(case.steps * settings.scale))
     run, draws = with_mijax(case, settings.batch, steps)
-    found: dict[str, Any] = {"steps": steps, "models": len(case.density) * case.seeds, "first": timed(run)}
+    timings: dict[str, Any] = {"steps": steps, "models": len(case.density) * case.seeds, "first": timed(run)}
     sides = {"mijax": (run, draws, 1.0)}
     draws()
     if settings.torch:
         fewer = max(2, int(case.peer_steps * settings.scale))
         sides["torch"] = (*with_torch(case, settings.batch, fewer), steps / fewer)
     for _ in range(settings.rounds):
-        for name, (own, alone, factor) in sides.items():
-            for key, what in ((name, own), (f"{name} random", alone)):
-                found.setdefault(key, []).append({k: v * factor for k, v in timed(what).items()})
-    return found
+        for name, (training, alone, factor) in sides.items():
+            for key, what in ((name, training), (f"{name} random", alone)):
+                timings.setdefault(key, []).append({k: v * factor for k, v in timed(what).items()})
+    return timings
 
 
 def exact(settings: Settings) -> dict[str, Any]:
@@ -176,19 +176,19 @@ def main(settings: Settings) -> dict[str, Any]:
     return record
 
 
-def row(name: str, found: dict[str, Any]) -> str:
+def row(name: str, timings: dict[str, Any]) -> str:
     """A case's line of the table."""
-    middle = lambda key, what="cpu": float(np.median([one[what] for one in found[key]]))
-    each = lambda key: middle(key) / found["steps"] / found["models"] * 1e6
-    told = [
-        f"{name}, {found['steps']} steps: mijax first {found['first']['cpu']:.2f} CPU s ({found['first']['wall']:.2f} s)"
+    middle = lambda key, what="cpu": float(np.median([timing[what] for timing in timings[key]]))
+    each = lambda key: middle(key) / timings["steps"] / timings["models"] * 1e6
+    parts = [
+        f"{name}, {timings['steps']} steps: mijax first {timings['first']['cpu']:.2f} CPU s ({timings['first']['wall']:.2f} s)"
     ]
-    told += [
+    parts += [
         f"{key} {middle(key):.2f} CPU s ({middle(key, 'wall'):.2f} s), random {middle(f'{key} random') / middle(key):.0%}, per step {each(key):.2f} us"
-        for key in ("mijax", "torch") if key in found
+        for key in ("mijax", "torch") if key in timings
     ]  # fmt: skip
-    ratio = [f"ratio {middle('torch') / middle('mijax'):.1f}"] if "torch" in found else []
-    return "; ".join([*told, *ratio])
+    ratio = [f"ratio {middle('torch') / middle('mijax'):.1f}"] if "torch" in timings else []
+    return "; ".join([*parts, *ratio])
 
 
 if __name__ == "__main__":

@@ -145,10 +145,10 @@ def against(settings: Settings, grids: Sequence[GridName]) -> dict[str, Compared
             write_case(folder, tiny(settings.model) if settings.tiny else make())
             command = [python, *own_command(settings)[1:]]
             workers.append(stack.enter_context(started(command, folder)))
-        own, other = workers
-        found = {grid: compare(own, other, grid, settings.rounds) for grid in ("forward", *grids)}
-    print(f"\n{compared_table(found)}")
-    return found
+        current, other = workers
+        results = {grid: compare(current, other, grid, settings.rounds) for grid in ("forward", *grids)}
+    print(f"\n{compared_table(results)}")
+    return results
 
 
 def gpt2() -> Example:
@@ -176,8 +176,8 @@ def tiny(model: str) -> Example:
         "positions": mj.Rotary(), "norm": "rms", "mlp": "gated", "activation": "silu", "n_kv_heads": 2, "attn_bias": "",
         "mlp_bias": False,
     }  # fmt: skip
-    own: dict[str, Any] = {} if model == "gpt2" else llama
-    config = mj.Config(n_layers=2, d_model=32, n_heads=4, d_vocab=101, n_ctx=32, **own)
+    options: dict[str, Any] = {} if model == "gpt2" else llama
+    config = mj.Config(n_layers=2, d_model=32, n_heads=4, d_vocab=101, n_ctx=32, **options)
     return Example(random_model(config), "gpt2" if model == "gpt2" else "llama", random_tokens(config, 2, 5))
 
 
@@ -212,16 +212,16 @@ def own_command(settings: Settings, *cache: Path) -> list[str]:
 def peer_commands(peer: str, attribution: bool) -> list[list[str]]:
     """The command of a peer's worker, and of a second one if attribution is measured; the process ends where there is none."""
     python, _, script = peer.partition(":")
-    found = shutil.which(python)
-    if found is None:
+    executable = shutil.which(python)
+    if executable is None:
         raise SystemExit(f"--peers: {python} is no executable")
     if script:
-        return [[str(Path(found).absolute()), str(Path(script).absolute())]]
+        return [[str(Path(executable).absolute()), str(Path(script).absolute())]]
     find = f"from importlib.util import find_spec; print(*[p for p in {PACKAGES} if find_spec(p)])"
-    packages = subprocess.run([found, "-c", find], capture_output=True, text=True, check=True).stdout.split()
+    packages = subprocess.run([executable, "-c", find], capture_output=True, text=True, check=True).stdout.split()
     if not packages:
         raise SystemExit(f"--peers: {python} can import none of {', '.join(PACKAGES)}")
-    command = [str(Path(found).absolute()), str(SCRIPTS / f"with_{packages[0]}.py")]
+    command = [str(Path(executable).absolute()), str(SCRIPTS / f"with_{packages[0]}.py")]
     return [command, *([[*command, "frozen"]] if attribution and packages[0] == "transformer_lens" else [])]
 
 
@@ -252,7 +252,7 @@ class Bench:
         naive, floor = arithmetic.naive(config, grid, batch, pos), arithmetic.floor(config, grid, self.differs)
         values, answers, product = self.steady(grid, cells)
         answers |= self.fresh(grid, values)
-        tools = {name: summary(own, floor, product) for name, own in answers.items()}
+        tools = {name: summary(rounds, floor, product) for name, rounds in answers.items()}
         lens = [t["cpu"] for name, t in tools.items() if name.startswith("transformer_lens") and "frozen" not in name]
         for tool in tools.values():
             tool["cpu_of_fastest_transformer_lens"] = tool["cpu"] / min(lens) if lens else None
@@ -264,22 +264,22 @@ class Bench:
 
     def steady(self, grid: GridName, cells: int) -> tuple[np.ndarray, dict[str, list[dict]], dict[str, float]]:
         """mijax's values; each tool's answers of all rounds; and the rate of a matrix product among them."""
-        own, *peers = self.workers
+        reference, *peers = self.workers
         peers = [worker for worker in peers if grid in worker.hello["grids"]]
         limited = not self.settings.full and grid != "attribution" and cells > (20 if self.settings.tiny else LARGE)
         requests = {worker: f"{grid}:{min(cells, self.settings.cells)}" if limited else grid for worker in peers}
-        values = np.load(own.ask(grid)["file"])
+        values = np.load(reference.ask(grid)["file"])
         size = 256 if self.settings.tiny else 4096
         for worker in peers:
             worker.ask(f"{grid}:2")  # compiled and warm, as mijax is
-        answers: dict[str, list[dict]] = {worker.name: [] for worker in (own, *peers)}
+        answers: dict[str, list[dict]] = {worker.name: [] for worker in (reference, *peers)}
         products = []
         for _ in range(self.settings.rounds):
-            for worker in (own, *peers):
+            for worker in (reference, *peers):
                 answer = self.asked(worker, requests.get(worker, grid), values)
                 answer |= {"load_rss": worker.hello["peak_rss"]}
-                answers[worker.name].append(answer if worker is own else extrapolated(answer, cells))
-                if worker is own:
+                answers[worker.name].append(answer if worker is reference else extrapolated(answer, cells))
+                if worker is reference:
                     products.append(self.beside.ask(f"matmul:{size}"))
         return values, answers, rates(products)
 
@@ -307,12 +307,12 @@ class Bench:
         print(f"{request:14} {worker.name}{note}: {answer['wall']:.2f} s, {difference:.1e} off", flush=True)
         return answer | {"difference": difference}
 
-    def checked(self, name: str, request: str, found: np.ndarray, values: np.ndarray) -> float:
+    def checked(self, name: str, request: str, result: np.ndarray, values: np.ndarray) -> float:
         """The largest difference by the largest value; `RuntimeError` where that is not small."""
-        if found.shape != values.shape:
-            raise RuntimeError(f"{name} on {request} gave {found.shape}, mijax {values.shape}")
-        run = np.isfinite(found)
-        difference = float(np.abs(found[run] - values[run]).max() / np.abs(found[run]).max())
+        if result.shape != values.shape:
+            raise RuntimeError(f"{name} on {request} gave {result.shape}, mijax {values.shape}")
+        run = np.isfinite(result)
+        difference = float(np.abs(result[run] - values[run]).max() / np.abs(result[run]).max())
         if not difference <= 1e-4 and self.settings.dtype == "float32":
             raise RuntimeError(f"{name} on {request} differs from mijax by {difference:.1e} of the largest value")
         return difference
@@ -335,10 +335,10 @@ def rates(products: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def summary(answers: Sequence[Mapping[str, Any]], floor: float, product: Mapping[str, float]) -> dict[str, Any]:
     """Medians over rounds, and what follows from them."""
     numbers = ("wall", "cpu", "peak_rss", "peak_device", "load_wall", "load_cpu", "load_rss")
-    found = {n: statistics.median(a[n] for a in answers) for n in numbers if n in answers[0]}
-    rate, per_cpu = floor / found["wall"] / 1e9, floor / found["cpu"] / 1e9
+    medians = {n: statistics.median(a[n] for a in answers) for n in numbers if n in answers[0]}
+    rate, per_cpu = floor / medians["wall"] / 1e9, floor / medians["cpu"] / 1e9
     return {
-        **found, "difference": max(a["difference"] for a in answers), "cells_run": answers[0]["cells"],
+        **medians, "difference": max(a["difference"] for a in answers), "cells_run": answers[0]["cells"],
         "floor_gflops": rate, "floor_gflops_per_cpu": per_cpu, "of_matmul": rate / product["gflops"],
         "of_matmul_per_cpu": per_cpu / product["gflops_per_cpu"], "rounds": list(answers),
     }  # fmt: skip
@@ -362,8 +362,8 @@ def _system() -> dict[str, Any]:
 
 def write(settings: Settings, record: Mapping[str, Any]) -> None:
     """Put the record among those of other models, dtypes and devices."""
-    own = next(iter(record["tools"].values()))
-    key = " ".join([settings.model, settings.dtype, own["device"], *(["tiny"] if settings.tiny else [])])
+    tool = next(iter(record["tools"].values()))
+    key = " ".join([settings.model, settings.dtype, tool["device"], *(["tiny"] if settings.tiny else [])])
     others = json.loads(settings.out.read_text()) if settings.out.exists() else {}
     with atomic(settings.out) as scratch:
         scratch.write_text(json.dumps({**others, key: record}, indent=1, default=str))
@@ -371,11 +371,11 @@ def write(settings: Settings, record: Mapping[str, Any]) -> None:
 
 def table(record: Mapping[str, Any]) -> str:
     """What was found, to be read."""
-    about, own = record["machine"], next(iter(record["tools"].values()))
-    overhead, on_cpu = record["overhead"], own["platform"] == "cpu"
+    about, tool = record["machine"], next(iter(record["tools"].values()))
+    overhead, on_cpu = record["overhead"], tool["platform"] == "cpu"
     lines = [
-        f"{record['settings']['model']}{' (tiny)' * record['settings']['tiny']}, {record['batch']} prompts x {record['pos']} tokens; jax {own['jax']} {own['dtype']} on"
-        f" {own['device']}; {about['cpu']}, {about['cores']} cores, load {about['load'][0]:.2f} at the start",
+        f"{record['settings']['model']}{' (tiny)' * record['settings']['tiny']}, {record['batch']} prompts x {record['pos']} tokens; jax {tool['jax']} {tool['dtype']} on"
+        f" {tool['device']}; {about['cpu']}, {about['cores']} cores, load {about['load'][0]:.2f} at the start",
         f"a sweep of a toy model: {overhead['total_ms']:.2f} ms a call, {overhead['programs_ms']:.2f} ms of them in"
         f" programs, {overhead['host_ms']:.2f} ms beside them",
     ]
@@ -393,13 +393,13 @@ def grid_table(name: str, grid: Mapping[str, Any], on_cpu: bool) -> list[str]:
         f" {product['gflops_per_cpu']:.1f} per CPU second; effects up to {grid['largest_effect']:.2g}, values {grid['largest']:.2g}",
         f"{'':32}{'wall s':>9}{'CPU s':>9}{'MB':>7}{'load MB':>8}{'load s':>8}{'GFLOP/s':>9}{'/CPU s':>8}{'/matmul':>8}{'CPU/TL':>8}  off",
     ]
-    for tool, found in grid["tools"].items():
-        share = found["cells_run"] / grid["cells"]
+    for tool, stats in grid["tools"].items():
+        share = stats["cells_run"] / grid["cells"]
         lines.append(
-            f"{tool:32}{found['wall']:9.2f}{found['cpu']:9.2f}{found['peak_rss'] / 1e6:7.0f}{found['load_rss'] / 1e6:8.0f}{_or(found.get('load_wall'), 8)}"
-            f"{found['floor_gflops']:9.1f}{found['floor_gflops_per_cpu']:8.1f}{found[f'of_matmul{suffix}']:8.3f}"
-            f"{_or(found['cpu_of_fastest_transformer_lens'], 8, 3)}  {found['difference']:.0e}"
-            + (f"  extrapolated from {found['cells_run']} cells" if not math.isclose(share, 1) else "")
+            f"{tool:32}{stats['wall']:9.2f}{stats['cpu']:9.2f}{stats['peak_rss'] / 1e6:7.0f}{stats['load_rss'] / 1e6:8.0f}{_or(stats.get('load_wall'), 8)}"
+            f"{stats['floor_gflops']:9.1f}{stats['floor_gflops_per_cpu']:8.1f}{stats[f'of_matmul{suffix}']:8.3f}"
+            f"{_or(stats['cpu_of_fastest_transformer_lens'], 8, 3)}  {stats['difference']:.0e}"
+            + (f"  extrapolated from {stats['cells_run']} cells" if not math.isclose(share, 1) else "")
         )
     return lines
 

@@ -59,18 +59,24 @@ def main(settings: Settings) -> xr.Dataset:
     """Run the study, print what it finds, and write it all under `settings.out`."""
     started = time.perf_counter()
     model, tokenizer = record.load(settings.model)
-    found, told = {}, {}
+    effects, summaries = {}, {}
     for name, task in tasks(model, tokenizer, settings).items():
         print(f"\n{name}: {len(task.clean.ids)} prompts", flush=True)
-        found[name], told[name] = compared(model, task, settings)
-        print(table(found[name], told[name]["seconds"]))
-        print(told[name]["answer"])
-    own_roles = lambda task, one: one.rename(pos=f"role in {task}") if "pos" in one.dims else one
-    results = xr.Dataset({f"{t}.{name}": own_roles(t, one) for t, own in found.items() for name, one in own.items()})
-    results = results.assign_attrs(next(iter(found.values())).attrs)
-    draw(found, settings)
+        effects[name], summaries[name] = compared(model, task, settings)
+        print(table(effects[name], summaries[name]["seconds"]))
+        print(summaries[name]["answer"])
+    own_roles = lambda task, effect: effect.rename(pos=f"role in {task}") if "pos" in effect.dims else effect
+    results = xr.Dataset(
+        {
+            f"{t}.{name}": own_roles(t, effect)
+            for t, results_of_task in effects.items()
+            for name, effect in results_of_task.items()
+        }
+    )
+    results = results.assign_attrs(next(iter(effects.values())).attrs)
+    draw(effects, settings)
     seconds = time.perf_counter() - started
-    record.save(settings.out, settings, results, tasks=told, seconds=seconds)
+    record.save(settings.out, settings, results, tasks=summaries, seconds=seconds)
     print(f"\nwrote {settings.out}/: attribution_vs_patching.png, results.nc, record.json ({seconds:.0f} s)")
     return results
 
@@ -116,21 +122,21 @@ def compared(model: mj.Transformer, task: Task, settings: Settings) -> tuple[xr.
         effects |= {f"{site}.{name}": mj.normalise(estimate[site]) for site in sites}
         attrs = {key: estimate.attrs[key] for key in ("metric", "model", "mijax", "jax", "device", "direction")}
     result = xr.Dataset({name: effect.drop_attrs() for name, effect in effects.items()}, attrs=attrs)
-    told = {"seconds": seconds, "answer": answer(result), "fit": fits(result)}
+    summary = {"seconds": seconds, "answer": answer(result), "fit": fits(result)}
     if settings.probes:
-        told["error"] = error_told(model, task, settings, result)
-        print(f"the size of AtP's error at z and what it says itself: rank correlation {told['error']:.2f}")
-    return result, told
+        summary["error"] = error_told(model, task, settings, result)
+        print(f"the size of AtP's error at z and what it says itself: rank correlation {summary['error']:.2f}")
+    return result, summary
 
 
 def error_told(model: mj.Transformer, task: Task, settings: Settings, result: xr.Dataset) -> float:
     """Rank correlation, over cells, of the size of the second-order term with that of the actual error."""
-    told = mj.attribute(
+    estimate = mj.attribute(
         model, clean=task.clean, corrupted=task.corrupted, metric=task.metric, sites={"z": ("layer", "head")},
         method=mj.AtP(probes=settings.probes), memory=settings.memory,
     )  # fmt: skip
-    actual, own = result["z.exact"] - result["z.AtP"], told["z.error"].mean("batch", skipna=False)
-    ranked: Any = scipy.stats.spearmanr(np.abs(own.values).ravel(), np.abs(actual.values).ravel())
+    actual, predicted = result["z.exact"] - result["z.AtP"], estimate["z.error"].mean("batch", skipna=False)
+    ranked: Any = scipy.stats.spearmanr(np.abs(predicted.values).ravel(), np.abs(actual.values).ravel())
     return float(ranked.statistic)
 
 
@@ -160,8 +166,8 @@ def table(result: xr.Dataset, seconds: dict[str, float]) -> str:
         f"{'':10}{'cells':>6}" + "".join(f"{name:>24}" for name in METHODS),
         f"{'':16}" + f"{'r  slope  hidden':>24}" * 3,
     ]
-    for site, own in fits(result).items():
-        cells = "".join(f"{f['r']:>13.3f}{f['slope']:>7.2f}{f['hidden']:>4}" for f in own.values())
+    for site, fits_of_site in fits(result).items():
+        cells = "".join(f"{f['r']:>13.3f}{f['slope']:>7.2f}{f['hidden']:>4}" for f in fits_of_site.values())
         rows.append(f"{site:10}{result[f'{site}.exact'].size:>6}{cells}")
     rows.append(", ".join(f"{name} {t:.0f} s" for name, t in seconds.items()) + ", compilation included")
     return "\n".join(rows)
@@ -171,27 +177,27 @@ def answer(result: xr.Dataset) -> str:
     """Does attribution patching fail on the residual stream and on the first MLP?"""
     first = {which: result[f"mlp_out.{which}"].isel(layer=0) for which in ("exact", "AtP")}
     role = str(first["exact"].pos.values[np.abs(first["exact"].values).argmax()])
-    own = {which: float(effect.sel(pos=role)) for which, effect in first.items()}
+    mlp = {which: float(effect.sel(pos=role)) for which, effect in first.items()}
     rest = fit(result["mlp_out.exact"].isel(layer=slice(1, None)), result["mlp_out.AtP"].isel(layer=slice(1, None)))
     stream = fit(result["resid_pre.exact"], result["resid_pre.AtP"])
     written = fit(result["attn_out.exact"], result["attn_out.AtP"])
     return (
         f"residual stream: r {stream['r']:.2f}, slope {stream['slope']:.2f} (what attention adds: r {written['r']:.2f}, slope"
-        f" {written['slope']:.2f}); first MLP at {role!r}: exact {own['exact']:.2f}, estimated {own['AtP']:.2f} (later MLPs: r"
+        f" {written['slope']:.2f}); first MLP at {role!r}: exact {mlp['exact']:.2f}, estimated {mlp['AtP']:.2f} (later MLPs: r"
         f" {rest['r']:.2f}, slope {rest['slope']:.2f})"
     )
 
 
-def draw(found: dict[str, xr.Dataset], settings: Settings) -> None:
+def draw(results: dict[str, xr.Dataset], settings: Settings) -> None:
     """Estimate over exact effect: a row for each task and method, a column for each site."""
     pairs, notes = {}, {}
-    for task, result in found.items():
+    for task, result in results.items():
         for method in METHODS:
             row = f"{task}\n{method}"
             pairs[row] = {s: (result[f"{s}.exact"], result[f"{s}.{method}"]) for s in sites_of(result)}
             for site, (exact, estimate) in pairs[row].items():
-                own = fit(exact, estimate)
-                notes[row, site] = f"r {own['r']:.2f}\nslope {own['slope']:.2f}"
+                line = fit(exact, estimate)
+                notes[row, site] = f"r {line['r']:.2f}\nslope {line['slope']:.2f}"
     title = (
         f"{settings.model}: estimated and exact normalised effects of patching (denoising, {settings.prompts} prompts)"
     )

@@ -64,9 +64,9 @@ def main(settings: Settings) -> xr.Dataset:
         draw_fact(results.isel(batch=i), settings, settings.out / f"fact_{i}.png")
     for i, fact in enumerate(chosen[: settings.single]):
         alone = make(tokenizer, [fact])
-        one = single(model, alone, settings)
-        draw_tokens(one, alone, settings, settings.out / f"fact_{i}_tokens.png")
-        record.save(settings.out / f"fact_{i}_tokens", settings, one)
+        trace = single(model, alone, settings)
+        draw_tokens(trace, alone, settings, settings.out / f"fact_{i}_tokens.png")
+        record.save(settings.out / f"fact_{i}_tokens", settings, trace)
     seconds = time.perf_counter() - started
     record.save(settings.out, settings, results, facts=results.fact.values.tolist(), seconds=seconds)
     print(
@@ -88,33 +88,33 @@ def known(model: mj.Transformer, tokenizer: mj.Tokenizer, count: int) -> list[Fa
 
 def averaged(model: mj.Transformer, facts: Facts, settings: Settings) -> xr.Dataset:
     """Indirect effects [kind, layer, pos, batch] by role, and each fact's total effect."""
-    found = {}
+    traces = {}
     for kind, site in {**KINDS, **dict.fromkeys(SEVERED, "resid_post")}.items():
         print(f"restoring: {kind}", flush=True)
-        found[kind] = mj.trace(
+        traces[kind] = mj.trace(
             model, facts.tokens, subject=facts.spans, answer=facts.answer, site=site, pos=facts.roles,
             window=settings.window if site != "resid_post" else 1, severed=SEVERED.get(kind), noise=settings.noise,
             draws=settings.draws, seed=settings.seed, memory=settings.memory,
         )  # fmt: skip
-    return _joined(found).assign_coords(fact=("batch", [f"{t}{o}" for t, o in zip(facts.texts, facts.objects)]))
+    return _joined(traces).assign_coords(fact=("batch", [f"{t}{o}" for t, o in zip(facts.texts, facts.objects)]))
 
 
 def single(model: mj.Transformer, fact: Facts, settings: Settings) -> xr.Dataset:
     """The same for one fact at every token, nothing severed."""
-    found = {}
+    traces = {}
     for kind, site in KINDS.items():
-        found[kind] = mj.trace(
+        traces[kind] = mj.trace(
             model, fact.tokens, subject=fact.spans, answer=fact.answer, site=site,
             window=settings.window if site != "resid_post" else 1, noise=settings.noise, draws=settings.draws,
             seed=settings.seed, memory=settings.memory,
         )  # fmt: skip
-    return _joined(found)
+    return _joined(traces)
 
 
-def _joined(found: dict[str, xr.Dataset]) -> xr.Dataset:
-    kinds = xr.Variable("kind", list(found))
-    indirect = xr.concat([one.indirect for one in found.values()], kinds)
-    first = next(iter(found.values()))
+def _joined(traces: dict[str, xr.Dataset]) -> xr.Dataset:
+    kinds = xr.Variable("kind", list(traces))
+    indirect = xr.concat([trace.indirect for trace in traces.values()], kinds)
+    first = next(iter(traces.values()))
     return (
         first[["clean", "corrupted", "total"]]
         .assign(indirect=indirect)
@@ -164,14 +164,14 @@ def draw_fact(fact: xr.Dataset, settings: Settings, path: Path) -> None:
     plots.save(plots.heatmaps(panels, title=title, label="indirect effect"), path)
 
 
-def draw_tokens(one: xr.Dataset, fact: Facts, settings: Settings, path: Path) -> None:
+def draw_tokens(trace: xr.Dataset, fact: Facts, settings: Settings, path: Path) -> None:
     """One fact, layer by token; the subject's tokens have a star."""
     assert fact.tokens.strings is not None
     words = [s.strip() for s, real in zip(fact.tokens.strings[0], np.asarray(fact.tokens.mask)[0]) if real]
     labels = [f"{word}*" if p in fact.spans[0] else word for p, word in enumerate(words)]
-    effects = one.indirect.mean("batch", skipna=False).assign_coords(pos=labels)
+    effects = trace.indirect.mean("batch", skipna=False).assign_coords(pos=labels)
     panels = {"restored": {kind: effects.sel(kind=kind, drop=True) for kind in KINDS}}
-    probabilities = f"p {float(one.clean[0]):.2f}, corrupted {float(one.corrupted.mean()):.2f}"
+    probabilities = f"p {float(trace.clean[0]):.2f}, corrupted {float(trace.corrupted.mean()):.2f}"
     title = f"{settings.model}: {fact.texts[0]}{fact.objects[0]} ({probabilities})"
     plots.save(plots.heatmaps(panels, title=title, label="indirect effect"), path)
 

@@ -90,8 +90,8 @@ def main(settings: Settings) -> xr.Dataset:
     )
     seconds = {"load": loaded - started, "all": time.perf_counter() - started}
     plots.save(plots.heatmap_page(panels(patched), title=title(settings, ioi), limit=1.0), settings.out / PAGE)
-    told = {"behaviour": behaviour, "seconds": seconds, "prompts": ioi.texts, "heads": table}
-    record.save(settings.out, settings, results, **told)
+    summary = {"behaviour": behaviour, "seconds": seconds, "prompts": ioi.texts, "heads": table}
+    record.save(settings.out, settings, results, **summary)
     print(f"\nwrote {settings.out}/: {PICTURE}, {PAGE}, results.nc, record.json ({seconds['all']:.0f} s)")
     return results
 
@@ -185,8 +185,8 @@ def strongest(patched: xr.DataArray, tested: dict[str, xr.DataArray], count: int
     """A table of the heads with the largest denoising effects, and the noising effects beside them."""
     columns = {}
     for direction in DIRECTIONS:
-        own = patched.sel(direction=direction)
-        columns[direction] = mj.normalise(own), mj.bootstrap(own), tested[direction]
+        result = patched.sel(direction=direction)
+        columns[direction] = mj.normalise(result), mj.bootstrap(result), tested[direction]
     first = columns["denoise"][0]
     order = np.argsort(-np.abs(first.values), axis=None)[:count]
     rows = ["head     " + "".join(f"{d:>8}   95 % interval         p    " for d in DIRECTIONS).rstrip()]

@@ -43,14 +43,14 @@ def main(settings: Settings) -> xr.Dataset:
     model, tokenizer = record.load(settings.model)
     pronouns = make(tokenizer, templates=TEMPLATES[: settings.templates])
     results = study(model, pronouns, settings.memory)
-    told = table(results, settings.top)
+    summary = table(results, settings.top)
     print(
         f"{settings.model}: {len(pronouns.texts)} prompts, such as {pronouns.texts[0]!r} beside {pronouns.source_texts[0]!r}"
     )
-    print(f"\n{told}")
+    print(f"\n{summary}")
     draw(results, settings)
     seconds = time.perf_counter() - started
-    record.save(settings.out, settings, results, prompts=pronouns.texts, table=told, seconds=seconds)
+    record.save(settings.out, settings, results, prompts=pronouns.texts, table=summary, seconds=seconds)
     print(f"\nwrote {settings.out}/: pronouns.png, pronouns.html, results.nc, record.json ({seconds:.0f} s)")
     return results
 
@@ -58,12 +58,12 @@ def main(settings: Settings) -> xr.Dataset:
 def study(model: mj.Transformer, pronouns: Pronouns, memory: int | None = None) -> xr.Dataset:
     """Effects on the log odds of the anti-stereotypical pronoun, per prompt: of heads, and of components by role."""
     roles = mj.grid(layer=range(model.config.n_layers), pos=pronouns.roles)
-    metric, found = mj.metrics.logit_diff(pronouns.anti, pronouns.stereotypical), {}
+    metric, effects = mj.metrics.logit_diff(pronouns.anti, pronouns.stereotypical), {}
     for site, over in (("z", ("layer", "head")), ("attn_out", roles), ("mlp_out", roles)):
         split = mj.mediate(
             model, base=pronouns.base, source=pronouns.source, site=site, over=over, metric=metric, memory=memory
         )
-        found |= {f"{site}.{effect}": split[effect] for effect in EFFECTS} | {"total": split.total}
+        effects |= {f"{site}.{effect}": split[effect] for effect in EFFECTS} | {"total": split.total}
         attrs = split.attrs
     kind = ["female" if profession in FEMALE else "male" for profession in pronouns.professions]
     coords = {
@@ -76,7 +76,7 @@ def study(model: mj.Transformer, pronouns: Pronouns, memory: int | None = None) 
         for name, value in attrs.items()
         if name not in ("sites", "memory_peak", "memory_estimate", "prompts_together")
     }
-    return xr.Dataset(found, attrs=kept).assign_coords(coords)
+    return xr.Dataset(effects, attrs=kept).assign_coords(coords)
 
 
 def table(results: xr.Dataset, top: int) -> str:
@@ -93,9 +93,11 @@ def table(results: xr.Dataset, top: int) -> str:
     rows += ["", "head      indirect   of the total   total - direct   family-wise p"]
     for layer, head in zip(*np.unravel_index(np.argsort(-np.abs(mean.values), axis=None)[:top], mean.shape)):
         at = {"layer": layer, "head": head}
-        own, held = float(mean.isel(at)), float((results.total - direct).mean("batch", skipna=False).isel(at))
-        share = own / float(results.total.mean())
-        rows.append(f"{layer:>3}.{head:<5} {own:>8.3f} {share:>13.1%} {held:>14.3f} {float(tested.p.isel(at)):>15.4f}")
+        effect, held = float(mean.isel(at)), float((results.total - direct).mean("batch", skipna=False).isel(at))
+        share = effect / float(results.total.mean())
+        rows.append(
+            f"{layer:>3}.{head:<5} {effect:>8.3f} {share:>13.1%} {held:>14.3f} {float(tested.p.isel(at)):>15.4f}"
+        )
     return "\n".join(rows)
 
 
@@ -103,8 +105,10 @@ def draw(results: xr.Dataset, settings: Settings) -> None:
     """Mean indirect effects over layer x head and layer x role, for each stereotype."""
     panels = {}
     for kind in ("female", "male"):
-        own = results.isel(batch=np.flatnonzero(results.stereotype.values == kind))
-        share = lambda name, own=own: own[name].mean("batch", skipna=False) / own.total.mean("batch", skipna=False)
+        group = results.isel(batch=np.flatnonzero(results.stereotype.values == kind))
+        share = lambda name, group=group: (
+            group[name].mean("batch", skipna=False) / group.total.mean("batch", skipna=False)
+        )
         panels[f"stereotypically {kind}"] = {s: share(f"{s}.indirect") for s in ("z", "attn_out", "mlp_out")}
     title = f"{settings.model}: indirect effects as parts of the total"
     for plot, suffix in ((plots.heatmaps, "png"), (plots.heatmap_page, "html")):

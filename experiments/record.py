@@ -31,8 +31,8 @@ def load(name: str) -> tuple[mj.Transformer, mj.Tokenizer]:
     return model, tokenizer
 
 
-def save(out: Path, settings: Any, results: xr.Dataset, **told: Any) -> None:
-    """Write `results.nc`, and `record.json` with the settings, the versions and whatever else is told."""
+def save(out: Path, settings: Any, results: xr.Dataset, **extra: Any) -> None:
+    """Write `results.nc`, and `record.json` with the settings, the versions and `extra`."""
     with atomic(out / "results.nc") as scratch:
         results.to_netcdf(scratch, engine="scipy")
     given = {
@@ -40,4 +40,4 @@ def save(out: Path, settings: Any, results: xr.Dataset, **told: Any) -> None:
     }
     versions = {**results.attrs, "python": platform.python_version(), "platform": platform.platform()}
     with atomic(out / "record.json") as scratch:
-        scratch.write_text(json.dumps({"settings": given, "versions": versions, **told}, indent=2, default=str))
+        scratch.write_text(json.dumps({"settings": given, "versions": versions, **extra}, indent=2, default=str))

@@ -163,12 +163,12 @@ def main(settings: Settings) -> tuple[mj.Transformer, list[dict]]:
 
 def _begin(out: Path, settings: Settings) -> None:
     """Write the settings, or refuse a folder that was begun with others."""
-    told = {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"}
+    fields = {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"}
     file = out / "settings.json"
-    if file.exists() and json.loads(file.read_text()) != told:
+    if file.exists() and json.loads(file.read_text()) != fields:
         raise SystemExit(f"{out} was begun with other settings ({file}); give another --out, or remove it")
     with atomic(file) as scratch:
-        scratch.write_text(json.dumps(told, indent=2))
+        scratch.write_text(json.dumps(fields, indent=2))
 
 
 def _read_log(file: Path) -> list[dict]:

@@ -34,9 +34,9 @@ def test_the_ten_lines_run(capsys, monkeypatch):
 def test_every_name_in_the_readme_exists():
     pages = [README, *(page.read_text() for page in (ROOT / "docs").glob("*.md"))]
     for name in {name for page in pages for name in re.findall(r"\bmj\.([a-zA-Z_.]+)", page)}:
-        found = mj
+        attribute = mj
         for part in name.rstrip(".").split("."):
-            found = getattr(found, part)
+            attribute = getattr(attribute, part)
     for site in re.findall(r'site="(\w+)"', README):
         assert site in mj.SITES
 

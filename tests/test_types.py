@@ -23,9 +23,9 @@ def returned(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, str |
 
 def test_no_public_function_returns_just_anything():
     modules = {file: ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")}
-    found = [pair for file, tree in modules.items() for pair in returned(tree.body, str(file.relative_to(PACKAGE)))]
-    assert len(found) > 400
-    assert [name for name, annotation in found if annotation in (None, "Any")] == []
+    pairs = [pair for file, tree in modules.items() for pair in returned(tree.body, str(file.relative_to(PACKAGE)))]
+    assert len(pairs) > 400
+    assert [name for name, annotation in pairs if annotation in (None, "Any")] == []
 
 
 def test_the_table_of_public_names_is_that_of_the_code():

@@ -80,7 +80,7 @@ def inferring(case: Case, run: Run) -> Run:
                 return run(grid, limit)
         torch.cuda.reset_peak_memory_stats()
         with torch.inference_mode():
-            values, told = run(grid, limit)
-        return values, {**told, "peak_device": torch.cuda.max_memory_allocated()}
+            values, details = run(grid, limit)
+        return values, {**details, "peak_device": torch.cuda.max_memory_allocated()}
 
     return inferred

@@ -76,18 +76,18 @@ def run(model: mj.Transformer, case: Case, grid: str, limit: int | None) -> tupl
     patched = partial(
         mj.patch, model, clean=case.clean, corrupted=case.corrupted, metric=metric, direction="denoise", progress=False
     )
-    found = [patched(site=site, over=over).values for site, over in PARTS[grid]]
+    parts = [patched(site=site, over=over).values for site, over in PARTS[grid]]
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")  # since the process began
-    told = {"clean": 0.0, "clean_cpu": 0.0} | ({} if peak is None else {"peak_device": peak})
-    return found[0] if len(found) == 1 else np.stack(found), told
+    details = {"clean": 0.0, "clean_cpu": 0.0} | ({} if peak is None else {"peak_device": peak})
+    return parts[0] if len(parts) == 1 else np.stack(parts), details
 
 
 def attribution(model: mj.Transformer, case: Case, metric: mj.metrics.Metric) -> tuple[np.ndarray, Told]:
     """Every cell of every site, [cell, batch]."""
-    found = mj.attribute(
+    result = mj.attribute(
         model, clean=case.clean, corrupted=case.corrupted, sites=ATTRIBUTED, metric=metric, progress=False
     )
-    cells = [found[site].values.reshape(-1, found.sizes["batch"]) for site in ATTRIBUTED]
+    cells = [result[site].values.reshape(-1, result.sizes["batch"]) for site in ATTRIBUTED]
     return np.concatenate(cells), {"clean": 0.0, "clean_cpu": 0.0}
 
 
@@ -135,9 +135,9 @@ def programs_timed() -> Iterator[list[float]]:
     def waited(program, *arguments):
         jax.block_until_ready([a for a in jax.tree.leaves(arguments) if isinstance(a, jax.Array)])
         begin = time.perf_counter()
-        found = jax.block_until_ready(program(*arguments))
+        result = jax.block_until_ready(program(*arguments))
         spent.append(time.perf_counter() - begin)
-        return found
+        return result
 
     originals = {name: getattr(module, name) for name in ("_based", "_chunk")}
     for name, program in originals.items():

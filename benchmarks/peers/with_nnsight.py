@@ -34,7 +34,7 @@ def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, Told
         clean = nnsight.save([])
         for block in blocks:
             clean.append(block.input)
-    told = since(case, start)
+    details = since(case, start)
 
     cells = [(layer, pos) for layer in range(sizes[0]) for pos in range(sizes[1])][:limit]
     kept = []
@@ -43,7 +43,7 @@ def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, Told
             blocks[layer].input[:, pos] = clean[layer][:, pos]
             values = case.metric(model.output.logits).save()
         kept.append(values.cpu().numpy())
-    return filled(kept, sizes), told
+    return filled(kept, sizes), details
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ def hooked(case: Case) -> Any:
             "n_key_value_heads": c["n_kv_heads"] if c["n_kv_heads"] != c["n_heads"] else None,
         }),
     }  # fmt: skip
-    convert, own = families[c["family"]]
-    config = HookedTransformerConfig(**(shared | own), eps=c["norm_eps"], device=str(case.device), init_weights=False)
+    convert, options = families[c["family"]]
+    config = HookedTransformerConfig(
+        **(shared | options), eps=c["norm_eps"], device=str(case.device), init_weights=False
+    )
     model = HookedTransformer(config)
     model.load_and_process_state_dict(
         convert(case.huggingface(), config),
@@ -89,7 +91,7 @@ def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, Told
     start = case.seconds()
     names = [patching.utils.get_act_name(site, layer) for site in sites for layer in range(model.cfg.n_layers)]
     _, clean = model.run_with_cache(case.clean, names_filter=names)
-    told = since(case, start)
+    details = since(case, start)
 
     kept = []
 
@@ -105,7 +107,7 @@ def run(model: Any, case: Case, grid: str, limit: int | None) -> tuple[Any, Told
             cells = cells.head(limit - len(kept))
         if len(cells):
             function(model, case.corrupted, clean, metric, index_axis_names=None, index_df=cells)
-    return filled(kept, sizes if len(functions) == 1 else (len(functions), *sizes)), told
+    return filled(kept, sizes if len(functions) == 1 else (len(functions), *sizes)), details
 
 
 def attribution(model: Any, case: Case) -> tuple[Any, Told]:
@@ -127,19 +129,19 @@ def attribution(model: Any, case: Case) -> tuple[Any, Told]:
         def slope(x, name):
             slopes[name] = x.detach()
 
-        own = lambda function: [(name, partial(lambda x, hook, name: function(x, name), name=name)) for name in names]
+        hooks = lambda function: [(name, partial(lambda x, hook, name: function(x, name), name=name)) for name in names]
         begin = lambda x, hook: x.detach().requires_grad_()  # where parameters are frozen, the graph begins here
         first = [(model_name("resid_pre", 0), begin)]
-        with model.hooks(fwd_hooks=[*(first if FROZEN else []), *own(keep)], bwd_hooks=own(slope)):
+        with model.hooks(fwd_hooks=[*(first if FROZEN else []), *hooks(keep)], bwd_hooks=hooks(slope)):
             value = case.metric(model(case.corrupted.clone()))
             value.sum().backward()
-    found = {}
+    terms = {}
     for site in ATTRIBUTED:
-        own = [name for name, of in names.items() if of == site]
-        term = torch.stack([(clean[name] - kept[name]) * slopes[name] for name in own])
-        found[site] = term if site == "pattern" else term.sum(dim=-1)
+        hook_names = [name for name, of in names.items() if of == site]
+        term = torch.stack([(clean[name] - kept[name]) * slopes[name] for name in hook_names])
+        terms[site] = term if site == "pattern" else term.sum(dim=-1)
     batch_last = lambda x: x.movedim(1, -1).reshape(-1, x.shape[1])
-    values = torch.cat([batch_last(found[site]) for site in ATTRIBUTED]) + value.detach()
+    values = torch.cat([batch_last(terms[site]) for site in ATTRIBUTED]) + value.detach()
     return values.detach().cpu().numpy(), {"clean": 0.0, "clean_cpu": 0.0}
 
 

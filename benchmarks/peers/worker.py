@@ -80,14 +80,14 @@ def measured(run: Callable[[str, int | None], tuple[np.ndarray, Told]], request:
     grid, _, limit = request.partition(":")
     reset = reset_peak()
     wall, cpu = time.perf_counter(), time.process_time()
-    values, told = run(grid, int(limit) if limit else None)
+    values, details = run(grid, int(limit) if limit else None)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = peak_rss()
     np.save(file, values.astype(np.float32))
     cells = int(np.isfinite(values).all(axis=-1).sum())
     return {
         "grid": request, "wall": wall, "cpu": cpu, "peak_rss": peak, "peak_is_of_grid": reset, "cells": cells,
-        "file": str(file), **told,
+        "file": str(file), **details,
     }  # fmt: skip
 
 

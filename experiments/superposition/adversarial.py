@@ -66,14 +66,16 @@ def main(settings: Settings) -> xr.Dataset:
             "loss": trained.loss,
         }
     )
-    crowd, found = results.features_per_dimension.values, results.vulnerability.values
+    crowd, vulnerability = results.features_per_dimension.values, results.vulnerability.values
     claims = [
-        at_least(f"vulnerability at {crowd[-1]:.3g} features per dimension, relative to dense", 3, found[-1]),
-        at_least("rank correlation of vulnerability and features per dimension", 0.9, spearmanr(crowd, found)[0]),
+        at_least(f"vulnerability at {crowd[-1]:.3g} features per dimension, relative to dense", 3, vulnerability[-1]),
+        at_least(
+            "rank correlation of vulnerability and features per dimension", 0.9, spearmanr(crowd, vulnerability)[0]
+        ),
     ]
     figure = plots.curves(
         {
-            "vulnerability, relative to dense": {"|W|² / m": (crowd, found)},
+            "vulnerability, relative to dense": {"|W|² / m": (crowd, vulnerability)},
             "loss under attack / loss": {"|W|² / m": (crowd, share)},
         },
         title="Vulnerability follows superposition",
@@ -104,8 +106,8 @@ def train(settings: Settings, toy: Callable[..., sp.Toy]) -> xr.Dataset:
 def models_of(trained: xr.Dataset) -> list[tuple[float, dict[str, np.ndarray]]]:
     """Each density with its model's parameters."""
     return [
-        (float(one.density), {"W": one.W.values, "b": one.b.values})
-        for one in (trained.isel(density=i) for i in range(trained.sizes["density"]))
+        (float(model.density), {"W": model.W.values, "b": model.b.values})
+        for model in (trained.isel(density=i) for i in range(trained.sizes["density"]))
     ]
 
 

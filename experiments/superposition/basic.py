@@ -63,22 +63,22 @@ class Size(NamedTuple):
 def main(settings: Settings) -> xr.Dataset:
     """Train, compare, draw, and write."""
     mj.compilation_cache()
-    found, claims, pictures = {}, [], {}
+    variables, claims, pictures = {}, [], {}
     for size in (Size(20, 5, 0.7), Size(80, 20, 0.9))[: 1 + settings.paper]:
-        own = f"n={size.n}, m={size.m}"
+        label = f"n={size.n}, m={size.m}"
         linear, relu = (train(settings, size, kind) for kind in (sp.linear, sp.relu_output))
         for kind, models in (("linear", linear), ("ReLU", relu)):
             for name, values in models[["W", "b", "loss"]].items():
                 renamed = {k: f"{k}_{size.n}" for k in ("hidden", "feature") if k in values.dims}
-                found[f"{own}: {kind}: {name}"] = values.rename(renamed)
+                variables[f"{label}: {kind}: {name}"] = values.rename(renamed)
             for s, w, b in zip(SPARSITY, models.W.values, models.b.values):
-                pictures[f"{own}, {kind}, S={s:g}" if settings.paper else f"{kind}, S={s:g}"] = w, b
-        claims += compare_linear(own, size, linear) + compare_relu(own, size, relu)
+                pictures[f"{label}, {kind}, S={s:g}" if settings.paper else f"{kind}, S={s:g}"] = w, b
+        claims += compare_linear(label, size, linear) + compare_relu(label, size, relu)
     plane = introduce(settings)
     absolute = compute(settings)
-    for own, models in (("plane", plane), ("absolute", absolute)):
+    for label, models in (("plane", plane), ("absolute", absolute)):
         for name, values in models[[k for k in ("W", "W1", "W2", "b", "loss") if k in models]].items():
-            found[f"{own}: {name}"] = values.rename({k: f"{k}_{own}" for k in values.dims})
+            variables[f"{label}: {name}"] = values.rename({k: f"{k}_{label}" for k in values.dims})
     claims += compare_plane(plane) + compare_motif(absolute)
     figure = plots.models(
         pictures,
@@ -91,7 +91,7 @@ def main(settings: Settings) -> xr.Dataset:
         title="n=5, m=2, I=.9^i: from the most important two to a pentagon",
     )
     plots.save(figure, settings.folder / "basic_intro.png")
-    results = xr.Dataset({name: values.reset_coords(drop=True) for name, values in found.items()})
+    results = xr.Dataset({name: values.reset_coords(drop=True) for name, values in variables.items()})
     return finish(settings, results, claims)
 
 
@@ -135,33 +135,33 @@ def linear_error(w: np.ndarray, b: np.ndarray, p: float, importance: np.ndarray)
     return float(importance @ (left**2 @ np.full(len(b), theory.ignored(p)) + (left.sum(1) * p / 2 - b) ** 2))
 
 
-def compare_linear(own: str, size: Size, models: xr.Dataset) -> list[Claim]:
+def compare_linear(label: str, size: Size, models: xr.Dataset) -> list[Claim]:
     """The linear model keeps the most important features, and costs what theory says."""
     norms = geometry.norms(models.W.values)
     kept = np.arange(size.n) < size.m
     density = models.density.values
     errors = [linear_error(w, b, p, size.importance) for w, b, p in zip(models.W.values, models.b.values, density)]
     best = [theory.linear_loss(p, size.importance, size.m) for p in density]
-    least, most = (f"{own}, linear: features represented, {which} over all S" for which in ("least", "most"))
+    least, most = (f"{label}, linear: features represented, {which} over all S" for which in ("least", "most"))
     count = (norms > 0.5).sum(1)
     return [
         near(least, size.m, count.min(), 0),
         near(most, size.m, count.max(), 0),
-        at_most(f"{own}, linear: |W_i| from 1 for the first m, 0 for others, furthest", 0.1, abs(norms - kept).max()),
-        at_most(f"{own}, linear: loss over theory's, furthest from 1", 0.02, abs(np.array(errors) / best - 1).max()),
+        at_most(f"{label}, linear: |W_i| from 1 for the first m, 0 for others, furthest", 0.1, abs(norms - kept).max()),
+        at_most(f"{label}, linear: loss over theory's, furthest from 1", 0.02, abs(np.array(errors) / best - 1).max()),
     ]
 
 
-def compare_relu(own: str, size: Size, models: xr.Dataset) -> list[Claim]:
+def compare_relu(label: str, size: Size, models: xr.Dataset) -> list[Claim]:
     """The ReLU-output model represents more than m features where they are sparse, and then costs less."""
     count = (geometry.norms(models.W.values) > 0.5).sum(1)
     sparsest = models.isel(density=-1)
     gain = float(sparsest.loss) / theory.linear_loss(float(sparsest.density), size.importance, size.m)
     return [
-        near(f"{own}, ReLU, S=0: features represented", size.m, count[0], 0),
-        at_least(f"{own}, ReLU, S={SPARSITY[-1]}: features represented, more than 2m", 2 * size.m + 1, count[-1]),
-        at_least(f"{own}, ReLU, S >= .7: features represented, least, more than m", size.m + 1, count[1:].min()),
-        at_most(f"{own}, ReLU, S={SPARSITY[-1]}: loss over the linear model's", 0.5, gain),
+        near(f"{label}, ReLU, S=0: features represented", size.m, count[0], 0),
+        at_least(f"{label}, ReLU, S={SPARSITY[-1]}: features represented, more than 2m", 2 * size.m + 1, count[-1]),
+        at_least(f"{label}, ReLU, S >= .7: features represented, least, more than m", size.m + 1, count[1:].min()),
+        at_most(f"{label}, ReLU, S={SPARSITY[-1]}: loss over the linear model's", 0.5, gain),
     ]
 
 
@@ -192,7 +192,7 @@ class Motif(NamedTuple):
 
 def motifs(w1: np.ndarray, w2: np.ndarray, b: np.ndarray) -> list[Motif]:
     """Those of every neuron that passes two features: with W1 W2 over 1/2, where 1 computes |x| for one sign of x."""
-    found = []
+    neurons = []
     for k in range(len(w1)):
         through = w1[k] * w2[:, k]
         used = np.flatnonzero(through > 0.5)
@@ -201,21 +201,21 @@ def motifs(w1: np.ndarray, w2: np.ndarray, b: np.ndarray) -> list[Motif]:
         first, second = used[np.argsort(-abs(w1[k, used]))]
         fires = np.maximum(np.sign(w1[k, first]) * w1[:, first], 0)
         excited, shown = (max(0.0, float(w @ fires + b[second])) for w in (np.maximum(w2[second], 0), w2[second]))
-        found.append(Motif(abs(w1[k, first] / w1[k, second]), abs(w2[first, k] / w2[second, k]), excited, shown))
-    return found
+        neurons.append(Motif(abs(w1[k, first] / w1[k, second]), abs(w2[first, k] / w2[second, k]), excited, shown))
+    return neurons
 
 
 def compare_motif(models: xr.Dataset) -> list[Claim]:
     """Shared neurons have the asymmetric motif, and its interference is inhibited."""
     every = (np.concatenate(models[k].values) for k in ("W1", "W2", "b"))
-    found = [motif for model in zip(*every) for motif in motifs(*model)]
-    asymmetric = [m for m in found if m.into > 1.5 and m.out_of < 1 / 1.5]
-    share = len(asymmetric) / max(1, len(found))
+    neurons = [motif for model in zip(*every) for motif in motifs(*model)]
+    asymmetric = [m for m in neurons if m.into > 1.5 and m.out_of < 1 / 1.5]
+    share = len(asymmetric) / max(1, len(neurons))
     left = sum(m.shown for m in asymmetric) / sum(m.excited for m in asymmetric) if asymmetric else np.nan
-    own = f"|x|, n=10, m=6, {len(found)} shared neurons"
+    label = f"|x|, n=10, m=6, {len(neurons)} shared neurons"
     return [
-        at_least(f"{own}: share with one feature's W1 over 1.5x larger and its W2 smaller, most", 0.5, share),
-        at_most(f"{own}: what it puts into the other's output, with inhibition over without", 0.05, left),
+        at_least(f"{label}: share with one feature's W1 over 1.5x larger and its W2 smaller, most", 0.5, share),
+        at_most(f"{label}: what it puts into the other's output, with inhibition over without", 0.05, left),
     ]
 
 

@@ -46,19 +46,19 @@ Make = Callable[..., sp.Data]
 def main(settings: Settings) -> xr.Dataset:
     """Train, measure cosines, compare with principal components, draw, and write."""
     mj.compilation_cache()
-    found, claims, panels = {}, [], {}
+    variables, claims, panels = {}, [], {}
     for make, n, limit in ((sp.correlated, 4, 0.05), (sp.anticorrelated, 4, -0.99), (sp.anticorrelated, 6, -0.99)):
-        own = f"{make.__name__}, n={n}"
-        w = train(settings, own, sp.relu_output, make, n, np.array([settings.density])).W.values[0]
-        found[own] = (("hidden", f"feature_{n}"), w)
+        label = f"{make.__name__}, n={n}"
+        w = train(settings, label, sp.relu_output, make, n, np.array([settings.density])).W.values[0]
+        variables[label] = (("hidden", f"feature_{n}"), w)
         panels[f"{make.__name__}\nn={n}, p={settings.density:g}"] = w
-        claims.append(arranged(own, w, limit))
+        claims.append(arranged(label, w, limit))
     dense = train(settings, "collapse", sp.relu_output, sp.correlated, 6, np.array(list(COLLAPSED)))
-    found["collapse"] = dense.W.drop_vars("seed").rename(feature="feature_6")
+    variables["collapse"] = dense.W.drop_vars("seed").rename(feature="feature_6")
     claims += [collapsed(p, w) for p, w in zip(COLLAPSED, dense.W.values)]
     panels |= {f"correlated\nn=6, p={p:g}": w for p, w in zip(COLLAPSED, dense.W.values)}
     linear = train(settings, "linear", sp.linear, sp.correlated, 6, np.array(list(COLLAPSED)))
-    found["linear"] = linear.W.drop_vars("seed").rename(feature="feature_6")
+    variables["linear"] = linear.W.drop_vars("seed").rename(feature="feature_6")
     claims += principal(dense, linear)
     figure = plots.directions(
         panels,
@@ -67,7 +67,7 @@ def main(settings: Settings) -> xr.Dataset:
         groups=[0, 0, 1, 1, 2, 2],
     )
     plots.save(figure, settings.folder / "correlated.png")
-    return finish(settings, xr.Dataset(found), claims)
+    return finish(settings, xr.Dataset(variables), claims)
 
 
 def train(settings: Settings, name: str, model: Callable, make: Make, n: int, density: np.ndarray) -> xr.Dataset:
@@ -89,11 +89,11 @@ def cosines(w: np.ndarray) -> np.ndarray:
     return (unit[:, ::2] * unit[:, 1::2]).sum(0)
 
 
-def arranged(own: str, w: np.ndarray, limit: float) -> Claim:
+def arranged(label: str, w: np.ndarray, limit: float) -> Claim:
     """Pairs are orthogonal, or antipodal where the limit is negative."""
     if limit > 0:
-        return at_most(f"{own}: largest |cos| within a pair", limit, abs(cosines(w)).max())
-    return at_most(f"{own}: largest cos within a pair", limit, cosines(w).max())
+        return at_most(f"{label}: largest |cos| within a pair", limit, abs(cosines(w)).max())
+    return at_most(f"{label}: largest cos within a pair", limit, cosines(w).max())
 
 
 def collapsed(p: float, w: np.ndarray) -> Claim:
@@ -103,8 +103,8 @@ def collapsed(p: float, w: np.ndarray) -> Claim:
 
 def covariance(p: float) -> np.ndarray:
     """Of three correlated pairs: both present with probability p, and then independent and uniform."""
-    own, other = p / 3 - p**2 / 4, p / 4 - p**2 / 4
-    return np.kron(np.eye(3), np.array([[own, other], [other, own]]))
+    diagonal, other = p / 3 - p**2 / 4, p / 4 - p**2 / 4
+    return np.kron(np.eye(3), np.array([[diagonal, other], [other, diagonal]]))
 
 
 def principal(relu: xr.Dataset, linear: xr.Dataset) -> list[Claim]:

@@ -75,8 +75,8 @@ def main(settings: Settings) -> xr.Dataset:
 def examples_of(settings: Settings, key: int, count: int) -> Float[Array, "feature example"]:
     """Sparse examples of unit norm; those of another key or another number are others."""
     n, density = (10_000, 0.001) if settings.paper else (settings.features, 1 - settings.sparsity)
-    own = jax.random.fold_in(jax.random.key(key), count)
-    return sp.unit_norm(sp.sparse(n, density).sample(own, count))
+    subkey = jax.random.fold_in(jax.random.key(key), count)
+    return sp.unit_norm(sp.sparse(n, density).sample(subkey, count))
 
 
 def toy_of(examples: Float[Array, "feature example"]) -> Callable[[], sp.Toy]:

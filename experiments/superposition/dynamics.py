@@ -54,11 +54,11 @@ def main(settings: Settings) -> xr.Dataset:
     sets = train(settings, "sets", lambda: sp.Toy(sp.relu_output(n, m), sp.correlated(n, p, 3)), settings.seeds)
     runs = {"80 in 8": sp.best(alike), "two sets of three": sp.best(sets)}
     results = xr.Dataset()
-    for own, run in runs.items():
+    for name, run in runs.items():
         size = run.sizes["feature"]
-        results[f"{own}: loss"] = run["log.loss"].drop_vars("seed")
-        results[f"{own}: dimensionality"] = (("step", f"feature_{size}"), geometry.dimensionality(weights(run)))
-        results[f"{own}: norm"] = (("step", f"feature_{size}"), geometry.norms(weights(run)))
+        results[f"{name}: loss"] = run["log.loss"].drop_vars("seed")
+        results[f"{name}: dimensionality"] = (("step", f"feature_{size}"), geometry.dimensionality(weights(run)))
+        results[f"{name}: norm"] = (("step", f"feature_{size}"), geometry.norms(weights(run)))
     draw(settings, results, list(runs))
     return finish(settings, results, claims_of(results, list(runs)) + ends(runs))
 
@@ -83,23 +83,23 @@ def weights(run: xr.Dataset) -> np.ndarray:
     return run["log.weights"].transpose("step", ...).values
 
 
-def moved(results: xr.Dataset, own: str) -> tuple[np.ndarray, np.ndarray]:
+def moved(results: xr.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Between neighbouring moments after the first steps: how far all dimensionalities moved, and how much loss went."""
     late = results.isel(step=results.step.values >= EARLY * results.step.values[-1])
-    return abs(np.diff(late[f"{own}: dimensionality"].values, axis=0)).sum(1), -np.diff(late[f"{own}: loss"].values)
+    return abs(np.diff(late[f"{name}: dimensionality"].values, axis=0)).sum(1), -np.diff(late[f"{name}: loss"].values)
 
 
 def claims_of(results: xr.Dataset, runs: list[str]) -> list[Claim]:
     """Drops of the loss are where dimensionalities jump; a fifth of the moments has twice what an even fall would give it."""
     claims = []
-    for own in runs:
-        jump, drop = moved(results, own)
+    for name in runs:
+        jump, drop = moved(results, name)
         steepest = np.sort(drop)[-(len(drop) // 5) :].sum() / drop.sum()
         claims += [
             at_least(
-                f"{own}: rank correlation of the loss's drops and the jumps of D_i", 0.5, spearmanr(jump, drop)[0]
+                f"{name}: rank correlation of the loss's drops and the jumps of D_i", 0.5, spearmanr(jump, drop)[0]
             ),
-            at_least(f"{own}: share of the loss that goes in the steepest fifth of the moments", 0.4, steepest),
+            at_least(f"{name}: share of the loss that goes in the steepest fifth of the moments", 0.4, steepest),
         ]
     return claims
 
@@ -120,11 +120,11 @@ def ends(runs: dict[str, xr.Dataset]) -> list[Claim]:
 def draw(settings: Settings, results: xr.Dataset, runs: list[str]) -> None:
     """Loss above dimensionalities, over the logarithm of the step."""
     panels = {}
-    for own in runs:
+    for name in runs:
         step = results.step.values
-        panels[f"{own}: loss"] = {"loss": (step, results[f"{own}: loss"].values)}
-        each = results[f"{own}: dimensionality"].values.T
-        panels[f"{own}: D_i"] = {f"feature {i}": (step, d) for i, d in enumerate(each)}
+        panels[f"{name}: loss"] = {"loss": (step, results[f"{name}: loss"].values)}
+        each = results[f"{name}: dimensionality"].values.T
+        panels[f"{name}: D_i"] = {f"feature {i}": (step, d) for i, d in enumerate(each)}
     figure = plots.curves(
         panels,
         title="The loss drops where dimensionalities jump",

@@ -49,7 +49,7 @@ def main(settings: Settings) -> xr.Dataset:
     mj.compilation_cache()
     results, claims, panels = xr.Dataset(), [], {}
     for n, m in SIZES:
-        own, panels[f"n={n}, m={m}"] = f"n={n}, m={m}", {}
+        label, panels[f"n={n}, m={m}"] = f"n={n}, m={m}", {}
         cells = settings.cells if m == 1 or settings.paper else settings.sampled_cells
         starts = 4 if m == 1 else 16  # a third of the starts find the partner that is best
         for kind, count, seeds in (("exact", cells, starts), ("sampled", settings.sampled_cells, settings.seeds)):
@@ -57,14 +57,14 @@ def main(settings: Settings) -> xr.Dataset:
             trained = train(settings, n, m, kind, axes, seeds)
             roles = geometry.role(trained.W.values)
             for name, diagram in theories.items():
-                results[f"{own}: {name} ({count})"] = along(axes, diagram.winner)
+                results[f"{label}: {name} ({count})"] = along(axes, diagram.winner)
                 if kind == "exact":
-                    panels[own][name] = axes, diagram.winner
-            panels[own][f"trained, {kind}"] = axes, roles
-            results[f"{own}: true minimum ({count}): loss"] = along(axes, theories["true minimum"].losses.min(0))
+                    panels[label][name] = axes, diagram.winner
+            panels[label][f"trained, {kind}"] = axes, roles
+            results[f"{label}: true minimum ({count}): loss"] = along(axes, theories["true minimum"].losses.min(0))
             for name, values in (("role", roles), ("loss", trained.loss.values), ("W", trained.W.values)):
-                results[f"{own}: trained, {kind}: {name}"] = along(axes, values)
-            claims += compare(own, kind, theories, roles, trained.loss.values)
+                results[f"{label}: trained, {kind}: {name}"] = along(axes, values)
+            claims += compare(label, kind, theories, roles, trained.loss.values)
     figure = plots.phases(
         panels,
         title="The last feature: ignored, sharing a dimension, dedicated",
@@ -97,18 +97,20 @@ def along(axes: dict[str, np.ndarray], values: np.ndarray) -> xr.DataArray:
 
 
 def compare(
-    own: str, kind: str, theories: dict[str, phase.Phase], roles: np.ndarray, losses: np.ndarray
+    label: str, kind: str, theories: dict[str, phase.Phase], roles: np.ndarray, losses: np.ndarray
 ) -> list[Claim]:
     """Agreement outside the band between the boundaries; and no exact loss below the true minimum."""
     closed, true = theories["closed form"], theories["true minimum"]
     share, clear = phase.agreement(roles, closed, true)
-    told = f"{own}, {kind}: cells with theory's role, outside the band ({1 - clear.mean():.1%} of all)"
-    claims = [at_least(told, {"exact": 0.99, "sampled": 0.97}[kind], share)]
+    claim = f"{label}, {kind}: cells with theory's role, outside the band ({1 - clear.mean():.1%} of all)"
+    claims = [at_least(claim, {"exact": 0.99, "sampled": 0.97}[kind], share)]
     if kind == "exact":
         below = (1 - losses / true.losses.min(0)).max()
         claims.append(
             at_most(
-                f"{own}: share of its loss by which a trained model lies below the true minimum", 1e-3, max(0.0, below)
+                f"{label}: share of its loss by which a trained model lies below the true minimum",
+                1e-3,
+                max(0.0, below),
             )
         )
     return claims

@@ -48,16 +48,16 @@ PERTURBED = 0.05
 def main(settings: Settings) -> xr.Dataset:
     """Train, name, compare with bounds, draw, and write."""
     mj.compilation_cache()
-    found, claims = {}, []
+    variables, claims = {}, []
     for name, (n, m, dimensionality) in POLYTOPES.items():
         w = train(settings, name, n, m).W.values
-        found[name] = ((f"hidden_{m}", f"feature_{n}"), w)
+        variables[name] = ((f"hidden_{m}", f"feature_{n}"), w)
         claims += compare(name, w, dimensionality)
     breaking = perturb(settings)
     pentagon, digons = split(breaking)
     claims.append(crossing(breaking.relative.values, pentagon, digons))
     of_best = sp.best(breaking)
-    results = xr.Dataset(found).assign(
+    results = xr.Dataset(variables).assign(
         perturbed=of_best.W,
         loss=of_best.loss,
         loss_pentagon=("relative", pentagon),
@@ -82,20 +82,20 @@ def train(settings: Settings, name: str, n: int, m: int) -> xr.Dataset:
 def compare(name: str, w: np.ndarray, dimensionality: float) -> list[Claim]:
     """A polytope's claims: name, dimensionality, frame potential beside its bound, energy beside Thomson's."""
     m, n = w.shape
-    own = f"{n} in {m}"
+    label = f"{n} in {m}"
     called = geometry.polytope(w)
     each = geometry.dimensionality(w)
     away = abs(each - dimensionality).max() if name != "square antiprism" else abs(each.mean() - dimensionality)
     which = "largest" if name != "square antiprism" else "of the mean D"
     claims = [
-        Claim(f"{own}: named {called!r}", name, float(called == name), called == name),
-        at_most(f"{own}: |D_i - {dimensionality:g}|, {which}", 0.01, away),
-        near(f"{own}: frame potential over its least, n^2 / m", 1.0, bounds.frame_potential(w) * m / n**2, 0.01),
+        Claim(f"{label}: named {called!r}", name, float(called == name), called == name),
+        at_most(f"{label}: |D_i - {dimensionality:g}|, {which}", 0.01, away),
+        near(f"{label}: frame potential over its least, n^2 / m", 1.0, bounds.frame_potential(w) * m / n**2, 0.01),
     ]
     if m == 3:
         claims.append(
             near(
-                f"{own}: energy as charges on a sphere, over Thomson's",
+                f"{label}: energy as charges on a sphere, over Thomson's",
                 1.0,
                 geometry.thomson_energy(w) / THOMSON[n],
                 0.002,
@@ -119,7 +119,7 @@ def perturb(settings: Settings) -> xr.Dataset:
 def split(models: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The least loss at each relative density of pentagons, and of models whose other four features are two digons."""
     digons = np.array([[are_digons(w) for w in row] for row in models.W.values])
-    least = lambda own: np.where(own, models.loss.values, np.inf).min(axis=1)
+    least = lambda mask: np.where(mask, models.loss.values, np.inf).min(axis=1)
     return least(~digons), least(digons)
 
 
@@ -139,10 +139,10 @@ def crossing(relative: np.ndarray, pentagon: np.ndarray, digons: np.ndarray) -> 
 
 def draw(settings: Settings, models: xr.Dataset) -> None:
     """The best model of each relative density."""
-    own = [models.isel(relative=i) for i in range(models.sizes["relative"])]
+    best = [models.isel(relative=i) for i in range(models.sizes["relative"])]
     name = lambda m: f"{float(m.relative):.2f}: {'digons' if are_digons(m.W.values) else 'pentagon'}"
     figure = plots.directions(
-        {name(m): m.W.values for m in own},
+        {name(m): m.W.values for m in best},
         title="Five features in a plane, the fifth's relative density",
         columns=6,
     )

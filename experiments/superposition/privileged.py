@@ -52,16 +52,16 @@ MODELS = {"ReLU": sp.relu_hidden, "linear": sp.relu_output}
 def main(settings: Settings) -> xr.Dataset:
     """Train both kinds over densities, count their neurons, turn their bases, draw, compare, and write."""
     mj.compilation_cache()
-    found = {}
+    variables = {}
     for kind, model in MODELS.items():
         kept = sp.best(train(settings, kind, model)).drop_vars("seed")
         mono, poly = geometry.features_of_neurons(kept.W.transpose("density", "hidden", "feature").values)
-        found[f"{kind}: monosemantic"] = ("density", mono)
-        found[f"{kind}: polysemantic"] = ("density", poly)
-        found[f"{kind}: loss"] = kept.loss
-        found[f"{kind}: loss after turning"] = ("density", turned(settings, model, kept))
-        found[f"{kind}: W"] = kept.W
-    results = xr.Dataset(found)
+        variables[f"{kind}: monosemantic"] = ("density", mono)
+        variables[f"{kind}: polysemantic"] = ("density", poly)
+        variables[f"{kind}: loss"] = kept.loss
+        variables[f"{kind}: loss after turning"] = ("density", turned(settings, model, kept))
+        variables[f"{kind}: W"] = kept.W
+    results = xr.Dataset(variables)
     save(settings, results)
     return finish(settings, results, claims_of(results))
 
@@ -89,9 +89,9 @@ def turned(settings: Settings, model: Callable[..., sp.Model], kept: xr.Dataset)
     turns = jnp.asarray(ortho_group(M, seed=0).rvs(settings.turns), jnp.float32)
     ratios = []
     for density in kept.density.values:
-        one, toy = kept.sel(density=density), toy_of(model)(density)
+        cell, toy = kept.sel(density=density), toy_of(model)(density)
         x = toy.data.sample(jax.random.key(1), 8192)
-        w, b = jnp.asarray(one.W.values), jnp.asarray(one.b.values)
+        w, b = jnp.asarray(cell.W.values), jnp.asarray(cell.b.values)
         after = jax.lax.map(lambda turn, w=w, b=b, x=x, toy=toy: sp.loss(toy, {"W": turn @ w, "b": b}, x), turns)
         ratios.append(after.mean() / sp.loss(toy, {"W": w, "b": b}, x))
     return np.array(ratios)

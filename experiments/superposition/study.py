@@ -56,17 +56,17 @@ def finish(settings: Study, results: xr.Dataset, claims: list[Claim]) -> xr.Data
     return results
 
 
-def near(claim: str, expected: float, found: Any, tolerance: float) -> Claim:
+def near(claim: str, expected: float, actual: Any, tolerance: float) -> Claim:
     """A claim of one number."""
-    value = float(found)
+    value = float(actual)
     return Claim(claim, f"{expected:g} +- {tolerance:g}", value, bool(abs(value - expected) <= tolerance))
 
 
-def at_least(claim: str, expected: float, found: Any) -> Claim:
+def at_least(claim: str, expected: float, actual: Any) -> Claim:
     """A claim of a lower bound."""
-    return Claim(claim, f"at least {expected:g}", float(found), bool(float(found) >= expected))
+    return Claim(claim, f"at least {expected:g}", float(actual), bool(float(actual) >= expected))
 
 
-def at_most(claim: str, expected: float, found: Any) -> Claim:
+def at_most(claim: str, expected: float, actual: Any) -> Claim:
     """A claim of an upper bound."""
-    return Claim(claim, f"at most {expected:g}", float(found), bool(float(found) <= expected))
+    return Claim(claim, f"at most {expected:g}", float(actual), bool(float(actual) <= expected))

@@ -115,7 +115,7 @@ def dynamical(learnt: xr.Dataset, losses: np.ndarray) -> list[Claim]:
     rests = resting(losses) & late
     counted = corners(learnt["log.weights"].transpose("seed", "step", ...).values)
     named = np.array([int(name[0]) for name in LEVELS])[levels(losses)]
-    several = [len(np.unique(levels(row)[own])) > 1 for row, own in zip(losses, rests)]
+    several = [len(np.unique(levels(row)[mask])) > 1 for row, mask in zip(losses, rests)]
     lasted = np.broadcast_to(np.diff(learnt.step, prepend=0) * late, losses.shape)
     return [
         at_least("gradient descent: share of models that end within 1 % of a critical loss", 0.99, resting(losses[:, -1]).mean()),
@@ -153,8 +153,8 @@ def posterior(settings: Settings) -> xr.Dataset:
     ks = np.arange(C + 1)
     share, excess, accepted = [], [], []
     for number, n in enumerate(examples):
-        own = jax.random.fold_in(key, number)
-        particles, step, rate = rung(own, particles, step, jnp.asarray(before), jnp.asarray(n), settings.moves)
+        subkey = jax.random.fold_in(key, number)
+        particles, step, rate = rung(subkey, particles, step, jnp.asarray(before), jnp.asarray(n), settings.moves)
         before = n
         w = np.asarray(particles[:, : 2 * C]).reshape(count, 2, C)
         k, losses = corners(w), np.asarray(jax.vmap(energy)(particles))
@@ -244,11 +244,11 @@ def draw(settings: Settings, results: xr.Dataset, losses: np.ndarray) -> None:
     )
     plots.save(figure, settings.folder / "transitions_2_bayesian.png")
     level = results["learnt: level"].values
-    one = {name: np.flatnonzero(level == i) for i, name in enumerate(LEVELS)}
+    indices = {name: np.flatnonzero(level == i) for i, name in enumerate(LEVELS)}
     figure = plots.directions(
         {
             f"{name}: {len(which)} models": results["learnt: W"].values[which[0]]
-            for name, which in one.items()
+            for name, which in indices.items()
             if len(which)
         },
         title="Where gradient descent ends",

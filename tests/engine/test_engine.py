@@ -114,8 +114,8 @@ def test_pairs_of_edits_have_the_product_of_their_grids(x64, name):
     for layer, head, other, pos in ((0, 1, 1, -1), (2, 3, 2, 1), (0, 3, 2, 1), (2, 1, 1, -1)):
         where, second = mj.Where(layer=layer, head=head), mj.Where(layer=other, head=0)
         edits = {"z": [mj.Scale(0.0, where), mj.Scale(2.0, second)], site: mj.Add(1.0, mj.Where(pos=pos))}
-        own = result.sel(layer=layer, head=head, layer_2=other, head_2=0, pos=pos)
-        assert error(own, loop(model, tokens, edits)) < TOLERANCE
+        cell = result.sel(layer=layer, head=head, layer_2=other, head_2=0, pos=pos)
+        assert error(cell, loop(model, tokens, edits)) < TOLERANCE
 
 
 class Doubled(eqx.Module):
@@ -169,8 +169,8 @@ def test_fixed_edits_stand_in_the_base_and_in_every_cell(model, padding):
             result = swept(model, tokens, {**others, "mlp_out": mj.Replace(1.0, mj.grid(**axes))})
             assert error(result.base, loop(model, tokens, others)) < TOLERANCE
             for place in np.ndindex(*(len(i) for i in axes.values())):
-                own = mj.Where(**{a: axes[a][i] for a, i in zip(axes, place)})
-                edits = {**others, "mlp_out": mj.Replace(1.0, own)}
+                selection = mj.Where(**{a: axes[a][i] for a, i in zip(axes, place)})
+                edits = {**others, "mlp_out": mj.Replace(1.0, selection)}
                 assert error(result.values[place], loop(model, tokens, edits)) < TOLERANCE
     result = swept(model, tokens, mj.stack("who", {i: {"z": mj.Replace(value, mj.Where(batch=i))} for i in range(3)}))
     assert (result.values[~np.eye(3, dtype=bool)] == np.tile(result.base.values, (3, 1))[~np.eye(3, dtype=bool)]).all()
@@ -195,8 +195,8 @@ def test_metrics_that_read_any_position_or_some(model):
         result = swept(model, tokens, edits, metric) if metric is not names else together["a"]
         for i, layer in enumerate([0, 2]):
             for j, pos in enumerate([0, 2, -1]):
-                own = {"resid_pre": mj.Replace(value, mj.Where(layer=layer, pos=pos))}
-                alone = loop(model, tokens, own, metric if metric is not names else metrics[2])
+                cell_edits = {"resid_pre": mj.Replace(value, mj.Where(layer=layer, pos=pos))}
+                alone = loop(model, tokens, cell_edits, metric if metric is not names else metrics[2])
                 assert error(result.values[i, j], alone) < TOLERANCE
     # one that reads elsewhere than it says finds nothing there, and not what stands in the base
     with pytest.warns(UserWarning, match=r"not finite in 6 of 6 cells, the first of them layer=0, pos=0"):
@@ -240,9 +240,9 @@ def test_every_cell_is_computed_once_in_chunks_that_hold_it(count, starts, seed,
     assert rows * 10 + cells * 5 <= 10**6
     seen = []
     for number in range(len(order.bounds) - 1):
-        own, chunk = chunk_of(todo, order, number)
+        members, chunk = chunk_of(todo, order, number)
         fresh = order.order[order.bounds[number] : order.bounds[number + 1]]
-        assert len(own) == cells and len(chunk.rows.cell) == rows and len(fresh)
+        assert len(members) == cells and len(chunk.rows.cell) == rows and len(fresh)
         assert chunk.start == todo.start[fresh].min()
         assert (chunk.rows.place >= 0).sum() == todo.rows()[fresh].sum() <= rows
         in_slot = chunk.rows.slot[chunk.rows.cell, chunk.rows.example, chunk.rows.within][
@@ -358,14 +358,14 @@ def test_devices_share_the_chunks_and_give_the_same_numbers(model, monkeypatch):
 
     tokens, value = batch("left"), captured(model, "z")
     edits = {"z": mj.Replace(value, mj.grid(layer=range(3), head=range(4), pos=range(4)))}
-    one = len(IDS) * 6 * row_bytes(model, cells_of(edits).edits) + 2 * cell_bytes(model, tokens, {"m": METRIC})
-    alone = swept(model, tokens, edits, memory=3 * one)
+    cell_memory = len(IDS) * 6 * row_bytes(model, cells_of(edits).edits) + 2 * cell_bytes(model, tokens, {"m": METRIC})
+    alone = swept(model, tokens, edits, memory=3 * cell_memory)
     assert len(jax.devices()) == 8
     mesh = jax.make_mesh((8,), ("cells",))
     given = []
     original = module._chunks
     monkeypatch.setattr(module, "_chunks", lambda *arguments: given.append(arguments) or original(*arguments))
-    assert (swept(model, tokens, edits, memory=3 * one, mesh=mesh).values == alone.values).all()
+    assert (swept(model, tokens, edits, memory=3 * cell_memory, mesh=mesh).values == alone.values).all()
     program = original.lower(*given[0]).compile().compiled.as_text()
     assert "num_partitions=8" in program  # and none of them waits for another
     assert not re.search(r"all-reduce|all-gather|all-to-all|reduce-scatter|collective", program)
@@ -377,7 +377,7 @@ def test_devices_share_the_chunks_and_give_the_same_numbers(model, monkeypatch):
         lambda x: x if x is W_in else jax.device_put(x, jax.sharding.NamedSharding(both, jax.sharding.PartitionSpec())),
         sharded,
     )
-    assert error(swept(sharded, tokens, edits, memory=3 * one, mesh=both), alone) < TOLERANCE
+    assert error(swept(sharded, tokens, edits, memory=3 * cell_memory, mesh=both), alone) < TOLERANCE
 
 
 def test_the_estimate_bounds_what_the_program_takes():
@@ -401,9 +401,9 @@ def test_the_estimate_bounds_what_the_program_takes():
             todo = work(model, tokens, cells, read, metric is seen)
             each = row_bytes(model, cells.edits), cell_bytes(model, tokens, metrics)
             order = plan(todo, capacity(todo, Shape.of(model.causal, cells), *each, 2**28, 2048, specialise=False))
-            own, chunk = chunk_of(todo, order, 0)
+            members, chunk = chunk_of(todo, order, 0)
             kept = module.kept_base(model, tokens, {}, metrics)[1]
-            args = (model, tokens, kept, metrics, read, cells.stacked, chunk, *cells.take_split(own))
+            args = (model, tokens, kept, metrics, read, cells.stacked, chunk, *cells.take_split(members))
             taken = module._chunk.lower(*args).compile().compiled.memory_analysis().temp_size_in_bytes
             assert (
                 (order.size.rows * each[0] + order.size.cells * each[1]) / 10

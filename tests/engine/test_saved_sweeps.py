@@ -55,8 +55,8 @@ def job():
 def test_a_folder_is_refused_to_another_job(job, tmp_path):
     given, run = job
     first = run(save=tmp_path / "sweep")
-    told = json.loads((tmp_path / "sweep/job.json").read_text())
-    assert told["labels"] == {"layer": [0, 1], "head": [0, 1]} and told["metrics"] == ["logit"]
+    record = json.loads((tmp_path / "sweep/job.json").read_text())
+    assert record["labels"] == {"layer": [0, 1], "head": [0, 1]} and record["metrics"] == ["logit"]
     assert (run(save=tmp_path / "sweep").values == first.values).all()
     others = {
         "model": jax.tree.map(lambda x: 2 * x, given["model"]),

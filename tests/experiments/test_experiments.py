@@ -121,9 +121,9 @@ def test_causal_tracing_writes_what_it_measures(tmp_path, monkeypatch, capsys):
     model, tokenizer = word_tokenizer([fact.prompt + fact.object for fact in chosen])
     last = [mj.run(model, tokenizer([fact.prompt])).logits[0, -1] for fact in chosen]
     ids, rounding = [logits.argmax() for logits in last], 1e-6 * max(float(abs(logits).max()) for logits in last)
-    told = [fact._replace(object=" " + tokenizer.decode([int(i)])) for fact, i in zip(chosen, ids)]
+    known_facts = [fact._replace(object=" " + tokenizer.decode([int(i)])) for fact, i in zip(chosen, ids)]
     monkeypatch.setattr(mj, "load", lambda source: (model, tokenizer))
-    monkeypatch.setattr(causal_tracing, "FACTS", told)
+    monkeypatch.setattr(causal_tracing, "FACTS", known_facts)
     settings = causal_tracing.Settings(facts=3, single=1, draws=2, window=1, out=tmp_path / "out")
     results = causal_tracing.main(settings)
     names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
@@ -159,10 +159,10 @@ def test_attribution_vs_patching_writes_what_it_measures(tmp_path, monkeypatch, 
         < 1e-4
     )
     record = json.loads((tmp_path / "out/record.json").read_text())
-    told = record["tasks"]["indirect objects"]["fit"]["z"]["AtP"]
+    fit = record["tasks"]["indirect objects"]["fit"]["z"]["AtP"]
     exact, estimate = (results[f"indirect objects.z.{which}"].values.ravel() for which in ("exact", "AtP"))
-    assert abs(told["r"] - np.corrcoef(exact, estimate)[0, 1]) < 1e-6
-    assert abs(told["slope"] - np.polyfit(exact, estimate, 1)[0]) < 1e-6
+    assert abs(fit["r"] - np.corrcoef(exact, estimate)[0, 1]) < 1e-6
+    assert abs(fit["slope"] - np.polyfit(exact, estimate, 1)[0]) < 1e-6
     assert "residual stream: r" in capsys.readouterr().out
     with pytest.raises(ValueError, match="of the 36 capitals"):
         capitals.make(model, tokenizer, 37)

@@ -49,7 +49,7 @@ def places(site, config):
     from mijax.model.sites import SELECTS
 
     fields = [SELECTS[axis] for axis in mj.SITES[site].axes]
-    one = st.fixed_dictionaries({f: index(sizes[f]) for f in fields if f != "unit"})
+    single = st.fixed_dictionaries({f: index(sizes[f]) for f in fields if f != "unit"})
     zipped = st.fixed_dictionaries(
         {f: st.lists(index(sizes[f]), min_size=3, max_size=3) for f in fields if f not in ("batch", "unit")}
     )
@@ -61,7 +61,13 @@ def places(site, config):
     last = st.fixed_dictionaries(
         {"unit" if "unit" in fields else fields[-1]: st.lists(index(4), min_size=2, max_size=2)}
     )
-    return {"one": one, "zipped": zipped, "per example": per_example, "some of the last axis": last, "all": st.just({})}
+    return {
+        "one": single,
+        "zipped": zipped,
+        "per example": per_example,
+        "some of the last axis": last,
+        "all": st.just({}),
+    }
 
 
 # Every site with one edit, every edit at one site of each kind (they know nothing of each other but shapes).
@@ -91,12 +97,12 @@ def test_an_edit_does_what_the_loop_does(name, site):
             value = np.abs(value) + 0.5 if site == "ln1.scale" else value
             logits = run(jnp.asarray(value), mj.Where(**where))
             for i in range(3):
-                own = example(value, site, tokens, i)
+                operand = example(value, site, tokens, i)
 
-                def hook(at, layer, x, i=i, own=own, where=where):
+                def hook(at, layer, x, i=i, operand=operand, where=where):
                     if at != site:
                         return x
-                    new = theirs(x, own if layer is None else own[layer], basis)
+                    new = theirs(x, operand if layer is None else operand[layer], basis)
                     return np.where(selected(where, site, layer, i, x.shape, model.config.n_layers), new, x)
 
                 expected = forward(model, np.asarray(tokens.ids)[i, real(tokens, i)], hook)
@@ -254,8 +260,8 @@ def test_narrowed_captures_take_the_memory_that_they_keep():
         jax.jit(lambda m, i: mj.run(m, i, capture=capture).acts["z"]).lower(model, ids).compile().memory_analysis()
     )
     size = lambda capture: run(capture).output_size_in_bytes + run(capture).temp_size_in_bytes
-    one = 4 * 64 * 16 * 4  # bytes of one layer
-    assert size(("z",)) - size({"z": mj.Where(layer=[3])}) > 30 * one
+    layer_bytes = 4 * 64 * 16 * 4  # bytes of one layer
+    assert size(("z",)) - size({"z": mj.Where(layer=[3])}) > 30 * layer_bytes
 
 
 @pytest.mark.parametrize("site", ["q", "v", "z", "result", "k_input"])

@@ -50,7 +50,7 @@ def test_vmap_over_where_value_prompt_parameters_and_all_of_them(model, source):
     everything = (models, prompts, values, layers, heads)
     fixed = (model, tokens, source, layers[1], heads[1])
     for case, axes in cases.items():
-        given = [whole if axis == 0 else one for axis, whole, one in zip(axes, everything, fixed)]
+        given = [whole if axis == 0 else single for axis, whole, single in zip(axes, everything, fixed)]
         together = jax.jit(jax.vmap(patched, in_axes=axes))(*given)
         alone = [patched(*[pick(g, i) if axis == 0 else g for axis, g in zip(axes, given)]) for i in range(4)]
         assert error(together, jnp.stack(alone)) < 1e-10, case
@@ -142,13 +142,13 @@ def test_9_a_plain_run_compiles_to_the_work_of_a_plain_forward():
     model = random_model(ARCHITECTURES["gpt2"], dtype=jnp.float32)
 
     def products(jaxpr):
-        own = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
+        count = sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
         inner = [
             p
             for eqn in jaxpr.eqns
             for p in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"))
         ]
-        return own + sum(products(getattr(p, "jaxpr", p)) for p in inner if hasattr(p, "eqns") or hasattr(p, "jaxpr"))
+        return count + sum(products(getattr(p, "jaxpr", p)) for p in inner if hasattr(p, "eqns") or hasattr(p, "jaxpr"))
 
     plain = jax.make_jaxpr(lambda ids: mj.run(model, ids).readout.final)(jnp.asarray(IDS))
     assert products(plain.jaxpr) == 8  # q k v scores z result-sum in out

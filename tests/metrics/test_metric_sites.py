@@ -151,13 +151,13 @@ def test_6_attribution_of_activations_is_the_gradient_of_a_gate(x64, name, metho
     model, base, source = random_model(ARCHITECTURES[name]), batch("left"), batch("left", (IDS + 5) % 19)
     sites = ("embed", "q", "z", "mlp_out")
     both = {"clean": source, "corrupted": base, "metric": METRICS, "progress": False}
-    found = mj.attribute(model, sites={site: ("pos",) for site in sites}, method=method, **both)
+    result = mj.attribute(model, sites={site: ("pos",) for site in sites}, method=method, **both)
     acts = mj.run(model, source, capture=sites).acts
     for metric, function in METRICS.items():
         at_base = value(model, base, function)
         assert (
-            error(found.base.sel(metric=metric), at_base) < 1e-10
-            and error(found.source.sel(metric=metric), value(model, source, function)) < 1e-10
+            error(result.base.sel(metric=metric), at_base) < 1e-10
+            and error(result.source.sel(metric=metric), value(model, source, function)) < 1e-10
         )
         if not isinstance(method, mj.AtP):
             continue
@@ -174,18 +174,18 @@ def test_6_attribution_of_activations_is_the_gradient_of_a_gate(x64, name, metho
             slope = slopes[site].reshape(base.ids.shape)
             for example, n in enumerate(np.asarray(base.lengths)):
                 expected = np.asarray(slope)[example, -n:]
-                given = found[site].sel(metric=metric).values[:n, example] - np.asarray(at_base)[example]
+                given = result[site].sel(metric=metric).values[:n, example] - np.asarray(at_base)[example]
                 assert np.abs(given - expected).max() < 1e-10 * max(1.0, np.abs(expected).max()), (metric, site)
 
 
 def test_gradients_and_prompts_apart(x64):
     model, tokens = random_model(ARCHITECTURES["llama_gqa"]), batch("left")
     probe = METRICS["probe"]
-    found = mj.gradients(model, tokens, probe, ("resid_pre",))
-    along = np.random.default_rng(0).normal(size=found.acts["resid_pre"].shape)
+    gradients = mj.gradients(model, tokens, probe, ("resid_pre",))
+    along = np.random.default_rng(0).normal(size=gradients.acts["resid_pre"].shape)
     step = lambda h: value(model, tokens, probe, {"resid_pre": mj.Add(h * along)})
     finite = (step(1e-6) - step(-1e-6)) / 2e-6
-    slope = jnp.einsum("lbpd,lbpd->b", found.grads["resid_pre"], along)
+    slope = jnp.einsum("lbpd,lbpd->b", gradients.grads["resid_pre"], along)
     assert error(slope, finite) < 1e-6
     split = mj.metrics.Function(probe.function, probe.sites, per_example=True)
     swept = lambda metric, **how: mj.sweep(

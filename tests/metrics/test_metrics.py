@@ -87,11 +87,11 @@ def test_logits_are_computed_where_they_are_asked_for():
     assert error(readout.logits(pos=-1), last) < 1e-10
     assert error(readout.logits(pos=-1, tokens=[3, 4]), last[:, [3, 4]]) < 1e-10
     assert error(readout.logits(pos=-1, tokens=5), last[:, 5]) < 1e-10
-    own = np.array([[1, 2], [3, 4], [5, 6]])
-    assert error(readout.logits(pos=-1, tokens=own), np.take_along_axis(last, own, 1)) < 1e-10
+    ids = np.array([[1, 2], [3, 4], [5, 6]])
+    assert error(readout.logits(pos=-1, tokens=ids), np.take_along_axis(last, ids, 1)) < 1e-10
     several = np.stack([at(whole, tokens, p) for p in (0, -1)], axis=1)
     assert error(readout.logits(pos=[0, -1]), several) < 1e-10
-    assert error(readout.logits(pos=[[0, -1]] * 3, tokens=own), np.take_along_axis(several, own[:, None], 2)) < 1e-10
+    assert error(readout.logits(pos=[[0, -1]] * 3, tokens=ids), np.take_along_axis(several, ids[:, None], 2)) < 1e-10
     assert error(on_real(readout.logits(tokens=[2]), tokens), on_real(whole[..., [2]], tokens)) < 1e-10
 
 

@@ -42,10 +42,10 @@ def test_equal_experts_are_one_mlp(x64, normalise):
     x = acts["ln2.normalized"] * model.blocks.ln2.weight[:, None, None]
     W_in, W_gate, W_out, b_in, b_gate, b_out = (w[:, 0] for w in at(model))
     affine = lambda x, W, b: jnp.einsum("lbpi,lio->lbpo", x, W) + b[:, None, None]
-    one = affine(jax.nn.silu(affine(x, W_gate, b_gate)) * affine(x, W_in, b_in), W_out, b_out)
-    assert error(acts["mlp_out"], one * jnp.sum(acts["expert_weights"], axis=-1, keepdims=True)) < 1e-10
+    output = affine(jax.nn.silu(affine(x, W_gate, b_gate)) * affine(x, W_in, b_in), W_out, b_out)
+    assert error(acts["mlp_out"], output * jnp.sum(acts["expert_weights"], axis=-1, keepdims=True)) < 1e-10
     if normalise:
-        assert error(acts["mlp_out"], one) < 1e-10
+        assert error(acts["mlp_out"], output) < 1e-10
 
 
 @pytest.mark.parametrize("n, top_k, pos", [(3, 1, 7), (8, 2, 200), (16, 3, 111), (5, 5, 40), (2, 2, 1)])

@@ -66,8 +66,8 @@ def test_an_edit_at_every_site_acts_as_in_the_reference(name, padding):
         edited = logits(jnp.asarray(row), model)
         for i in range(3):
             columns = real(tokens, i)
-            own = example(noise[site], site, tokens, i)
-            add = lambda s, layer, x, site=site, own=own: x + (own if layer is None else own[layer]) if s == site else x
+            dx = example(noise[site], site, tokens, i)
+            add = lambda s, layer, x, site=site, dx=dx: x + (dx if layer is None else dx[layer]) if s == site else x
             expected = forward(model, np.asarray(tokens.ids)[i, columns], add)
             assert error(edited[i, columns], expected) < 1e-10, site
             assert error(edited[i, columns], plain[i, columns]) > 1e-6, f"{site} has no effect"

@@ -135,9 +135,9 @@ def test_recomputed_and_batched_over_models(model):
     both = eqx.filter_vmap(lambda m: mj.run(m, tokens).logits)(stack)
     assert error(on_real(both[0], tokens), on_real(plain, tokens)) < 1e-10
     assert error(on_real(both[1], tokens), on_real(mj.run(other, tokens).logits, tokens)) < 1e-10
-    one = mj.attribute(model, **BOTH, sites={"z": None}, metric=METRIC, verify=None)["z"]
+    whole = mj.attribute(model, **BOTH, sites={"z": None}, metric=METRIC, verify=None)["z"]
     tight = mj.attribute(model, **BOTH, sites={"z": None}, metric=METRIC, verify=None, memory=2**17)["z"]
-    np.testing.assert_allclose(one.values, tight.values, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(whole.values, tight.values, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("function", ["fold_norms", "fold_value_biases"])

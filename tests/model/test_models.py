@@ -103,9 +103,9 @@ def test_12_a_spliced_dictionary_changes_nothing_and_its_features_are_captured(x
 def test_2_and_7_features_are_edited_as_any_site_is(x64, name):
     model, wrapped = spliced(name)
     tokens = batch("left")
-    own = mj.run(wrapped, tokens, capture=("features.2",))
-    same = mj.run(wrapped, tokens, {"features.2": mj.Replace(own.acts["features.2"])})
-    assert error(on_real(same.logits, tokens), on_real(own.logits, tokens)) < 1e-10
+    reference = mj.run(wrapped, tokens, capture=("features.2",))
+    same = mj.run(wrapped, tokens, {"features.2": mj.Replace(reference.acts["features.2"])})
+    assert error(on_real(same.logits, tokens), on_real(reference.logits, tokens)) < 1e-10
     edits = {"features.0": mj.Scale(0.0, mj.Where(unit=[1, 3], pos=-1))}
     edited, captured = mj.run(wrapped, tokens, edits), mj.run(wrapped, tokens, edits, capture=("features.0",))
     last = np.asarray(tokens.positions) == np.asarray(tokens.lengths)[:, None] - 1
@@ -132,8 +132,8 @@ def test_5_a_sweep_of_features_is_a_loop_of_runs(x64, name):
     for unit, (i, pos) in ((u, p) for u in range(7) for p in enumerate((0, -1))):
         edits = {"features.0": mj.Add(0.7, mj.Where(unit=unit, pos=pos))}
         out = mj.run(wrapped, tokens, edits, capture={"features.2": mj.Where(pos=-1), "z": None})
-        for metric, own in metrics.items():
-            assert error(swept[metric].values[unit, i], own(out)) < 1e-10
+        for metric, function in metrics.items():
+            assert error(swept[metric].values[unit, i], function(out)) < 1e-10
     other = batch("right", (IDS + 5) % 19)
     both = {"clean": other, "corrupted": tokens, "metric": METRIC, "progress": False}
     patched = mj.patch(wrapped, site="features.2", over=("unit",), **both)
@@ -149,15 +149,15 @@ def test_6_features_are_attributed(x64, name, site):
     model, wrapped = spliced(name)
     base, source, layer = batch("left"), batch("left", (IDS + 5) % 19), int(site[-1])
     both = {"clean": source, "corrupted": base, "metric": METRIC, "progress": False}
-    found = mj.attribute(wrapped, sites={site: ("pos", "unit"), "z": ("layer", "head")}, **both)
+    result = mj.attribute(wrapped, sites={site: ("pos", "unit"), "z": ("layer", "head")}, **both)
     acts = mj.run(wrapped, source, capture=(site,)).acts[site]
     moved = lambda gate: by_hand(model, wrapped, base, layer, lambda f: f + gate * (acts - f))
     slope = jax.grad(lambda gate: jnp.sum(METRIC(moved(gate))))(jnp.zeros(acts.shape))
     for example, n in enumerate(np.asarray(base.lengths)):
-        given = found[site].values[:n, :, example] - found.base.values[example]
+        given = result[site].values[:n, :, example] - result.base.values[example]
         assert np.abs(given - slope[example, -n:]).max() < 1e-10 * np.abs(slope).max()
     plain = mj.attribute(model, sites={"z": ("layer", "head")}, **both)
-    assert error(found.z, plain.z) < 1e-10
+    assert error(result.z, plain.z) < 1e-10
     whole = mj.attribute(wrapped, sites={site: ("pos",)}, method=mj.IntegratedGradients(8), **both)
     replaced = METRIC(mj.run(wrapped, base, {site: mj.Replace(acts)}))
     total = (whole[site] - whole.base).sum(

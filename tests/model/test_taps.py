@@ -80,7 +80,7 @@ def test_a_tap_works_in_vmap_grad_jit_and_shard_map(x64):
     loop = [value(f) for f in factors]
     many = jax.jit(jax.vmap(value))(factors)
     for i in range(2):
-        assert error(many[i], jnp.stack([one[i] for one in loop])) < 1e-10
+        assert error(many[i], jnp.stack([pair[i] for pair in loop])) < 1e-10
     slope = jax.grad(lambda f: jnp.sum(value(f)[0]))(jnp.float64(1.0))
     finite = (jnp.sum(value(jnp.float64(1 + 1e-6))[0]) - jnp.sum(value(jnp.float64(1 - 1e-6))[0])) / 2e-6
     assert abs(slope - finite) < 1e-6 * abs(finite)
@@ -254,6 +254,6 @@ def test_a_tap_that_cannot_be_one_is_refused(what):
 @pytest.mark.parametrize("missing", ["at", "sites"])
 def test_a_tap_without_a_method_cannot_be_made(missing):
     there = {"at": lambda self, point, x, state: (x, state), "sites": frozenset({"z"})}
-    incomplete = type("Incomplete", (mj.Tap,), {name: own for name, own in there.items() if name != missing})
+    incomplete = type("Incomplete", (mj.Tap,), {name: value for name, value in there.items() if name != missing})
     with pytest.raises(TypeError, match=missing):
         incomplete()

@@ -28,8 +28,8 @@ def stream(model, tokens, *ranges, grouped=None):
 
     means, weights = 0.0, jnp.arange(1.0, 1 + model.n_layers)
     for how in ranges:
-        x, own = model.walk(body, x, weights, **how)
-        means += own
+        x, part = model.walk(body, x, weights, **how)
+        means += part
     return model.final(x, frame, Nothing(), None)[0], means
 
 
@@ -52,8 +52,8 @@ def test_walking_a_range_and_then_the_next_is_walking_both(x64, name):
     whole, means = value(model, None)
     slope = lambda at: flat(eqx.filter_grad(lambda m: value(m, at)[0])(model))
     for at in (0, 1, 2, 3):
-        there, own = value(model, jnp.int32(at))
-        assert abs(there - whole) < 1e-10 * abs(whole) and error(own, means) < 1e-10
+        there, split_means = value(model, jnp.int32(at))
+        assert abs(there - whole) < 1e-10 * abs(whole) and error(split_means, means) < 1e-10
     assert error(slope(jnp.int32(2)), slope(None)) < 1e-10
 
 

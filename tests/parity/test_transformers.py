@@ -95,8 +95,8 @@ def test_smollm2_tokenizer(theirs, smollm2):
     for prompt in (True, False):
         rendered = theirs[1].apply_chat_template(conversation, tokenize=False, add_generation_prompt=prompt)
         assert smollm2[1].render(conversation, prompt=prompt) == rendered
-        own = smollm2[1].chat([conversation], prompt=prompt)
-        assert own.ids[0].tolist() == theirs[1](rendered)["input_ids"]
+        tokens = smollm2[1].chat([conversation], prompt=prompt)
+        assert tokens.ids[0].tolist() == theirs[1](rendered)["input_ids"]
     assert smollm2[1]("in 1822").strings[0] == ["in", " ", "1", "8", "2", "2"]
 
 

@@ -171,8 +171,8 @@ class Recorded:
             shared = path == "ln2" and c.shared_norm
             path = "ln1" if shared else path
             norm = getattr(self.ours.blocks, path)
-            one = type(norm)(norm.weight[layer], None if norm.bias is None else norm.bias[layer])
-            return self._norm(at(f"blocks.{path}.weight"), one, what)
+            layer_norm = type(norm)(norm.weight[layer], None if norm.bias is None else norm.bias[layer])
+            return self._norm(at(f"blocks.{path}.weight"), layer_norm, what)
         if name in ("q", "k", "v"):
             path = f"blocks.attn.W_{name.upper()}"
             return self.of_tokens(self.arranged(path, self.flat(self.outputs[at(path)])))

@@ -74,8 +74,8 @@ def _attention(c, blocks, p, at, x, layer):
         copies = at(f"{name}_input", np.repeat(x[:, None], heads, axis=1))
         per_head = []
         for h in range(heads):
-            own = normed if np.array_equal(copies[:, h], x) else ln1(copies[:, h])
-            per_head.append(own @ p(W)[:, h] + (0 if b is None else p(b)[h]))
+            head_input = normed if np.array_equal(copies[:, h], x) else ln1(copies[:, h])
+            per_head.append(head_input @ p(W)[:, h] + (0 if b is None else p(b)[h]))
         projected[name] = at(name, np.stack(per_head, axis=1))
     q, k, v = projected["q"], projected["k"], projected["v"]
     if c.qk_norm != "none":

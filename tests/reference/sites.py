@@ -39,8 +39,8 @@ def compared(family, theirs, ours) -> dict[str, tuple[str, float]]:
         elif (
             name == "attn_scores" and ours.config.positions == "alibi"
         ):  # of which transformers adds a number to each query's
-            own = lambda x: x - np.diagonal(x, axis1=-2, axis2=-1)[..., None]
-            given, reference, where = own(given), own(reference), seen[name]
+            relative = lambda x: x - np.diagonal(x, axis1=-2, axis2=-1)[..., None]
+            given, reference, where = relative(given), relative(reference), seen[name]
         else:
             where = seen[name]
         assert given.shape == reference.shape, (name, given.shape, reference.shape)

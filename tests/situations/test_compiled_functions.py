@@ -131,8 +131,8 @@ def test_the_numbers_of_the_readme_do_not_warn_where_they_are_arrays():
     ],
 )  # fmt: skip
 def test_programs_that_differ_are_two(pair):
-    one, other = (convert(function, X).program for function in pair)
-    assert one is not other and one is convert(pair[0], X).program
+    program, other = (convert(function, X).program for function in pair)
+    assert program is not other and program is convert(pair[0], X).program
 
 
 def test_names_and_unused_arrays_make_no_other_program():

@@ -56,38 +56,38 @@ def test_the_same_call_twice_tells_the_same_memory():
     run = lambda: mj.sweep(
         model, ids, {"z": mj.Scale(0.0, mj.grid(layer=[0], head=range(4)))}, mj.metrics.logit(3), progress=False
     )
-    told = [{name: value for name, value in run().attrs.items() if name.startswith("memory")} for _ in range(2)]
-    assert told[0] == told[1] and set(told[0]) == {"memory_estimate"}  # no CPU counts what a program took
-    assert told[0]["memory_estimate"] > 2**24
+    attrs = [{name: value for name, value in run().attrs.items() if name.startswith("memory")} for _ in range(2)]
+    assert attrs[0] == attrs[1] and set(attrs[0]) == {"memory_estimate"}  # no CPU counts what a program took
+    assert attrs[0]["memory_estimate"] > 2**24
 
 
 def test_attribution_and_training_tell_no_peak_that_nobody_measured():
     model = mj.init(mj.Config(n_layers=1, d_model=256, n_heads=2, d_vocab=11, n_ctx=64), jax.random.key(0))
     ids = np.arange(16 * 64).reshape(16, 64) % 11
-    found = mj.attribute(
+    attributed = mj.attribute(
         model, clean=ids, corrupted=(ids + 1) % 11, sites=("pattern",), metric=mj.metrics.logit(3), progress=False
     )
     toy = lambda: superposition.Toy(superposition.relu_output(600, 2), superposition.sparse(600, 0.1))
     trained = superposition.train(toy, {"seed": range(2)}, steps=1, batch=16_384, judged_on=1, progress=False)
-    for result in (found, trained):
+    for result in (attributed, trained):
         assert result.attrs["memory_estimate"] > 2**24 and "memory_peak" not in result.attrs
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "expected"),
     [
         ({}, {}, None),
         ({"bytes_in_use": 10, "peak_bytes_in_use": 15}, {"bytes_in_use": 11, "peak_bytes_in_use": 90}, 80),
         ({"bytes_in_use": 10, "peak_bytes_in_use": 90}, {"bytes_in_use": 11, "peak_bytes_in_use": 90}, None),
     ],
 )
-def test_a_device_that_counts_tells_a_peak_where_this_call_reached_it(monkeypatch, before, after, told):
+def test_a_device_that_counts_tells_a_peak_where_this_call_reached_it(monkeypatch, before, after, expected):
     """The count never falls: where it was higher before, nobody knows how much the call took."""
     counts = iter([before, after])
     monkeypatch.setattr(memory, "_device_memory", lambda: next(counts))
     with memory.PeakMemory() as peak:
         pass
-    assert peak.taken == told
+    assert peak.taken == expected
 
 
 def mixing(out):

@@ -95,13 +95,13 @@ def test_a_basis_that_could_be_one_per_layer_or_one_per_head():
     ):
         mj.run(square, THREE, {"z": mj.Project(bases)})
     clean = np.asarray(mj.run(square, THREE, capture=("z",)).acts["z"][0])
-    for full, own in (
+    for full, per_head in (
         (bases[:, None], bases[[0, 0]]),
         (bases[None], bases),
     ):  # the first layer's basis for both heads; each head's
         z = np.asarray(mj.run(square, THREE, {"z": mj.Project(full)}, capture=("z",)).acts["z"][0])
         for head in range(2):
-            x, b = clean[:, :, head], own[head, 0]
+            x, b = clean[:, :, head], per_head[head, 0]
             assert np.allclose(z[:, :, head], x - (x @ b)[..., None] * b / (b @ b), atol=1e-6)
     with refused(
         ValueError,

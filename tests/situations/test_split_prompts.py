@@ -65,11 +65,11 @@ def split_and_whole(model, call, together=3):
 def same(part, whole):
     """Equal to the rounding of float64, NaN at the same places."""
     for name in whole.data_vars if hasattr(whole, "data_vars") else [None]:
-        own, other = (result if name is None else result[name] for result in (part, whole))
-        assert own.dims == other.dims and own.dtype == other.dtype == np.float64
+        array, other = (result if name is None else result[name] for result in (part, whole))
+        assert array.dims == other.dims and array.dtype == other.dtype == np.float64
         for of in (lambda result: result, *(lambda r, c=c: r[c] for c in ("base", "source") if c in other.coords)):
-            assert (np.isnan(of(own).values) == np.isnan(of(other).values)).all()
-            assert error(np.nan_to_num(of(own).values), np.nan_to_num(of(other).values)) < 1e-10
+            assert (np.isnan(of(array).values) == np.isnan(of(other).values)).all()
+            assert error(np.nan_to_num(of(array).values), np.nan_to_num(of(other).values)) < 1e-10
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -82,8 +82,8 @@ def test_a_trace_of_groups_gives_what_one_batch_gives(model):
     call = lambda model, **kw: mj.trace(
         model, prompts(), subject=[[0, 1]] * 7, answer=known, draws=2, window=2, severed=None, site="mlp_out", **kw
     )
-    one = bytes_of_one(lambda memory: call(model, memory=memory, progress=False))
-    same(call(model, memory=4 * one, progress=False), call(model, progress=False))
+    prompt_bytes = bytes_of_one(lambda memory: call(model, memory=memory, progress=False))
+    same(call(model, memory=4 * prompt_bytes, progress=False), call(model, progress=False))
 
 
 def edited(value, vector):
@@ -217,8 +217,8 @@ def test_an_error_names_the_prompt_among_all(model):
         metric=mj.metrics.logit(answers),
         **kw,
     )
-    one = bytes_of_one(run)
-    for memory in (3 * one, 100 * one):
+    prompt_bytes = bytes_of_one(run)
+    for memory in (3 * prompt_bytes, 100 * prompt_bytes):
         with refused(ValueError, "metric 'logit' is nan on the source run of example 5"):
             run(memory=memory, progress=False)
 
@@ -235,8 +235,8 @@ def test_groups_share_one_program(model, monkeypatch):
                         metric=mj.metrics.log_prob(answers), progress=False, **kw)  # fmt: skip
 
     memory = 2 * bytes_of_one(lambda memory: run(IDS, ANSWERS[0], memory=memory))
-    found = run(IDS, ANSWERS[0], memory=memory)
-    assert found.attrs["prompts_together"] == 2 and traces == [1]
+    result = run(IDS, ANSWERS[0], memory=memory)
+    assert result.attrs["prompts_together"] == 2 and traces == [1]
     with compilations() as seen:
         run(IDS[::-1] * MASK, ANSWERS[1], memory=memory)
     assert seen == [] and traces == [1]

@@ -90,8 +90,8 @@ def test_a_run_that_failed_is_no_position_that_a_prompt_lacks(x64, tmp_path):
             right = np.nan if failed else effect.mean() / scale.mean()
             np.testing.assert_allclose(shares.values[layer, pos], right, rtol=1e-9, err_msg=f"{layer} {pos}")
             assert np.isnan(bounds.values[:, layer, pos]).all() == (failed or has.sum() < 2)
-            one = mj.normalise(part.sel(layer=layer, pos=pos))
-            np.testing.assert_array_equal(one, shares.values[layer, pos])
+            share = mj.normalise(part.sel(layer=layer, pos=pos))
+            np.testing.assert_array_equal(share, shares.values[layer, pos])
     assert n_failed >= 2
 
 
@@ -249,8 +249,8 @@ def test_one_prompt_selected_from_a_result_says_how_to_keep_it(statistic):
 )
 def test_cells_that_are_not_finite_are_told_once(x64, recwarn, edit, count, place):
     r = mj.sweep(small_model(), IDS, {"mlp_out": edit(mj.grid(layer=[0, 1]))}, METRIC, progress=False)
-    told = [str(w.message) for w in recwarn.list]
-    assert len(told) == 1 and f"not finite in {count} of 2 cells, the first of them {place}" in told[0]
+    messages = [str(w.message) for w in recwarn.list]
+    assert len(messages) == 1 and f"not finite in {count} of 2 cells, the first of them {place}" in messages[0]
     assert (~np.isfinite(r.values)).all(axis=1).sum() == count
 
 
@@ -276,11 +276,11 @@ def test_a_float64_model_gives_float64_results(x64):
         np.abs(patched.values / expected - 1).max() < 1e-12
         and np.abs(patched.base.values / loop(model, {}) - 1).max() < 1e-12
     )
-    found = mj.attribute(
+    estimates = mj.attribute(
         model, clean=OTHERS, corrupted=IDS, sites={"z": ("layer",)}, metric=METRIC, verify=mj.Verify(3), progress=False
     )
-    assert {found[name].dtype for name in ("z", "z.exact", "base", "source")} == {np.dtype(np.float64)}
-    assert np.abs(found["z.exact"].values / expected - 1).max() < 1e-12
+    assert {estimates[name].dtype for name in ("z", "z.exact", "base", "source")} == {np.dtype(np.float64)}
+    assert np.abs(estimates["z.exact"].values / expected - 1).max() < 1e-12
     traced = mj.mediate(model, base=IDS, source=OTHERS, site="z", over=("layer",), metric=METRIC, progress=False)
     assert {variable.dtype for variable in traced.data_vars.values()} == {np.dtype(np.float64)}
 
@@ -404,11 +404,11 @@ def test_one_metric_of_several():
     result = two_metrics()
     flips = mj.sign_flips(result, draws=9)
     for name in ("diff", "prob"):
-        one = result[name]
-        effects = ((one - result[f"base.{name}"]) / (result[f"source.{name}"] - result[f"base.{name}"]).mean()).mean(
+        array = result[name]
+        effects = ((array - result[f"base.{name}"]) / (result[f"source.{name}"] - result[f"base.{name}"]).mean()).mean(
             "batch"
         )
-        for same in (one, one.stack(cell=("layer", "head")).unstack("cell").transpose(*one.dims)):
+        for same in (array, array.stack(cell=("layer", "head")).unstack("cell").transpose(*array.dims)):
             assert np.allclose(mj.normalise(same), effects, atol=1e-5)
-        assert np.allclose(mj.sign_flips(one - result[f"base.{name}"], draws=9).t, flips[f"{name}.t"], atol=1e-5)
-        assert np.allclose(mj.normalise(one.mean("head")), effects.mean("head"), atol=1e-5)
+        assert np.allclose(mj.sign_flips(array - result[f"base.{name}"], draws=9).t, flips[f"{name}.t"], atol=1e-5)
+        assert np.allclose(mj.normalise(array.mean("head")), effects.mean("head"), atol=1e-5)

@@ -42,14 +42,14 @@ def test_every_study_is_run_here_and_gathered():
 def test_a_study_leaves_data_figures_and_claims(name, tmp_path):
     """Claims are judged by what was found: at these sizes most do not hold, and the record says so."""
     module = importlib.import_module(f"experiments.superposition.{name}")
-    found = module.main(module.Settings(out=tmp_path / name, **TINY[name]))
+    results = module.main(module.Settings(out=tmp_path / name, **TINY[name]))
     record = json.loads((tmp_path / name / "record.json").read_text())
     assert record["settings"]["scale"] == "small" and record["claims"]
     for claim in record["claims"]:
         assert set(claim) == {"claim", "expected", "found", "holds"}
         within(claim)
     with xr.open_dataset(tmp_path / name / "results.nc") as saved:
-        assert set(saved) == set(found) and all(np.isfinite(found[v].values).any() for v in found)
+        assert set(saved) == set(results) and all(np.isfinite(results[v].values).any() for v in results)
     figures = list((tmp_path / name).glob("*.png"))
     assert figures and all(f.read_bytes().startswith(b"\x89PNG") for f in figures)
     assert re.search(r"\d{4}", module.__doc__) and f"python -m experiments.superposition.{name}" in module.__doc__

@@ -55,8 +55,8 @@ def test_samples_have_the_patterns_that_are_listed(kind):
     assert x.shape == (data.n, count) and abs(float(probability.sum()) - 1) < 1e-6
     seen = (x != 0).T
     for row, p in zip(active, np.asarray(probability)):
-        found = (seen == row).all(1).mean()
-        assert abs(found - p) <= 4.5 * np.sqrt(p * (1 - p) / count) + 1e-9
+        frequency = (seen == row).all(1).mean()
+        assert abs(frequency - p) <= 4.5 * np.sqrt(p * (1 - p) / count) + 1e-9
     assert np.allclose(np.asarray(active).T @ np.asarray(probability), data.density, atol=1e-6)
     amounts = x[x != 0]
     assert amounts.min() >= low and amounts.max() <= 1
@@ -106,11 +106,11 @@ def test_models_are_what_they_say(kind, n, x64):
 def test_the_written_out_product_has_its_derivatives(x64):
     m, x = jax.random.normal(KEY, (2, 3)), jax.random.normal(KEY, (3, 5))
     plain = lambda m, x: jnp.sin(m @ x).sum()
-    own = lambda m, x: jnp.sin(sp.times(m, x)).sum()
-    for one, other in zip(jax.grad(plain, (0, 1))(m, x), jax.grad(own, (0, 1))(m, x)):
-        assert np.allclose(one, other, atol=1e-12)
+    written_out = lambda m, x: jnp.sin(sp.times(m, x)).sum()
+    for gradient, other in zip(jax.grad(plain, (0, 1))(m, x), jax.grad(written_out, (0, 1))(m, x)):
+        assert np.allclose(gradient, other, atol=1e-12)
     second = lambda f: jax.jacrev(jax.grad(f))(m, x)
-    assert np.allclose(second(plain), second(own), atol=1e-12)
+    assert np.allclose(second(plain), second(written_out), atol=1e-12)
 
 
 def brute(toy, params, points):
@@ -132,18 +132,18 @@ def brute(toy, params, points):
 @pytest.mark.parametrize("data", ["signed", "correlated pairs", "one-hot"])
 def test_population_loss_is_the_expectation(kind, data, x64):
     """Against a fine midpoint rule, whose error is 1e-5 or so; kinked models without a closed form to 1e-3."""
-    own = {
+    distribution = {
         "signed": sp.sparse(2, jnp.array([0.3, 0.8]), signed=True),
         "correlated pairs": sp.correlated(2, 0.6),
         "one-hot": sp.one_hot(4),
     }[data]
-    toy = sp.Toy(MODELS[kind](own.n), own, jnp.linspace(0.5, 1.5, own.n))
+    toy = sp.Toy(MODELS[kind](distribution.n), distribution, jnp.linspace(0.5, 1.5, distribution.n))
     params = random_params(toy.model)
     expected = brute(toy, params, 600)
-    found = float(sp.population_loss(toy, params, 48))
-    assert abs(found - expected) < (1e-3 if kind == "relu hidden" else 2e-5) * expected
+    loss = float(sp.population_loss(toy, params, 48))
+    assert abs(loss - expected) < (1e-3 if kind == "relu hidden" else 2e-5) * expected
     by = np.asarray(sp.loss_by_active(toy, params))
-    assert by.shape == (own.n + 1,) and np.isclose(by.sum(), sp.population_loss(toy, params))
+    assert by.shape == (distribution.n + 1,) and np.isclose(by.sum(), sp.population_loss(toy, params))
 
 
 @pytest.mark.parametrize("kind", ["relu", "gelu"])
@@ -155,8 +155,8 @@ def test_sampled_and_exact_loss_agree(kind):
     assert abs(float(sp.population_loss(toy, params)) - float(each.mean())) < 4.5 * error
     by, count = np.asarray(sp.loss_by_active(toy, params)), np.asarray((x > 0).sum(0))
     for k in range(4):
-        own = np.asarray(each) * (count == k)
-        assert abs(by[k] - own.mean()) < 4.5 * own.std() / np.sqrt(own.size) + 1e-9
+        losses = np.asarray(each) * (count == k)
+        assert abs(by[k] - losses.mean()) < 4.5 * losses.std() / np.sqrt(losses.size) + 1e-9
 
 
 @pytest.mark.parametrize("target", [None, jnp.abs])
@@ -182,10 +182,10 @@ def toy(density, importance=1.0):
 GRID = {"density": [0.1, 0.5, 1.0], "importance": [0.3, 1.0], "seed": range(3)}
 
 
-def same(one, other, tolerance=0.0):
-    assert set(one) == set(other)
-    for name in one:
-        np.testing.assert_allclose(one[name], other[name], rtol=0, atol=tolerance, err_msg=name)
+def same(result, other, tolerance=0.0):
+    assert set(result) == set(other)
+    for name in result:
+        np.testing.assert_allclose(result[name], other[name], rtol=0, atol=tolerance, err_msg=name)
 
 
 def adam(learning_rate=0.01):
@@ -199,8 +199,8 @@ def test_a_grid_equals_a_loop_of_single_models(batch, x64):
     assert whole.W.dims == ("density", "importance", "seed", "hidden", "feature")
     for density, importance, seed in itertools.product(*GRID.values()):
         alone = sp.train(toy, {"density": [density], "importance": [importance], "seed": [seed]}, **settings)
-        own = whole.sel(density=density, importance=importance, seed=seed)
-        same(own[["W", "b", "loss"]], alone.isel(density=0, importance=0, seed=0)[["W", "b", "loss"]], 1e-12)
+        cell = whole.sel(density=density, importance=importance, seed=seed)
+        same(cell[["W", "b", "loss"]], alone.isel(density=0, importance=0, seed=0)[["W", "b", "loss"]], 1e-12)
 
 
 @pytest.mark.parametrize("seeds_first", [True, False])
@@ -229,8 +229,8 @@ def test_how_a_grid_is_divided_changes_nothing(seeds_first, x64):
 def test_cells_share_draws_and_seeds_do_not():
     begun = sp.train(toy, GRID, steps=0, batch=16, progress=False)
     for seed in range(3):
-        own = begun.W.sel(seed=seed).values
-        assert (own == own[:1, :1]).all()
+        weights = begun.W.sel(seed=seed).values
+        assert (weights == weights[:1, :1]).all()
     assert len(np.unique(begun.W.values[..., 0, 0])) == 3
     sampler = lambda key, batch: jax.random.uniform(key, (2, batch))
 
@@ -254,10 +254,10 @@ def test_cells_share_draws_and_seeds_do_not():
 
 def test_the_default_generator_does_not_matter():
     settings = dict(steps=5, batch=16, judged_on=32, progress=False)
-    one = sp.train(toy, {"density": [0.3]}, **settings)
+    result = sp.train(toy, {"density": [0.3]}, **settings)
     jax.config.update("jax_default_prng_impl", "rbg")
     try:
-        same(one, sp.train(toy, {"density": [0.3]}, **settings))
+        same(result, sp.train(toy, {"density": [0.3]}, **settings))
     finally:
         jax.config.update("jax_default_prng_impl", "threefry2x32")
 
@@ -272,9 +272,9 @@ def test_training_is_gradient_descent(x64):
     for _ in range(30):
         g = -2 * importance[:, None] * (x - w.T @ w @ x - b[:, None]) / 20
         w, b = w - 0.05 * (w @ (g @ x.T + x @ g.T)), b - 0.05 * g.sum(1)
-    found = sp.train(make, {}, steps=30, batch=20, judged_on=20, optimizer=lambda: optax.sgd(0.05), progress=False)
-    assert np.allclose(found.W, w, atol=1e-12) and np.allclose(found.b, b, atol=1e-12)
-    assert np.isclose(found.loss, (importance[:, None] * (x - w.T @ w @ x - b[:, None]) ** 2).sum() / 20)
+    trained = sp.train(make, {}, steps=30, batch=20, judged_on=20, optimizer=lambda: optax.sgd(0.05), progress=False)
+    assert np.allclose(trained.W, w, atol=1e-12) and np.allclose(trained.b, b, atol=1e-12)
+    assert np.isclose(trained.loss, (importance[:, None] * (x - w.T @ w @ x - b[:, None]) ** 2).sum() / 20)
 
 
 def test_sizes_in_one_call():
@@ -284,11 +284,11 @@ def test_sizes_in_one_call():
         importance = jnp.where(jnp.arange(5) < features, 1.0, 0.0)
         return sp.Toy(sp.relu_output(5, 3, used=(features, width)), sp.sparse(5, 0.5), importance)
 
-    found = sp.train(
+    trained = sp.train(
         padded, {"features": [3, 5], "width": [1, 3]}, steps=20, batch=32, optimizer=adam, judged_on=64, progress=False
     )
     for features, hidden in itertools.product([3, 5], [1, 3]):
-        w = found.W.sel(features=features, width=hidden).values
+        w = trained.W.sel(features=features, width=hidden).values
         assert (w[hidden:] == 0).all() and (w[:, features:] == 0).all() and (w[:hidden, :features] != 0).all()
 
 
@@ -313,12 +313,12 @@ def test_a_model_that_is_no_longer_finite_is_named(x64):
     settings = dict(steps=10, batch=16, judged_on=16, optimizer=failing, progress=False)
     with pytest.raises(FloatingPointError, match=r"density 0.5, learning_rate 1e\+200, seed 3 after step [12]"):
         sp.train(toy, over, **settings)
-    found = sp.train(toy, over, nan="mask", **settings)
-    failed = found.failed_at.values >= 0
+    trained = sp.train(toy, over, nan="mask", **settings)
+    failed = trained.failed_at.values >= 0
     assert failed[:, 1].all() and not failed[:, 0].any()
-    assert np.isnan(found.loss.values[failed]).all() and np.isnan(found.W.values[failed]).all()
-    assert np.isfinite(found.W.values[~failed]).all()
-    assert np.isfinite(sp.best(found, "learning_rate").loss).all()
+    assert np.isnan(trained.loss.values[failed]).all() and np.isnan(trained.W.values[failed]).all()
+    assert np.isfinite(trained.W.values[~failed]).all()
+    assert np.isfinite(sp.best(trained, "learning_rate").loss).all()
 
 
 def test_a_loss_that_is_not_finite_is_a_failure():
@@ -335,11 +335,11 @@ def test_masked_models_have_no_numbers_at_all():
     log = {"negative": lambda toy, params: (params["W"] < 0).sum()}
     over = {"learning_rate": [0.01, 1e30], "density": [0.5]}
     settings = dict(steps=3, batch=16, judged_on=16, progress=False, nan="mask", log=log, log_at=[0, 3])
-    found = sp.train(toy, over, optimizer=failing, **settings)
-    assert (found.failed_at.values[1] >= 1).all() and (found.failed_at.values[0] == -1).all()
-    for name in set(found) - {"failed_at"}:
-        assert np.isnan(found[name].values[1]).all() and np.isfinite(found[name].values[0]).all()
-    assert (sp.geometry.role(found.W.values) == -1)[1].all()
+    trained = sp.train(toy, over, optimizer=failing, **settings)
+    assert (trained.failed_at.values[1] >= 1).all() and (trained.failed_at.values[0] == -1).all()
+    for name in set(trained) - {"failed_at"}:
+        assert np.isnan(trained[name].values[1]).all() and np.isfinite(trained[name].values[0]).all()
+    assert (sp.geometry.role(trained.W.values) == -1)[1].all()
 
 
 def test_any_mesh_divides_any_toy():
@@ -414,8 +414,8 @@ def test_padding_leaves_the_small_model(batch):
     settings = dict(
         steps=40, batch=batch, judged_on=64, progress=False, optimizer=lambda: optax.adamw(0.01, weight_decay=0.1)
     )
-    found = sp.train(padded, {"features": [2, 3]}, **settings)
-    for row, features in zip(found.W.values, [2, 3]):
+    trained = sp.train(padded, {"features": [2, 3]}, **settings)
+    for row, features in zip(trained.W.values, [2, 3]):
         assert (row[:, features:] == 0).all() and (row[:, :features] != 0).all()
     with pytest.raises(ValueError, match="not among 4 features"):
         sp.relu_output(4, 2, used=(5, 2))
@@ -424,8 +424,8 @@ def test_padding_leaves_the_small_model(batch):
 def test_a_large_model_runs_in_a_chunk_of_its_own():
     """The default budget of a CPU is small, but not smaller than one model."""
     large = lambda: sp.Toy(sp.relu_output(600, 2), sp.sparse(600, 0.1))
-    found = sp.train(large, {"seed": range(2)}, steps=1, batch=16_384, judged_on=1, progress=False)
-    assert found.memory_estimate > 2**27 and np.isfinite(found.loss).all()
+    trained = sp.train(large, {"seed": range(2)}, steps=1, batch=16_384, judged_on=1, progress=False)
+    assert trained.memory_estimate > 2**27 and np.isfinite(trained.loss).all()
 
 
 BAD = {

@@ -64,8 +64,8 @@ def test_boundaries_are_where_the_losses_cross():
 def test_the_true_boundary_lies_further_out():
     """Where the free minimum ends superposition, I = .1, .2, .5: .181, .296, .485, found apart by a multistart of ours and one of others."""
     densities = np.linspace(0.1, 0.6, 101)
-    found = phase.free(2, 1, [0.1, 0.2, 0.5], densities)
-    ends = [densities[np.flatnonzero(row == geometry.SHARING).max()] for row in found.winner]
+    diagram = phase.free(2, 1, [0.1, 0.2, 0.5], densities)
+    ends = [densities[np.flatnonzero(row == geometry.SHARING).max()] for row in diagram.winner]
     assert np.allclose(ends, [0.181, 0.296, 0.485], atol=0.012)
 
 
@@ -73,7 +73,7 @@ def test_the_linear_model_is_pca(x64):
     importance = np.array([1.0, 0.7, 0.2])
     made = sp.Toy(sp.linear(3, 2), sp.sparse(3, 0.4), jnp.asarray(importance))
     toy = lambda: made
-    found = sp.train(
+    trained = sp.train(
         toy,
         {"seed": range(4)},
         batch=None,
@@ -81,7 +81,7 @@ def test_the_linear_model_is_pca(x64):
         optimizer=lambda: optax.adam(optax.cosine_decay_schedule(0.05, 1500)),
         progress=False,
     )
-    assert abs(float(found.loss.min()) - theory.linear_loss(0.4, importance, 2)) < 1e-7
+    assert abs(float(trained.loss.min()) - theory.linear_loss(0.4, importance, 2)) < 1e-7
     rng = np.random.default_rng(0)
     root = rng.normal(size=(4, 4))
     w, least = theory.principal_components(root @ root.T, 2)
@@ -91,10 +91,10 @@ def test_the_linear_model_is_pca(x64):
 
 
 @pytest.mark.parametrize(
-    ("k", "told"), [(4, (1, 0, 0)), (5, (1.17046, -0.28230, 0.23738)), (6, (1.32053, -0.61814, 0.86746))]
+    ("k", "expected"), [(4, (1, 0, 0)), (5, (1.17046, -0.28230, 0.23738)), (6, (1.32053, -0.61814, 0.86746))]
 )
-def test_kgons_are_those_of_the_paper(k, told):
-    assert np.allclose(kgons.kgon(k)[1:], told, atol=1e-4)
+def test_kgons_are_those_of_the_paper(k, expected):
+    assert np.allclose(kgons.kgon(k)[1:], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_kgons_are_critical_and_cost_what_is_told(k, c, positive, x64):
 
 def test_learning_coefficients_are_half_the_rank_of_the_hessian(x64):
     """A k-gon without dead features is a minimum that only rotating leaves as it is: its coefficient is half of the other directions."""
-    for k, told in kgons.LEARNING_COEFFICIENTS.items():
+    for k, coefficient in kgons.LEARNING_COEFFICIENTS.items():
         made = sp.Toy(sp.relu_output(k, 2), sp.one_hot(k))
         params = jax.tree.map(jnp.asarray, kgons.kgon_params(k, k))
         flat, back = jax.flatten_util.ravel_pytree(params)
@@ -118,7 +118,7 @@ def test_learning_coefficients_are_half_the_rank_of_the_hessian(x64):
         steps = 1e-6 * np.eye(len(flat))
         hessian = np.stack([(gradient(flat + s) - gradient(flat - s)) / 2e-6 for s in steps])
         values = np.linalg.eigvalsh((hessian + hessian.T) / 2)
-        assert (values > 1e-4).sum() / 2 == told and np.abs(values).min() < 1e-5
+        assert (values > 1e-4).sum() / 2 == coefficient and np.abs(values).min() < 1e-5
 
 
 def random_rotation(d, seed=0):
@@ -299,14 +299,14 @@ def test_exact_training_finds_the_phases(n, m, seeds):
     axes = {"importance": np.geomspace(0.1, 10, 8), "density": np.geomspace(1, 0.01, 8)}
     closed, true = phase.closed_form(n, m, **axes), phase.free(n, m, **axes, steps=200)
     optimizer = lambda: optax.adam(optax.cosine_decay_schedule(0.04, 300))
-    found = sp.best(
+    trained = sp.best(
         sp.train(
             phase.toy(n, m), {**axes, "seed": range(seeds)}, batch=None, steps=300, optimizer=optimizer, progress=False
         )
     )
-    share, clear = phase.agreement(geometry.role(found.W.values), closed, true)
+    share, clear = phase.agreement(geometry.role(trained.W.values), closed, true)
     assert clear.mean() > 0.9 and share >= 0.99
-    assert (found.loss.values > true.losses.min(0) - 1e-4).all()
+    assert (trained.loss.values > true.losses.min(0) - 1e-4).all()
 
 
 def test_best_sampled_models_are_not_below_the_exact_minimum():

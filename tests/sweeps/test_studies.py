@@ -25,11 +25,14 @@ def measured(model, tokens, edits, metric=METRIC):
 
 def mean_of(acts, site, tokens, pooled):
     """The mean over examples, of each position or of all, by a loop."""
-    own = [example(acts, site, tokens, i) for i in range(len(IDS))]
+    activations = [example(acts, site, tokens, i) for i in range(len(IDS))]
     axis = mj.SITES[site].axes.index("pos") - 1  # after the example is taken out
     if pooled:
-        return np.concatenate(own, axis=axis).mean(axis=axis)
-    return [np.mean([np.take(o, p, axis=axis) for o in own if o.shape[axis] > p], axis=0) for p in range(max(LENGTHS))]
+        return np.concatenate(activations, axis=axis).mean(axis=axis)
+    return [
+        np.mean([np.take(o, p, axis=axis) for o in activations if o.shape[axis] > p], axis=0)
+        for p in range(max(LENGTHS))
+    ]
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -63,8 +66,8 @@ def test_zero_resample_and_noise(model):
     possible = [
         measured(model, tokens, {"mlp_out": mj.Replace(acts[:, order], mj.Where(layer=1))}) for order in circles
     ]
-    found = [min(error(one, p) for p in possible) for one in drawn.sel(layer=1).values]
-    assert max(found) < TOLERANCE and len({tuple(np.round(v, 4)) for v in drawn.sel(layer=1).values}) == 2
+    errors = [min(error(value, p) for p in possible) for value in drawn.sel(layer=1).values]
+    assert max(errors) < TOLERANCE and len({tuple(np.round(v, 4)) for v in drawn.sel(layer=1).values}) == 2
     noisy = mj.ablate(model, tokens, **given, kind="noise", draws=3, scale=1e-4, key=jax.random.key(0))
     slight = np.abs(noisy - noisy.base).values
     assert (slight > 0).all() and slight.max() < 1e-2 * np.abs(noisy.base.values).max()
@@ -85,7 +88,10 @@ def test_knockout_shares_the_weight_among_the_keys_that_are_left(model):
     assert result.dims == ("layer", "edge", "batch")
     for layer, layers in ((0, [0]), (2, [1, 2])):
         for name, query, key in (("last to two", [[-1, -1]] * 3, [[0, 2]] * 3), ("roles", *edges["roles"])):
-            cut = [mj.Replace(-np.inf, mj.Where(layer=one, query=np.array(query), key=np.array(key))) for one in layers]
+            cut = [
+                mj.Replace(-np.inf, mj.Where(layer=cut_layer, query=np.array(query), key=np.array(key)))
+                for cut_layer in layers
+            ]
             alone = mj.run(model, tokens, {"attn_scores": cut}, capture=("pattern",))
             assert (
                 error(
@@ -120,12 +126,12 @@ def linear_model():
 def test_total_is_direct_plus_indirect_on_a_linear_model(x64, linear):
     model = linear_model() if linear else random_model(ARCHITECTURES["gpt2"])
     base, source = batch("left"), batch("left", (IDS + 5) % 19)
-    told = mj.mediate(
+    effects = mj.mediate(
         model, base=base, source=source, site="mlp_out", over=("layer", "pos"), metric=METRIC, progress=False
     )
-    gap, total = (float(np.abs(x).max()) for x in (told.total - told.direct - told.indirect, told.total))
+    gap, total = (float(np.abs(x).max()) for x in (effects.total - effects.direct - effects.indirect, effects.total))
     if linear:  # float32 rounds each of the four metrics, of which these are differences
-        assert total > 1e-2 * np.abs(told.metric_base).max() and gap < 3e-7 * np.abs(told.metric_base).max()
+        assert total > 1e-2 * np.abs(effects.metric_base).max() and gap < 3e-7 * np.abs(effects.metric_base).max()
     else:
         assert gap > 1e-2 * total
     acts = {
@@ -133,7 +139,7 @@ def test_total_is_direct_plus_indirect_on_a_linear_model(x64, linear):
     }
     last = {side: mj.Where(layer=1, pos=-1) for side in acts}
     y = lambda tokens, other: measured(model, tokens, {"mlp_out": mj.Replace(acts[other], last[other])})
-    at = lambda name: np.array([told[name].sel(layer=1, pos=n - 1).values[i] for i, n in enumerate(LENGTHS)])
+    at = lambda name: np.array([effects[name].sel(layer=1, pos=n - 1).values[i] for i, n in enumerate(LENGTHS)])
     scale = np.abs(measured(model, base, {})).max()
     assert np.abs(at("indirect") - (y(base, "source") - measured(model, base, {}))).max() < 1e-6 * scale
     assert np.abs(at("direct") - (y(source, "base") - measured(model, base, {}))).max() < 1e-6 * scale
@@ -148,9 +154,9 @@ def gate_model(gate):
     model = jax.tree.map(jnp.zeros_like, mj.init(config, jax.random.key(0)))
     on, first, second, query, left, right, out = range(7)
     attn, mlp = model.blocks.attn, model.blocks.mlp
-    one = {"left": (0, first, left), "right": (1, second, right)}
+    inputs = {"left": (0, first, left), "right": (1, second, right)}
     W_Q, W_K, W_V, W_O = attn.W_Q, attn.W_K, attn.W_V, attn.W_O
-    for head, place, into in one.values():
+    for head, place, into in inputs.values():
         W_Q, W_K = W_Q.at[0, query, head, 0].set(100.0), W_K.at[0, place, head, 0].set(1.0)
         W_V, W_O = W_V.at[0, on, head, 0].set(1.0), W_O.at[0, head, 0, into].set(1.0)
     W_in = mlp.W_in.at[0, jnp.array([left, right])].set(1.0)
@@ -185,8 +191,8 @@ def test_tracing_is_the_loop(model):
     """The same draws, by single runs; a subject of one and of two tokens, padded prompts."""
     tokens, subject = batch("left"), [[1, 2], [0], [1]]
     answer = np.asarray(mj.run(model, tokens).logits[:, -1].argmax(-1))
-    told = mj.trace(model, tokens, subject=subject, answer=answer, draws=2, progress=False)
-    assert told.restored.dims == ("layer", "pos", "draw", "batch") and told.sizes["pos"] == 6
+    trace = mj.trace(model, tokens, subject=subject, answer=answer, draws=2, progress=False)
+    assert trace.restored.dims == ("layer", "pos", "draw", "batch") and trace.sizes["pos"] == 6
     severed = mj.trace(model, tokens, subject=subject, answer=answer, draws=2, severed="mlp_out", progress=False)
     mlps = mj.trace(
         model, tokens, subject=subject, answer=answer, draws=2, site="mlp_out", severed="mlp_out", progress=False
@@ -204,37 +210,37 @@ def test_tracing_is_the_loop(model):
     )
     clean = mj.run(model, tokens, capture=("resid_post", "mlp_out"))
     prob = mj.metrics.prob(answer)
-    assert error(told.clean, prob(clean)) < 1e-6
-    mask = np.array([[p in own for p in row] for own, row in zip(subject, np.asarray(tokens.positions))])
+    assert error(trace.clean, prob(clean)) < 1e-6
+    mask = np.array([[p in span for p in row] for span, row in zip(subject, np.asarray(tokens.positions))])
     spread = 3 * np.asarray(model.W_E)[np.asarray(tokens.ids)[mask]].std()
     for draw, key in enumerate(jax.random.split(jax.random.key(0), 2)):
         by_position = spread * np.asarray(jax.random.normal(key, (3, 6, 12), model.dtype))
         noise = np.take_along_axis(by_position, np.maximum(np.asarray(tokens.positions), 0)[..., None], axis=1)
         fixed = {"embed": mj.Add(noise, mj.Where(pos=mask))}
         corrupted = mj.run(model, tokens, fixed, capture=("mlp_out",))
-        assert error(told.corrupted.sel(draw=draw), prob(corrupted)) < 1e-5
+        assert error(trace.corrupted.sel(draw=draw), prob(corrupted)) < 1e-5
         for layer, pos in ((0, 1), (1, 3), (2, 0)):
             place = mj.Where(layer=layer, pos=pos)
             edits = {**fixed, "resid_post": mj.Replace(clean.acts["resid_post"], place)}
-            own = told.restored.sel(layer=layer, pos=pos, draw=draw)
-            assert error(own, measured(model, tokens, edits, prob)) < 1e-5
+            actual = trace.restored.sel(layer=layer, pos=pos, draw=draw)
+            assert error(actual, measured(model, tokens, edits, prob)) < 1e-5
             held = [
                 mj.Replace(corrupted.acts["mlp_out"], mj.Where(layer=later, pos=pos)) for later in range(layer + 1, 3)
             ]
-            own = severed.restored.sel(layer=layer, pos=pos, draw=draw)
-            assert error(own, measured(model, tokens, {**edits, "mlp_out": held}, prob)) < 1e-5
+            actual = severed.restored.sel(layer=layer, pos=pos, draw=draw)
+            assert error(actual, measured(model, tokens, {**edits, "mlp_out": held}, prob)) < 1e-5
             restored = mj.Replace(clean.acts["mlp_out"], place)
-            own = mlps.restored.sel(layer=layer, pos=pos, draw=draw)
-            assert error(own, measured(model, tokens, {**fixed, "mlp_out": [restored, *held]}, prob)) < 1e-5
+            actual = mlps.restored.sel(layer=layer, pos=pos, draw=draw)
+            assert error(actual, measured(model, tokens, {**fixed, "mlp_out": [restored, *held]}, prob)) < 1e-5
         edits = {**fixed, "mlp_out": mj.Replace(clean.acts["mlp_out"], mj.Where(layer=[0, 1], pos=-1))}
         assert error(windows.restored.sel(layer=1, pos="end", draw=draw), measured(model, tokens, edits, prob)) < 1e-5
-    there = told.isel(pos=slice(0, 4))
+    there = trace.isel(pos=slice(0, 4))
     assert error(there.indirect, there.restored.mean("draw") - there.corrupted.mean("draw")) < 1e-6
     missing = np.arange(6)[:, None] >= LENGTHS
-    assert (np.isnan(told.indirect.values) == missing[None]).all()
-    assert error(told.total, told.clean - told.corrupted.mean("draw")) < 1e-6
+    assert (np.isnan(trace.indirect.values) == missing[None]).all()
+    assert error(trace.total, trace.clean - trace.corrupted.mean("draw")) < 1e-6
     # all of the last layer's last stream is all of the answer
-    whole = [float(told.indirect.sel(layer=2, pos=n - 1)[i] / told.total[i]) for i, n in enumerate(LENGTHS)]
+    whole = [float(trace.indirect.sel(layer=2, pos=n - 1)[i] / trace.total[i]) for i, n in enumerate(LENGTHS)]
     assert np.allclose(whole, 1, atol=1e-4)
     with pytest.raises(ValueError, match=r"does not give the answer to prompts \[1\]"):
         mj.trace(model, tokens, subject=subject, answer=(answer + np.array([0, 1, 0])) % 19, draws=2)
@@ -322,13 +328,13 @@ def test_sign_flips_are_the_enumeration_of_all_signs():
     result = xr.DataArray(
         np.repeat(effects, 2, axis=0).T, {"base": ("batch", np.zeros(16))}, ("head", "batch"), name="m"
     )
-    found = mj.sign_flips(result, clusters=np.repeat(np.arange(8), 2), draws=20_000)
+    flips = mj.sign_flips(result, clusters=np.repeat(np.arange(8), 2), draws=20_000)
     signs = np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1).T
     largest = np.array([by_hand(effects, s).max() for s in signs])
     t = by_hand(effects, np.ones(8))
-    expected = [(largest >= one * (1 - 1e-6)).mean() for one in t]
-    assert np.allclose(np.abs(found.t), t, rtol=1e-4)
-    assert np.abs(found.p - expected).max() < 4 * np.sqrt(0.25 / 20_000) + 1e-4
+    expected = [(largest >= value * (1 - 1e-6)).mean() for value in t]
+    assert np.allclose(np.abs(flips.t), t, rtol=1e-4)
+    assert np.abs(flips.p - expected).max() < 4 * np.sqrt(0.25 / 20_000) + 1e-4
 
 
 def test_the_observed_signs_tie_with_their_like_however_large_t_is():
@@ -341,13 +347,13 @@ def test_the_observed_signs_tie_with_their_like_however_large_t_is():
 
 def test_the_family_wise_error_is_what_it_says():
     """200 grids of 30 null cells, correlated: one p below 0.1 in 10 % of them (binomial sd 2.1 %); a real effect is found."""
-    rng, false, found = np.random.default_rng(0), 0, 0
+    rng, false, discoveries = np.random.default_rng(0), 0, 0
     for study in range(200):
         effects = rng.normal(0, 1, (12, 30)) + rng.normal(0, 1, (12, 1))
         effects[:, 0] += 3.0
         result = xr.DataArray(effects.T, {"base": ("batch", np.zeros(12))}, ("head", "batch"), name="m")
         p = mj.sign_flips(result, draws=400, seed=study).p.values
-        false, found = false + (p[1:] < 0.1).any(), found + (p[0] < 0.1)
-    assert 0.04 < false / 200 < 0.16 and found / 200 > 0.9
+        false, discoveries = false + (p[1:] < 0.1).any(), discoveries + (p[0] < 0.1)
+    assert 0.04 < false / 200 < 0.16 and discoveries / 200 > 0.9
     with pytest.raises(ValueError, match="at least 6 clusters"):
         mj.sign_flips(result, clusters=np.repeat([0, 1], 6))

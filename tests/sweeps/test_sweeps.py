@@ -27,9 +27,9 @@ def test_memory_does_not_change_the_result_and_bounds_the_batches(model):
     tokens, source = batch("left"), source_of(model, "z")
     edits = {"z": mj.Replace(source, mj.grid(layer=range(3), head=range(4)))}
     whole = mj.sweep(model, tokens, edits, METRIC, progress=False)
-    one = IDS.size * row_bytes(model, cells_of(edits).edits) + 2 * cell_bytes(model, tokens, {"m": METRIC})
+    cell_memory = IDS.size * row_bytes(model, cells_of(edits).edits) + 2 * cell_bytes(model, tokens, {"m": METRIC})
     for cells in (1, 5, 12):
-        part = mj.sweep(model, tokens, edits, METRIC, memory=cells * one, progress=False)
+        part = mj.sweep(model, tokens, edits, METRIC, memory=cells * cell_memory, progress=False)
         assert error(part, whole) < 1e-6
     with pytest.raises(ValueError, match=r"one cell takes about .* bytes, memory=10 allows none"):
         mj.sweep(model, tokens, edits, METRIC, memory=10, progress=False)
