@@ -81,7 +81,7 @@ Begin: TypeAlias = Callable[[Model, Prompts], Start]
 
 def _from_base(model: Model, prompts: Prompts) -> Start:
     """The base run, under the edits that all cells share."""
-    at_base, base, _ = kept_base(model, prompts.tokens, prompts.cells.shared(), prompts.metrics, first=prompts.first)
+    at_base, base, _ = kept_run(model, prompts.tokens, prompts.cells.shared(), prompts.metrics, first=prompts.first)
     return Start(prompts.cells, {"base": at_base}, base)
 
 
@@ -296,7 +296,7 @@ def _labels(job: SweepJob) -> dict[str, Any]:
     return {"labels": {dim: list(choices) for dim, choices in job.cells.labels.items()}, "metrics": list(job.metrics)}
 
 
-def kept_base(
+def kept_run(
     model: Model,
     tokens: Inputs,
     edits: Any,

@@ -12,7 +12,7 @@ import numpy as np
 
 from mijax._types import Array, Float
 from mijax.chunks import small_work
-from mijax.forward import Out, run
+from mijax.forward import Out
 from mijax.interventions.capturing import Captures, Capturing, as_captures
 from mijax.interventions.checks import check
 from mijax.interventions.selecting import narrowed_shape
@@ -21,7 +21,7 @@ from mijax.model.model import Model
 from mijax.model.numerics import accumulator
 from mijax.model.tokens import Inputs
 from mijax.programs.convert import Converted, convert, for_mesh_axes, shape_of
-from mijax.programs.now import How, JitNow
+from mijax.programs.now import How
 
 Metrics: TypeAlias = AnyMetric | Mapping[str, AnyMetric]
 Values: TypeAlias = dict[str, np.ndarray]
@@ -225,36 +225,6 @@ def output_like(model: Model, tokens: Inputs, metric: Any, **keywords: Any) -> t
     return model.output_like(tokens, **keywords), acts
 
 
-def measure(
-    model: Model,
-    tokens: Inputs,
-    edits: Any,
-    metrics: Mapping[str, AnyMetric],
-    what: str,
-    capture: tuple[str, ...] = (),
-    first: int = 0,
-) -> tuple[Values, dict[str, Array]]:
-    """Run the model once, and measure.
-
-    Args:
-        model: the model.
-        tokens: the prompts.
-        edits: the edits by site.
-        metrics: the metrics by name.
-        what: name of the run, for error messages.
-        capture: sites of which the activations are returned too.
-        first: number of the first example, for error messages.
-
-    Returns:
-        The metrics, `[batch]` by name, and the activations of `capture`.
-
-    Raises:
-        ValueError: where a metric is not finite.
-    """
-    values, acts = _measured.compiled(compiled_for(model, tokens))(model, tokens, edits, metrics, capture)
-    return checked(values, what, first), acts
-
-
 def is_users(metric: AnyMetric) -> bool:
     """Tell whether a metric's code is the user's, of which nothing is known.
 
@@ -322,13 +292,6 @@ def compiled_for(model: Model, tokens: Inputs, runs: int = 1) -> How:
     """
     work = 2.0 * model.products_per_token * model.n_layers * np.size(tokens.mask) * runs
     return "quickly" if work <= small_work() else "for_speed"
-
-
-@JitNow
-def _measured(model, tokens, edits, metrics, capture):
-    """The metrics of a run, and the activations of `capture`."""
-    out = run(model, tokens, edits, capture=capture, taps=captures_of(model, metrics))
-    return values_of(metrics, out.readout, out.taps), out.acts
 
 
 def metric_bytes(model: Model, tokens: Inputs, metrics: Mapping[str, AnyMetric]) -> int:

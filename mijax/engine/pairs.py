@@ -10,7 +10,7 @@ import numpy as np
 
 from mijax._types import Array, Bool, Int
 from mijax.engine.cells import cells_of
-from mijax.engine.driver import Start, Swept, kept_base, swept
+from mijax.engine.driver import Start, Swept, kept_run, swept
 from mijax.engine.examples import Prompts
 from mijax.engine.grid import Grid
 from mijax.engine.measure import compiled_for
@@ -63,7 +63,7 @@ def patched(
     def begin(model: Model, prompts: Prompts) -> Start:
         tokens = prompts.tokens
         # One program runs both, so that they agree to the bit where their tokens do (`_first_change`).
-        kept = lambda tokens, what: kept_base(model, tokens, {}, prompts.metrics, (site,), prompts.first, what)
+        kept = lambda tokens, what: kept_run(model, tokens, {}, prompts.metrics, (site,), prompts.first, what)
         at_source, source_acts = kept(prompts.of(source), "source")[::2]  # its states are freed here
         at_base, base_states, base_acts = kept(tokens, "base")
         edits = eqx.tree_at(lambda edits: edits[site][0].value, prompts.cells.edits, source_acts[site])
