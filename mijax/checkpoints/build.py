@@ -12,12 +12,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mijax.checkpoints.contents import Lookup, Tensors
 from mijax.checkpoints.sharded import sharded
 from mijax.checkpoints.table import Buffer, Family, Weight
 from mijax.checkpoints.tensors import (
     FLOATS,
-    Lookup,
-    Tensors,
     aligned,
     axis_sizes,
     get,

@@ -11,16 +11,15 @@ from jax.sharding import Mesh
 from mijax.arguments import check_flag
 from mijax.checkpoints import bundled
 from mijax.checkpoints.build import buffers_in, build
+from mijax.checkpoints.contents import Tensors
 from mijax.checkpoints.gguf import GGUF
 from mijax.checkpoints.hub import fetch
 from mijax.checkpoints.json_files import read_object, required_object
 from mijax.checkpoints.lora import FILES as ADAPTER_FILES
 from mijax.checkpoints.lora import merged
-from mijax.checkpoints.mxfp4 import is_mxfp4, unpacked
 from mijax.checkpoints.registry import family_of
 from mijax.checkpoints.shards import tensors_of
 from mijax.checkpoints.table import Family
-from mijax.checkpoints.tensors import Tensors
 from mijax.checkpoints.tokenizer import FILES, Tokenizer
 from mijax.model.config import Config
 from mijax.model.parameters import parameter_dtype
@@ -110,10 +109,10 @@ def load(
         _described(config, str(path))  # first, to refuse an unsupported one whatever else the folder lacks
         encoder = Tokenizer.from_folder(path) if tokenizer else None
         tensors = tensors_of(path)
-        if is_mxfp4(config.get("quantization_config")):
-            tensors = unpacked(tensors, str(path))
     where = str(path)
     family, described = _described(config, where)
+    if path.is_dir():
+        tensors = family.decode(tensors, config, where)
     if adapter is not None:
         folder = _adapter_folder(adapter, token)
         name, where = f"{name} with {Path(adapter).expanduser().resolve().name}", f"{where} with {folder}"

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from mijax.checkpoints.contents import Lookup, Tensors
 from mijax.checkpoints.json_files import read_object
 from mijax.checkpoints.table import Family
-from mijax.checkpoints.tensors import FLOATS, Lookup, Tensors
+from mijax.checkpoints.tensors import FLOATS
 from mijax.model.config import Config
 
 CONFIG, WEIGHTS = FILES = "adapter_config.json", "adapter_model.safetensors"

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mijax.checkpoints.contents import Tensors
 from mijax.checkpoints.table import ALONE, Weight
-from mijax.checkpoints.tensors import Tensors, aligned, axis_sizes, get, has_shape, named_parts, put, stored
+from mijax.checkpoints.tensors import aligned, axis_sizes, get, has_shape, named_parts, put, stored
 from mijax.model.config import Config
 from mijax.model.transformer import Transformer
 

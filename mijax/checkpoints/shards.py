@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mijax.checkpoints.contents import Tensors
 from mijax.checkpoints.json_files import required_object
-from mijax.checkpoints.tensors import Tensors
 
 
 def tensors_of(folder: Path) -> Tensors:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mijax.checkpoints.contents import Tensors
 from mijax.checkpoints.keys import Harmless, Key, check_keys, read_fields, same_as, write_fields
 from mijax.model.config import Config
 
@@ -91,6 +92,8 @@ class Family:
             embedding.
         inputs_first: whether the matrices of the layers have the axes `[inputs, outputs]` (`Conv1D` of transformers),
             not `[outputs, inputs]` (`torch.nn.Linear`).
+        decode: from the tensors of a folder, the contents of its `config.json` and its name in error messages, to the
+            tensors that `weights` names.
     """
 
     name: str
@@ -106,6 +109,7 @@ class Family:
     buffers: tuple[Buffer, ...] = ()
     head: str | None = None
     inputs_first: bool = False
+    decode: Callable[[Tensors, Mapping[str, Any], str], Tensors] = lambda tensors, c, source: tensors
 
     def config(self, c: Mapping[str, Any]) -> Config:
         """Read a `config.json`.

@@ -2,8 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import einops
 import jax
@@ -14,37 +14,6 @@ from mijax.model.config import Config
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """The dtypes that weights may have, by their safetensors names; any other means a quantised tensor."""
-
-
-class Tensors(NamedTuple):
-    """The contents of a checkpoint.
-
-    Attributes:
-        dtypes: the dtype of each tensor, by its safetensors name (`"F32"`, ...), keyed by the tensor's name.
-        read: reads one tensor, given its name.
-        part: reads a part of a tensor, given its name and a slice for each axis, and returns the shape of the whole
-            too; `None` where tensors can only be read whole.
-    """
-
-    dtypes: Mapping[str, str]
-    read: Callable[[str], np.ndarray]
-    part: Callable[[str, tuple[slice, ...]], tuple[tuple[int, ...], np.ndarray]] | None = None
-
-
-class Lookup:
-    """Maps a tensor's full name to its name in the checkpoint, which may lack the family's prefix; `None` if absent.
-
-    Args:
-        prefix: the family's prefix.
-        names: the names in the checkpoint.
-    """
-
-    def __init__(self, prefix: str, names: Collection[str]):
-        self.prefix, self.names = prefix, set(names)
-
-    def __call__(self, name: str) -> str | None:
-        """The name in the checkpoint."""
-        return next((n for n in (name, name.removeprefix(self.prefix)) if n in self.names), None)
 
 
 def axis_sizes(weight: Weight, config: Config) -> dict[str, int]:

@@ -10,9 +10,10 @@ import numpy as np
 
 from mijax._types import ArrayLike
 from mijax.checkpoints.build import build
+from mijax.checkpoints.contents import Tensors
 from mijax.checkpoints.keys import ACTIVATIONS, Harmless, Key, only
 from mijax.checkpoints.table import Buffer, Family, Weight
-from mijax.checkpoints.tensors import Tensors, get, named_parts, stored
+from mijax.checkpoints.tensors import get, named_parts, stored
 from mijax.model.config import Config
 from mijax.model.norm import Norm
 from mijax.model.parameters import parameter_dtype

@@ -7,8 +7,8 @@ import pytest
 import safetensors.numpy
 
 import mijax as mj
+from mijax.checkpoints.contents import Tensors
 from mijax.checkpoints.mxfp4 import unpacked
-from mijax.checkpoints.tensors import Tensors
 from tests.architectures import error
 from tests.situations import refused
 

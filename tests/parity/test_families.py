@@ -1,7 +1,5 @@
 """Law 1 for every family that mijax reads: against transformers on CPU torch, over variants of its config."""
 
-import inspect
-
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ import mijax as mj
 from mijax.checkpoints.registry import FAMILIES
 from tests.architectures import error
 from tests.reference import sites
+from tests.reference.captures import outputs
 from tests.reference.families import CASES, REFERENCES, make
 from tests.reference.tiny_models import PADDINGS, inputs
 
@@ -18,24 +17,11 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 NEW_TOKENS = 20
 
 
-def outputs(model, ids, mask):
-    """Logits and streams, as in tiny_models; positions are given where the model takes them."""
-    import torch
-
-    positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
-    takes = "position_ids" in inspect.signature(model.forward).parameters
-    with torch.no_grad():
-        out = model(
-            input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True,
-            **({"position_ids": positions} if takes else {}),
-        )  # fmt: skip
-    return out.logits.numpy(), torch.stack(out.hidden_states).numpy()
-
-
 def check_parity(ours, theirs, padding):
     ids, mask = inputs(padding)
     real = mask.astype(bool)
     logits, hidden = outputs(theirs, ids, mask)
+    hidden = np.stack(hidden)
     out = mj.run(ours, mj.Tokens(ids, mask), capture=tuple(ours.sites))  # one program with `sites.compared`
     assert error(np.asarray(out.logits)[real], logits[real]) < 1e-4
     streams = np.concatenate([out.acts["resid_pre"], out.readout.final[None]])

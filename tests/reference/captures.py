@@ -16,6 +16,28 @@ from mijax.checkpoints.tensors import axis_sizes
 from tests.architectures import existing
 
 
+def outputs(model, ids, mask):
+    """Logits, and the stream before each layer and at the end, of a model of transformers; positions are given where it takes them."""
+    import inspect
+
+    import torch
+
+    positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    narrowed = []  # OPT-350m's last "hidden state" is narrower than the stream, from which a matrix makes it
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith("project_out"):
+                handle = module.register_forward_pre_hook(lambda _, arguments: narrowed.append(arguments[0]))
+                stack.callback(handle.remove)
+        out = model(
+            input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True,
+            **({"position_ids": positions} if takes else {}),
+        )  # fmt: skip
+    hidden = [*out.hidden_states[:-1], *(narrowed or out.hidden_states[-1:])]
+    return out.logits.numpy(), [x.numpy() for x in hidden]
+
+
 class Recorded:
     """What a forward pass of `theirs` computed, by site of mijax, each `[layer, ...]` (the layers that have it) in the site's order of axes.
 
@@ -38,21 +60,7 @@ class Recorded:
                 stack.callback(handle.remove)
             for patch in self._patches():
                 stack.enter_context(patch)
-            self.hidden = self._run(ids, mask)
-
-    def _run(self, ids, mask):
-        import inspect
-
-        import torch
-
-        positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
-        takes = "position_ids" in inspect.signature(self.theirs.forward).parameters
-        with torch.no_grad():
-            out = self.theirs(
-                input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), output_hidden_states=True,
-                **({"position_ids": positions} if takes else {}),
-            )  # fmt: skip
-        return [x.numpy() for x in out.hidden_states]
+            self.hidden = outputs(theirs, ids, mask)[1]
 
     def _hook(self, name):
         def keep(module, arguments, output):

@@ -73,8 +73,9 @@ REFERENCES = {
     "opt": Reference(
         "OPTConfig", _SIZES | {"ffn_dim": 40, "dropout": 0.0},
         {"num_attention_heads": [3, 4], "do_layer_norm_before": [True, False, True], "_remove_final_layer_norm": [False, False, True],
+         "word_embed_proj_dim": [24, 16, 16, 30],
          "enable_bias": [True, True, False], "activation_function": ["relu", "gelu"], "tie_word_embeddings": [True, True, False]},
-        "word_embed_proj_dim, layer_norm_elementwise_affine: refused by name",
+        "layer_norm_elementwise_affine: refused by name",
     ),
     "bloom": Reference(
         "BloomConfig", {"vocab_size": 61, "hidden_size": 24, "n_layer": 3},

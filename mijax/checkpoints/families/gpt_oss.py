@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mijax.checkpoints import expert_layout, llama_layout
+from mijax.checkpoints.contents import Tensors
 from mijax.checkpoints.keys import BIASES, Key, architectures, only
-from mijax.checkpoints.mxfp4 import is_mxfp4
+from mijax.checkpoints.mxfp4 import is_mxfp4, unpacked
 from mijax.checkpoints.rotary_keys import read_rotary
 from mijax.checkpoints.table import FUSED, Family, Weight, linear, norm
 from mijax.model.config import Config
@@ -74,4 +75,10 @@ _harmless = {
     "initial_context_length": lambda value, c: True, "quantization_config": lambda value, c: is_mxfp4(value),
     **dict.fromkeys(("output_router_logits", "router_aux_loss_coef"), lambda value, c: True),
 }  # fmt: skip
-GPT_OSS = Family("gpt_oss", keys=KEYS, write=_write, harmless=_harmless, **_layout)
+
+
+def _decode(tensors: Tensors, c: Mapping[str, Any], source: str) -> Tensors:
+    return unpacked(tensors, source) if is_mxfp4(c.get("quantization_config")) else tensors
+
+
+GPT_OSS = Family("gpt_oss", keys=KEYS, write=_write, harmless=_harmless, decode=_decode, **_layout)

@@ -1,11 +1,16 @@
-"""OPT, with norms before attention and MLP or (350m) in the stream."""
+"""OPT, with norms before attention and MLP or in the stream.
+
+OPT-350m's embeddings are narrower than its stream, with a matrix from the one to the other and one back before the
+unembedding. Both are multiplied into the embedding and the unembedding, which then are two matrices.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mijax.checkpoints.keys import ACTIVATIONS, BIASES, HARMLESS, Key, architectures, only, same_as
+from mijax.checkpoints.contents import Lookup, Tensors
+from mijax.checkpoints.keys import ACTIVATIONS, BIASES, HARMLESS, Key, architectures, only
 from mijax.checkpoints.llama_layout import attention
 from mijax.checkpoints.table import Convert, Family, Weight, dense_mlp, norm
 from mijax.model.config import Config
@@ -30,7 +35,16 @@ def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     removed = c.get("_remove_final_layer_norm", False)
     if not isinstance(removed, bool):
         raise ValueError(f"_remove_final_layer_norm={removed!r} must be a boolean")
-    return {"mlp_bias": fields["attn_bias"] != "", "final_norm": fields["norm_at"] == "input" and not removed}
+    read = {"mlp_bias": fields["attn_bias"] != "", "final_norm": fields["norm_at"] == "input" and not removed}
+    return read | ({"tied_unembed": False} if _is_narrow(c) else {})
+
+
+def _is_narrow(c: Mapping[str, Any]) -> bool:
+    """Whether embeddings have another size than the stream."""
+    size = c.get("word_embed_proj_dim")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f"word_embed_proj_dim={size!r} must be a positive integer")
+    return size not in (None, c["hidden_size"])
 
 
 def _write(config: Config) -> dict[str, Any]:
@@ -64,17 +78,58 @@ def _weights(config: Config) -> list[Weight]:
     ]
 
 
+_EMBEDDING, _HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
+_MATRICES = ("model.decoder.project_in.weight", "model.decoder.project_out.weight")
+
+
+def _decode(tensors: Tensors, c: Mapping[str, Any], source: str) -> Tensors:
+    """The embedding and the unembedding as wide as the stream, `[vocab, d_model]`."""
+    if not _is_narrow(c):
+        return tensors
+    lookup = Lookup("model.", tensors.dtypes)
+    names = {name: lookup(name) for name in (_EMBEDDING, *_MATRICES)}
+    missing = [name for name, stored in names.items() if stored is None]
+    if missing:
+        raise ValueError(
+            f"{source} says word_embed_proj_dim={c['word_embed_proj_dim']}, and does not hold {', '.join(missing)}"
+        )
+    embedding, project_in, project_out = map(str, names.values())
+    head = _HEAD if _HEAD in tensors.dtypes else embedding
+
+    def read(name: str) -> np.ndarray:
+        if name not in (embedding, _HEAD):
+            return tensors.read(name)
+        of, by = (embedding, project_in) if name == embedding else (head, project_out)
+        x, matrix = (np.asarray(tensors.read(stored), np.float32) for stored in (of, by))
+        sizes = (c["hidden_size"], c["word_embed_proj_dim"])
+        expected = sizes if name == embedding else sizes[::-1]
+        if x.shape[1:] != sizes[1:] or matrix.shape != expected:
+            raise ValueError(
+                f"{source}: {of} {x.shape} must be [vocab, {sizes[1]}], and {by} {matrix.shape} {expected}"
+            )
+        return x @ (matrix.T if name == embedding else matrix)
+
+    def part(name: str, index: tuple[slice, ...]) -> tuple[tuple[int, ...], np.ndarray]:
+        if name not in (embedding, _HEAD) and tensors.part is not None:
+            return tensors.part(name, index)
+        whole = read(name)
+        return whole.shape, whole[index]
+
+    kept = {name: dtype for name, dtype in tensors.dtypes.items() if name not in (project_in, project_out)}
+    return Tensors(kept | {_HEAD: "F32", embedding: "F32"}, read, part)
+
+
 OPT = Family(
     "opt",
     _weights,
     KEYS,
     {"positions": "learned", "norm": "layer", "norm_eps": 1e-5},
-    frozenset({"_remove_final_layer_norm"}),
+    frozenset({"_remove_final_layer_norm", "word_embed_proj_dim"}),
     _read,
     _write,
     {**HARMLESS, "architectures": architectures("OPTForCausalLM", "OPTModel"), "layer_norm_elementwise_affine": only(True),
-     "word_embed_proj_dim": same_as("hidden_size"),
      **dict.fromkeys(("dropout", "activation_dropout", "layerdrop", "init_std"), lambda value, c: True)},
     prefix="model.",
     head="lm_head.weight",
+    decode=_decode,
 )  # fmt: skip
