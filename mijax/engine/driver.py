@@ -81,7 +81,7 @@ Begin: TypeAlias = Callable[[Model, Prompts], Start]
 
 def _from_base(model: Model, prompts: Prompts) -> Start:
     """The base run, under the edits that all cells share."""
-    at_base, base, _ = kept_run(model, prompts.tokens, prompts.cells.shared(), prompts.metrics, first=prompts.first)
+    at_base, _, base = kept_run(model, prompts.tokens, prompts.cells.shared(), prompts.metrics, first=prompts.first)
     return Start(prompts.cells, {"base": at_base}, base)
 
 
@@ -304,7 +304,7 @@ def kept_run(
     capture: tuple[str, ...] = (),
     first: int = 0,
     what: str = "base",
-) -> tuple[Values, Base | None, dict[str, Array]]:
+) -> tuple[Values, dict[str, Array], Base | None]:
     """Run the base, under the edits that all cells share; or the source of a pair.
 
     Args:
@@ -317,14 +317,14 @@ def kept_run(
         what: which run this is, for error messages.
 
     Returns:
-        The metrics, the states that cells resume from (`None` for a model that is run whole), and the activations
-        of `capture`.
+        The metrics, the activations of `capture`, and the states that cells resume from (`None` for a model that
+        is run whole).
 
     Raises:
         ValueError: where a metric is not finite.
     """
     values, base, acts = _based.compiled(compiled_for(model, tokens))(model, tokens, edits, metrics, capture)
-    return checked(values, what, first), base, acts
+    return checked(values, what, first), acts, base
 
 
 @JitNow

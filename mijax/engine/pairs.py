@@ -64,8 +64,8 @@ def patched(
         tokens = prompts.tokens
         # One program runs both, so that they agree to the bit where their tokens do (`_first_change`).
         kept = lambda tokens, what: kept_run(model, tokens, {}, prompts.metrics, (site,), prompts.first, what)
-        at_source, source_acts = kept(prompts.of(source), "source")[::2]  # its states are freed here
-        at_base, base_states, base_acts = kept(tokens, "base")
+        at_source, source_acts = kept(prompts.of(source), "source")[:2]  # its states are freed here
+        at_base, base_acts, base_states = kept(tokens, "base")
         edits = eqx.tree_at(lambda edits: edits[site][0].value, prompts.cells.edits, source_acts[site])
         runs = {"base": at_base, "source": at_source}
         if not isinstance(model, LayeredModel):  # every cell is run whole

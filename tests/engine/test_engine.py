@@ -402,7 +402,7 @@ def test_the_estimate_bounds_what_the_program_takes():
             each = row_bytes(model, cells.edits), cell_bytes(model, tokens, metrics)
             order = plan(todo, capacity(todo, Shape.of(model.causal, cells), *each, 2**28, 2048, specialise=False))
             members, chunk = chunk_of(todo, order, 0)
-            kept = module.kept_run(model, tokens, {}, metrics)[1]
+            kept = module.kept_run(model, tokens, {}, metrics)[2]
             args = (model, tokens, kept, metrics, read, cells.stacked, chunk, *cells.take_split(members))
             taken = module._chunk.lower(*args).compile().compiled.memory_analysis().temp_size_in_bytes
             assert (
