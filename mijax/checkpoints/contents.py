@@ -21,6 +21,26 @@ class Tensors(NamedTuple):
     part: Callable[[str, tuple[slice, ...]], tuple[tuple[int, ...], np.ndarray]] | None = None
 
 
+def derived(tensors: Tensors, made: Mapping[str, Callable[[], np.ndarray]], sources: Collection[str]) -> Tensors:
+    """A checkpoint with tensors that are computed from others, as float32.
+
+    Args:
+        tensors: the checkpoint.
+        made: the tensors that are computed when they are read, by name; one may replace its source.
+        sources: the names of tensors that only serve to compute them, and are no longer there.
+    """
+    read = lambda name: made[name]() if name in made else tensors.read(name)
+
+    def part(name: str, index: tuple[slice, ...]) -> tuple[tuple[int, ...], np.ndarray]:
+        if name not in made and tensors.part is not None:
+            return tensors.part(name, index)
+        whole = read(name)
+        return whole.shape, whole[index]
+
+    kept = {name: dtype for name, dtype in tensors.dtypes.items() if name not in sources}
+    return Tensors(kept | dict.fromkeys(made, "F32"), read, part)
+
+
 class Lookup:
     """Maps a tensor's full name to its name in the checkpoint, which may lack the family's prefix; `None` if absent.
 

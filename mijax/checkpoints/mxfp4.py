@@ -4,13 +4,14 @@ OCP Microscaling Formats (MX) Specification, version 1.0. A matrix of experts is
 `[expert, outputs, block, 16]` with two numbers in a byte, and `NAME_scales`, `[expert, outputs, block]`.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from mijax.checkpoints.contents import Tensors
+from mijax.checkpoints.contents import Tensors, derived
 
 _NUMBERS = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 
@@ -44,8 +45,6 @@ def unpacked(tensors: Tensors, source: str) -> Tensors:
         raise ValueError(f"{source} says that it is in MXFP4, and does not hold {', '.join(missing[:8])} as U8")
 
     def read(name: str) -> np.ndarray:
-        if name not in names:
-            return tensors.read(name)
         blocks, scales = tensors.read(f"{name}_blocks"), tensors.read(f"{name}_scales")
         if blocks.ndim != 4 or blocks.shape[-1] != 16 or scales.shape != blocks.shape[:-1]:
             raise ValueError(
@@ -56,11 +55,4 @@ def unpacked(tensors: Tensors, source: str) -> Tensors:
         numbers *= scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)[..., None]
         return numbers.reshape(*blocks.shape[:2], -1).swapaxes(-1, -2)
 
-    def part(name: str, index: tuple[slice, ...]) -> tuple[tuple[int, ...], np.ndarray]:
-        if name not in names and tensors.part is not None:
-            return tensors.part(name, index)
-        whole = read(name)
-        return whole.shape, whole[index]
-
-    kept = {name: dtype for name, dtype in tensors.dtypes.items() if name not in stored}
-    return Tensors(kept | dict.fromkeys(names, "F32"), read, part)
+    return derived(tensors, {name: functools.partial(read, name) for name in names}, stored)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mijax.checkpoints.contents import Lookup, Tensors
+from mijax.checkpoints.contents import Lookup, Tensors, derived
 from mijax.checkpoints.keys import ACTIVATIONS, BIASES, HARMLESS, Key, architectures, only
 from mijax.checkpoints.llama_layout import attention
 from mijax.checkpoints.table import Convert, Family, Weight, dense_mlp, norm
@@ -96,27 +96,19 @@ def _decode(tensors: Tensors, c: Mapping[str, Any], source: str) -> Tensors:
     embedding, project_in, project_out = map(str, names.values())
     head = _HEAD if _HEAD in tensors.dtypes else embedding
 
-    def read(name: str) -> np.ndarray:
-        if name not in (embedding, _HEAD):
-            return tensors.read(name)
-        of, by = (embedding, project_in) if name == embedding else (head, project_out)
-        x, matrix = (np.asarray(tensors.read(stored), np.float32) for stored in (of, by))
-        sizes = (c["hidden_size"], c["word_embed_proj_dim"])
-        expected = sizes if name == embedding else sizes[::-1]
-        if x.shape[1:] != sizes[1:] or matrix.shape != expected:
-            raise ValueError(
-                f"{source}: {of} {x.shape} must be [vocab, {sizes[1]}], and {by} {matrix.shape} {expected}"
-            )
-        return x @ (matrix.T if name == embedding else matrix)
+    hidden, width = c["hidden_size"], c["word_embed_proj_dim"]
 
-    def part(name: str, index: tuple[slice, ...]) -> tuple[tuple[int, ...], np.ndarray]:
-        if name not in (embedding, _HEAD) and tensors.part is not None:
-            return tensors.part(name, index)
-        whole = read(name)
-        return whole.shape, whole[index]
+    def product(of: str, by: str, shape: tuple[int, int]) -> np.ndarray:
+        x, matrix = (np.asarray(tensors.read(name), np.float32) for name in (of, by))
+        if x.shape[1:] != (width,) or matrix.shape != shape:
+            raise ValueError(f"{source}: {of} {x.shape} must be [vocab, {width}], and {by} {matrix.shape} {shape}")
+        return x @ (matrix.T if by == project_in else matrix)
 
-    kept = {name: dtype for name, dtype in tensors.dtypes.items() if name not in (project_in, project_out)}
-    return Tensors(kept | {_HEAD: "F32", embedding: "F32"}, read, part)
+    made = {
+        embedding: lambda: product(embedding, project_in, (hidden, width)),
+        _HEAD: lambda: product(head, project_out, (width, hidden)),
+    }
+    return derived(tensors, made, (project_in, project_out))
 
 
 OPT = Family(
