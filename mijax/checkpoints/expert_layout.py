@@ -1,15 +1,15 @@
 """What the families share that are Llama with experts: names of tensors, and keys of the config."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mijax.checkpoints import llama_layout
 from mijax.checkpoints.keys import architectures
 from mijax.checkpoints.table import Family, Weight, linear, norm
 from mijax.model.config import Config
-from mijax.model.fields import check_field
 from mijax.model.routing import Experts
+from mijax.rules import COUNT, FLAG, NATURAL, NULL, Rule, array, either
 
 
 def expert_mlp(start: str, router: str, names: Mapping[str, str]) -> list[Weight]:
@@ -40,16 +40,19 @@ def read_experts(
             without.
     """
     if normalise is None:
-        normalise = bool(check_field(Experts, "normalise", c.get("norm_topk_prob", False), "norm_topk_prob"))
+        normalise = c.get("norm_topk_prob", False)
     sizes = {"n": c[n], "top_k": c.get("num_experts_per_tok", top_k)}
     if shared:
         sizes["shared"] = c.get("shared_expert_intermediate_size", shared)
-    checked = {name: check_field(Experts, name, value, name) for name, value in sizes.items()}
-    return {"experts": Experts(**checked, normalise=normalise, shared_gate=bool(checked.get("shared")))}
+    return {"experts": Experts(**sizes, normalise=normalise, shared_gate=bool(sizes.get("shared")))}
 
 
-KEYS = frozenset({"num_experts", "num_experts_per_tok", "norm_topk_prob"})
-"""The keys of a `config.json` that `with_experts` reads."""
+KEYS = {
+    "num_experts": COUNT, "num_local_experts": COUNT, "num_experts_per_tok": COUNT, "norm_topk_prob": FLAG,
+    "shared_expert_intermediate_size": NATURAL,
+}  # fmt: skip
+"""The keys of a `config.json` that `read_experts` reads, and what they may hold."""
+_OF_ALL = {key: KEYS[key] for key in ("num_experts", "num_experts_per_tok", "norm_topk_prob")}
 
 
 def with_experts(
@@ -58,7 +61,7 @@ def with_experts(
     *,
     read: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]],
     write: Callable[[Config], dict[str, Any]] = lambda config: {},
-    further: Collection[str] = (),
+    further: Mapping[str, Rule] | None = None,
     fixed: Mapping[str, Any],
     harmless: Mapping[str, Any],
     **arguments: Any,
@@ -70,7 +73,7 @@ def with_experts(
         architecture: the start of the names of transformers' classes.
         read: what `Family.read` reads beside positions.
         write: the entries beside those of positions and experts.
-        further: the keys that are read beside `KEYS` and those of positions.
+        further: the keys that are read beside those of positions and of the number of experts, and what they may hold.
         fixed: as in `Family`, beside those of a family without biases.
         harmless: as in `Family`, beside Llama's.
         **arguments: further arguments of `Family`.
@@ -86,7 +89,7 @@ def with_experts(
     layout = llama_layout.LAYOUT | {
         "weights": weights,
         "fixed": {**llama_layout.FIXED, **fixed},
-        "further": llama_layout.LAYOUT["further"] | KEYS | frozenset(further),
+        "further": {**llama_layout.LAYOUT["further"], **_OF_ALL, **(further or {})},
         "read": lambda c, fields: llama_layout.read_positions(c, fields) | read(c, fields),
     }
     names = architectures(f"{architecture}ForCausalLM", f"{architecture}Model")
@@ -114,8 +117,11 @@ def weights(config: Config) -> list[Weight]:
     ]
 
 
-DENSE_KEYS = frozenset({"decoder_sparse_step", "mlp_only_layers", "intermediate_size", "moe_intermediate_size"})
-"""The keys of a `config.json` that `read_dense` reads."""
+DENSE_KEYS = {
+    "decoder_sparse_step": COUNT, "mlp_only_layers": either(array(NATURAL), NULL), "intermediate_size": COUNT,
+    "moe_intermediate_size": COUNT,
+}  # fmt: skip
+"""The keys of a `config.json` that `read_dense` reads, and what they may hold."""
 
 
 def read_dense(c: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,25 +131,13 @@ def read_dense(c: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any
         c: the contents of `config.json`.
         fields: the fields read so far, with `experts`.
     """
-    step, listed, n = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers") or [], fields["n_layers"]
-    if type(step) is not int or step < 1:
-        raise ValueError(f"decoder_sparse_step={step!r} must be a positive integer")
-    if not isinstance(listed, list) or any(type(layer) is not int for layer in listed):
-        raise ValueError(f"mlp_only_layers={listed!r} must be a list of integers")
-    width = _positive(c, "moe_intermediate_size")
+    step, listed, n = c.get("decoder_sparse_step", 1), set(c.get("mlp_only_layers") or []), fields["n_layers"]
+    width = c["moe_intermediate_size"]
     dense = tuple(layer for layer in range(n) if layer in listed or (layer + 1) % step)
     if not dense:
         return {"d_mlp": width}
     experts = None if len(dense) == n else dataclasses.replace(fields["experts"], d_mlp=width)
-    return {"d_mlp": _positive(c, "intermediate_size"), "experts": experts, "dense_layers": dense if experts else ()}
-
-
-def _positive(c: Mapping[str, Any], key: str) -> int:
-    """A number of neurons."""
-    value = check_field(Config, "d_mlp", c[key], key)
-    if value == 0:  # by which `Config` would derive it
-        raise ValueError(f"{key}=0 must be positive")
-    return value
+    return {"d_mlp": c["intermediate_size"], "experts": experts, "dense_layers": dense if experts else ()}
 
 
 def write_dense(config: Config) -> dict[str, Any]:

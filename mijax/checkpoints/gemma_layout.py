@@ -7,7 +7,7 @@ from mijax.checkpoints import llama_layout
 from mijax.checkpoints.keys import ACTIVATIONS, BIASES, Key, only
 from mijax.checkpoints.table import Convert, Weight, norm
 from mijax.model.config import Config
-from mijax.model.fields import check_field
+from mijax.rules import NULL, POSITIVE, either
 
 KEYS = {key: value for key, value in llama_layout.KEYS.items() if key != "hidden_act"} | {
     "hidden_activation": Key(("activation",), "gelu_pytorch_tanh", ACTIVATIONS),
@@ -16,7 +16,11 @@ KEYS = {key: value for key, value in llama_layout.KEYS.items() if key != "hidden
     "tie_word_embeddings": Key(("tied_unembed",), True),
     "attention_bias": Key(("attn_bias",), False, BIASES),
 }
-FURTHER = {"query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"}
+FURTHER = {
+    "query_pre_attn_scalar": POSITIVE,
+    "final_logit_softcapping": either(POSITIVE, NULL),
+    "attn_logit_softcapping": either(POSITIVE, NULL),
+}
 PLUS_ONE = Convert(lambda x, _: [x + 1], lambda parts, _: parts[0] - 1)
 """The checkpoint holds the weight of a norm less one."""
 HARMLESS_KEYS = {
@@ -35,11 +39,12 @@ def read_scales(
         fields: the fields read so far.
         caps: those of scores and of logits where the file gives none.
     """
-    values = [c.get(key, cap) for key, cap in zip(("attn_logit_softcapping", "final_logit_softcapping"), caps)]
-    scores, logits = (0.0 if v is None else check_field(Config, "embed_scale", v, "softcapping") for v in values)
-    squared = check_field(Config, "embed_scale", c.get("query_pre_attn_scalar", 256), "query_pre_attn_scalar")
+    scores, logits = (
+        c.get(key, cap) or 0.0 for key, cap in zip(("attn_logit_softcapping", "final_logit_softcapping"), caps)
+    )
     return {
-        "scores_cap": scores, "logits_cap": logits, "attn_scale": squared**-0.5, "embed_scale": fields["d_model"] ** 0.5
+        "scores_cap": scores, "logits_cap": logits, "attn_scale": c.get("query_pre_attn_scalar", 256) ** -0.5,
+        "embed_scale": fields["d_model"] ** 0.5,
     }  # fmt: skip
 
 

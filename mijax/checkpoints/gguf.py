@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mijax.checkpoints import gguf_metadata
+from mijax.checkpoints.contents import Stored
 from mijax.checkpoints.gguf_architectures import ARCHITECTURES, Architecture, decimal
 from mijax.checkpoints.gguf_file import Tensor, read_header
 from mijax.checkpoints.gguf_tokenizer import read_tokenizer
@@ -54,9 +55,19 @@ class GGUF:
         self._tensors = _by_hf_name(stored, self._architecture, self.config, path)
 
     @property
-    def names(self) -> list[str]:
-        """The Hugging Face names of the tensors, in the file's order."""
-        return list(self._tensors)
+    def stored(self) -> dict[str, Stored]:
+        """The shapes of the tensors as they were before llama.cpp converted them, by Hugging Face name, in the file's order."""
+        return {name: Stored("F32", self._shape(name)) for name in self._tensors}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        tensors, expert = self._tensors[name]
+        shapes = {tensor.shape for tensor in tensors}
+        if len(shapes) > 1:
+            named = ", ".join(f"{tensor.name} {tensor.shape}" for tensor in tensors)
+            raise ValueError(f"{self.path}: parts of one tensor must have one shape, given {named}")
+        (shape,) = shapes
+        whole = (len(tensors), *shape) if len(tensors) > 1 else shape
+        return self._architecture.shape(name, whole if expert is None else whole[1:])
 
     def read(self, name: str) -> np.ndarray:
         """Read one tensor.
@@ -84,7 +95,7 @@ class GGUF:
         Returns:
             An iterator over names and tensors, in the file's order.
         """
-        return ((name, self.read(name)) for name in self.names)
+        return ((name, self.read(name)) for name in self._tensors)
 
     def tokenizer(self) -> Tokenizer:
         """Rebuild the tokenizer, a byte-level BPE, from the tokens and merges in the file.
@@ -138,7 +149,7 @@ def _by_hf_name(
 
 def _llama3_scaling(table: np.ndarray, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The scaling of Llama 3.1 and later, which llama.cpp stores as a table of the factors of all frequencies."""
-    factor = decimal(float(table.max()))
+    factor = decimal(float(table.max(initial=0.0)))
     scaling = {
         "factor": factor,
         "low_freq_factor": 1.0,
@@ -146,9 +157,11 @@ def _llama3_scaling(table: np.ndarray, config: Mapping[str, Any], path: Path) ->
         "original_max_position_embeddings": 8192,
     }
     base, dim = float(config["rope_theta"]), int(config["head_dim"])
-    plain = frequencies(Rotary(base, dim))
-    expected = frequencies(Rotary(base, dim, RotaryScaling("llama3", factor, 1.0, 4.0, 8192)))
-    if config["rope_scaling"] or table.shape != plain.shape or not np.allclose(plain / table, expected, rtol=1e-5):
+    fits = not config["rope_scaling"] and table.shape == (dim // 2,) and bool((table >= 1).all()) and factor < np.inf
+    if fits:
+        expected = frequencies(Rotary(base, dim, RotaryScaling("llama3", factor, 1.0, 4.0, 8192)))
+        fits = np.allclose(frequencies(Rotary(base, dim)) / table, expected, rtol=1e-5)
+    if not fits:
         raise ValueError(
             f"{path}: the table of rotary scaling (rope_freqs.weight) is not that of Llama 3 ({scaling}), and no other is"
             " supported"

@@ -30,6 +30,7 @@ class Architecture(NamedTuple):
         requires: the keys without which llama.cpp refuses a file of this architecture, beside those of every one.
         parts: from a tensor's Hugging Face name to the names, as it were there, of the tensors that it was split into, which
             `undo` gets stacked.
+        shape: from a tensor's Hugging Face name and the shape of what `undo` gets to that of what it gives.
     """
 
     names: str
@@ -41,6 +42,7 @@ class Architecture(NamedTuple):
     rotates: str = "all"
     requires: tuple[str, ...] = ()
     parts: Callable[[str], tuple[str, ...]] = lambda name: (name,)
+    shape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
 
 
 # --- what the converter did
@@ -66,6 +68,10 @@ def _transposed(name: str, x: np.ndarray, c: Mapping[str, Any]) -> np.ndarray:
     return x.T if x.ndim == 2 and ".h." in name else x
 
 
+def _transposed_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[::-1] if ".h." in name else shape
+
+
 def _interleaved(name: str, x: np.ndarray, c: Mapping[str, Any]) -> np.ndarray:
     """Queries, keys and values one after the other: side by side in each head."""
     if "query_key_value" not in name:
@@ -88,12 +94,22 @@ def _with_gate(name: str, x: np.ndarray, c: Mapping[str, Any]) -> np.ndarray:
     return x.reshape(1, -1) if "shared_expert_gate" in name else x
 
 
+def _shape_with_gate(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (1, *shape) if "shared_expert_gate" in name and len(shape) == 1 else shape
+
+
 def _fused(name: str, x: np.ndarray, c: Mapping[str, Any]) -> np.ndarray:
     """GPT-OSS's gates and linear branches `[2, expert, ...]`: side by side; and its experts' maps as `[inputs, outputs]`."""
     if "gate_up_proj" in name:
         x = np.moveaxis(x, 0, 2)  # [expert, neuron, two, ...]
         x = x.reshape(x.shape[0], 2 * x.shape[1], *x.shape[3:])
     return x.swapaxes(-1, -2) if name.endswith(("gate_up_proj", "down_proj")) else x
+
+
+def _fused_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if "gate_up_proj" in name and len(shape) >= 3:
+        shape = (shape[1], 2 * shape[2], *shape[3:])
+    return (*shape[:-2], shape[-1], shape[-2]) if name.endswith(("gate_up_proj", "down_proj")) and shape[1:] else shape
 
 
 def _gpt_oss_parts(name: str) -> tuple[str, ...]:
@@ -134,7 +150,8 @@ def decimal(x: float) -> float:
     Args:
         x: the number.
     """
-    return float(np.float32(x).astype(str))
+    with np.errstate(over="ignore"):  # infinity, which `Config` refuses
+        return float(np.float32(x).astype(str))
 
 
 def _llama(get: Get, shapes: Shapes) -> dict[str, Any]:
@@ -267,7 +284,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("LLAMA", "llama", _llama, _unpermuted, _EXPERTS),
     "smollm3": Architecture("SMOLLM3", "smollm3", _without_head_size, _unpermuted),
     "qwen2": Architecture("QWEN2", "qwen2", _without_head_size),
-    "qwen2moe": Architecture("QWEN2MOE", "qwen2_moe", _qwen2_moe, _with_gate, (*_MOE, "expert_shared_feed_forward_length")),
+    "qwen2moe": Architecture("QWEN2MOE", "qwen2_moe", _qwen2_moe, _with_gate, (*_MOE, "expert_shared_feed_forward_length"), shape=_shape_with_gate),
     "qwen3": Architecture("QWEN3", "qwen3", _qwen3),
     "qwen3moe": Architecture("QWEN3MOE", "qwen3_moe", lambda get, shapes: _qwen3(get, shapes) | _moe(get, True), reads=_MOE),
     "olmo2": Architecture("OLMO2", "olmo2", _without_head_size),
@@ -277,9 +294,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi2": Architecture("PHI2", "phi", _phi2, epsilon=_LAYER_NORM, rotates="part"),
     "phi3": Architecture("PHI3", "phi3", _phi3, reads=_WINDOW, rotates="part"),
     "gptneox": Architecture("GPTNEOX", "gpt_neox", _gpt_neox, _interleaved, ("use_parallel_residual",), _LAYER_NORM, "part"),
-    "gpt2": Architecture("GPT2", "gpt2", _gpt2, _transposed, (), _LAYER_NORM, "none"),
+    "gpt2": Architecture("GPT2", "gpt2", _gpt2, _transposed, (), _LAYER_NORM, "none", shape=_transposed_shape),
     "bloom": Architecture("BLOOM", "bloom", _bloom, _interleaved, ("attention.max_alibi_bias",), _LAYER_NORM, "none"),
     "falcon": Architecture("FALCON", "falcon", _falcon, _grouped, (), _LAYER_NORM),
-    "gpt-oss": Architecture("GPT_OSS", "gpt_oss", _gpt_oss, _fused, (*_MOE, *_WINDOW), requires=(*_MOE, *_WINDOW), parts=_gpt_oss_parts),
+    "gpt-oss": Architecture("GPT_OSS", "gpt_oss", _gpt_oss, _fused, (*_MOE, *_WINDOW), requires=(*_MOE, *_WINDOW), parts=_gpt_oss_parts, shape=_fused_shape),
 }  # fmt: skip
 """The architectures that are read, by llama.cpp's names."""

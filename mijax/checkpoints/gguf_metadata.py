@@ -4,65 +4,12 @@ A missing key has the default that llama.cpp gives it (llama-model.cpp, llama-hp
 """
 
 import math
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mijax.checkpoints.gguf_architectures import ARCHITECTURES, Architecture, Get, decimal, head_size, yarn
-
-
-class Rule(NamedTuple):
-    """The values that a key may have.
-
-    Attributes:
-        expected: a description of these values, for error messages.
-        accepts: whether a value is one of them.
-    """
-
-    expected: str
-    accepts: Callable[[Any], bool]
-
-
-def only(*values: Any) -> Rule:
-    """A rule that accepts the listed values only, compared with their types.
-
-    Args:
-        values: the values, for a key that would change the computation at any other.
-
-    Returns:
-        The rule.
-
-    >>> only(0).accepts(0), only(0).accepts(False)
-    (True, False)
-    """
-    known = [(type(value), value) for value in values]
-    return Rule(" or ".join(map(repr, values)), lambda x: (type(x), x) in known)
-
-
-def array(kind: str, *types: type) -> Rule:
-    """A rule that accepts lists.
-
-    Args:
-        kind: the description of the entries, for error messages.
-        types: the types that the entries may have.
-
-    Returns:
-        The rule.
-
-    >>> array("texts", str).accepts(["a"]), array("texts", str).accepts([1])
-    (True, False)
-    """
-    return Rule(f"an array of {kind}", lambda x: isinstance(x, list) and all(type(entry) in types for entry in x))
-
-
-_is_number = lambda x: type(x) is float and math.isfinite(x)
-COUNT = Rule("a positive integer", lambda x: type(x) is int and x > 0)
-NATURAL = Rule("an integer that is not negative", lambda x: type(x) is int and x >= 0)
-POSITIVE = Rule("a positive number", lambda x: _is_number(x) and x > 0)
-NOT_NEGATIVE = Rule("a number that is not negative", lambda x: _is_number(x) and x >= 0)
-FLAG = Rule("true or false", lambda x: type(x) is bool)
-TEXT = Rule("a text", lambda x: type(x) is str)
+from mijax.rules import COUNT, FLAG, NATURAL, NOT_NEGATIVE, POSITIVE, TEXT, Rule, faults, missing, only, shown
 
 _REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 # keys that may have an array of one entry per layer
@@ -165,32 +112,24 @@ def checked(fields: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if isinstance(entries, list) and entries:
             values[key] = entries[0]
             if len(entries) != values.get(f"{name}.block_count") or len(set(entries)) > 1:
-                differing.append(f"{key} must be the same in each of the layers, given {reprlib.repr(entries)}")
+                differing.append(f"{key} must be the same in each of the layers, given {shown(entries)}")
     architecture = ARCHITECTURES[name]
     required = [f"{name}.{key}" for key in (*_REQUIRED, architecture.epsilon, *architecture.requires)]
     read, harmless = rules(name)
-    refuse(path, [*missing(values, required), *faults(values, read | harmless, _HARMLESS_FAMILIES), *differing])
+    refuse(
+        path,
+        [
+            *missing(values, required),
+            *unknown(values, read | harmless, _HARMLESS_FAMILIES),
+            *faults(values, read | harmless),
+            *differing,
+        ],
+    )
     return values
 
 
-def missing(values: Mapping[str, Any], required: Sequence[str]) -> list[str]:
-    """Messages about missing keys.
-
-    Args:
-        values: metadata by key.
-        required: the keys that must be present.
-
-    Returns:
-        One message for each missing key.
-
-    >>> missing({"a": 1}, ["a", "b"])
-    ['the key b is missing']
-    """
-    return [f"the key {key} is missing" for key in required if key not in values]
-
-
-def faults(values: Mapping[str, Any], rules: Mapping[str, Rule], families: tuple[str, ...] = ()) -> list[str]:
-    """Messages about unknown keys and unsupported values.
+def unknown(values: Mapping[str, Any], rules: Mapping[str, Rule], families: tuple[str, ...] = ()) -> list[str]:
+    """Messages about unknown keys.
 
     Args:
         values: metadata by key.
@@ -198,18 +137,13 @@ def faults(values: Mapping[str, Any], rules: Mapping[str, Rule], families: tuple
         families: prefixes of further keys, which may have any value.
 
     Returns:
-        One message for each key that has neither a rule nor such a prefix, and for each value that its rule
-        refuses.
+        One message for each key that has neither a rule nor such a prefix.
 
-    >>> faults({"a": 1, "b": 2, "c.d": 3}, {"a": only(0)}, ("c.",))
-    ['the key b (2) is not known', 'a must be 0, given 1']
+    >>> unknown({"a": 1, "b": 2, "c.d": 3}, {"a": COUNT}, ("c.",))
+    ['the key b (2) is not known']
     """
-    unknown = [k for k in values if k not in rules and not k.startswith(families)]
-    wrong = [(k, rules[k].expected) for k in values if k in rules and not rules[k].accepts(values[k])]
-    return [
-        *(f"the key {key} ({reprlib.repr(values[key])}) is not known" for key in unknown),
-        *(f"{key} must be {expected}, given {reprlib.repr(values[key])}" for key, expected in wrong),
-    ]
+    keys = [key for key in values if key not in rules and not key.startswith(families)]
+    return [f"the key {shown(key)[1:-1]} ({shown(values[key])}) is not known" for key in keys]
 
 
 def refuse(path: Path, faults: Sequence[str]) -> None:
@@ -247,7 +181,7 @@ def config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], pat
         raise ValueError(f"{path}: the tensor token_embd.weight is missing")
     n_vocab, heads = shapes["token_embd.weight"][0], get("attention.head_count")
     wrong = [f"{name}.{text}, given {get(text.split()[0])}" for text in _contradictions(get, architecture)]
-    refuse(path, [*wrong, *_counts(values, name, len(shapes), n_vocab)])
+    refuse(path, [*wrong, *_counts(values, name, shapes, n_vocab)])
     rotary = {} if architecture.rotates == "none" else _rotary(get)
     return {
         "model_type": architecture.model_type,
@@ -297,10 +231,17 @@ def _contradictions(get: Get, architecture: Architecture) -> list[str]:
     return [text for text, wrong in checks if wrong]
 
 
-def _counts(values: Mapping[str, Any], name: str, n_tensors: int, n_vocab: int) -> list[str]:
+def _counts(values: Mapping[str, Any], name: str, shapes: Mapping[str, tuple[int, ...]], n_vocab: int) -> list[str]:
     """Messages about counts in the metadata that differ from those of the tensors."""
+    n_tensors = len(shapes)
     counts = {f"{name}.vocab_size": n_vocab, "split.tensors.count": n_tensors}
     messages = [f"{k} is {values[k]}, the file has {n}" for k, n in counts.items() if values.get(k, n) != n]
+    experts = values.get(f"{name}.expert_count", 0)
+    messages += [
+        f"{name}.expert_count is {experts}, and {tensor} has shape {shape}"
+        for tensor, shape in shapes.items()
+        if "_exps." in tensor and shape[0] != experts
+    ][:1]
     layers = values[f"{name}.block_count"]
     return messages + (
         [f"{name}.block_count is {layers}, the file has {n_tensors} tensors"] if layers > n_tensors else []

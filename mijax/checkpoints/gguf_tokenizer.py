@@ -5,7 +5,6 @@ A byte-level BPE (llama.cpp's `gpt2`), a BPE of SentencePiece (`llama`) or its u
 
 import collections
 import math
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +12,10 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from mijax.checkpoints.gguf_metadata import FLAG, NATURAL, TEXT, Rule, array, faults, missing, only, refuse
+from mijax.checkpoints.gguf_metadata import refuse, unknown
 from mijax.checkpoints.gguf_sentencepiece import bpe, unigram
 from mijax.checkpoints.tokenizer import Tokenizer
+from mijax.rules import FLAG, INTEGER, NATURAL, NUMBER, TEXT, Rule, array, faults, missing, only, shown
 
 _LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
@@ -88,20 +88,20 @@ _INFILL = ("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "pr
 KEYS = {
     "tokenizer.ggml.model": TEXT,
     "tokenizer.ggml.pre": TEXT,
-    "tokenizer.ggml.tokens": array("texts", str),
-    "tokenizer.ggml.token_type": array("integers from 1 to 6", int),
-    "tokenizer.ggml.merges": array("texts", str),
+    "tokenizer.ggml.tokens": array(TEXT),
+    "tokenizer.ggml.token_type": array(INTEGER),
+    "tokenizer.ggml.merges": array(TEXT),
     **{f"tokenizer.ggml.{name}_token_id": NATURAL for name in (*_NAMES, *_END)},
     "tokenizer.ggml.add_bos_token": FLAG,
     "tokenizer.ggml.add_eos_token": FLAG,
     "tokenizer.chat_template": TEXT,
-    "tokenizer.chat_templates": array("texts", str),
+    "tokenizer.chat_templates": array(TEXT),
     "tokenizer.ggml.add_sep_token": only(False),
     "tokenizer.ggml.add_space_prefix": only(False),
     "tokenizer.ggml.remove_extra_whitespaces": only(False),
 }
 HARMLESS = {  # checked for their type, without effect on a byte-level BPE at any value
-    "tokenizer.ggml.scores": array("numbers", int, float),
+    "tokenizer.ggml.scores": array(NUMBER),
     "tokenizer.huggingface.json": TEXT,
     **{f"tokenizer.ggml.{name}_token_id": NATURAL for name in _INFILL},
 }
@@ -110,7 +110,7 @@ _REQUIRED = {
     **dict.fromkeys(_SENTENCEPIECE, ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores")),
 }
 _TEMPLATE = "tokenizer.chat_template."
-_BYTES = Rule("an array of bytes", lambda x: isinstance(x, list) and all(type(b) is int and 0 <= b < 256 for b in x))
+_BYTES = array(Rule("a byte", lambda x: type(x) is int and 0 <= x < 256))
 
 
 def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Tokenizer:
@@ -143,10 +143,10 @@ def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Token
         )
     known = KEYS | HARMLESS | {key: TEXT for key in values if key.startswith(_TEMPLATE)}
     if model in _SENTENCEPIECE:
-        known |= {"tokenizer.ggml.add_space_prefix": FLAG, "tokenizer.ggml.merges": array("texts", str)}
+        known |= {"tokenizer.ggml.add_space_prefix": FLAG, "tokenizer.ggml.merges": array(TEXT)}
     if model == "t5":
         known |= {"tokenizer.ggml.remove_extra_whitespaces": FLAG, "tokenizer.ggml.precompiled_charsmap": _BYTES}
-    refuse(path, [*missing(values, _REQUIRED[model]), *faults(values, known)])
+    refuse(path, [*missing(values, _REQUIRED[model]), *unknown(values, known), *faults(values, known)])
     refuse(path, _vocabulary_faults(values, n_vocab, model))
     tokens, kinds = get("tokens"), get("token_type", [1] * n_vocab)
     refuse(path, _special_faults(values, kinds, splitting))
@@ -220,12 +220,12 @@ def _vocabulary_faults(values: Mapping[str, Any], n_vocab: int, model: str) -> l
     ]
     repeated = [token for token, n in collections.Counter(tokens).items() if n > 1]
     if repeated:
-        messages.append(f"tokenizer.ggml.tokens has tokens more than once: {reprlib.repr(repeated)}")
+        messages.append(f"tokenizer.ggml.tokens has tokens more than once: {shown(repeated)}")
     kinds = range(1, 7 if model in _SENTENCEPIECE else 6)
-    unknown = set(values.get("tokenizer.ggml.token_type", [])) - {*kinds}
-    if unknown:
+    odd = set(values.get("tokenizer.ggml.token_type", [])) - {*kinds}
+    if odd:
         expected = ", ".join(map(str, kinds[:-1])) + f" or {kinds[-1]}"
-        messages.append(f"tokenizer.ggml.token_type must be an array of {expected}, given {reprlib.repr(unknown)}")
+        messages.append(f"tokenizer.ggml.token_type must be an array of {expected}, given {shown(odd)}")
     messages += _byte_faults(values) if model in _SENTENCEPIECE else _merge_faults(values)
     scores = values.get("tokenizer.ggml.scores", []) if model in _SENTENCEPIECE else []
     if not all(map(math.isfinite, scores)):
@@ -234,7 +234,7 @@ def _vocabulary_faults(values: Mapping[str, Any], n_vocab: int, model: str) -> l
         messages.append("tokenizer.ggml.token_type marks no token as unknown (2), which a unigram model needs")
     absent = set(values.get("tokenizer.chat_templates", [])) - {k.removeprefix(_TEMPLATE) for k in values}
     if absent:
-        messages.append(f"tokenizer.chat_templates names {reprlib.repr(sorted(absent))}, which the file lacks")
+        messages.append(f"tokenizer.chat_templates names {shown(sorted(absent))}, which the file lacks")
     return messages
 
 
@@ -243,7 +243,7 @@ def _byte_faults(values: Mapping[str, Any]) -> list[str]:
     tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
     of_bytes = {token for token, kind in zip(tokens, kinds) if kind == 6}
     if of_bytes and of_bytes != {f"<0x{i:02X}>" for i in range(256)}:
-        return [f"tokenizer.ggml.tokens must hold the bytes <0x00> to <0xFF>, given {reprlib.repr(sorted(of_bytes))}"]
+        return [f"tokenizer.ggml.tokens must hold the bytes <0x00> to <0xFF>, given {shown(sorted(of_bytes))}"]
     return []
 
 
@@ -253,9 +253,7 @@ def _merge_faults(values: Mapping[str, Any]) -> list[str]:
     vocabulary = set(tokens)
     invalid = [m for m in merges if len(m.split(" ")) != 2 or not {*m.split(" "), m.replace(" ", "")} <= vocabulary]
     if invalid:
-        messages.append(
-            f"tokenizer.ggml.merges must be two tokens each, that give a third; given {reprlib.repr(invalid)}"
-        )
+        messages.append(f"tokenizer.ggml.merges must be two tokens each, that give a third; given {shown(invalid)}")
     if len(set(merges)) < len(merges):
         messages.append("tokenizer.ggml.merges has the same merge more than once")
     return messages

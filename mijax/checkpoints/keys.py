@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from mijax.model.config import Config
 from mijax.model.fields import check_field
+from mijax.rules import Rule, shown
 
 REQUIRED = object()
 """The `default` of a `Key` that must be in the file."""
@@ -85,7 +86,9 @@ def write_fields(config: Config, keys: Mapping[str, Key]) -> dict[str, Any]:
     return entries
 
 
-def check_keys(c: Mapping[str, Any], family: str, read: frozenset[str], harmless: Mapping[str, Harmless]) -> None:
+def check_keys(
+    c: Mapping[str, Any], family: str, read: Mapping[str, Rule | None], harmless: Mapping[str, Harmless]
+) -> None:
     """Refuse a config with a key that is neither read nor harmless at its value.
 
     An unknown key whose value is `null` is accepted: it is taken to say that the model lacks the feature.
@@ -93,29 +96,33 @@ def check_keys(c: Mapping[str, Any], family: str, read: frozenset[str], harmless
     Args:
         c: the contents of `config.json`.
         family: the `model_type`, for the error message.
-        read: the keys that are read.
+        read: the keys that are read, and what they may hold; `None` where whoever reads the key says it.
         harmless: the other known keys, with the values at which they have no effect.
 
     Raises:
         ValueError: naming every such key, or the key that announces quantised weights.
 
-    >>> check_keys({"n_layer": 2, "flash": None}, "gpt2", frozenset({"n_layer"}), {})
-    >>> check_keys({"is_decoder": False}, "gpt2", frozenset(), {"is_decoder": only(True)})
+    >>> check_keys({"n_layer": 2, "flash": None}, "gpt2", {"n_layer": None}, {})
+    >>> check_keys({"is_decoder": False}, "gpt2", {}, {"is_decoder": only(True)})
     Traceback (most recent call last):
     ValueError: unsupported gpt2 config: is_decoder=False
     """
     for key in QUANTISATION:
         accepts = harmless.get(key, only(None))
         if c.get(key) is not None and not accepts(c[key], c):
-            raise ValueError(f"quantised weights are not supported, and the file has {key}={c[key]!r}")
+            raise ValueError(f"quantised weights are not supported, and the file has {key}={shown(c[key])}")
     faults = []
     for key, value in c.items():
+        rule = read.get(key)
+        if rule is not None and not rule.accepts(value):
+            faults.append(f"{key}={shown(value)} must be {rule.expected}")
         if key in read or key in QUANTISATION:
             continue
         if key not in harmless and value is not None:
-            faults.append(f"{key}={value!r} (a key that mijax does not know, which may change what the model computes)")
+            unknown = "(a key that mijax does not know, which may change what the model computes)"
+            faults.append(f"{shown(key)[1:-1]}={shown(value)} {unknown}")
         elif key in harmless and not harmless[key](value, c):
-            faults.append(f"{key}={value!r}")
+            faults.append(f"{key}={shown(value)}")
     if faults:
         raise ValueError(f"unsupported {family} config: {', '.join(faults)}")
 
@@ -198,7 +205,9 @@ def windows_of(
         ValueError: for other kinds, another number of layers, or a window that is no positive integer.
     """
     if not isinstance(kinds, list) or len(kinds) != n_layers or not set(map(str, kinds)) <= {local, full}:
-        raise ValueError(f"layer_types={kinds!r} must be one of {local!r} and {full!r} for each of {n_layers} layers")
+        raise ValueError(
+            f"layer_types={shown(kinds)} must be one of {local!r} and {full!r} for each of {n_layers} layers"
+        )
     if local in kinds and not (type(window) is int and window > 0):
         raise ValueError(f"the window {window!r} must be a positive integer")
     return tuple(window if kind == local else 0 for kind in kinds)

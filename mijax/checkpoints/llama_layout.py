@@ -8,6 +8,7 @@ from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, on
 from mijax.checkpoints.rotary_keys import ROTARY_KEYS, read_rotary, write_rotary
 from mijax.checkpoints.table import Family, Weight, linear, norm
 from mijax.model.config import Config
+from mijax.rules import COUNT, FLAG, NATURAL, NULL, TEXT, array, either
 
 LAYER = "model.layers.{layer}."
 """The start of the names of a layer's tensors."""
@@ -50,13 +51,16 @@ def read_window(c: Mapping[str, Any], fields: Mapping[str, Any], default: int | 
         default: the window where the file gives none.
     """
     window = c.get("sliding_window", default)
-    if not (window is None or (type(window) is int and window > 0)):
-        raise ValueError(f"sliding_window={window!r} must be a positive integer or null")
     return {"window": 0 if window is None or window >= fields["n_ctx"] else window}  # of no effect beyond
 
 
-WINDOW_KEYS = frozenset({"layer_types", "sliding_window", "use_sliding_window", "max_window_layers"})
-"""The keys of a `config.json` that `read_windows` reads."""
+WINDOW_KEYS = {
+    "layer_types": either(array(TEXT), NULL),
+    "sliding_window": either(COUNT, NULL),
+    "use_sliding_window": FLAG,
+    "max_window_layers": NATURAL,
+}
+"""The keys of a `config.json` that `read_windows` reads, and what they may hold; `read_window` reads the second."""
 
 
 def read_windows(
@@ -69,10 +73,7 @@ def read_windows(
         fields: the fields read so far.
         local: the layers with windows where the file has no `layer_types`; by default those from `max_window_layers` on.
     """
-    n, use = fields["n_layers"], c.get("use_sliding_window", False)
-    if not isinstance(use, bool):
-        raise ValueError(f"use_sliding_window={use!r} must be a boolean, given {type(use).__name__}")
-    window = c.get("sliding_window", 4096) if use else None
+    n, window = fields["n_layers"], c.get("sliding_window", 4096) if c.get("use_sliding_window", False) else None
     kinds = c.get("layer_types")
     if kinds is None:
         local = range(c.get("max_window_layers", 28), n) if local is None else local
@@ -174,7 +175,7 @@ def with_windows(name: str, architecture: str, **arguments: Any) -> Family:
     read = lambda c, fields: read_positions(c, fields) | read_windows(c, fields)
     return Family(
         name,
-        **{**LAYOUT, "fixed": fixed, "further": ROTARY_KEYS | WINDOW_KEYS, "read": read, **arguments},
+        **{**LAYOUT, "fixed": fixed, "further": {**ROTARY_KEYS, **WINDOW_KEYS}, "read": read, **arguments},
         write=lambda config: write_as(f"{architecture}ForCausalLM", config) | write_windows(config),
         harmless={
             **HARMLESS_KEYS,

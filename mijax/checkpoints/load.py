@@ -14,13 +14,13 @@ from mijax.checkpoints.build import buffers_in, build
 from mijax.checkpoints.contents import Tensors
 from mijax.checkpoints.gguf import GGUF
 from mijax.checkpoints.hub import fetch
-from mijax.checkpoints.json_files import read_object, required_object
 from mijax.checkpoints.lora import FILES as ADAPTER_FILES
 from mijax.checkpoints.lora import merged
 from mijax.checkpoints.registry import family_of
 from mijax.checkpoints.shards import tensors_of
 from mijax.checkpoints.table import Family
 from mijax.checkpoints.tokenizer import FILES, Tokenizer
+from mijax.files import check_file, optional_object, read_object
 from mijax.model.config import Config
 from mijax.model.parameters import parameter_dtype
 from mijax.model.transformer import Transformer
@@ -98,14 +98,15 @@ def load(
         raise FileNotFoundError(f"no such file or folder: {path}")
     else:
         path = _from_hub(name, revision, token, adapter is not None)
-    if path.is_file():
+    if not path.is_dir():
+        check_file(path)
         gguf = GGUF(path)
         encoder = gguf.tokenizer() if tokenizer else None  # first, to refuse an unsupported one before the slow part
-        tensors = Tensors(dict.fromkeys(gguf.names, "F32"), gguf.read)
+        tensors = Tensors(gguf.stored, gguf.read)
         config = gguf.config
     else:
         _check_adapter(path, adapter is not None)
-        config = required_object(path / "config.json")
+        config = read_object(path / "config.json")
         _described(config, str(path))  # first, to refuse an unsupported one whatever else the folder lacks
         encoder = Tokenizer.from_folder(path) if tokenizer else None
         tensors = tensors_of(path)
@@ -143,11 +144,12 @@ def _described(config: dict, source: str) -> tuple[Family, Config]:
 
 def _check_adapter(folder: Path, merging: bool) -> None:
     """Refuse a folder with an adapter, unless one is to be merged."""
-    if not (folder / "adapter_config.json").exists():
+    if not os.path.lexists(folder / "adapter_config.json"):
         return
-    if not (folder / "config.json").exists():
+    if not os.path.lexists(folder / "config.json"):
         base = (
-            read_object(folder / "adapter_config.json").get("base_model_name_or_path") or "the model it was trained on"
+            optional_object(folder / "adapter_config.json").get("base_model_name_or_path")
+            or "the model it was trained on"
         )
         raise ValueError(f"{folder} holds an adapter alone: give mijax.load {base}, with this as adapter=")
     if not merging:
@@ -180,7 +182,7 @@ def _from_hub(name: str, revision: str | None, token: str | None, merging: bool)
     config_only, *rest = _HUB_FILES
     folder = fetch(name, *config_only, revision, token)
     _check_adapter(folder, merging)
-    _described(required_object(folder / "config.json"), name)
+    _described(read_object(folder / "config.json"), name)
     for patterns in rest:
         folder = fetch(name, *patterns, revision, token)
     return folder

@@ -4,47 +4,48 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106
 Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732, for `use_rslora`.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
 
-from mijax.checkpoints.contents import Lookup, Tensors
-from mijax.checkpoints.json_files import read_object
+from mijax.checkpoints.contents import Lookup, Stored, Tensors
+from mijax.checkpoints.shards import tensors_in
 from mijax.checkpoints.table import Family
 from mijax.checkpoints.tensors import FLOATS
+from mijax.files import read_object
 from mijax.model.config import Config
+from mijax.rules import FLAG, NULL, POSITIVE, Rule, either, faults, mapping, only, shown
 
 CONFIG, WEIGHTS = FILES = "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter."""
 _START = "base_model.model."
 _LOW_RANK = re.compile(r"(.*)\.lora_(?:(A|B)\.weight|embedding_(A|B))$")
 _WHOLE = re.compile(r"(.*?)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.(weight|bias)$")
-_READ = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "ensure_weight_tying",
-    "init_lora_weights",
+_PATTERNS = either(
+    mapping(POSITIVE)._replace(expected="an object that maps patterns of names to positive numbers"), NULL
 )
+_RULES = {
+    "peft_type": only("LORA"),
+    "r": POSITIVE,
+    "lora_alpha": POSITIVE,
+    "rank_pattern": _PATTERNS,
+    "alpha_pattern": _PATTERNS,
+    "use_rslora": either(FLAG, NULL),
+    "ensure_weight_tying": either(FLAG, NULL),
+    "init_lora_weights": Rule(
+        "a start that leaves the base weights as they are (true, false, 'gaussian', 'eva', 'orthogonal')",
+        only(True, False, "gaussian", "eva", "orthogonal").accepts,
+    ),
+}
 _ONLY_TRAINING = (  # what is chosen by these keys stands in the names and shapes of the tensors
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "lora_dropout", "fan_in_fan_out",
     "megatron_config", "megatron_core", "loftq_config", "eva_config", "lora_ga_config", "qalora_group_size", "runtime_config",
 )  # fmt: skip
-_UNCHANGED_BASE = (
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # other ways to start an adapter change the base weights
 
 
 def merged(tensors: Tensors, folder: Path, family: Family, config: Config) -> Tensors:
@@ -70,9 +71,10 @@ def merged(tensors: Tensors, folder: Path, family: Family, config: Config) -> Te
             the unembedding is tied without saying that it changes both.
     """
     settings = _settings(folder)
-    lookup = Lookup(family.prefix, {**tensors.dtypes, str(family.head): ""})  # which a tied checkpoint may lack
-    low_rank, replaced = _by_target(folder, lambda name: lookup(name) or lookup(family.prefix + name))
-    absent = low_rank.keys() - tensors.dtypes.keys() - replaced.keys()
+    adapter = tensors_in(folder / WEIGHTS)
+    lookup = Lookup(family.prefix, {*tensors.stored, str(family.head)})  # which a tied checkpoint may lack
+    low_rank, replaced = _by_target(adapter, folder, lambda name: lookup(name) or lookup(family.prefix + name))
+    absent = low_rank.keys() - tensors.stored.keys() - replaced.keys()
     if absent:
         raise ValueError(f"{folder} changes {', '.join(sorted(absent))}, which the checkpoint does not hold")
     embedding = next(lookup(w.theirs) for w in family.weights(config) if w.ours == ("W_E",))
@@ -84,69 +86,98 @@ def merged(tensors: Tensors, folder: Path, family: Family, config: Config) -> Te
             " (ensure_weight_tying): save the merged model with PEFT's merge_and_unload"
         )
 
+    stored = {**tensors.stored, **{name: adapter.stored[theirs] for name, theirs in replaced.items()}}
+    changes = {
+        name: _Change(
+            halves["A"],
+            halves["B"],
+            ".lora_embedding_" in halves["A"] or (family.inputs_first and name != family.head),
+            _scale(settings, halves["A"], adapter.stored[halves["A"]].shape, folder),
+        )
+        for name, halves in low_rank.items()
+    }
+    _check_shapes(changes, stored, adapter, folder)
+
     def read(name: str) -> np.ndarray:
-        tensor = _read(folder, replaced[name]) if name in replaced else tensors.read(name)
-        if name not in low_rank:
+        tensor = adapter.read(replaced[name]) if name in replaced else tensors.read(name)
+        if name not in changes:
             return tensor
         tensor = tensor.astype(np.float64 if tensor.dtype == np.float64 else np.float32)
-        a, b = (_read(folder, low_rank[name][half]).astype(tensor.dtype) for half in "AB")
+        a, b = (adapter.read(half).astype(tensor.dtype) for half in changes[name][:2])
         with np.errstate(all="ignore"):  # what is not finite is reported by `build`
-            change = b @ a if a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] else np.zeros(0)
-        is_embedding = ".lora_embedding_" in low_rank[name]["A"]
-        if is_embedding or (family.inputs_first and name != family.head):
-            change = change.T
-        if change.shape != tensor.shape:
-            raise ValueError(
-                f"{folder / WEIGHTS}: the low-rank maps of {name} have shapes {a.shape} and {b.shape}, which do not"
-                f" give its shape {tensor.shape}"
-            )
-        return tensor + tensor.dtype.type(_scale(settings, low_rank[name]["A"], a.shape[0], folder)) * change
+            change = tensor.dtype.type(changes[name].scale) * (b @ a)
+            return tensor + (change.T if changes[name].transposed else change)
 
-    dtypes = {name: "F32" if name in low_rank else dtype for name, dtype in tensors.dtypes.items()}
-    return Tensors(dtypes | dict.fromkeys(replaced, "F32"), read)
+    return Tensors(stored, read)
+
+
+class _Change(NamedTuple):
+    """A low-rank change of a tensor: the names of its halves, whether their product is transposed, and its factor."""
+
+    a: str
+    b: str
+    transposed: bool
+    scale: float
+
+
+def _check_shapes(changes: Mapping[str, _Change], stored: Mapping[str, Stored], adapter: Tensors, folder: Path) -> None:
+    """Refuse halves whose product does not have the shape of the tensor that it changes."""
+    for name, change in changes.items():
+        a, b = adapter.stored[change.a].shape, adapter.stored[change.b].shape
+        product = (b[0], a[1]) if len(a) == len(b) == 2 and a[0] == b[1] else ()
+        if (product[::-1] if change.transposed else product) != stored[name].shape:
+            raise ValueError(
+                f"{folder / WEIGHTS}: the low-rank maps of {name} have shapes {a} and {b}, which do not give its shape"
+                f" {stored[name].shape}"
+            )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     """The config of the adapter, checked."""
-    if not (folder / CONFIG).exists():
+    if not os.path.lexists(folder / CONFIG):
         raise FileNotFoundError(f"{folder} holds no {CONFIG}: it is no adapter")
-    if not (folder / WEIGHTS).exists():
+    if not os.path.lexists(folder / WEIGHTS):
         raise FileNotFoundError(
             f"{folder} holds no {WEIGHTS}. An adapter_model.bin is a pickle, which can run any code when it is read:"
             " save it anew with PEFT's save_pretrained(..., safe_serialization=True)"
         )
     settings = read_object(folder / CONFIG)
-    faults = [] if settings.get("peft_type") == "LORA" else [f"peft_type={settings.get('peft_type')!r} (only 'LORA')"]
-    if settings.get("init_lora_weights", True) not in _UNCHANGED_BASE:
-        faults.append(f"init_lora_weights={settings['init_lora_weights']!r}, which changes the base weights")
+    wrong = [f"the key {key} is missing" for key in ("peft_type", "r", "lora_alpha") if key not in settings]
+    wrong += faults(settings, _RULES)
     for key, value in settings.items():
-        if key not in _READ and key not in _ONLY_TRAINING and value:  # null, false and empty say that there is none
-            faults.append(f"{key}={value!r}")
-    for key in ("r", "lora_alpha"):
-        if type(settings.get(key)) not in (int, float) or not settings[key] > 0:
-            faults.append(f"{key}={settings.get(key)!r}, which must be a positive number")
+        if key not in _RULES and key not in _ONLY_TRAINING and value:  # null, false and empty say that there is none
+            wrong.append(f"{key}={shown(value)} is not supported")
     for key in ("rank_pattern", "alpha_pattern"):
-        if not _are_patterns(settings.get(key) or {}):
-            faults.append(f"{key}={settings[key]!r}, which must map patterns of names to positive numbers")
-    if faults:
-        raise ValueError(f"{folder / CONFIG} describes an adapter that is not supported: {', '.join(faults)}")
+        patterns = settings.get(key) if _PATTERNS.accepts(settings.get(key)) else None
+        wrong += [f"{key} holds the pattern {shown(p)}, {_SIMPLE}" for p in patterns or {} if not _is_simple(p)]
+    if wrong:
+        raise ValueError(f"{folder / CONFIG} describes an adapter that is not supported: {'; '.join(wrong)}")
     return settings
 
 
-def _are_patterns(patterns: Any) -> bool:
-    """Whether a value maps regular expressions to positive numbers."""
-    if not isinstance(patterns, Mapping):
+_SIMPLE = "expected a regular expression of at most 200 characters and three repetitions, none of them of a group"
+
+
+def _is_simple(pattern: str) -> bool:
+    """Whether a regular expression takes no more than some million steps on the name of a module.
+
+    Groups that are repeated can take exponentially many.
+    """
+    if len(pattern) > 200 or re.search(r"\)[*+?{]|\\\d|\(\?", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
         return False
     try:
-        return all(re.compile(key) and type(value) in (int, float) and value > 0 for key, value in patterns.items())
-    except re.error:
+        return re.compile(pattern) is not None
+    except (re.error, OverflowError):
         return False
 
 
-def _by_target(folder: Path, target: Callable[[str], str | None]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+def _by_target(
+    adapter: Tensors, folder: Path, target: Callable[[str], str | None]
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """The names of the adapter's tensors, by the tensor of the checkpoint that they change.
 
     Args:
+        adapter: the adapter's tensors.
         folder: the adapter's folder.
         target: the name in the checkpoint of a tensor's full name; `None` where it holds none.
 
@@ -156,42 +187,29 @@ def _by_target(folder: Path, target: Callable[[str], str | None]) -> tuple[dict[
     """
     low_rank: dict[str, dict[str, str]] = {}
     replaced: dict[str, str] = {}
-    faults = []
-    for name, dtype in _stored(folder).items():
+    wrong = []
+    for name, (dtype, _) in adapter.stored.items():
         inner = name.removeprefix(_START)
         half, whole = _LOW_RANK.match(inner), _WHOLE.match(inner)
         full = f"{half[1]}.weight" if half else f"{whole[1]}.{whole[2]}" if whole else inner
         changed = target(full)
         if dtype not in FLOATS:
-            faults.append(f"{name} is stored as {dtype}, which is no floating point that is read ({', '.join(FLOATS)})")
+            wrong.append(f"{name} is stored as {dtype}, which is no floating point that is read ({', '.join(FLOATS)})")
         elif changed is None:
-            faults.append(f"{name} fits no tensor of the checkpoint")
+            wrong.append(f"{name} fits no tensor of the checkpoint")
         elif half:
             low_rank.setdefault(changed, {})[half[2] or half[3]] = name
         else:
             replaced[changed] = name
-    faults += [f"{next(iter(pair.values()))} lacks its other half" for pair in low_rank.values() if len(pair) != 2]
-    if faults:
-        raise ValueError(f"{folder / WEIGHTS} does not fit the checkpoint: {'; '.join(faults[:8])}")
+    wrong += [f"{next(iter(pair.values()))} lacks its other half" for pair in low_rank.values() if len(pair) != 2]
+    if wrong:
+        raise ValueError(f"{folder / WEIGHTS} does not fit the checkpoint: {'; '.join(wrong[:8])}")
     return low_rank, replaced
 
 
-def _stored(folder: Path) -> dict[str, str]:
-    """The dtypes of the adapter's tensors."""
-    try:
-        with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
-            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS} is not a readable safetensors file (truncated?): {error}") from error
-
-
-def _read(folder: Path, name: str) -> np.ndarray:
-    with safetensors.safe_open(folder / WEIGHTS, framework="numpy") as file:
-        return file.get_tensor(name)
-
-
-def _scale(settings: Mapping[str, Any], name: str, rank: int, folder: Path) -> float:
-    """The factor of a low-rank product, whose half A is the tensor `name`."""
+def _scale(settings: Mapping[str, Any], name: str, shape: tuple[int, ...], folder: Path) -> float:
+    """The factor of a low-rank product, whose half A is the tensor `name` of this shape."""
+    rank = shape[0] if shape else 0
     module = _LOW_RANK.sub(r"\1", name.removeprefix(_START))
 
     def setting(key: str, patterns: str) -> int | float:

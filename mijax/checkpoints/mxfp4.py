@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mijax.checkpoints.contents import Tensors, derived
+from mijax.checkpoints.contents import Made, Stored, Tensors, derived
 
 _NUMBERS = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
 
@@ -36,23 +36,27 @@ def unpacked(tensors: Tensors, source: str) -> Tensors:
         The checkpoint without the blocks and scales.
 
     Raises:
-        ValueError: for blocks without scales, or scales without blocks; on reading, for shapes that do not belong together.
+        ValueError: for blocks without scales, scales without blocks, and shapes that do not belong together.
     """
-    names = {name.removesuffix(end) for name in tensors.dtypes for end in ("_blocks", "_scales") if name.endswith(end)}
-    stored = {f"{name}{end}" for name in names for end in ("_blocks", "_scales")}
-    missing = sorted(name for name in stored if tensors.dtypes.get(name) != "U8")
+    names = {name.removesuffix(end) for name in tensors.stored for end in ("_blocks", "_scales") if name.endswith(end)}
+    packed = {f"{name}{end}" for name in names for end in ("_blocks", "_scales")}
+    missing = sorted(name for name in packed if tensors.stored.get(name, Stored("", ())).dtype != "U8")
     if missing:
         raise ValueError(f"{source} says that it is in MXFP4, and does not hold {', '.join(missing[:8])} as U8")
 
-    def read(name: str) -> np.ndarray:
-        blocks, scales = tensors.read(f"{name}_blocks"), tensors.read(f"{name}_scales")
-        if blocks.ndim != 4 or blocks.shape[-1] != 16 or scales.shape != blocks.shape[:-1]:
+    def made(name: str) -> Made:
+        blocks, scales = tensors.stored[f"{name}_blocks"].shape, tensors.stored[f"{name}_scales"].shape
+        if len(blocks) != 4 or blocks[-1] != 16 or scales != blocks[:-1]:
             raise ValueError(
-                f"{source}: {name}_blocks {blocks.shape} and {name}_scales {scales.shape} must be [expert, outputs, block, 16]"
+                f"{source}: {name}_blocks {blocks} and {name}_scales {scales} must be [expert, outputs, block, 16]"
                 " and [expert, outputs, block]"
             )
+        return Made((blocks[0], blocks[2] * 32, blocks[1]), functools.partial(read, name))
+
+    def read(name: str) -> np.ndarray:
+        blocks, scales = tensors.read(f"{name}_blocks"), tensors.read(f"{name}_scales")
         numbers = np.stack([_NUMBERS[blocks & 15], _NUMBERS[blocks >> 4]], axis=-1).reshape(*scales.shape, 32)
         numbers *= scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)[..., None]
         return numbers.reshape(*blocks.shape[:2], -1).swapaxes(-1, -2)
 
-    return derived(tensors, {name: functools.partial(read, name) for name in names}, stored)
+    return derived(tensors, {name: made(name) for name in names}, packed)

@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from mijax.checkpoints.json_files import read_object
+from mijax.files import optional_object
 
 _KEY = "add_prefix_space"
 _BYTE_LEVEL = ("GPT2Tokenizer", "CodeGenTokenizer", "RobertaTokenizer")  # for which a missing key is false
@@ -30,11 +30,9 @@ def apply_prefix_space(folder: Path, settings: Mapping[str, Any], backend: token
         backend: the tokenizer of tokenizer.json, which is changed in place.
 
     Raises:
-        ValueError: for a value that is no boolean, or that contradicts tokenizer.json in a way that cannot be mended.
+        ValueError: for a value that contradicts tokenizer.json in a way that cannot be mended.
     """
     value = settings.get(_KEY)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: {_KEY} must be true or false, given {value!r}")
     name, pre_tokenizer = _class_name(folder, settings), backend.pre_tokenizer
     stated = f"{_KEY} is {json.dumps(bool(value))}" + (f" (the default of {name})" if value is None else "")
     parts = list(_parts(pre_tokenizer))
@@ -54,7 +52,7 @@ def apply_prefix_space(folder: Path, settings: Mapping[str, Any], backend: token
 
 def _class_name(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The class of the tokenizer that transformers makes of the folder; `None` where it reads tokenizer.json alone."""
-    config = read_object(folder / "config.json")
+    config = optional_object(folder / "config.json")
     kind = config.get("model_type")
     if kind == "mistral":
         return None

@@ -27,6 +27,7 @@ from mijax.checkpoints.families.qwen3 import QWEN3
 from mijax.checkpoints.families.qwen3_moe import QWEN3_MOE
 from mijax.checkpoints.families.smollm3 import SMOLLM3
 from mijax.checkpoints.table import Family
+from mijax.rules import shown
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -86,10 +87,12 @@ def family_of(config: Mapping[str, Any], source: str) -> Family:
         raise ValueError(
             f"{source}: config.json is TransformerLens's: give it and the arrays to mijax.from_transformer_lens"
         )
+    if not isinstance(kind, str):
+        raise ValueError(f"{source}: config.json must name a model_type, given {shown(kind)}")
     if kind in ENCODERS:
         raise ValueError(
             f"{source}: model_type {kind!r} is no decoder: encoders and encoder-decoders are out of mijax's scope"
         )
     if kind not in FAMILIES:
-        raise ValueError(f"{source}: unsupported model_type {kind!r}; supported are {', '.join(FAMILIES)}")
+        raise ValueError(f"{source}: unsupported model_type {shown(kind)}; supported are {', '.join(FAMILIES)}")
     return FAMILIES[kind]

@@ -6,11 +6,15 @@ from typing import Any
 
 from mijax.model.fields import check_field
 from mijax.model.rotary import Rotary, RotaryScaling
+from mijax.rules import ANYTHING, COUNT, NOT_NEGATIVE, NULL, POSITIVE, either, faults, mapping, shown
 
-ROTARY_KEYS = frozenset(
-    {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings"}
-)
-"""The keys of a `config.json` that `read_rotary` reads."""
+_PLACES = {key: either(mapping(ANYTHING), NULL) for key in ("rope_parameters", "rope_scaling")}
+ROTARY_KEYS = _PLACES | {
+    "rope_theta": either(POSITIVE, NULL),
+    "partial_rotary_factor": either(POSITIVE, NULL),
+    "original_max_position_embeddings": either(COUNT, NULL),
+}
+"""The keys of a `config.json` that `read_rotary` reads, and what they may hold."""
 _SCALINGS: dict[str, dict[str, str]] = {  # for each kind: its keys, and their fields of RotaryScaling
     "default": {},
     "dynamic": {"factor": "factor"},
@@ -78,8 +82,8 @@ def rotary_of(rope: dict[str, Any], c: Mapping[str, Any], d_head: int | None = N
     """
     rope = dict(rope)
     kind = rope.pop("rope_type", "default")
-    if kind not in _SCALINGS:
-        raise ValueError(f"unsupported rotary scaling {kind!r}; supported are {', '.join(_SCALINGS)}")
+    if not isinstance(kind, str) or kind not in _SCALINGS:
+        raise ValueError(f"unsupported rotary scaling {shown(kind)}; supported are {', '.join(_SCALINGS)}")
     base = check_field(Rotary, "base", rope.pop("rope_theta", theta), "rope_theta")
     fraction = check_field(RotaryScaling, "factor", rope.pop("partial_rotary_factor", 1.0), "partial_rotary_factor")
     if fraction != 1 and d_head is None:
@@ -93,17 +97,23 @@ def rotary_of(rope: dict[str, Any], c: Mapping[str, Any], d_head: int | None = N
         rope = _with_yarn_defaults(rope)
     unread = set(rope) - set(_SCALINGS[kind])
     if unread:
-        extra = ", ".join(f"{key}={rope[key]!r}" for key in sorted(unread))
+        extra = ", ".join(f"{key}={shown(rope[key])}" for key in sorted(unread))
         raise ValueError(f"rotary scaling {kind!r} has no {extra}")
     values = {name: check_field(RotaryScaling, name, rope[key], key) for key, name in _SCALINGS[kind].items()}
     scaling = None if kind in ("default", "dynamic") else RotaryScaling(kind, **values)
     return Rotary(base, 0 if d_head is None or fraction == 1 else int(d_head * fraction), scaling)
 
 
+_SCALES = ("mscale", "mscale_all_dim")
+
+
 def _with_yarn_defaults(rope: dict[str, Any]) -> dict[str, Any]:
     """The entries of `yarn` with those that transformers fills in."""
     rope = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, **rope}
-    scales = [rope.pop(key, None) for key in ("mscale", "mscale_all_dim")]
+    wrong = faults(rope, dict.fromkeys(_SCALES, either(NOT_NEGATIVE, NULL)))
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    scales = [rope.pop(key, None) for key in _SCALES]
     factor = check_field(RotaryScaling, "factor", rope["factor"], "factor")
     grown = lambda scale: 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
     both = all(scales)
@@ -113,12 +123,10 @@ def _with_yarn_defaults(rope: dict[str, Any]) -> dict[str, Any]:
 
 def _merged(c: Mapping[str, Any]) -> dict[str, Any]:
     """The entries about rotary positions: of `rope_parameters`, of `rope_scaling` and of the file's top level."""
-    top_level = {key: c[key] for key in ROTARY_KEYS - {"rope_scaling", "rope_parameters"} if c.get(key) is not None}
+    top_level = {key: c[key] for key in ROTARY_KEYS.keys() - _PLACES.keys() if c.get(key) is not None}
     rope: dict[str, Any] = {}
-    for place in ("rope_parameters", "rope_scaling", "config.json"):
+    for place in (*_PLACES, "config.json"):
         values = top_level if place == "config.json" else c.get(place)
-        if values is not None and not isinstance(values, Mapping):
-            raise ValueError(f"{place}={values!r} must be an object or null")
         for key, value in (values or {}).items():
             key = "rope_type" if key == "type" else key
             if value is None:

@@ -96,7 +96,7 @@ def _tensors(model: Transformer, family: Family) -> Iterator[tuple[str, int, Any
         arrays: list[Any] = [get(model, ours) for ours in weight.ours]
         if arrays[0] is None:
             continue
-        named = named_parts(weight, model.config)
+        named = list(named_parts(weight, model.config))
         for name, index in named:
 
             def make(index=index, arrays=arrays, weight=weight):

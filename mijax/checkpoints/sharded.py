@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mijax.checkpoints.contents import Tensors
 from mijax.checkpoints.table import ALONE, Weight
-from mijax.checkpoints.tensors import aligned, axis_sizes, get, has_shape, named_parts, put, stored
+from mijax.checkpoints.tensors import aligned, axis_sizes, get, named_parts, put, stored_shape
 from mijax.model.config import Config
 from mijax.model.transformer import Transformer
 
@@ -27,11 +27,11 @@ _DIVIDED = {
 
 
 class _Reading(NamedTuple):
-    """One weight of all layers, and where it is read from; `wholes` are its parameters as `jax.ShapeDtypeStruct`s."""
+    """One weight of all layers, and where it is read from."""
 
     config: Config
     weight: Weight
-    wholes: list[Any]
+    shapes: Transformer
     tensors: Tensors
     lookup: Callable[[str], str]
     faults: list[str]
@@ -60,9 +60,9 @@ def sharded(
     Returns:
         One sharded array for each of `weight.ours`.
     """
-    reading = _Reading(config, weight, [get(shapes, path) for path in weight.ours], tensors, lookup, faults)
-    arrays = []
-    for number, (path, whole) in enumerate(zip(weight.ours, reading.wholes)):
+    reading, arrays = _Reading(config, weight, shapes, tensors, lookup, faults), []
+    for number, path in enumerate(weight.ours):
+        whole: Any = get(shapes, path)
         sharding = _sharding(path, whole.shape, mesh)
         devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
         for device, index in sharding.addressable_devices_indices_map(whole.shape).items():
@@ -87,23 +87,18 @@ def _sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 def _block(reading: _Reading, number: int, index: tuple[slice, ...]) -> np.ndarray:
     """The part at `index` of the parameter `weight.ours[number]`."""
-    config, weight, wholes, tensors, lookup, faults = reading
-    names = named_parts(weight, config)
-    n_stacked = len(names[0][1]) if names else 0
-    inner, shapes = index[n_stacked:], [whole.shape[n_stacked:] for whole in wholes]
-    expected = stored([np.broadcast_to(np.float32(0), shape) for shape in shapes], weight, config).shape
-    theirs, sizes = _their_part(config, weight, inner, shapes[0], expected)
-    host = aligned(tuple(s.stop - s.start for s in index), wholes[number].dtype)
-    for name, at in names:
+    config, weight, shapes, tensors, lookup, faults = reading
+    expected, shape = stored_shape(weight, config, shapes)
+    inner = index[len(index) - len(shape) :]
+    theirs, sizes = _their_part(config, weight, inner, shape, expected)
+    host = aligned(tuple(s.stop - s.start for s in index), get(shapes, weight.ours[number]).dtype)  # pyright: ignore[reportOptionalMemberAccess]
+    for name, at in named_parts(weight, config):
         if theirs is None or tensors.part is None:
-            tensor = tensors.read(lookup(name))
-            shape, of_axes, cut = tensor.shape, axis_sizes(weight, config), inner
+            tensor, of_axes, cut = tensors.read(lookup(name)), axis_sizes(weight, config), inner
         else:
-            shape, tensor = tensors.part(lookup(name), theirs)
-            of_axes, cut = sizes, tuple(slice(None) for _ in inner)
-        if has_shape(shape, expected, name, weight.ours[0], shapes[0], faults):
-            arranged = einops.rearrange(tensor, weight.axes, **of_axes)
-            put(host[at], weight.convert.read(arranged, config)[number][cut], name, faults)
+            tensor, of_axes, cut = tensors.part(lookup(name), theirs), sizes, tuple(slice(None) for _ in inner)
+        arranged = einops.rearrange(tensor, weight.axes, **of_axes)
+        put(host[at], weight.convert.read(arranged, config)[number][cut], name, faults)
     return host
 
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken
 
-from mijax.checkpoints.json_files import read_object
+from mijax.files import optional_object
+from mijax.rules import ANYTHING, FLAG, NATURAL, NULL, Rule, array, either, mapping, shown
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The standard names of special tokens."""
@@ -15,6 +16,23 @@ NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 _EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
 _MODEL_SPECIFIC = "model_specific_special_tokens"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+_TOKEN = Rule(
+    "a token (a text, or an object with a text as its content and true or false as its flags)",
+    lambda x: bool(
+        x.get("content")
+        and isinstance(x["content"], str)
+        and all(FLAG.accepts(x[flag]) for flag in _FLAGS if flag in x)
+        if isinstance(x, Mapping)
+        else isinstance(x, str) and x
+    ),
+)
+RULES = dict.fromkeys(NAMES, either(_TOKEN, NULL)) | {
+    _EXTRA: either(array(_TOKEN), mapping(_TOKEN), NULL),
+    _OLD_EXTRA: either(array(_TOKEN), mapping(ANYTHING), NULL),
+    _MODEL_SPECIFIC: either(mapping(_TOKEN), NULL),
+    "added_tokens_decoder": mapping(mapping(ANYTHING)),
+}
+"""What keys about special tokens may hold, in tokenizer_config.json and special_tokens_map.json."""
 
 
 class SpecialTokens(NamedTuple):
@@ -51,7 +69,7 @@ def read_special_tokens(folder: Path, settings: Mapping[str, Any], backend: toke
     main, overrides = _Entries.read(settings, folder / "tokenizer_config.json"), _Entries({}, {}, [], [])
     if "added_tokens_decoder" not in settings:
         path = folder / "special_tokens_map.json"
-        overrides = _Entries.read(read_object(path), path)
+        overrides = _Entries.read(optional_object(path, RULES), path)
     padding = {} if backend.padding is None else {"pad_token": AddedToken(backend.padding["pad_token"], special=True)}
     merged = padding | main.standard | overrides.standard | overrides.specific | main.specific
     named = {name: token for name, token in merged.items() if token is not None}
@@ -116,8 +134,6 @@ class _Entries(NamedTuple):
         if not specific and isinstance(entries.get(_MODEL_SPECIFIC), dict):
             specific = entries[_MODEL_SPECIFIC]
         lists = [[] if isinstance(entries.get(key), dict) else entries.get(key) or [] for key in (_EXTRA, _OLD_EXTRA)]
-        if not all(isinstance(tokens, list) for tokens in lists):
-            raise ValueError(f"{path}: {_EXTRA} must be a list of tokens or a mapping of names to them")
         token = lambda key, value: None if value is None else _token(value, key, path)
         return cls(
             {key: token(key, entries[key]) for key in NAMES if key in entries},
@@ -128,11 +144,11 @@ class _Entries(NamedTuple):
 
 def _token(value: Any, key: str, path: Path) -> AddedToken:
     """A token from its entry: a text, or an object with `content` and flags."""
-    if isinstance(value, Mapping) and isinstance(value.get("content"), str):
-        return AddedToken(value["content"], special=True, **{k: value[k] for k in _FLAGS if k in value})
+    if not _TOKEN.accepts(value):
+        raise ValueError(f"{path}: {key} must be {_TOKEN.expected}, given {shown(value)}")
     if isinstance(value, str):
         return AddedToken(value, special=True)
-    raise ValueError(f"{path}: {key} must be a text or an object with its content, given {value!r}")
+    return AddedToken(value["content"], special=True, **{k: value[k] for k in _FLAGS if k in value})
 
 
 def _added_tokens(
@@ -149,8 +165,10 @@ def _added_tokens(
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: added_tokens_decoder must map ids to tokens: {error}") from error
     else:
-        present = backend.get_added_tokens_decoder()
-        texts = {i: text for text, i in read_object(folder / "added_tokens.json").items() if i not in present}
+        present, listed = backend.get_added_tokens_decoder(), optional_object(folder / "added_tokens.json")
+        if not mapping(NATURAL).accepts(listed) or "" in listed:
+            raise ValueError(f"{folder / 'added_tokens.json'} must map texts to ids, given {shown(listed)}")
+        texts = {i: text for text, i in listed.items() if i not in present}
         tokens = {i: AddedToken(t, normalized=t not in special, special=t in special) for i, t in texts.items()}
     return [tokens[i] for i in sorted(tokens)]
 

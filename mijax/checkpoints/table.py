@@ -9,6 +9,7 @@ import numpy as np
 from mijax.checkpoints.contents import Tensors
 from mijax.checkpoints.keys import Harmless, Key, check_keys, read_fields, same_as, write_fields
 from mijax.model.config import Config
+from mijax.rules import Rule
 
 
 class Convert(NamedTuple):
@@ -80,7 +81,7 @@ class Family:
         weights: the table of parameters for a `Config`, which may list some that the config does not have.
         keys: the keys of `config.json` that give a field of `Config` each.
         fixed: the fields of `Config` that are the same in all models of the family.
-        further: the other keys that are read, by `read`.
+        further: the other keys that are read, by `read`, and what they may hold.
         read: from the contents of the file, and the fields read by `keys`, to further fields.
         write: from a `Config` to the entries beside `keys`; `None` where transformers would refuse them. Where reading
             gives another `Config`, the family cannot express the given one.
@@ -100,7 +101,7 @@ class Family:
     weights: Callable[[Config], list[Weight]]
     keys: Mapping[str, Key] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    further: frozenset[str] = frozenset()
+    further: Mapping[str, Rule] = dataclasses.field(default_factory=dict)
     read: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = _nothing
     write: Callable[[Config], dict[str, Any] | None] = _nothing
     harmless: Mapping[str, Harmless] = dataclasses.field(default_factory=dict)
@@ -126,7 +127,7 @@ class Family:
         """
         c = {**{key: c[alias] for alias, key in self.aliases.items() if alias in c}, **c}
         repeated = {alias: same_as(key) for alias, key in self.aliases.items()}
-        check_keys(c, self.name, frozenset(self.keys) | self.further, {**self.harmless, **repeated})
+        check_keys(c, self.name, {**dict.fromkeys(self.keys), **self.further}, {**self.harmless, **repeated})
         fields = {**self.fixed, **read_fields(c, self.keys)}
         return Config(**fields | self.read(c, fields))
 

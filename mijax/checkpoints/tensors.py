@@ -1,8 +1,7 @@
 """The named tensors of a checkpoint, and which of them a family's table of parameters stands for."""
 
-import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import einops
@@ -47,8 +46,25 @@ def stored(parameters: Sequence[np.ndarray], weight: Weight, config: Config) -> 
     return einops.rearrange(tensor, f"{arranged} -> {theirs}", **axis_sizes(weight, config))
 
 
-def tensor_names(entry: Weight | Buffer, config: Config) -> list[str]:
-    """The names of the tensors that an entry of a family's table stands for.
+def stored_shape(weight: Weight, config: Config, shapes: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of a checkpoint's tensor, and that of the parameter that is made of it.
+
+    Args:
+        weight: the entry of a family's table.
+        config: the model's config.
+        shapes: the model, with a `jax.ShapeDtypeStruct` for each parameter.
+
+    Returns:
+        The shape of each tensor; the shape of the first of `weight.ours`, of one layer (and expert) where there is one
+        tensor for each.
+    """
+    n_stacked = sum(f"{{{axis}}}" in weight.theirs for axis in _STACKED)
+    inner: list[tuple[int, ...]] = [get(shapes, path).shape[n_stacked:] for path in weight.ours]  # pyright: ignore[reportOptionalMemberAccess]
+    return stored([np.broadcast_to(np.float32(0), shape) for shape in inner], weight, config).shape, inner[0]
+
+
+def tensor_names(entry: Weight | Buffer, config: Config) -> Iterator[str]:
+    """The names of the tensors that an entry of a family's table stands for, one after the other: there may be many.
 
     Args:
         entry: the entry.
@@ -57,10 +73,13 @@ def tensor_names(entry: Weight | Buffer, config: Config) -> list[str]:
     Returns:
         The names.
     """
-    return [name for name, _ in named_parts(entry, config)]
+    return (name for name, _ in named_parts(entry, config))
 
 
-def named_parts(entry: Weight | Buffer, config: Config) -> list[tuple[str, tuple[int, ...]]]:
+_STACKED = ("layer", "expert")  # the axes of which a checkpoint may hold one tensor for each entry
+
+
+def named_parts(entry: Weight | Buffer, config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The names of the tensors that an entry of a family's table stands for, and which part of the parameter each holds.
 
     Args:
@@ -74,10 +93,19 @@ def named_parts(entry: Weight | Buffer, config: Config) -> list[tuple[str, tuple
     of_some = {"blocks.mlp.": config.mlp_layers, "blocks.experts.": config.expert_layers}
     layers = next((layers for start, layers in of_some.items() if ours.startswith(start)), range(config.n_layers))
     numbers = {"layer": layers, "expert": range(config.experts.n if config.experts else 0)}
-    axes = [axis for axis in numbers if f"{{{axis}}}" in entry.theirs]
-    places = itertools.product(*(enumerate(numbers[axis]) for axis in axes))
-    number = lambda place: dict(zip(axes, (number for _, number in place)))
-    return [(entry.theirs.format(**number(place)), tuple(i for i, _ in place)) for place in places]
+    axes = [axis for axis in _STACKED if f"{{{axis}}}" in entry.theirs]
+    for place in _product([numbers[axis] for axis in axes]):
+        named = dict(zip(axes, (number for _, number in place)))
+        yield entry.theirs.format(**named), tuple(i for i, _ in place)
+
+
+def _product(numbers: Sequence[Sequence[int]]) -> Iterator[tuple[tuple[int, int], ...]]:
+    """All tuples of an index and a number of each sequence; `itertools.product` would make a list of each first."""
+    if not numbers:
+        yield ()
+        return
+    for entry in enumerate(numbers[0]):
+        yield from ((entry, *rest) for rest in _product(numbers[1:]))
 
 
 def get(model: Any, path: str) -> jax.Array | np.ndarray | jax.ShapeDtypeStruct | None:
@@ -122,21 +150,3 @@ def put(target: np.ndarray, values: np.ndarray, name: str, faults: list[str]) ->
     if not np.isfinite(target.astype(np.float32) if target.dtype.itemsize < 4 else target).all():
         message = f"{name} has values that are not finite in {target.dtype}"
         faults.extend([] if message in faults else [message])
-
-
-def has_shape(
-    shape: tuple[int, ...], expected: tuple[int, ...], name: str, ours: str, inner: tuple[int, ...], faults: list[str]
-) -> bool:
-    """Whether a tensor has the shape that the config asks for.
-
-    Args:
-        shape: its shape.
-        expected: the shape that it should have.
-        name: its name.
-        ours: the parameter that is made of it.
-        inner: the shape of that parameter, of one layer.
-        faults: gets a message where it has not.
-    """
-    message = f"{name} has shape {shape}, expected {expected}, which gives {ours} its {inner}"
-    faults.extend([] if shape == expected or message in faults else [message])
-    return shape == expected

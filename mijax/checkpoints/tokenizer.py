@@ -1,6 +1,7 @@
 """From text to tokens and back, with the `tokenizers` library."""
 
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,17 +12,25 @@ import tokenizers
 
 from mijax._types import ArrayLike
 from mijax.arguments import check_flag
-from mijax.checkpoints.json_files import read_object
+from mijax.checkpoints import special_tokens
 from mijax.checkpoints.prefix_space import apply_prefix_space
 from mijax.checkpoints.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens, settings_of
 from mijax.checkpoints.texts import check_text, prompts_of, text_list
+from mijax.files import check_file, optional_object
 from mijax.model.tokens import Tokens, integers
+from mijax.rules import FLAG, INTEGER, NULL, TEXT, array, either
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 """The files that `Tokenizer.from_folder` reads, beside config.json."""
+SETTINGS = special_tokens.RULES | {
+    "add_prefix_space": either(FLAG, NULL),
+    "tokenizer_class": either(TEXT, NULL),
+    "split_special_tokens": either(FLAG, NULL),
+}
+"""What the keys of tokenizer_config.json may hold that are read."""
 
 
 class Tokenizer:
@@ -87,13 +96,16 @@ class Tokenizer:
         from mijax.checkpoints import chat
 
         path = folder / "tokenizer.json"
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
+        check_file(path)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exceptions, and Rust's panics are none
             raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
-        settings = read_object(folder / "tokenizer_config.json")
+        settings = optional_object(folder / "tokenizer_config.json", SETTINGS)
         special = read_special_tokens(folder, settings, backend)
         apply_prefix_space(folder, settings, backend)
         backend.encode_special_tokens = settings.get("split_special_tokens") is True
@@ -363,11 +375,11 @@ def _read_end_tokens(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
     transformers writes 50256 into the config of every GPT-2, however small its vocabulary, and takes -1 for none.
     """
     for name in ("generation_config.json", "config.json"):
-        value = read_object(folder / name).get("eos_token_id")
+        value = optional_object(folder / name, {"eos_token_id": either(INTEGER, array(INTEGER), NULL)}).get(
+            "eos_token_id"
+        )
         if value is not None:
             ids = value if isinstance(value, list) else [value]
-            if not all(type(i) is int for i in ids):
-                raise ValueError(f"{folder / name}: eos_token_id must be an id or a list of ids, given {value!r}")
             unknown = [i for i in ids if not _is_token(backend, i)]
             if unknown:
                 warnings.warn(

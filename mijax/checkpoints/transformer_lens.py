@@ -10,8 +10,9 @@ import numpy as np
 
 from mijax._types import ArrayLike
 from mijax.checkpoints.build import build
-from mijax.checkpoints.contents import Tensors
-from mijax.checkpoints.keys import ACTIVATIONS, Harmless, Key, only
+from mijax.checkpoints.contents import Stored, Tensors
+from mijax.checkpoints.keys import ACTIVATIONS, Harmless, Key
+from mijax.checkpoints.keys import only as harmless_only
 from mijax.checkpoints.table import Buffer, Family, Weight
 from mijax.checkpoints.tensors import get, named_parts, stored
 from mijax.model.config import Config
@@ -19,6 +20,7 @@ from mijax.model.norm import Norm
 from mijax.model.parameters import parameter_dtype
 from mijax.model.rotary import Rotary, frequencies
 from mijax.model.transformer import Transformer, check_parameters
+from mijax.rules import COUNT, FLAG, NULL, POSITIVE, array, either, only, shown
 
 _KEYS = {
     **{name: Key((name,)) for name in ("n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_vocab")},
@@ -30,13 +32,23 @@ _KEYS = {
     "attention_dir": Key(("causal",), True, {"causal": True, "bidirectional": False}),
 }
 _NORMS = {None: "none", "LN": "layer", "LNPre": "layer", "RMS": "rms", "RMSPre": "rms"}  # "Pre": without parameters
-_READ = frozenset(
-    """
-    d_vocab_out normalization_type attn_only gated_mlp positional_embedding_type rotary_dim rotary_base use_attn_scale attn_scale
-    use_local_attn window_size attn_types use_qk_norm use_normalization_before_and_after post_embedding_ln attn_scores_soft_cap
-    output_logits_soft_cap final_rms
-    """.split()  # noqa: SIM905
-)
+_CAP = either(only(-1, -1.0), POSITIVE)  # -1: none
+_READ = {
+    "d_vocab_out": either(only(-1), COUNT),
+    "normalization_type": only(*_NORMS),
+    "positional_embedding_type": only("standard", "rotary", "alibi"),
+    "rotary_dim": either(COUNT, NULL),
+    "rotary_base": POSITIVE,
+    "attn_scale": either(only(-1, -1.0), POSITIVE),
+    "window_size": either(COUNT, NULL),
+    "attn_types": either(array(only("local", "global")), NULL),
+    "attn_scores_soft_cap": _CAP,
+    "output_logits_soft_cap": _CAP,
+    **dict.fromkeys(
+        ("attn_only", "gated_mlp", "use_attn_scale", "use_local_attn", "use_qk_norm", "post_embedding_ln", "final_rms",
+         "use_normalization_before_and_after"), FLAG,
+    ),
+}  # fmt: skip
 _ANY_VALUE = """
     model_name use_attn_result use_split_qkv_input use_hook_mlp_in use_attn_in ungroup_grouped_query_attention original_architecture
     from_checkpoint checkpoint_index checkpoint_label_type checkpoint_value tokenizer_name init_mode device n_devices seed
@@ -47,41 +59,32 @@ _ANY_VALUE = """
 _OFF = ("scale_attn_by_inverse_layer_idx", "rotary_adjacent_pairs", "load_in_4bit", "use_NTK_by_parts_rope")
 _HARMLESS: Mapping[str, Harmless] = {
     **dict.fromkeys(_ANY_VALUE, lambda value, c: True),
-    **dict.fromkeys(_OFF, only(False)),
-    **dict.fromkeys(("num_experts", "rotary_base_local"), only(None)),
+    **dict.fromkeys(_OFF, harmless_only(False)),
+    **dict.fromkeys(("num_experts", "rotary_base_local"), harmless_only(None)),
 }
 _ALL_BIASES = {"attn_bias": "qkvo", "mlp_bias": True, "unembed_bias": True, "tied_unembed": False}
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    kind = c.get("normalization_type", "LN")
-    if kind not in _NORMS:
-        raise ValueError(f"normalization_type={kind!r} is none of {', '.join(map(repr, _NORMS))}")
-    rms, both, after_embed = _NORMS[kind] == "rms", _flag(c, "use_normalization_before_and_after"), "post_embedding_ln"
-    if (_flag(c, "final_rms") or both) and not rms:
+    kind, flag = c.get("normalization_type", "LN"), lambda key: c.get(key, False)
+    rms, both, after_embed = _NORMS[kind] == "rms", flag("use_normalization_before_and_after"), "post_embedding_ln"
+    if (flag("final_rms") or both) and not rms:
         raise ValueError(
             "final_rms and use_normalization_before_and_after need a normalization_type of 'RMS' or 'RMSPre'"
         )
-    if _flag(c, after_embed) and kind != "LN":
+    if flag(after_embed) and kind != "LN":
         raise ValueError(f"{after_embed}=True needs normalization_type='LN'")
     cap = lambda key: max(0.0, c.get(key, -1.0))
     scale = c.get("attn_scale", -1.0)
-    scale = 1.0 if not _flag(c, "use_attn_scale", True) else fields["d_head"] ** 0.5 if scale == -1.0 else scale
+    scale = 1.0 if not c.get("use_attn_scale", True) else fields["d_head"] ** 0.5 if scale == -1.0 else scale
     d_vocab_out = c.get("d_vocab_out", -1)
     return {
-        "norm": _NORMS[kind], "norm_bias": kind == "LN", "norm_at": "both" if both else "input", "embed_norm": _flag(c, after_embed),
-        "positions": _positions(c, fields), "window": _window(c, fields), "qk_norm": "head" if _flag(c, "use_qk_norm") else "none",
-        "mlp": "none" if _flag(c, "attn_only") else "gated" if _flag(c, "gated_mlp") else "dense", "attn_scale": 1 / scale,
+        "norm": _NORMS[kind], "norm_bias": kind == "LN", "norm_at": "both" if both else "input", "embed_norm": flag(after_embed),
+        "positions": _positions(c, fields), "window": _window(c, fields), "qk_norm": "head" if flag("use_qk_norm") else "none",
+        "mlp": "none" if flag("attn_only") else "gated" if flag("gated_mlp") else "dense", "attn_scale": 1 / scale,
         "scores_cap": cap("attn_scores_soft_cap"), "logits_cap": cap("output_logits_soft_cap"),
         "d_vocab_out": 0 if d_vocab_out == -1 else d_vocab_out,
     }  # fmt: skip
-
-
-def _flag(c: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    value = c.get(key, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"{key}={value!r} must be a boolean, given {type(value).__name__}")
-    return value
 
 
 def _positions(c: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
@@ -90,18 +93,15 @@ def _positions(c: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
         return Rotary(float(c.get("rotary_base", 10_000)), c.get("rotary_dim") or fields["d_head"])
     if kind == "alibi" and n & (n - 1):
         raise ValueError(f"positional_embedding_type='alibi' with n_heads={n}: slopes differ where it is no power of 2")
-    names = {"standard": "learned", "alibi": "alibi"}
-    if kind not in names:
-        raise ValueError(f"positional_embedding_type={kind!r} is none of 'standard', 'rotary', 'alibi'")
-    return names[kind]
+    return {"standard": "learned", "alibi": "alibi"}[kind]
 
 
 def _window(c: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
-    if not _flag(c, "use_local_attn"):
+    if not c.get("use_local_attn", False):
         return 0
     kinds, window = c.get("attn_types"), c.get("window_size")
-    if not isinstance(kinds, list | tuple) or len(kinds) != fields["n_layers"] or not set(kinds) <= {"local", "global"}:
-        raise ValueError(f"attn_types={kinds!r} must be 'local' or 'global' for each layer")
+    if kinds is None or len(kinds) != fields["n_layers"]:
+        raise ValueError(f"attn_types={shown(kinds)} must be 'local' or 'global' for each layer")
     return tuple(window if kind == "local" else 0 for kind in kinds)
 
 
@@ -171,9 +171,16 @@ _LAYER = "blocks.{layer}.attn."
 
 def _repeats(name: str) -> Callable[[Config, np.ndarray], bool]:
     make, tolerance = _BUFFERS[name]
-    return lambda config, x: bool(
-        config.rotates and x.shape == make(config).shape and np.allclose(x, make(config), atol=tolerance)
-    )
+
+    def repeats(config: Config, x: np.ndarray) -> bool:
+        rotary = config.rotaries[0] if config.rotates and config.n_layers else None
+        return (
+            rotary is not None
+            and x.shape == (config.n_ctx, rotary.dim)
+            and np.allclose(x, make(config), atol=tolerance)
+        )
+
+    return repeats
 
 
 def _mask(config: Config, window: int) -> np.ndarray:
@@ -182,7 +189,8 @@ def _mask(config: Config, window: int) -> np.ndarray:
 
 
 def _is_mask(config: Config, x: np.ndarray) -> bool:
-    return any(np.array_equal(x, _mask(config, window)) for window in {0, *config.windows})
+    n = config.n_ctx
+    return x.shape == (n, n) and any(np.array_equal(x, _mask(config, window)) for window in {0, *config.windows})
 
 
 FAMILY = Family(
@@ -246,14 +254,14 @@ def from_transformer_lens(
     ours = dataclasses.replace(ours, name=str(config.get("model_name", "")))
     arrays = {_renamed(name, ours): _array(name, x) for name, x in state.items()}
     shapes = {name: shape for name, shape in _supplied(ours, config).items() if name not in arrays}
-    arrays |= {name: np.full(shape, name.endswith(".w"), np.float32) for name, shape in shapes.items()}
+    arrays |= {name: np.broadcast_to(np.float32(name.endswith(".w")), shape) for name, shape in shapes.items()}
     kinds = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
     if ours.positions == "alibi":  # TransformerLens has the parameter, and does not read it
         arrays.pop("pos_embed.W_pos", None)
     if ours.mlp == "gated":
         arrays = _with_late_biases(arrays, ours)
-    dtypes = {name: kinds.get(x.dtype.name, x.dtype.name) for name, x in arrays.items()}
-    return build(ours, FAMILY, Tensors(dtypes, arrays.__getitem__), dtype, source)
+    stored = {name: Stored(kinds.get(x.dtype.name, x.dtype.name), x.shape) for name, x in arrays.items()}
+    return build(ours, FAMILY, Tensors(stored, arrays.__getitem__), dtype, source)
 
 
 def _with_late_biases(arrays: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:

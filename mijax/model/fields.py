@@ -26,6 +26,8 @@ _NOT_NEGATIVE = {
     "shared",
     "d_vocab_out",
 }
+_LARGEST_INTEGER = 2**31 - 1  # token ids and positions are int32
+_AT_MOST = {"n_layers": 2**16}  # what differs by layer is a tuple
 
 
 def check_field(owner: type, name: str, value: Any, label: str = "") -> FieldValue:
@@ -71,6 +73,8 @@ def check_field(owner: type, name: str, value: Any, label: str = "") -> FieldVal
         raise ValueError(f"{label}={value!r} must be positive")
     if name in _NOT_NEGATIVE and value < 0:
         raise ValueError(f"{label}={value!r} must not be negative")
+    if field_type is int and value > (most := _AT_MOST.get(name, _LARGEST_INTEGER)):
+        raise ValueError(f"{label}={value!r} must be at most {most}")
     return field_type(value)
 
 

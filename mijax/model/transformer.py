@@ -225,8 +225,7 @@ def init(config: Config, key: Array, dtype: Any = jnp.float32) -> Transformer:
 @eqx.filter_jit
 def _drawn(config: Config, key: Array, dtype: Any) -> Transformer:
     """As `init`: one program with one draw, since each draw takes half a second to compile."""
-    zeros = lambda shape, scale: jnp.zeros(shape, dtype)
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: _with_weights(config, dtype, zeros)))
+    leaves = jax.tree.leaves(parameter_shapes(config, dtype))
     numbers, start = jax.random.normal(key, (sum(leaf.size for leaf in leaves),), dtype), 0
 
     def normal(shape: tuple[int, ...], scale: float) -> Array:
@@ -320,10 +319,17 @@ def check_parameters(model: Transformer) -> None:
     Traceback (most recent call last):
     ValueError: the model's parameters do not fit its config: W_pos has shape (2, 8), expected (16, 8)
     """
-    check_fit(model, _empty)
+    check_fit(model, parameter_shapes)
 
 
-def _empty(config: Config) -> Transformer:
-    return jax.eval_shape(
-        lambda: _with_weights(config, jnp.float32, lambda shape, scale: jnp.zeros(shape, jnp.float32))
-    )
+def parameter_shapes(config: Config, dtype: Any = jnp.float32) -> Transformer:
+    """The model of a config with a `jax.ShapeDtypeStruct` for each parameter.
+
+    Args:
+        config: the architecture.
+        dtype: the dtype of the parameters.
+
+    >>> parameter_shapes(Config(n_layers=1, d_model=8, n_heads=2, d_vocab=11, n_ctx=16)).W_E.shape
+    (11, 8)
+    """
+    return jax.eval_shape(lambda: _with_weights(config, dtype, lambda shape, scale: jnp.zeros(shape, dtype)))

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 import mijax as mj
-from mijax.checkpoints.contents import Tensors
+from mijax.checkpoints.contents import Stored, Tensors
 from mijax.checkpoints.mxfp4 import unpacked
 from tests.architectures import error
 from tests.situations import refused
@@ -16,7 +16,8 @@ DTYPES = {"uint8": "U8", "float32": "F32", "int8": "I8"}
 
 
 def of(tensors):
-    return unpacked(Tensors({name: DTYPES[str(x.dtype)] for name, x in tensors.items()}, tensors.__getitem__), "x")
+    stored = {name: Stored(DTYPES[str(x.dtype)], x.shape) for name, x in tensors.items()}
+    return unpacked(Tensors(stored, tensors.__getitem__), "x")
 
 
 def test_a_block_by_hand():
@@ -25,7 +26,7 @@ def test_a_block_by_hand():
     blocks[0, 0, 0] = [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE, *[0] * 8]
     blocks[0, 1, 0, 0] = 0x7F
     tensors = of({"W_blocks": blocks, "W_scales": scales, "b": np.ones(2, np.float32)})
-    assert dict(tensors.dtypes) == {"W": "F32", "b": "F32"}
+    assert tensors.stored == {"W": ("F32", (1, 32, 2)), "b": ("F32", (2,))}
     expected = np.zeros((1, 32, 2), np.float32)
     positive = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     expected[0, :16, 0] = [*positive, *(-x for x in positive)]
@@ -45,7 +46,7 @@ def test_blocks_that_do_not_fit():
     with refused(ValueError, "does not hold W_scales as U8"):
         of({"W_blocks": blocks, "W_scales": np.zeros((1, 2, 1), np.int8)})
     with refused(ValueError, r"W_blocks \(1, 2, 1, 16\) and W_scales \(1, 3, 1\) must be"):
-        of({"W_blocks": blocks, "W_scales": np.zeros((1, 3, 1), np.uint8)}).read("W")
+        of({"W_blocks": blocks, "W_scales": np.zeros((1, 3, 1), np.uint8)})
 
 
 def _of_torch():

@@ -67,14 +67,14 @@ FAULTS = {
     "two names that disagree": (BLOOM | {"hidden_size": 512}, "n_embed=1024"),
     "layers that disagree": (GPT_NEO | {"attention_layers": ["local", "global"] * 6}, "is not what attention_types says"),
     "kinds of no known name": (GPT_NEO | {"attention_layers": None, "attention_types": [[["sparse"], 12]]}, "'local' and 'global' for each of 12 layers"),
-    "too few kinds": (GPT_NEO | {"attention_layers": None, "attention_types": [[["global", "local"], 5]]}, "for each of 12 layers"),
+    "too few kinds": (GPT_NEO | {"attention_layers": None, "attention_types": [[["global", "local"], 5]]}, "are of 10 layers, num_layers is 12"),
     "rotary bases twice": (GEMMA3 | {"rope_parameters": {"sliding_attention": {}, "full_attention": {}}}, "beside rope_parameters"),
     "one of two rotary bases": (GEMMA3 | {"rope_parameters": {"full_attention": {}}}, "must hold the entries"),
     "norms of queries": (PHI | {"qk_layernorm": True}, "unsupported phi config: qk_layernorm=True"),
     "an attention that looks ahead": (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     "a cap that transformers ignores": (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
     "a window of no size": (QWEN | {"use_sliding_window": True, "sliding_window": 0}, "must be a positive integer"),
-    "a window that is no boolean": (QWEN | {"use_sliding_window": "false"}, "must be a boolean"),
+    "a window that is no boolean": (QWEN | {"use_sliding_window": "false"}, "must be true or false"),
     "a share of no dimension": (PYTHIA | {"rotary_pct": 0.3}, "must be even"),
 }  # fmt: skip
 

@@ -48,9 +48,9 @@ def amounts(monkeypatch):
             return tensors.read(name)
 
         def part(name, index):
-            shape, values = tensors.part(name, index)
+            values = tensors.part(name, index)
             reads.append((values.size, True))
-            return shape, values
+            return values
 
         return tensors._replace(read=read, part=part)
 

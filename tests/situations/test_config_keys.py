@@ -36,7 +36,7 @@ EACH_READ = [(kind, key) for kind, keys in READ.items() for key in keys]
 
 def test_every_key_that_is_read_is_tested_here():
     assert {kind: set(keys) for kind, keys in READ.items()} == {
-        kind: set(FAMILIES[kind].keys) | FAMILIES[kind].further for kind in READ
+        kind: {*FAMILIES[kind].keys, *FAMILIES[kind].further} for kind in READ
     }
 
 

@@ -154,7 +154,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path):
 def test_a_file_of_another_alignment_is_read(tmp_path):
     plain = GGUF(write(tmp_path / "plain.gguf"))
     wide = GGUF(write(tmp_path / "wide.gguf", {"general.alignment": (256, T.UINT32)}))
-    assert all((wide.read(name) == plain.read(name)).all() for name in plain.names)
+    assert all((wide.read(name) == plain.read(name)).all() for name in plain.stored)
     path = write(tmp_path / "x.gguf", {"general.alignment": (32, T.UINT32)})
     key = b"general.alignment"
     with refused(ValueError, "general.alignment must be a power of two, given 33"):

@@ -44,7 +44,7 @@ def test_load_a_tied_head_that_is_stored_twice(name, embedding, tmp_path):
 
 def test_load_a_tied_head_of_another_vocabulary(tmp_path):
     folder = set_tensors(copy(tmp_path, "gpt2"), lambda t: t | {"lm_head.weight": np.ones((70, 24), np.float32)})
-    with pytest.warns(UserWarning, match="they differ"), refused(ValueError, r"lm_head.weight has shape \(70, 24\)"):
+    with refused(ValueError, r"lm_head.weight has shape \(70, 24\)"):
         mj.load(folder)
 
 
@@ -134,7 +134,7 @@ def test_load_shards_outside_the_folder(place, tmp_path):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": dict.fromkeys(names, outside)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with refused(ValueError, f"index.json names files outside its folder: {outside}"):
+    with refused(ValueError, f"index.json names what are no safetensors files of its folder: .*{outside}"):
         mj.load(folder)
 
 

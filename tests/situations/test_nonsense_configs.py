@@ -170,7 +170,7 @@ def test_load_our_own_layout_with_nonsense(tmp_path):
 def test_a_config_that_is_not_utf8(tmp_path):
     folder = copy(tmp_path, "gpt2")
     (folder / "config.json").write_bytes(b'{"model_type": "gpt2\xff"}')
-    with refused(ValueError, "config.json is not valid JSON"):
+    with refused(ValueError, "config.json is not in UTF-8"):
         mj.load(folder)
 
 

@@ -135,11 +135,11 @@ def test_the_tokens_that_end_an_answer(tmp_path, case):
 
 
 WRONG = {
-    "a number as a token": ({CONFIG: {"bos_token": 5}}, "tokenizer_config.json: bos_token must be a text .*, given 5"),
+    "a number as a token": ({CONFIG: {"bos_token": 5}}, "tokenizer_config.json: bos_token must be a token .*, given 5"),
     "an object without content": ({MAP: {"bos_token": {"text": "<s>"}}}, "special_tokens_map.json: bos_token must be"),
-    "a text as a list": ({CONFIG: {"additional_special_tokens": "<img>"}}, "tokenizer_config.json: .* must be a list"),
-    "a list as a decoder": ({CONFIG: {"added_tokens_decoder": ["<img>"]}}, "added_tokens_decoder must map ids to tokens"),
-    "an end that is no id": ({"generation_config.json": {"eos_token_id": "</s>"}}, "generation_config.json: eos_token_id must be an id"),
+    "a text as a list": ({CONFIG: {"additional_special_tokens": "<img>"}}, "tokenizer_config.json: additional_special_tokens must be an array"),
+    "a list as a decoder": ({CONFIG: {"added_tokens_decoder": ["<img>"]}}, "added_tokens_decoder must be an object"),
+    "an end that is no id": ({"generation_config.json": {"eos_token_id": "</s>"}}, "generation_config.json: eos_token_id must be an integer or an array"),
     "settings cut off": ({CONFIG: '{"bos_token":'}, "tokenizer_config.json is not valid JSON"),
     "a map cut off": ({MAP: "["}, "special_tokens_map.json is not valid JSON"),
     "a map that is a list": ({MAP: []}, "special_tokens_map.json must hold an object, given list"),

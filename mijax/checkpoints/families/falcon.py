@@ -10,6 +10,8 @@ from mijax.checkpoints.keys import ACTIVATIONS, BIASES, HARMLESS, Key, architect
 from mijax.checkpoints.rotary_keys import ROTARY_KEYS, read_rotary, write_rotary
 from mijax.checkpoints.table import Convert, Family, Weight, dense_mlp, fused_attention, norm
 from mijax.model.config import Config
+from mijax.rules import COUNT, FLAG, NULL, either
+from mijax.rules import only as only_values
 
 KEYS = {
     "num_hidden_layers": Key(("n_layers",)),
@@ -28,16 +30,13 @@ _FLAGS = {"new_decoder_architecture": False, "multi_query": True}
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    flags = {key: c.get(key, default) for key, default in _FLAGS.items()}
-    wrong = {key: value for key, value in flags.items() if not isinstance(value, bool)}
-    if wrong:
-        raise ValueError(f"{wrong} must be booleans")
-    new, heads, norms = flags["new_decoder_architecture"], fields["n_heads"], c.get("num_ln_in_parallel_attn")
-    if norms not in (None, 1, 2) or (norms == 2 and not new) or (new and not fields["parallel"]):
+    new, multi_query = (c.get(key, default) for key, default in _FLAGS.items())
+    heads, norms = fields["n_heads"], c.get("num_ln_in_parallel_attn")
+    if (norms == 2 and not new) or (new and not fields["parallel"]):
         raise ValueError(
             f"num_ln_in_parallel_attn={norms!r} does not go with new_decoder_architecture={new} and parallel_attn"
         )
-    kv_heads = (c.get("num_kv_heads") or heads) if new else 1 if flags["multi_query"] else heads
+    kv_heads = (c.get("num_kv_heads") or heads) if new else 1 if multi_query else heads
     two = new and norms != 1
     return {
         "n_kv_heads": kv_heads, "mlp_bias": fields["attn_bias"] != "", "positions": read_rotary(c),
@@ -93,7 +92,7 @@ FALCON = Family(
     _weights,
     KEYS,
     {"norm": "layer"},
-    ROTARY_KEYS | {*_FLAGS, "num_kv_heads", "num_ln_in_parallel_attn"},
+    {**ROTARY_KEYS, **dict.fromkeys(_FLAGS, FLAG), "num_kv_heads": either(COUNT, NULL), "num_ln_in_parallel_attn": only_values(None, 1, 2)},
     _read,
     _write,
     {**HARMLESS, "architectures": architectures("FalconForCausalLM", "FalconModel"), "alibi": only(False),

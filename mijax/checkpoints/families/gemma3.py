@@ -5,19 +5,20 @@ from typing import Any
 
 from mijax.checkpoints import gemma_layout, llama_layout
 from mijax.checkpoints.keys import architectures, only
-from mijax.checkpoints.rotary_keys import rope_of, rotary_of
+from mijax.checkpoints.rotary_keys import ROTARY_KEYS, rope_of, rotary_of
 from mijax.checkpoints.table import Family
 from mijax.model.config import Config
+from mijax.rules import ANYTHING, COUNT, NULL, either, mapping, shown
 
 _LOCAL, _FULL = "sliding_attention", "full_attention"
-_OLD = {"rope_theta", "rope_scaling", "rope_local_base_freq"}
+_OLD = {key: ROTARY_KEYS[key] for key in ("rope_theta", "rope_scaling")} | {
+    "rope_local_base_freq": ROTARY_KEYS["rope_theta"]
+}
 _PATTERN = ("sliding_window_pattern", "_sliding_window_pattern")
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     n, pattern = fields["n_layers"], next((c[key] for key in _PATTERN if c.get(key) is not None), 6)
-    if type(pattern) is not int or pattern < 1:
-        raise ValueError(f"sliding_window_pattern={pattern!r} must be a positive integer")
     kinds = c.get("layer_types") or [_FULL if (layer + 1) % pattern == 0 else _LOCAL for layer in range(n)]
     read = {"use_sliding_window": True, "sliding_window": 4096, **c, "layer_types": kinds}
     ropes = _ropes(c)
@@ -33,16 +34,13 @@ def _ropes(c: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The rotary entries of both kinds of layers; files of before transformers 5 give the two bases by other keys."""
     ropes = c.get("rope_parameters")
     if ropes is not None:
-        if not (isinstance(ropes, Mapping) and all(isinstance(ropes.get(kind), Mapping) for kind in (_LOCAL, _FULL))):
-            raise ValueError(f"rope_parameters={ropes!r} must hold the entries {_LOCAL} and {_FULL}")
+        if not {_LOCAL, _FULL} <= ropes.keys():
+            raise ValueError(f"rope_parameters={shown(ropes)} must hold the entries {_LOCAL} and {_FULL}")
         twice = sorted(key for key in _OLD if c.get(key) is not None)
         if twice:
             raise ValueError(f"{', '.join(twice)} beside rope_parameters: one of the two must go")
         return {kind: dict(ropes[kind]) for kind in (_LOCAL, _FULL)}
-    scaling = c.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise ValueError(f"rope_scaling={scaling!r} must be an object or null")
-    scaling = {"rope_type" if key == "type" else key: value for key, value in scaling.items()}
+    scaling = {"rope_type" if key == "type" else key: value for key, value in (c.get("rope_scaling") or {}).items()}
     return {
         _LOCAL: {"rope_theta": c.get("rope_local_base_freq", 10_000.0)},
         _FULL: {"rope_theta": c.get("rope_theta", 1_000_000.0), **scaling},
@@ -69,11 +67,13 @@ def _write(config: Config) -> dict[str, Any] | None:
 _layout = llama_layout.LAYOUT | {
     "weights": gemma_layout.weights,
     "fixed": llama_layout.FIXED | {"norm_at": "both", "qk_norm": "head"},
-    "further": llama_layout.WINDOW_KEYS
-    | (gemma_layout.FURTHER - {"attn_logit_softcapping"})
-    | _OLD
-    | {"rope_parameters"}
-    | {*_PATTERN},
+    "further": {
+        **llama_layout.WINDOW_KEYS,
+        **{key: rule for key, rule in gemma_layout.FURTHER.items() if key != "attn_logit_softcapping"},
+        **_OLD,
+        "rope_parameters": either(mapping(mapping(ANYTHING)), NULL),
+        **dict.fromkeys(_PATTERN, either(COUNT, NULL)),
+    },
     "read": _read,
     "buffers": (),
 }

@@ -10,6 +10,7 @@ from mijax.checkpoints.keys import ACTIVATIONS, HARMLESS, Key, architectures, wi
 from mijax.checkpoints.llama_layout import attention
 from mijax.checkpoints.table import Buffer, Family, Weight, dense_mlp, norm
 from mijax.model.config import Config
+from mijax.rules import COUNT, NULL, TEXT, Rule, array, either, shown
 
 KEYS = {
     "num_layers": Key(("n_layers",)),
@@ -24,14 +25,20 @@ KEYS = {
 }
 
 
+_GROUP = Rule(
+    "a pair of an array of texts and a positive integer",
+    lambda x: isinstance(x, list) and len(x) == 2 and array(TEXT).accepts(x[0]) and COUNT.accepts(x[1]),
+)
+
+
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     types = c.get("attention_types", [[["global", "local"], 12]])
-    try:
-        kinds = [kind for group, count in types for _ in range(count) for kind in group]
-    except (TypeError, ValueError):
-        raise ValueError(f"attention_types={types!r} must be pairs of a list of kinds and a count") from None
+    n = sum(len(group) * count for group, count in types)
+    if n != fields["n_layers"]:
+        raise ValueError(f"attention_types={shown(types)} are of {n} layers, num_layers is {fields['n_layers']}")
+    kinds = [kind for group, count in types if group for _ in range(count) for kind in group]
     if c.get("attention_layers") not in (None, kinds):
-        raise ValueError(f"attention_layers={c['attention_layers']!r} is not what attention_types says")
+        raise ValueError(f"attention_layers={shown(c['attention_layers'])} is not what attention_types says")
     windows = windows_of(kinds, c.get("window_size", 256), fields["n_layers"], "local", "global")
     return {"window": tuple(0 if window >= fields["n_ctx"] else window for window in windows)}
 
@@ -63,8 +70,10 @@ def _weights(config: Config) -> list[Weight]:
 def _is_mask(config: Config, x: np.ndarray) -> bool:
     """Whether it is the causal mask of the whole context, or that of one of the windows."""
     n = config.n_ctx
+    if x.shape != (1, 1, n, n):
+        return False
     bands = [np.tri(n) - (np.tri(n, k=-window) if window else 0) for window in (0, *config.windows)]
-    return x.shape == (1, 1, n, n) and any(np.array_equal(x[0, 0], band) for band in bands)
+    return any(np.array_equal(x[0, 0], band) for band in bands)
 
 
 _attention = "transformer.h.{layer}.attn.attention."
@@ -73,7 +82,7 @@ GPT_NEO = Family(
     _weights,
     KEYS,
     {"positions": "learned", "norm": "layer", "attn_bias": "o", "attn_scale": 1.0},
-    frozenset({"attention_types", "attention_layers", "window_size"}),
+    {"attention_types": array(_GROUP), "attention_layers": either(array(TEXT), NULL), "window_size": COUNT},
     _read,
     _write,
     {**HARMLESS, "architectures": architectures("GPTNeoForCausalLM", "GPTNeoModel"),

@@ -8,6 +8,7 @@ from mijax.checkpoints.keys import ACTIVATIONS, BIASES, HARMLESS, Key, architect
 from mijax.checkpoints.rotary_keys import ROTARY_KEYS, read_rotary, write_rotary
 from mijax.checkpoints.table import INTERLEAVED, Family, Weight, dense_mlp, fused_attention, norm
 from mijax.model.config import Config
+from mijax.rules import NULL, POSITIVE, either
 
 KEYS = {
     "num_hidden_layers": Key(("n_layers",)),
@@ -55,7 +56,7 @@ GPT_NEOX = Family(
     _weights,
     KEYS,
     {"norm": "layer"},
-    ROTARY_KEYS | set(_OLD),
+    ROTARY_KEYS | dict.fromkeys(_OLD, either(POSITIVE, NULL)),
     _read,
     _write,
     {**HARMLESS, "architectures": architectures("GPTNeoXForCausalLM", "GPTNeoXModel"),

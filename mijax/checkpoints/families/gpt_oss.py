@@ -66,7 +66,8 @@ _layout = llama_layout.LAYOUT | {
     "weights": _weights,
     "fixed": llama_layout.FIXED | {"mlp_bias": True, "activation": "clamped_swiglu", "sinks": True},
     "further": llama_layout.LAYOUT["further"]
-    | {"layer_types", "sliding_window", "num_local_experts", "num_experts_per_tok"},
+    | {key: llama_layout.WINDOW_KEYS[key] for key in ("layer_types", "sliding_window")}
+    | {key: expert_layout.KEYS[key] for key in ("num_local_experts", "num_experts_per_tok")},
     "read": _read,
 }
 _harmless = {

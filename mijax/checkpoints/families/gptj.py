@@ -10,18 +10,15 @@ from mijax.checkpoints.buffers import masks
 from mijax.checkpoints.keys import Key, architectures, only
 from mijax.checkpoints.table import Convert, Family, Weight, dense_mlp, linear, norm
 from mijax.model.config import Config
-from mijax.model.fields import check_field
 from mijax.model.rotary import Rotary
+from mijax.rules import COUNT
 
 KEYS = gpt2_layout.KEYS | {"tie_word_embeddings": Key(("tied_unembed",), False)}
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     del fields
-    dim = check_field(Rotary, "dim", c.get("rotary_dim", 64), "rotary_dim")
-    if dim == 0:
-        raise ValueError("rotary_dim=0 must be positive")
-    return {"positions": Rotary(dim=dim)}
+    return {"positions": Rotary(dim=c.get("rotary_dim", 64))}
 
 
 def _write(config: Config) -> dict[str, Any]:
@@ -68,7 +65,7 @@ GPTJ = Family(
     _weights,
     KEYS,
     {"norm": "layer", "parallel": True, "shared_norm": True, "unembed_bias": True, "attn_bias": ""},
-    frozenset({"rotary_dim"}),
+    {"rotary_dim": COUNT},
     _read,
     _write,
     {**gpt2_layout.HARMLESS_KEYS, "architectures": architectures("GPTJForCausalLM", "GPTJModel"), "rotary": only(True)},

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -11,16 +11,20 @@ from mijax.checkpoints.table import Family, Weight
 from mijax.model.config import Config
 from mijax.model.rotary import Rotary, RotaryScaling
 from mijax.model.routing import Experts
-from mijax.model.transformer import init
+from mijax.model.transformer import parameter_shapes
+from mijax.rules import ANYTHING
 
-_FIELDS = frozenset(field.name for field in dataclasses.fields(Config)) - {"origin"}
+T = TypeVar("T")
+_FIELDS = {
+    field.name: ANYTHING for field in dataclasses.fields(Config) if field.name != "origin"
+}  # which `Config` checks
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     del fields
     read: dict[str, Any] = {key: value for key, value in c.items() if key in _FIELDS}
     if isinstance(read.get("experts"), Mapping):
-        read["experts"] = Experts(**read["experts"])
+        read["experts"] = _value(Experts, read["experts"], "experts")
     positions = c.get("positions")
     if isinstance(positions, list | tuple):
         return read | {"positions": tuple(map(_rotary, positions)), **_tuples(read)}
@@ -35,11 +39,21 @@ def _rotary(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     scaling = value.get("scaling")
-    return Rotary(**{**value, "scaling": RotaryScaling(**scaling) if isinstance(scaling, Mapping) else scaling})
+    if isinstance(scaling, Mapping):
+        value = {**value, "scaling": _value(RotaryScaling, scaling, "scaling")}
+    return _value(Rotary, value, "positions")
+
+
+def _value(kind: type[T], entries: Mapping[str, Any], key: str) -> T:
+    """A value of a config from its entries; `ValueError` for entries that it does not have."""
+    unknown = entries.keys() - {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    if unknown:
+        raise ValueError(f"{key} has no {', '.join(map(repr, sorted(unknown)))}")
+    return kind(**entries)
 
 
 def _weights(config: Config) -> list[Weight]:
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    shapes = parameter_shapes(config)
     paths = [jax.tree_util.keystr(place).lstrip(".") for place, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     return [Weight((path,), path, "... -> ...") for path in paths]
 

@@ -40,7 +40,9 @@ def _weights(config: Config) -> list[Weight]:
 
 _layout = llama_layout.LAYOUT | {
     "weights": _weights,
-    "further": llama_layout.LAYOUT["further"] | {"sliding_window", "num_local_experts", "num_experts_per_tok"},
+    "further": llama_layout.LAYOUT["further"]
+    | {"sliding_window": llama_layout.WINDOW_KEYS["sliding_window"]}
+    | {key: expert_layout.KEYS[key] for key in ("num_local_experts", "num_experts_per_tok")},
     "read": _read,
 }
 _harmless = {

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from mijax.checkpoints.contents import Lookup, Tensors, derived
+from mijax.checkpoints.contents import Lookup, Made, Tensors, derived
 from mijax.checkpoints.keys import ACTIVATIONS, BIASES, HARMLESS, Key, architectures, only
 from mijax.checkpoints.llama_layout import attention
 from mijax.checkpoints.table import Convert, Family, Weight, dense_mlp, norm
 from mijax.model.config import Config
+from mijax.rules import COUNT, FLAG, NULL, either
 
 KEYS = {
     "num_hidden_layers": Key(("n_layers",)),
@@ -33,18 +34,13 @@ OFFSET = 2
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     removed = c.get("_remove_final_layer_norm", False)
-    if not isinstance(removed, bool):
-        raise ValueError(f"_remove_final_layer_norm={removed!r} must be a boolean")
     read = {"mlp_bias": fields["attn_bias"] != "", "final_norm": fields["norm_at"] == "input" and not removed}
     return read | ({"tied_unembed": False} if _is_narrow(c) else {})
 
 
 def _is_narrow(c: Mapping[str, Any]) -> bool:
     """Whether embeddings have another size than the stream."""
-    size = c.get("word_embed_proj_dim")
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise ValueError(f"word_embed_proj_dim={size!r} must be a positive integer")
-    return size not in (None, c["hidden_size"])
+    return c.get("word_embed_proj_dim") not in (None, c["hidden_size"])
 
 
 def _write(config: Config) -> dict[str, Any]:
@@ -86,7 +82,7 @@ def _decode(tensors: Tensors, c: Mapping[str, Any], source: str) -> Tensors:
     """The embedding and the unembedding as wide as the stream, `[vocab, d_model]`."""
     if not _is_narrow(c):
         return tensors
-    lookup = Lookup("model.", tensors.dtypes)
+    lookup = Lookup("model.", tensors.stored)
     names = {name: lookup(name) for name in (_EMBEDDING, *_MATRICES)}
     missing = [name for name, stored in names.items() if stored is None]
     if missing:
@@ -94,19 +90,23 @@ def _decode(tensors: Tensors, c: Mapping[str, Any], source: str) -> Tensors:
             f"{source} says word_embed_proj_dim={c['word_embed_proj_dim']}, and does not hold {', '.join(missing)}"
         )
     embedding, project_in, project_out = map(str, names.values())
-    head = _HEAD if _HEAD in tensors.dtypes else embedding
-
+    head = _HEAD if _HEAD in tensors.stored else embedding
     hidden, width = c["hidden_size"], c["word_embed_proj_dim"]
 
-    def product(of: str, by: str, shape: tuple[int, int]) -> np.ndarray:
-        x, matrix = (np.asarray(tensors.read(name), np.float32) for name in (of, by))
-        if x.shape[1:] != (width,) or matrix.shape != shape:
-            raise ValueError(f"{source}: {of} {x.shape} must be [vocab, {width}], and {by} {matrix.shape} {shape}")
-        return x @ (matrix.T if by == project_in else matrix)
+    def product(of: str, by: str, shape: tuple[int, int]) -> Made:
+        table, matrix = tensors.stored[of].shape, tensors.stored[by].shape
+        if table[1:] != (width,) or matrix != shape:
+            raise ValueError(f"{source}: {of} {table} must be [vocab, {width}], and {by} {matrix} {shape}")
+
+        def read() -> np.ndarray:
+            x, matrix = (np.asarray(tensors.read(name), np.float32) for name in (of, by))
+            return x @ (matrix.T if by == project_in else matrix)
+
+        return Made((table[0], hidden), read)
 
     made = {
-        embedding: lambda: product(embedding, project_in, (hidden, width)),
-        _HEAD: lambda: product(head, project_out, (width, hidden)),
+        embedding: product(embedding, project_in, (hidden, width)),
+        _HEAD: product(head, project_out, (width, hidden)),
     }
     return derived(tensors, made, (project_in, project_out))
 
@@ -116,7 +116,7 @@ OPT = Family(
     _weights,
     KEYS,
     {"positions": "learned", "norm": "layer", "norm_eps": 1e-5},
-    frozenset({"_remove_final_layer_norm", "word_embed_proj_dim"}),
+    {"_remove_final_layer_norm": FLAG, "word_embed_proj_dim": either(COUNT, NULL)},
     _read,
     _write,
     {**HARMLESS, "architectures": architectures("OPTForCausalLM", "OPTModel"), "layer_norm_elementwise_affine": only(True),

@@ -31,7 +31,11 @@ QWEN2_MOE = expert_layout.with_experts(
     "Qwen2Moe",
     keys=KEYS,
     fixed={},
-    further={"shared_expert_intermediate_size", *llama_layout.WINDOW_KEYS, *expert_layout.DENSE_KEYS},
+    further={
+        "shared_expert_intermediate_size": expert_layout.KEYS["shared_expert_intermediate_size"],
+        **llama_layout.WINDOW_KEYS,
+        **expert_layout.DENSE_KEYS,
+    },
     read=_read,
     write=_write,
     harmless={},

@@ -29,7 +29,11 @@ QWEN3_MOE = expert_layout.with_experts(
     "Qwen3Moe",
     keys=KEYS,
     fixed={"qk_norm": "head"},
-    further={"num_local_experts", *llama_layout.WINDOW_KEYS, *expert_layout.DENSE_KEYS},
+    further={
+        "num_local_experts": expert_layout.KEYS["num_local_experts"],
+        **llama_layout.WINDOW_KEYS,
+        **expert_layout.DENSE_KEYS,
+    },
     read=_read,
     write=_write,
     harmless={},

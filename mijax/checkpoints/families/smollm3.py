@@ -8,7 +8,7 @@ from mijax.checkpoints.keys import BIASES, Key, architectures
 from mijax.checkpoints.rotary_keys import read_rotary, write_rotary
 from mijax.checkpoints.table import Family
 from mijax.model.config import Config
-from mijax.model.fields import check_field
+from mijax.rules import COUNT, NULL, array, either, only, shown
 
 KEYS = llama_layout.KEYS | {
     "num_key_value_heads": Key(("n_kv_heads",), 4),
@@ -19,13 +19,11 @@ KEYS = llama_layout.KEYS | {
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    n, interval = fields["n_layers"], c.get("no_rope_layer_interval", 4)
-    if check_field(Config, "d_model", interval, "no_rope_layer_interval") and c.get("no_rope_layers") is None:
+    n, interval, has = fields["n_layers"], c.get("no_rope_layer_interval", 4), c.get("no_rope_layers")
+    if has is None:
         has = [int((layer + 1) % interval != 0) for layer in range(n)]
-    else:
-        has = c["no_rope_layers"]
-    if not isinstance(has, list) or len(has) != n or not all(type(x) in (int, bool) and x in (0, 1) for x in has):
-        raise ValueError(f"no_rope_layers={has!r} must be 0 or 1 for each of {n} layers")
+    if len(has) != n:
+        raise ValueError(f"no_rope_layers={shown(has)} must be 0 or 1 for each of {n} layers")
     rotary = read_rotary(c, theta=2_000_000.0)
     local = [layer for layer in range(n) if not has[layer]]
     windows = llama_layout.read_windows(c, fields, local)
@@ -42,7 +40,9 @@ def _write(config: Config) -> dict[str, Any]:
 
 
 _layout = llama_layout.LAYOUT | {
-    "further": llama_layout.LAYOUT["further"] | llama_layout.WINDOW_KEYS | {"no_rope_layers", "no_rope_layer_interval"},
+    "further": llama_layout.LAYOUT["further"]
+    | llama_layout.WINDOW_KEYS
+    | {"no_rope_layers": either(array(only(0, 1, False, True)), NULL), "no_rope_layer_interval": COUNT},
     "read": _read,
 }
 _harmless = {**llama_layout.HARMLESS_KEYS, "architectures": architectures("SmolLM3ForCausalLM", "SmolLM3Model"),

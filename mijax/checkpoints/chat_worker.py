@@ -1,0 +1,184 @@
+"""The process in which chat templates are rendered: started as a script by `chat_process`, with bounds on time and memory.
+
+A template is a program of unknown origin. jinja2's sandbox keeps it from the rest of the process, but not from running for ever
+or making a text of ten gigabytes; the system's limits on a process do. This file imports the standard library and jinja2 alone,
+since it starts for itself.
+"""
+
+import datetime
+import functools
+import json
+import marshal
+import struct
+import sys
+from typing import Any, BinaryIO, NoReturn
+
+import jinja2
+from jinja2 import ext, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS, BYTES, CHARACTERS = 1.0, 160 * 2**20, 10**7
+"""What one rendering may take: seconds of processor time, bytes of memory, characters of its text."""
+RENDERED, REFUSED, FAILED = b"r", b"x", b"f"
+"""The first byte of an answer: the text follows, or the template's own refusal, or another failure."""
+
+
+class _Generation(ext.Extension):
+    """The tag `{% generation %}...{% endgeneration %}`, which marks the assistant's text; it renders as its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's declaration)
+
+    def parse(self, parser: Any) -> nodes.Node:
+        """The node of the tag, which calls `_content` with the tag's body."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller: Any) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict` in templates, where the type itself would give access to its class attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict:
+        """As `dict.fromkeys`."""
+        return dict.fromkeys(*args)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace` in templates, without attributes that begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any):  # no `self`, as in jinja2: an attribute may have that name
+        for name in dict(*args[1:], **kwargs):
+            _refuse_private(name)
+        jinja2.utils.Namespace.__init__(*args, **kwargs)
+
+    def __setitem__(self, name: str, value: Any):
+        _refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_private(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}, which begins with an underscore")
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter `tojson` of transformers: unlike that of jinja2, it does not escape HTML or sort keys."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment for which Hugging Face's templates are written (transformers.utils.chat_template_utils)."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise,
+        "strftime_now": lambda format: datetime.datetime.now().strftime(format),
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment
+
+
+def _answer(template: str, values: dict[str, Any]) -> tuple[bytes, str]:
+    """The kind of the answer, and its text."""
+    try:
+        text = _compiled(template).render(values)
+    except MemoryError:
+        return FAILED, f"it takes more than {BYTES >> 20} MiB of memory"
+    except jinja2.TemplateError as error:
+        return REFUSED, str(error)
+    except Exception as error:  # a template is a program and can raise any exception
+        return FAILED, f"{type(error).__name__}: {error}"
+    if len(text) > CHARACTERS:
+        return FAILED, f"it gives {len(text)} characters, expected at most {CHARACTERS}"
+    return RENDERED, text
+
+
+def _limited(template: str, values: dict[str, Any]) -> tuple[bytes, bytes]:
+    """As `_answer`, in UTF-8; where the system has timers, one ends this process after `SECONDS` of processor time."""
+    try:
+        from signal import ITIMER_PROF, setitimer
+    except ImportError:  # Windows: `chat_process` ends the process by the clock
+        setitimer = ITIMER_PROF = None
+    if setitimer is not None:
+        setitimer(ITIMER_PROF, SECONDS)
+    try:
+        kind, text = _answer(template, values)
+        return kind, text.encode(errors="surrogatepass")
+    except MemoryError:
+        return FAILED, b"it takes too much memory"
+    finally:
+        if setitimer is not None:
+            setitimer(ITIMER_PROF, 0.0)
+
+
+def message(stream: BinaryIO) -> bytes | None:
+    """Read a length, and as many bytes.
+
+    Args:
+        stream: where they come from.
+
+    Returns:
+        The bytes; `None` where the stream has ended.
+    """
+    head = stream.read(8)
+    if len(head) < 8:
+        return None
+    (size,) = struct.unpack("<Q", head)
+    body = stream.read(size)
+    return body if len(body) == size else None
+
+
+def send(stream: BinaryIO, body: bytes) -> None:
+    """Write a length, and the bytes.
+
+    Args:
+        stream: where they go.
+        body: the bytes.
+    """
+    stream.write(struct.pack("<Q", len(body)))
+    stream.write(body)
+    stream.flush()
+
+
+def _serve() -> None:
+    """Answer until the other side closes the stream."""
+    try:
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (BYTES, hard))
+    except (ImportError, OSError, ValueError):  # not on every system
+        pass
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    while (request := message(requests)) is not None:
+        kind, text = _limited(*marshal.loads(request))
+        send(answers, kind + text)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,382 @@
+"""Files from strangers, law by law: mutations of every format, and what a mutation would not hit by chance."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+import mijax as mj
+from mijax import chunks
+from mijax.checkpoints import bundled, chat_process, chat_worker
+from tests.files import formats, limits
+from tests.files.law import FORMATS, Mutation, judged, mutation, written
+from tests.situations import refused
+from tests.situations.checkpoints import copy, set_config
+
+
+def law(name: str, mutations: int):
+    """Fails at the first mutation of a format that is a fault."""
+    format = FORMATS[name]()
+
+    @settings(max_examples=mutations, derandomize=True, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(st.data())
+    def run(data):
+        change = data.draw(mutation(format))
+        outcome = judged(format, change)
+        assert not outcome.is_fault, f"{outcome.kind}: {change.label}: {outcome.text}"
+
+    run()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_hundred_mutations(name):
+    law(name, 100)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_two_thousand_mutations(name):
+    law(name, 2000)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "configs of all families"])
+def test_a_file_as_it_should_be_is_read(name):
+    """So that the law does not hold because everything is refused."""
+    assert judged(FORMATS[name](), Mutation("none", {})).kind in ("equal", "unknown")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in formats.FAMILIES if kind in formats.REFERENCES])
+def test_a_config_as_it_should_be_is_read(kind):
+    change = Mutation(kind, {"config.json": formats.family_json(kind)})
+    assert judged(FORMATS["configs of all families"](), change).kind == "unknown"
+
+
+def test_the_judge_sees_each_kind_of_fault(tmp_path):
+    """A reading that is wrong in one way, of files as they should be."""
+    right = FORMATS["safetensors"]()
+
+    def with_read(read, expected=right.expected):
+        return formats.Format(right.files, right.mutated, read, expected)
+
+    def raises(error):
+        def read(folder):
+            raise error(f"{folder}" if error is not RuntimeError else "")
+
+        return with_read(read)
+
+    def unnamed(folder):
+        raise ValueError("something is wrong")
+
+    def slow(folder):
+        until = time.process_time() + limits.SECONDS + 0.5
+        while time.process_time() < until:
+            pass
+        return right.read(folder)
+
+    def large(folder):
+        np.ones(int((limits.MEGABYTES + 100) * 2**20), np.uint8)
+        return right.read(folder)
+
+    def endless(folder):
+        time.sleep(100)
+
+    def outside(folder):
+        (folder.parent / "x").write_text("")
+        return right.read(folder)
+
+    def other_numbers(folder):
+        value = right.read(folder)
+        return value | {".W_E": value[".W_E"] + 1e-3}
+
+    def refuses(folder):
+        raise formats.Unreadable("it is wrong")
+
+    as_it_is = Mutation("none", {})
+    kinds = {
+        "raw error": [raises(KeyError), raises(RuntimeError), raises(RecursionError), raises(OSError)],
+        "unnamed": [with_read(unnamed)],
+        "costly": [with_read(slow), *([with_read(large)] if limits._STATUS.exists() else [])],
+        "outside": [with_read(outside)],
+        "silent": [with_read(other_numbers), with_read(right.read, refuses)],
+        "refused": [raises(ValueError), raises(FileNotFoundError)],
+    }
+    for kind, wrong in kinds.items():
+        for format in wrong:
+            assert judged(format, as_it_is).kind == kind
+    limits_longest, limits._LONGEST = limits._LONGEST, 1.0
+    try:
+        assert judged(with_read(endless), as_it_is).kind == "endless"
+    finally:
+        limits._LONGEST = limits_longest
+
+
+@pytest.mark.parametrize(
+    "name, file", [(n, f) for n, make in FORMATS.items() if n != "TransformerLens" for f in make().mutated]
+)
+def test_a_pipe_is_not_waited_for(name, file):
+    """Nothing writes to it: opening it would never end."""
+    outcome = judged(FORMATS[name](), Mutation("a pipe", {file: "pipe"}))
+    assert not outcome.is_fault, outcome
+
+
+# ---- config.json and tensors
+
+
+def test_a_config_that_speaks_of_more_than_the_file_holds(tmp_path):
+    """Sizes up to the largest that are accepted are held against the tensors before anything is made of them."""
+    for key, message in {
+        "num_hidden_layers": "must be at most 65536|in a file of [0-9]+ numbers",
+        "hidden_size": "in a file of [0-9]+ numbers",
+        "vocab_size": "in a file of [0-9]+ numbers",
+        "intermediate_size": "in a file of [0-9]+ numbers",
+        "num_attention_heads": "not a multiple of|in a file of [0-9]+ numbers",
+    }.items():
+        for size in (2**31 - 1, 2**16):
+            folder = set_config(copy(tmp_path, "llama_gqa"), **{key: size})
+            with limits.measured() as cost, refused(ValueError, message):
+                mj.load(folder)
+            assert not cost.excess, (key, cost.excess)
+    with refused(ValueError, "num_hidden_layers=2147483647 must be at most 65536"):
+        mj.load(set_config(copy(tmp_path, "llama_gqa"), num_hidden_layers=2**31 - 1))
+    with refused(ValueError, "vocab_size=1000000000000 must be at most 2147483647"):
+        mj.load(set_config(copy(tmp_path, "llama_gqa"), vocab_size=10**12))
+
+
+def test_experts_without_end(tmp_path):
+    formats.write_family("olmoe", tmp_path / "model")
+    with (
+        limits.measured() as cost,
+        refused(ValueError, r"in a file of|missing model.layers.0.mlp.experts.4.up_proj.weight.*and \d+ more"),
+    ):
+        mj.load(set_config(tmp_path / "model", num_experts=2**31 - 1))
+    assert not cost.excess
+    with refused(ValueError, "missing model.layers.0.mlp.experts.4.up_proj.weight"):
+        mj.load(set_config(tmp_path / "model", num_experts=10))
+
+
+def test_a_tensor_whose_axis_is_empty_and_whose_other_is_endless(tmp_path):
+    """It takes no byte of the file, and is held against the config like any other."""
+    folder = copy(tmp_path, "llama_gqa")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = np.zeros((2**31, 0), np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    with refused(ValueError, r"model.norm.weight has shape \(2147483648, 0\), expected \(24,\)"):
+        mj.load(folder)
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    folder = copy(tmp_path, "llama_gqa")
+    from mijax.checkpoints import load
+
+    real = load.tensors_of
+
+    def changed(path):
+        tensors = real(path)
+        arrays = load_file(folder / "model.safetensors")
+        save_file({name: x[:1] for name, x in arrays.items()}, folder / "model.safetensors")
+        return tensors
+
+    monkeypatch.setattr(load, "tensors_of", changed)
+    with refused(ValueError, "model.safetensors has changed while it was read"):
+        mj.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.safetensors",
+        "/tmp/x.safetensors",
+        "a/x.safetensors",
+        "a\\x.safetensors",
+        "x" * 300 + ".safetensors",
+        "x.bin",
+        "",
+        "a\0.safetensors",
+    ],
+)
+def test_an_index_that_leads_out_of_its_folder(name, tmp_path):
+    format = FORMATS["shards"]()
+    index = formats.json.dumps({"weight_map": {"lm_head.weight": name}})
+    folder = written(tmp_path / "model", format, Mutation("", {"model.safetensors.index.json": index.encode()}))
+    with refused(ValueError, "index.json names what are no safetensors files of its folder"):
+        mj.load(folder)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(a|a)*b", "(?:x+)+y", ".*.*.*.*q", "(a)\\1", "x" * 300, "q_(", "a{99999999999}"]
+)
+def test_patterns_of_an_adapter_that_could_take_for_ever(pattern, tmp_path):
+    format = FORMATS["adapter"]()
+    settings = formats.json.loads(format.files["adapter_config.json"]) | {"alpha_pattern": {pattern: 3}}
+    folder = written(
+        tmp_path / "a", format, Mutation("", {"adapter_config.json": formats.json.dumps(settings).encode()})
+    )
+    with refused(
+        ValueError, "adapter_config.json .*alpha_pattern holds the pattern .*expected a regular expression of at most"
+    ):
+        mj.load(formats.STORED / "llama_gqa", adapter=folder)
+
+
+# ---- chat templates
+
+USER = [{"role": "user", "content": "hi"}]
+_tokenizer = lambda template: mj.Tokenizer(formats.folders.backend(), template)
+ENDLESS = {
+    "nested ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a long product": "{{ 'a' * 10**10 }}", "a doubling string": "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "doubling by ~": "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "lorem ipsum": "{{ lipsum(n=10**6) }}",
+    "a power": "{{ 9**(9**9) }}", "a wide number": "{{ '%999999999d' % 1 }}", "a wide text": "{{ 'a'.ljust(10**10) }}", "a wide format": "{{ '{:>9999999999}'.format(1) }}",
+    "lists of lists": "{{ [[0] * 99999] * 99999 }}", "a macro that calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "an indent": "{{ messages | tojson(indent=10**9) }}", "a replacement": "{{ ('a' * 99999) | replace('a', 'b' * 9999) }}",
+    "a long text": "{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}", "parentheses": "{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}",
+    "a list in itself": "{% set x = [[]] %}{% for i in range(99999) %}{% set x = [x] %}{% endfor %}{{ x }}{{ " + "[" * 150 + "]" * 150 + " }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_end(name):
+    """It ends within its bounds, as one kind of error; the next template is rendered as if nothing had been."""
+    started = time.monotonic()
+    try:
+        text = _tokenizer(ENDLESS[name]).render(USER)
+    except mj.ChatTemplateError as error:
+        assert "chat template" in str(error)
+    else:  # which does end
+        assert len(text) <= chat_worker.CHARACTERS and name == "a list in itself"
+    assert time.monotonic() - started < chat_process.LONGEST + 5
+    assert _tokenizer("{{ messages[0].content }}").render(USER) == "hi"
+
+
+def test_what_a_template_takes_is_bounded_in_its_own_process():
+    """Its memory is none of this process; it says which bound it has met."""
+    for template, message in {
+        ENDLESS["nested ranges"]: "takes more than 1 s of processor time",
+        ENDLESS["a doubling string"]: "takes more than 160 MiB of memory",
+        "{{ 'a' * (10**7 + 1) }}": "gives 10000001 characters, expected at most 10000000",
+    }.items():
+        with limits.measured() as cost, refused(mj.ChatTemplateError, message):
+            _tokenizer(template).render(USER)
+        assert not cost.excess
+    assert len(_tokenizer("{{ 'a' * 10**7 }}").render(USER)) == 10**7
+
+
+def test_a_template_that_waits_is_ended_by_the_clock(monkeypatch):
+    """As on a system without timers of processor time."""
+    monkeypatch.setattr(chat_process, "LONGEST", 0.3)
+    monkeypatch.setattr(chat_process, "_started", lambda: _python("import time; time.sleep(100)"))
+    chat_process._WORKER.end()
+    with refused(mj.ChatTemplateError, "takes more than 0.3 s"):
+        _tokenizer("x").render(USER)
+
+
+def test_a_process_that_cannot_start_says_so(monkeypatch):
+    monkeypatch.setattr(chat_process, "_started", lambda: _python("raise SystemExit(3)"))
+    chat_process._WORKER.end()
+    with refused(mj.ChatTemplateError, "the process that renders it ended with status 3"):
+        _tokenizer("x").render(USER)
+
+
+def _python(code):
+    import subprocess
+    import sys
+
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def test_templates_of_many_threads_do_not_mix():
+    from concurrent.futures import ThreadPoolExecutor
+
+    tokenizer = _tokenizer("{{ messages[0].content }}")
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda i: tokenizer.render([{"role": "user", "content": str(i)}]), range(200)))
+    assert texts == [str(i) for i in range(200)]
+
+
+def test_a_forked_process_has_a_worker_of_its_own():
+    """It would read the answers of its parent's."""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    import subprocess
+    import sys
+
+    code = """
+import os
+from mijax.checkpoints.chat_process import rendered
+assert rendered("{{ a }}", {"a": 1}) == "1"
+child = os.fork()
+for i in range(100):
+    assert rendered("{{ a }}", {"a": i + 1000 * (child == 0)}) == str(i + 1000 * (child == 0))
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("done")
+"""
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert process.stdout == "done\n", process.stderr
+
+
+# ---- what mijax keeps
+
+
+def test_a_cache_whose_place_is_taken_or_closed(tmp_path, monkeypatch):
+    """One error each, which says what variable moves the cache; once it can be written to, the model is loaded."""
+    (tmp_path / "file").write_text("")
+    with (
+        formats._bundle(tmp_path / "file"),
+        refused(ValueError, r"tiny cannot be kept in .*file: .*MIJAX_CACHE names another folder"),
+    ):
+        mj.load("tiny")
+    import errno
+    import shutil
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+
+    for target, name in ((bundled, "_convert"), (bundled.tempfile, "TemporaryDirectory")):
+        with monkeypatch.context() as patch, formats._bundle(tmp_path / "cache"):
+            patch.setattr(target, name, full)
+            with refused(
+                ValueError, r"tiny cannot be kept in .*cache: No space left on device \(x\). MIJAX_CACHE names"
+            ):
+                mj.load("tiny")
+    assert not list((tmp_path / "cache").glob("*"))
+    formats._load_bundle(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache")
+
+
+def test_weights_are_not_read_twice_to_be_checked(tmp_path, monkeypatch):
+    """A checksum is taken where size or time differ from what was recorded, and nowhere else."""
+    formats._load_bundle(tmp_path)
+    taken = []
+    real = bundled._sha256
+    monkeypatch.setattr(bundled, "_sha256", lambda path: taken.append(path.name) or real(path))
+    formats._load_bundle(tmp_path)
+    assert taken == []
+    weights = next(tmp_path.glob("*/model.safetensors"))
+    os.utime(weights, ns=(1, 1))  # as a copy would have
+    formats._load_bundle(tmp_path)
+    assert taken == ["model.safetensors"] * 2
+
+
+def test_an_array_that_says_it_is_larger_than_its_file(tmp_path):
+    format = FORMATS["sweep"]()
+    folder = written(tmp_path / "sweep", format, Mutation("", {}))
+    name = "chunk_000000.npz"
+    content = formats.mutations.zipfile.ZipFile(folder / name)
+    members = {info.filename: content.read(info) for info in content.infolist()}
+    with formats.mutations.zipfile.ZipFile(folder / name, "w") as file:
+        for member, data in members.items():
+            file.writestr(
+                member, data.replace(b"'shape': (", b"'shape': (999999999, ") if member != "checksum.npy" else data
+            )
+    with (
+        limits.measured() as cost,
+        pytest.warns(UserWarning, match=f"{name} cannot be read .*would have the shape .*computed again"),
+    ):
+        assert (formats._sweep(folder) == format.expected(folder)["effects"]).all()
+    assert not cost.excess
+    assert chunks._arrays(folder / name).keys() >= {"checksum"}
