@@ -3,6 +3,7 @@
 Begin with `load` or `init`, `run`, `patch`, `sweep`, `ablate`, `attribute`, `generate`. The code, from the ground up (a package imports
 from those before it):
 
+    rules           what the keys of files may hold
     display, cache, files, memory, meshes   values in notebooks; folders; bytes; arrays on explicit meshes
     programs        users' functions as programs, traced at each call and compared by structure
     chunks          many small jobs: progress, saved and resumed, over devices, within memory

@@ -9,9 +9,10 @@ import datetime
 import functools
 import json
 import marshal
+import signal
 import struct
 import sys
-from typing import Any, BinaryIO, NoReturn
+from typing import IO, Any, NoReturn
 
 import jinja2
 from jinja2 import ext, nodes
@@ -120,23 +121,23 @@ def _answer(template: str, values: dict[str, Any]) -> tuple[bytes, str]:
 
 def _limited(template: str, values: dict[str, Any]) -> tuple[bytes, bytes]:
     """As `_answer`, in UTF-8; where the system has timers, one ends this process after `SECONDS` of processor time."""
-    try:
-        from signal import ITIMER_PROF, setitimer
-    except ImportError:  # Windows: `chat_process` ends the process by the clock
-        setitimer = ITIMER_PROF = None
-    if setitimer is not None:
-        setitimer(ITIMER_PROF, SECONDS)
+    _set_timer(SECONDS)
     try:
         kind, text = _answer(template, values)
         return kind, text.encode(errors="surrogatepass")
     except MemoryError:
         return FAILED, b"it takes too much memory"
     finally:
-        if setitimer is not None:
-            setitimer(ITIMER_PROF, 0.0)
+        _set_timer(0.0)
 
 
-def message(stream: BinaryIO) -> bytes | None:
+def _set_timer(seconds: float) -> None:
+    """End this process after so much processor time (0: not), where the system has such timers."""
+    if hasattr(signal, "setitimer"):  # Windows has none: `chat_process` ends the process by the clock
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def message(stream: IO[bytes]) -> bytes | None:
     """Read a length, and as many bytes.
 
     Args:
@@ -153,7 +154,7 @@ def message(stream: BinaryIO) -> bytes | None:
     return body if len(body) == size else None
 
 
-def send(stream: BinaryIO, body: bytes) -> None:
+def send(stream: IO[bytes], body: bytes) -> None:
     """Write a length, and the bytes.
 
     Args:

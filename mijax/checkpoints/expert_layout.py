@@ -39,8 +39,7 @@ def read_experts(
         shared: the neurons of an MLP with a gate, which all tokens use, where the file gives none; 0 for families
             without.
     """
-    if normalise is None:
-        normalise = c.get("norm_topk_prob", False)
+    normalise = bool(c.get("norm_topk_prob", False) if normalise is None else normalise)
     sizes = {"n": c[n], "top_k": c.get("num_experts_per_tok", top_k)}
     if shared:
         sizes["shared"] = c.get("shared_expert_intermediate_size", shared)

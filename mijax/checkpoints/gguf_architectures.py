@@ -109,7 +109,8 @@ def _fused(name: str, x: np.ndarray, c: Mapping[str, Any]) -> np.ndarray:
 def _fused_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if "gate_up_proj" in name and len(shape) >= 3:
         shape = (shape[1], 2 * shape[2], *shape[3:])
-    return (*shape[:-2], shape[-1], shape[-2]) if name.endswith(("gate_up_proj", "down_proj")) and shape[1:] else shape
+    turned = name.endswith(("gate_up_proj", "down_proj")) and len(shape) >= 2
+    return shape[:-2] + shape[-2:][::-1] if turned else shape
 
 
 def _gpt_oss_parts(name: str) -> tuple[str, ...]:

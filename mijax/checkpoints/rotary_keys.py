@@ -100,7 +100,9 @@ def rotary_of(rope: dict[str, Any], c: Mapping[str, Any], d_head: int | None = N
         extra = ", ".join(f"{key}={shown(rope[key])}" for key in sorted(unread))
         raise ValueError(f"rotary scaling {kind!r} has no {extra}")
     values = {name: check_field(RotaryScaling, name, rope[key], key) for key, name in _SCALINGS[kind].items()}
-    scaling = None if kind in ("default", "dynamic") else RotaryScaling(kind, **values)
+    scaling = (
+        None if kind in ("default", "dynamic") else RotaryScaling(check_field(RotaryScaling, "kind", kind), **values)
+    )
     return Rotary(base, 0 if d_head is None or fraction == 1 else int(d_head * fraction), scaling)
 
 

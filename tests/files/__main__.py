@@ -1,15 +1,12 @@
-"""Prints the figures of files from strangers: `python -m tests.files [--mutations N] [--format NAME] [--against PYTHON]`.
+"""Prints the figures of files from strangers: `python -m tests.files [--mutations N] [--format NAME]`.
 
 For each format: how many mutations were read as a second reading reads them, how many were refused by one error that names
-the file, faults, and the most time and memory. With `--against`, the same of the mijax that another Python has installed.
+the file, faults, and the most time and memory. (`python -m benchmarks.files --against PYTHON` compares two commits.)
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -39,7 +36,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mutations", type=int, default=200, help="of each format")
     parser.add_argument("--format", action="append", choices=FORMATS, help="only this one; may be repeated")
-    parser.add_argument("--against", help="the Python of an environment with another mijax")
     parser.add_argument("--json", type=Path, help="write all outcomes here")
     arguments = parser.parse_args()
     names, table, report = arguments.format or list(FORMATS), [], {}
@@ -69,13 +65,6 @@ def main():
     print(f"kinds of faults: {total}")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1))
-    if arguments.against:
-        print(f"\nthe same mutations, read by the mijax of {arguments.against}:", flush=True)
-        command = [arguments.against, "-m", "tests.files", "--mutations", str(arguments.mutations)]
-        command += [argument for name in arguments.format or [] for argument in ("--format", name)]
-        with tempfile.TemporaryDirectory() as scratch:  # a folder with these tests, and without this mijax
-            Path(scratch, "tests").symlink_to(Path(__file__).parents[1])
-            subprocess.run(command, cwd=scratch, env=os.environ | {"PYTHONPATH": ""}, check=False)
     sys.exit(1 if total else 0)
 
 

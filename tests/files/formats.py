@@ -508,6 +508,8 @@ def gguf() -> Format:
                 fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
                 values = {name: (field.contents(), field.types) for name, field in fields.items()}
                 tensors = {t.name: library.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+            if any(value == [] for value, _ in values.values()):  # which its writer cannot write
+                return UNKNOWN
             again = folder / "clean.gguf"
             architecture = values.pop("general.architecture")[0]
             values.pop("general.alignment", None)
