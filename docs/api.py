@@ -51,6 +51,8 @@ def rows_of(module: ModuleType, name: str) -> list[tuple[str, str, str]]:
     if isinstance(value, ModuleType):
         return [(name, "", "module")]
     nodes = definitions(module, name)
+    if isinstance(value, type) and issubclass(value, Exception):
+        return [(name, "", f"a {value.__base__.__name__}")]  # pyright: ignore[reportOptionalMemberAccess]
     if isinstance(value, type):
         parameters = "abstract" if inspect.isabstract(value) else _parameters(value, {})
         return [(name, parameters, value.__name__)]
