@@ -36,7 +36,7 @@ _SCALINGS: dict[str, dict[str, str]] = {  # for each kind: its keys, and their f
 }
 
 
-def read_rotary(c: Mapping[str, Any], d_head: int | None = None, theta: float = 10_000.0) -> Rotary:
+def read_rotary(c: Mapping[str, Any], d_head: int | None = None, theta: float = 10_000.0, share: float = 1.0) -> Rotary:
     """Rotary positions, from all places of a `config.json` that may hold them.
 
     transformers 5 writes all of them into `rope_parameters`. Earlier versions wrote `rope_scaling`, with
@@ -51,6 +51,7 @@ def read_rotary(c: Mapping[str, Any], d_head: int | None = None, theta: float = 
         c: the contents of the file.
         d_head: the width of a head, where the family rotates the share `partial_rotary_factor` of it.
         theta: the base where the file gives none.
+        share: the `partial_rotary_factor` where the file gives none.
 
     Returns:
         The rotary positions.
@@ -65,10 +66,16 @@ def read_rotary(c: Mapping[str, Any], d_head: int | None = None, theta: float = 
     >>> read_rotary({"rope_theta": 5000.0, "partial_rotary_factor": 1.0})
     Rotary(base=5000.0, dim=0, scaling=None)
     """
-    return rotary_of(_merged(c), c, d_head, theta)
+    return rotary_of(_merged(c), c, d_head, theta, share)
 
 
-def rotary_of(rope: dict[str, Any], c: Mapping[str, Any], d_head: int | None = None, theta: float = 10_000.0) -> Rotary:
+def rotary_of(
+    rope: dict[str, Any],
+    c: Mapping[str, Any],
+    d_head: int | None = None,
+    theta: float = 10_000.0,
+    share: float = 1.0,
+) -> Rotary:
     """Rotary positions, from entries by their names in `rope_parameters`: see `read_rotary`.
 
     Args:
@@ -76,6 +83,7 @@ def rotary_of(rope: dict[str, Any], c: Mapping[str, Any], d_head: int | None = N
         c: the contents of the file.
         d_head: as in `read_rotary`.
         theta: as in `read_rotary`.
+        share: as in `read_rotary`.
 
     Returns:
         The rotary positions.
@@ -85,7 +93,7 @@ def rotary_of(rope: dict[str, Any], c: Mapping[str, Any], d_head: int | None = N
     if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(f"unsupported rotary scaling {shown(kind)}; supported are {', '.join(_SCALINGS)}")
     base = check_field(Rotary, "base", rope.pop("rope_theta", theta), "rope_theta")
-    fraction = check_field(RotaryScaling, "factor", rope.pop("partial_rotary_factor", 1.0), "partial_rotary_factor")
+    fraction = check_field(RotaryScaling, "factor", rope.pop("partial_rotary_factor", share), "partial_rotary_factor")
     if fraction != 1 and d_head is None:
         raise ValueError(
             f"partial_rotary_factor={fraction} must be 1: this family rotates all dimensions of a head, also in"

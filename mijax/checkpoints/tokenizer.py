@@ -173,6 +173,9 @@ class Tokenizer:
         if not encoded or not all(encoded):
             where = next((f" at {i}: {texts[i]!r}" for i, ids in enumerate(encoded) if not ids), "")
             raise ValueError(f"expected at least one prompt with at least one token, given {len(texts)} prompts{where}")
+        largest = max(map(max, encoded))
+        if largest >= 2**31:
+            raise ValueError(f"the tokenizer gives the id {largest}, and ids are integers of 32 bits")
         width = max(map(len, encoded))
         ids, mask = np.zeros((len(texts), width), np.int32), np.zeros((len(texts), width), bool)
         for row, tokens in enumerate(encoded):

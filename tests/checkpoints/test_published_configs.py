@@ -52,6 +52,15 @@ PUBLISHED = {
         "window": tuple(0 if layer % 6 == 5 else 512 for layer in range(26)), "embed_scale": 1152**0.5, "attn_scale": 1 / 16, "scores_cap": 0.0,
         "positions": tuple(mj.Rotary(1e6 if layer % 6 == 5 else 1e4, 256) for layer in range(26)), "qk_norm": "head", "norm_at": "both",
     }),
+    # the share that transformers' classes have stands where the file gives none, whatever else it says of positions
+    "Pythia with a scaling and no share": (
+        {k: v for k, v in PYTHIA.items() if k != "rotary_pct"} | {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"positions": mj.Rotary(dim=16, scaling=mj.RotaryScaling("linear", 2.0))},
+    ),
+    "Phi-2 with a base and no share": (
+        {k: v for k, v in PHI.items() if k != "partial_rotary_factor"} | {"rope_parameters": {"rope_theta": 500.0}},
+        {"positions": mj.Rotary(500.0, dim=40)},
+    ),
     "Phi-2": (PHI, {"positions": mj.Rotary(dim=32), "parallel": True, "shared_norm": True, "unembed_bias": True, "tied_unembed": False}),
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ def test_configs(kind, tmp_path_factory):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    ids = inputs("none")[0][:2]
+    prompts = inputs("none")[0][:2]
     counts = {"ours": 0, "both": 0}
 
     def check(change):
@@ -48,6 +48,7 @@ def test_configs(kind, tmp_path_factory):
         except (ValueError, FileNotFoundError):
             return
         counts["ours"] += 1
+        ids = prompts[:, : ours.config.n_ctx]
         try:
             theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype="float32", attn_implementation="eager", output_loading_info=True
@@ -97,6 +98,10 @@ def test_chat_templates(tmp_path_factory):
     counts = {"both": 0}
 
     def check(change):
+        if (
+            "**" in change.label or "999" in change.label
+        ):  # jinja2 computes constants when it compiles: transformers would not end
+            return
         folder = written(tmp_path_factory.mktemp("t") / "t", format, change)
         try:
             text = mj.Tokenizer.from_folder(folder).render(formats.CONVERSATION)

@@ -28,10 +28,8 @@ _OLD = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"} 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     old = {new: c[key] for key, new in _OLD.items() if c.get(key) is not None}
-    if not any(c.get(key) for key in ("rope_parameters", "rope_scaling")):
-        old = {"partial_rotary_factor": 0.25, **old}  # transformers' default
     said = {key: value for key, value in c.items() if key in ROTARY_KEYS or key == "max_position_embeddings"}
-    return {"positions": read_rotary({**old, **said}, fields["d_model"] // fields["n_heads"])}
+    return {"positions": read_rotary({**old, **said}, fields["d_model"] // fields["n_heads"], share=0.25)}
 
 
 def _write(config: Config) -> dict[str, Any]:

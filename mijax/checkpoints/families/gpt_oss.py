@@ -25,7 +25,7 @@ _YARN = {
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    said = any(c.get(key) for key in ("rope_parameters", "rope_scaling"))
+    said = any(c.get(key) is not None for key in ("rope_parameters", "rope_scaling"))
     local = range(0, fields["n_layers"], 2)
     experts = expert_layout.read_experts(c, "num_local_experts", 4, normalise=True)["experts"]
     return {

@@ -24,9 +24,7 @@ KEYS = {
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    if not any(c.get(key) for key in ("rope_parameters", "rope_scaling", "partial_rotary_factor")):
-        c = {"partial_rotary_factor": 0.5, **c}  # transformers' default
-    return {"positions": read_rotary(c, fields["d_model"] // fields["n_heads"])}
+    return {"positions": read_rotary(c, fields["d_model"] // fields["n_heads"], share=0.5)}
 
 
 def _write(config: Config) -> dict[str, Any]:
