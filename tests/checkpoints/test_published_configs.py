@@ -58,7 +58,7 @@ PUBLISHED = {
         {"positions": mj.Rotary(dim=16, scaling=mj.RotaryScaling("linear", 2.0))},
     ),
     "Phi-2 with a base and no share": (
-        {k: v for k, v in PHI.items() if k != "partial_rotary_factor"} | {"rope_parameters": {"rope_theta": 500.0}},
+        {k: v for k, v in PHI.items() if k not in ("partial_rotary_factor", "rope_theta")} | {"rope_parameters": {"rope_theta": 500.0}},
         {"positions": mj.Rotary(500.0, dim=40)},
     ),
     "Phi-2": (PHI, {"positions": mj.Rotary(dim=32), "parallel": True, "shared_norm": True, "unembed_bias": True, "tied_unembed": False}),
