@@ -191,7 +191,7 @@ def is_begun(folder: str | os.PathLike[str]) -> bool:
 def _kept_plan(about: Path, arrays: Path, identity: Mapping[str, str]) -> Arrays | None:
     """The plan of a folder that was begun before; `None`, with a warning, where its files cannot be read."""
     try:
-        job = read_object(about, _JOB)
+        job = read_object(about, _JOB, largest=2**26)
         begun_with, checksum = job["identity"], job["plan"]
     except (ValueError, KeyError) as error:
         warnings.warn(

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mijax.rules import Rule, faults
+from mijax.rules import Rule, faults, shown
 
-LARGEST_TEXT = 2**26
-"""The size in bytes of the largest file that is read as a text: 64 MiB."""
+LARGEST_TEXT = 2**22
+"""The size in bytes of the largest file that is read as a text where nothing else is said: 4 MiB."""
 
 
 @contextlib.contextmanager
@@ -73,35 +73,41 @@ def check_file(path: Path) -> None:
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device"}
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
     """Read a text file in UTF-8.
 
     Args:
         path: the file.
+        largest: the size in bytes of the largest file that is read.
 
     Returns:
         Its contents.
 
     Raises:
         FileNotFoundError: where there is no such file.
-        ValueError: where it cannot be read, is larger than `LARGEST_TEXT`, or is not in UTF-8.
+        ValueError: where it cannot be read, is larger, or is not in UTF-8.
     """
     check_file(path)
-    size = path.stat().st_size
-    if size > LARGEST_TEXT:
-        raise ValueError(f"{path} has {size} bytes, expected a text of at most {LARGEST_TEXT}")
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+    except OSError as error:  # of files that the system makes up, in /proc say
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > largest:
+        raise ValueError(f"{path} has more than {largest} bytes, which is the most that is read of such a file")
+    try:
+        return content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not in UTF-8: {error}") from error
 
 
-def read_object(path: Path, rules: Mapping[str, Rule] | None = None) -> dict[str, Any]:
+def read_object(path: Path, rules: Mapping[str, Rule] | None = None, largest: int = LARGEST_TEXT) -> dict[str, Any]:
     """Read the object in a JSON file.
 
     Args:
         path: the file.
         rules: what the values of keys must be; other keys may have any value.
+        largest: as in `read_text`. (What is made of the text may take twenty times its size.)
 
     Returns:
         The object.
@@ -118,9 +124,9 @@ def read_object(path: Path, rules: Mapping[str, Rule] | None = None) -> dict[str
     Traceback (most recent call last):
     ValueError: ...a.json is not valid JSON: the key 'a' is there twice
     """
-    text = read_text(path)
+    text = read_text(path, largest)
     try:
-        content = json.loads(text, object_pairs_hook=_unique)
+        content = json.loads(text, object_pairs_hook=unique)
         if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a surrogate pair is no text that could be written again
             json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # also of integers with thousands of digits
@@ -149,11 +155,21 @@ def optional_object(path: Path, rules: Mapping[str, Rule] | None = None) -> dict
     return read_object(path, rules) if os.path.lexists(path) else {}
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, whose keys must differ: readers disagree about which of two counts."""
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, whose keys must differ: readers disagree about which of two counts.
+
+    Args:
+        pairs: its keys and values; the function is the `object_pairs_hook` of `json.loads`.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: for a key that is there twice.
+    """
     entries: dict[str, Any] = {}
     for key, value in pairs:
         if key in entries:
-            raise ValueError(f"the key {key!r} is there twice")
+            raise ValueError(f"the key {shown(key)} is there twice")
         entries[key] = value
     return entries

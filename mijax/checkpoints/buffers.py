@@ -10,7 +10,7 @@ from mijax.model.rotary import Rotary, frequencies
 
 def _is_causal_mask(config: Config, x: np.ndarray) -> bool:
     """Whether it is a lower triangle of ones over the whole context, as in every layer of GPT-2's checkpoints."""
-    return x.shape == (1, 1, config.n_ctx, config.n_ctx) and np.array_equal(x[0, 0], np.tri(config.n_ctx))
+    return x.shape == (1, 1, config.n_ctx, config.n_ctx) and np.array_equal(x[0, 0], np.tri(config.n_ctx, dtype=bool))
 
 
 def _is_masking_score(_: Config, x: np.ndarray) -> bool:

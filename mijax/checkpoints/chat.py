@@ -132,11 +132,14 @@ def render(
     """
     if len(messages) == 0:
         raise ValueError("expected a conversation of at least one message, given an empty one")
-    values = {
-        "messages": [_message(message) for message in _mappings("message", messages)],
-        "tools": None if tools is None else _plain(_mappings("tool", tools), "tools"),
-        "documents": None if documents is None else _plain(_mappings("document", documents), "documents"),
-    } | {name: _plain(value, name) for name, value in variables.items()}
+    try:
+        values = {name: _plain(value, name) for name, value in variables.items()} | {
+            "messages": [_message(message) for message in _mappings("message", messages)],
+            "tools": None if tools is None else _plain(_mappings("tool", tools), "tools"),
+            "documents": None if documents is None else _plain(_mappings("document", documents), "documents"),
+        }
+    except RecursionError as error:
+        raise ValueError("the conversation is nested too deeply for a template") from error
     return rendered(template, values)
 
 

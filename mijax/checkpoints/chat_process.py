@@ -46,6 +46,8 @@ class _Worker:
                 timer.cancel()
             if answer is None:
                 raise ChatTemplateError(f"the chat template fails on this conversation: {_ending(self.end())}")
+            if answer.startswith(chat_worker.FAILED):
+                self.end()
             return answer
 
     def end(self) -> int:
@@ -90,7 +92,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def rendered(template: str, values: Mapping[str, Any]) -> str:
-    """Render a template, within `chat_worker.SECONDS`, `BYTES` and `CHARACTERS`.
+    """Render a template, within the bounds of `chat_worker`: time, memory, and the length of the text.
 
     Args:
         template: the text of the template, in jinja2.
@@ -105,7 +107,11 @@ def rendered(template: str, values: Mapping[str, Any]) -> str:
     >>> rendered("{{ a }}", {"a": 1})
     '1'
     """
-    answer = _WORKER.answer(marshal.dumps((template, dict(values))))
+    try:
+        request = marshal.dumps((template, dict(values)))
+    except ValueError as error:  # "object too deeply nested to marshal"
+        raise ValueError(f"the conversation cannot be given to a template: {error}") from error
+    answer = _WORKER.answer(request)
     kind, text = answer[:1], answer[1:].decode(errors="surrogatepass")
     if kind == chat_worker.RENDERED:
         return text

@@ -18,8 +18,10 @@ import jinja2
 from jinja2 import ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS, BYTES, CHARACTERS = 1.0, 160 * 2**20, 10**7
-"""What one rendering may take: seconds of processor time, bytes of memory, characters of its text."""
+SECONDS, BYTES, CHARACTERS = 1.0, 160 * 2**20, 500_000
+"""What one rendering may take: seconds of processor time, bytes of memory, characters of its text beyond `GROWTH` for each
+byte that it is given."""
+GROWTH = 4
 RENDERED, REFUSED, FAILED = b"r", b"x", b"f"
 """The first byte of an answer: the text follows, or the template's own refusal, or another failure."""
 
@@ -83,9 +85,12 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-@functools.lru_cache(maxsize=32)
 def _compiled(template: str) -> jinja2.Template:
     return _environment().from_string(template)
+
+
+_SHORT = 2**15  # characters of a template that is kept once it is compiled; longer ones would take each other's memory
+_kept = functools.lru_cache(maxsize=16)(_compiled)
 
 
 @functools.cache
@@ -104,26 +109,36 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _answer(template: str, values: dict[str, Any]) -> tuple[bytes, str]:
-    """The kind of the answer, and its text."""
+def _answer(template: str, values: dict[str, Any], most: int) -> tuple[bytes, str]:
+    """The kind of the answer, and its text, of at most so many characters."""
     try:
-        text = _compiled(template).render(values)
+        compiled = _kept(template) if len(template) <= _SHORT else _compiled(template)
+        text = compiled.render(values)
     except MemoryError:
         return FAILED, f"it takes more than {BYTES >> 20} MiB of memory"
     except jinja2.TemplateError as error:
-        return REFUSED, str(error)
+        return REFUSED, _message(error)
     except Exception as error:  # a template is a program and can raise any exception
-        return FAILED, f"{type(error).__name__}: {error}"
-    if len(text) > CHARACTERS:
-        return FAILED, f"it gives {len(text)} characters, expected at most {CHARACTERS}"
+        return FAILED, f"{type(error).__name__}: {_message(error)}"
+    if len(text) > most:
+        return FAILED, f"it gives {len(text)} characters, expected at most {most}"
     return RENDERED, text
 
 
-def _limited(template: str, values: dict[str, Any]) -> tuple[bytes, bytes]:
+def _message(error: Exception) -> str:
+    """The message of an error, which a template can make long, or impossible to write."""
+    try:
+        text = str(error)
+    except Exception:
+        return "an error whose message cannot be written"
+    return text if len(text) <= 2000 else f"{text[:2000]}... ({len(text)} characters)"
+
+
+def _limited(template: str, values: dict[str, Any], most: int) -> tuple[bytes, bytes]:
     """As `_answer`, in UTF-8; where the system has timers, one ends this process after `SECONDS` of processor time."""
     _set_timer(SECONDS)
     try:
-        kind, text = _answer(template, values)
+        kind, text = _answer(template, values, most)
         return kind, text.encode(errors="surrogatepass")
     except MemoryError:
         return FAILED, b"it takes too much memory"
@@ -177,8 +192,11 @@ def _serve() -> None:
         pass
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     while (request := message(requests)) is not None:
-        kind, text = _limited(*marshal.loads(request))
+        template, values = marshal.loads(request)
+        kind, text = _limited(template, values, CHARACTERS + GROWTH * len(request))
         send(answers, kind + text)
+        if kind == FAILED:  # with it goes the memory that it took: the next template has a process of its own
+            return
 
 
 if __name__ == "__main__":

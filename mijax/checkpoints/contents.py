@@ -5,6 +5,26 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mijax.rules import shown
+
+LONGEST_NAME = 256
+"""The number of characters of the longest name of a tensor or key."""
+
+
+def check_name(name: str) -> None:
+    """Check that a name can be written in a message, and is none that only fills memory.
+
+    Args:
+        name: the name of a tensor, or of a key of GGUF's metadata.
+
+    Raises:
+        ValueError: for a name that is too long or has characters that cannot be printed.
+    """
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        raise ValueError(
+            f"a name of {len(name)} characters, {shown(name)}: expected at most {LONGEST_NAME}, printable ones"
+        )
+
 
 class Stored(NamedTuple):
     """What the header of a file says of a tensor: its dtype by safetensors' name (`"F32"`, ...), and its shape."""

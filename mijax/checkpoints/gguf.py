@@ -143,7 +143,9 @@ def _by_hf_name(
     order = {name: i for i, name in enumerate(stored)}
     unexpected = order.keys() - {part.name for parts, _ in named.values() for part in parts}
     if unexpected:
-        raise ValueError(f"{path}: unexpected {', unexpected '.join(sorted(unexpected, key=order.__getitem__))}")
+        names = sorted(unexpected, key=order.__getitem__)
+        more = f", and {len(names) - 8} more" if len(names) > 8 else ""
+        raise ValueError(f"{path}: unexpected {', unexpected '.join(names[:8])}{more}")
     return dict(sorted(named.items(), key=lambda item: order[item[1][0][0].name]))
 
 
@@ -158,7 +160,7 @@ def _llama3_scaling(table: np.ndarray, config: Mapping[str, Any], path: Path) ->
     }
     base, dim = float(config["rope_theta"]), int(config["head_dim"])
     fits = not config["rope_scaling"] and table.shape == (dim // 2,) and bool((table >= 1).all()) and factor < np.inf
-    if fits:
+    if fits and base >= np.finfo(np.float32).tiny:
         expected = frequencies(Rotary(base, dim, RotaryScaling("llama3", factor, 1.0, 4.0, 8192)))
         fits = np.allclose(frequencies(Rotary(base, dim)) / table, expected, rtol=1e-5)
     if not fits:

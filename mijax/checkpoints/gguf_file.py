@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mijax.checkpoints.contents import check_name
+
 _NUMBERS = {
     0: "u1",
     1: "i1",
@@ -142,7 +144,7 @@ class _Cursor:
         n_tensors, n_fields = self.count(), self.count()
         fields: dict[str, Any] = {}
         for _ in range(n_fields):
-            name = self.text()
+            name = self.name()
             if name in fields:
                 raise ValueError(f"the key {name} is there twice")
             fields[name] = self.value(self.code())
@@ -152,9 +154,15 @@ class _Cursor:
         entries = [self.entry() for _ in range(n_tensors)]
         return fields, _placed(entries, -(-self.at // alignment) * alignment, alignment, len(self.data))
 
+    def name(self) -> str:
+        """The name of a key or tensor."""
+        name = self.text()
+        check_name(name)
+        return name
+
     def entry(self) -> tuple[str, tuple[int, ...], int, int]:
         """A tensor's name, shape (in NumPy's order), type and offset."""
-        name, n_dimensions = self.text(), self.code()
+        name, n_dimensions = self.name(), self.code()
         if not 1 <= n_dimensions <= _MAX_DIMENSIONS:
             raise ValueError(f"tensor {name} has {n_dimensions} dimensions, expected 1 to {_MAX_DIMENSIONS}")
         shape = tuple(self.count() for _ in range(n_dimensions))[::-1]

@@ -143,7 +143,8 @@ def unknown(values: Mapping[str, Any], rules: Mapping[str, Rule], families: tupl
     ['the key b (2) is not known']
     """
     keys = [key for key in values if key not in rules and not key.startswith(families)]
-    return [f"the key {shown(key)[1:-1]} ({shown(values[key])}) is not known" for key in keys]
+    messages = [f"the key {shown(key)[1:-1]} ({shown(values[key])}) is not known" for key in keys[:8]]
+    return messages + ([f"{len(keys) - 8} more keys are not known"] if len(keys) > 8 else [])
 
 
 def refuse(path: Path, faults: Sequence[str]) -> None:
@@ -223,7 +224,7 @@ def _contradictions(get: Get, architecture: Architecture) -> list[str]:
         (f"rope.dimension_count must be {size}", architecture.rotates != "none" and bad_part),
         (f"attention.value_length must be the key's length {d_head}", get("attention.value_length", d_head) != d_head),
         (f"embedding_length must be a multiple of {heads} heads", get("attention.key_length") is None and d_model % heads),
-        (f"attention.scale must be 1 / sqrt({d_head})", scale and not math.isclose(scale, d_head**-0.5, rel_tol=1e-6)),
+        (f"attention.scale must be 1 / sqrt({d_head})", scale and d_head and not math.isclose(scale, d_head**-0.5, rel_tol=1e-6)),
         (f"attention.sliding_window must not be below the context's {n_ctx}", not reads_window and 0 < window < n_ctx),
         (f"rope.scale_linear must be rope.scaling.factor's {factor}", factor and get("rope.scale_linear", factor) != factor),
     ]
@@ -242,6 +243,8 @@ def _counts(values: Mapping[str, Any], name: str, shapes: Mapping[str, tuple[int
         for tensor, shape in shapes.items()
         if "_exps." in tensor and shape[0] != experts
     ][:1]
+    if experts and not any("_exps." in tensor for tensor in shapes):
+        messages.append(f"{name}.expert_count is {experts}, and the file has no tensors of experts (..._exps)")
     layers = values[f"{name}.block_count"]
     return messages + (
         [f"{name}.block_count is {layers}, the file has {n_tensors} tensors"] if layers > n_tensors else []

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from mijax.checkpoints.backend import LONGEST_TOKEN, failures
 from mijax.checkpoints.gguf_metadata import refuse, unknown
 from mijax.checkpoints.gguf_sentencepiece import bpe, unigram
 from mijax.checkpoints.tokenizer import Tokenizer
@@ -150,16 +151,17 @@ def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Token
     refuse(path, _vocabulary_faults(values, n_vocab, model))
     tokens, kinds = get("tokens"), get("token_type", [1] * n_vocab)
     refuse(path, _special_faults(values, kinds, splitting))
-    if model == "llama":
-        backend = bpe(tokens, kinds, get("scores"), get("add_space_prefix", True))
-    elif model == "t5":
-        flags = get("add_space_prefix", True), get("remove_extra_whitespaces", False)
-        backend = _unigram(path, tokens, kinds, get("scores"), *flags, bytes(get("precompiled_charsmap", [])))
-    else:
-        backend = _byte_level_bpe(tokens, get("merges"), splitting)
-    of_kind = lambda *accepted: [token for token, kind in zip(tokens, kinds) if kind in accepted]
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in of_kind(_UNKNOWN, _CONTROL)])
-    backend.add_tokens([AddedToken(t, normalized=False) for t in of_kind(_USER_DEFINED)])
+    with failures(f"{path}: the tokenizer cannot be built"):
+        if model == "llama":
+            backend = bpe(tokens, kinds, get("scores"), get("add_space_prefix", True))
+        elif model == "t5":
+            flags = get("add_space_prefix", True), get("remove_extra_whitespaces", False)
+            backend = unigram(tokens, kinds, get("scores"), *flags, bytes(get("precompiled_charsmap", [])))
+        else:
+            backend = _byte_level_bpe(tokens, get("merges"), splitting)
+        of_kind = lambda *accepted: [token for token, kind in zip(tokens, kinds) if kind in accepted]
+        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in of_kind(_UNKNOWN, _CONTROL)])
+        backend.add_tokens([AddedToken(t, normalized=False) for t in of_kind(_USER_DEFINED)])
     begin = [tokens[get("bos_token_id")]] if get("add_bos_token", splitting.add_bos) else []
     end = [tokens[get("eos_token_id")]] if get("add_eos_token", splitting.add_eos) else []
     if begin or end:
@@ -168,14 +170,6 @@ def read_tokenizer(fields: Mapping[str, Any], n_vocab: int, path: Path) -> Token
     named = {n: tokens[i] for n, i in ids.items() if i is not None and kinds[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)}
     end_ids = [get(f"{name}_token_id") for name in _END]
     return Tokenizer(backend, _templates(values), named, end_tokens=[i for i in end_ids if i is not None])
-
-
-def _unigram(path: Path, *arguments: Any) -> tokenizers.Tokenizer:
-    """As `unigram`, with the library's refusals as errors of the file."""
-    try:
-        return unigram(*arguments)
-    except Exception as error:  # of no documented type
-        raise ValueError(f"{path}: the unigram tokenizer cannot be built: {error}") from error
 
 
 def _byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], splitting: _Splitting) -> tokenizers.Tokenizer:
@@ -218,6 +212,11 @@ def _vocabulary_faults(values: Mapping[str, Any], n_vocab: int, model: str) -> l
         for key in (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores"))
         if key in values and len(values[key]) != n_vocab
     ]
+    long = [token for token in tokens if len(token) > LONGEST_TOKEN]
+    if long:
+        messages.append(
+            f"tokenizer.ggml.tokens has a token of {len(long[0])} characters, expected at most {LONGEST_TOKEN}"
+        )
     repeated = [token for token, n in collections.Counter(tokens).items() if n > 1]
     if repeated:
         messages.append(f"tokenizer.ggml.tokens has tokens more than once: {shown(repeated)}")

@@ -60,7 +60,7 @@ def read_fields(c: Mapping[str, Any], keys: Mapping[str, Key]) -> dict[str, Any]
         if value is None and default is None:
             continue
         if True in spellings and not isinstance(value, bool):
-            raise ValueError(f"{key}={value!r} must be a boolean, given {type(value).__name__}")
+            raise ValueError(f"{key}={shown(value)} must be a boolean, given {type(value).__name__}")
         value = spellings.get(value, value) if isinstance(value, str | bool) else value
         value = check_field(Config, names[0], value, key)
         if names[0] in _DERIVED_SIZES and value == 0:

@@ -24,6 +24,7 @@ from mijax.files import check_file, optional_object, read_object
 from mijax.model.config import Config
 from mijax.model.parameters import parameter_dtype
 from mijax.model.transformer import Transformer
+from mijax.rules import shown
 
 
 def load(
@@ -147,7 +148,7 @@ def _check_adapter(folder: Path, merging: bool) -> None:
     if not os.path.lexists(folder / "adapter_config.json"):
         return
     if not os.path.lexists(folder / "config.json"):
-        base = (
+        base = shown(
             optional_object(folder / "adapter_config.json").get("base_model_name_or_path")
             or "the model it was trained on"
         )

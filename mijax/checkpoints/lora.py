@@ -163,7 +163,7 @@ def _is_simple(pattern: str) -> bool:
 
     Groups that are repeated can take exponentially many.
     """
-    if len(pattern) > 200 or re.search(r"\)[*+?{]|\\\d|\(\?", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+    if len(pattern) > 200 or re.search(r"\)[*+?{]|\\\d|\(\?", pattern) or len(re.findall(r"[*+?{]", pattern)) > 3:
         return False
     try:
         return re.compile(pattern) is not None
@@ -198,9 +198,11 @@ def _by_target(
         elif changed is None:
             wrong.append(f"{name} fits no tensor of the checkpoint")
         elif half:
-            low_rank.setdefault(changed, {})[half[2] or half[3]] = name
+            other = low_rank.setdefault(changed, {}).setdefault(half[2] or half[3], name)
+            wrong += [f"{name} and {other} are for the same tensor"] if other != name else []
         else:
-            replaced[changed] = name
+            other = replaced.setdefault(changed, name)
+            wrong += [f"{name} and {other} are for the same tensor"] if other != name else []
     wrong += [f"{next(iter(pair.values()))} lacks its other half" for pair in low_rank.values() if len(pair) != 2]
     if wrong:
         raise ValueError(f"{folder / WEIGHTS} does not fit the checkpoint: {'; '.join(wrong[:8])}")

@@ -111,7 +111,10 @@ def rotary_of(
     scaling = (
         None if kind in ("default", "dynamic") else RotaryScaling(check_field(RotaryScaling, "kind", kind), **values)
     )
-    return Rotary(base, 0 if d_head is None or fraction == 1 else int(d_head * fraction), scaling)
+    dim = 0 if d_head is None or fraction == 1 else int(d_head * fraction)
+    if dim == 0 and fraction != 1:
+        raise ValueError(f"partial_rotary_factor={fraction} of a head of {d_head} rotates no dimension")
+    return Rotary(base, dim, scaling)
 
 
 _SCALES = ("mscale", "mscale_all_dim")

@@ -1,6 +1,8 @@
 """The tensors of a folder: one safetensors file, or several with an index."""
 
 import contextlib
+import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mijax.checkpoints.contents import Stored, Tensors
-from mijax.files import check_file, read_object
+from mijax.checkpoints.contents import Stored, Tensors, check_name
+from mijax.files import check_file, read_object, unique
 from mijax.rules import TEXT, mapping, shown
 
 
@@ -64,10 +66,15 @@ def tensors_in(path: Path) -> Tensors:
 
     check_file(path)
     try:
+        _check_header(path)
         with safetensors.safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             stored = {name: Stored(s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-    except (safetensors.SafetensorError, OSError) as error:
+        for name, (_, shape) in stored.items():
+            check_name(name)
+            if math.prod(max(n, 1) for n in shape) > _MOST_NUMBERS:  # also beside an axis of 0
+                raise ValueError(f"{name} has shape {shape}, of more than {_MOST_NUMBERS} numbers")
+    except (safetensors.SafetensorError, ValueError, RecursionError, OSError, MemoryError) as error:
         raise ValueError(f"{path} is not a readable safetensors file (truncated?): {error}") from error
 
     @contextlib.contextmanager
@@ -75,7 +82,7 @@ def tensors_in(path: Path) -> Tensors:
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 yield file
-        except (safetensors.SafetensorError, OSError) as error:
+        except (safetensors.SafetensorError, OSError, MemoryError) as error:
             raise ValueError(f"{path}: {name} cannot be read: {error}") from error
 
     def read(name: str) -> np.ndarray:
@@ -90,6 +97,19 @@ def tensors_in(path: Path) -> Tensors:
             return file.get_slice(name)[index]
 
     return Tensors(stored, read, part)
+
+
+_LARGEST_HEADER, _MOST_NUMBERS = 2**24, 2**48
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that is longer than any real one, or says something twice: readers disagree about which counts."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > _LARGEST_HEADER:
+            raise ValueError(f"header too large: {size} bytes, expected at most {_LARGEST_HEADER}")
+        header = file.read(size)
+    json.loads(header, object_pairs_hook=unique)
 
 
 _SHARD = re.compile(r"[^/\\\0]{1,200}\.safetensors")  # a file of the folder itself
@@ -113,7 +133,9 @@ def _shards(folder: Path) -> tuple[Sequence[str], Mapping[str, str]]:
                 else ""
             )
         )
-    content = read_object(index, {"weight_map": mapping(TEXT)})
+    content = read_object(
+        index, {"weight_map": mapping(TEXT)}, largest=2**26
+    )  # of models with a hundred thousand tensors
     if "weight_map" not in content:
         raise ValueError(f"{index} must hold a weight_map from names of tensors to names of files")
     weight_map = content["weight_map"]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken
 
+from mijax.checkpoints.backend import LONGEST_TOKEN, failures
 from mijax.files import optional_object
 from mijax.rules import ANYTHING, FLAG, NATURAL, NULL, Rule, array, either, mapping, shown
 
@@ -16,21 +17,19 @@ NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 _EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"
 _MODEL_SPECIFIC = "model_specific_special_tokens"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+_is_text = lambda x: isinstance(x, str) and 0 < len(x) <= LONGEST_TOKEN
+_has_flags = lambda x: all(FLAG.accepts(x[flag]) for flag in _FLAGS if flag in x)
 _TOKEN = Rule(
-    "a token (a text, or an object with a text as its content and true or false as its flags)",
-    lambda x: bool(
-        x.get("content")
-        and isinstance(x["content"], str)
-        and all(FLAG.accepts(x[flag]) for flag in _FLAGS if flag in x)
-        if isinstance(x, Mapping)
-        else isinstance(x, str) and x
-    ),
+    f"a token (a text of up to {LONGEST_TOKEN} characters, or an object with it as its content and true or false as its flags)",
+    lambda x: _is_text(x.get("content")) and _has_flags(x) if isinstance(x, Mapping) else _is_text(x),
 )
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""What chat templates call the conversation, which no special token may be called."""
 RULES = dict.fromkeys(NAMES, either(_TOKEN, NULL)) | {
     _EXTRA: either(array(_TOKEN), mapping(_TOKEN), NULL),
     _OLD_EXTRA: either(array(_TOKEN), mapping(ANYTHING), NULL),
     _MODEL_SPECIFIC: either(mapping(_TOKEN), NULL),
-    "added_tokens_decoder": mapping(mapping(ANYTHING)),
+    "added_tokens_decoder": mapping(_TOKEN),
 }
 """What keys about special tokens may hold, in tokenizer_config.json and special_tokens_map.json."""
 
@@ -76,7 +75,8 @@ def read_special_tokens(folder: Path, settings: Mapping[str, Any], backend: toke
     extra = [*(main.extra or main.old_extra), *overrides.extra] or overrides.old_extra
     special = [*named.values(), *extra]
     added = _added_tokens(folder, settings, backend, {token.content for token in special})
-    _add(backend, added, special, {token.content for token in named.values()})
+    with failures(f"{folder / 'tokenizer.json'} cannot take the special tokens of the files beside it"):
+        _add(backend, added, special, {token.content for token in named.values()})
     texts = dict.fromkeys(token.content for token in extra)
     return SpecialTokens({name: token.content for name, token in named.items()}, tuple(texts))
 
@@ -89,7 +89,8 @@ def add_special_tokens(tokens: SpecialTokens, backend: tokenizers.Tokenizer) -> 
         backend: the tokenizer, which is changed in place.
     """
     texts = (*tokens.named.values(), *tokens.extra)
-    _add(backend, [], [AddedToken(text, special=True) for text in texts], set(tokens.named.values()))
+    with failures("the tokenizer cannot take the special tokens"):
+        _add(backend, [], [AddedToken(text, special=True) for text in texts], set(tokens.named.values()))
 
 
 def settings_of(tokens: SpecialTokens) -> dict[str, Any]:
@@ -133,6 +134,11 @@ class _Entries(NamedTuple):
             specific |= entries[_EXTRA]
         if not specific and isinstance(entries.get(_MODEL_SPECIFIC), dict):
             specific = entries[_MODEL_SPECIFIC]
+        reserved = sorted(RESERVED & specific.keys())
+        if reserved:
+            raise ValueError(
+                f"{path}: a special token is called {reserved[0]}, as chat templates call the conversation"
+            )
         lists = [[] if isinstance(entries.get(key), dict) else entries.get(key) or [] for key in (_EXTRA, _OLD_EXTRA)]
         token = lambda key, value: None if value is None else _token(value, key, path)
         return cls(
@@ -166,8 +172,10 @@ def _added_tokens(
             raise ValueError(f"{path}: added_tokens_decoder must map ids to tokens: {error}") from error
     else:
         present, listed = backend.get_added_tokens_decoder(), optional_object(folder / "added_tokens.json")
-        if not mapping(NATURAL).accepts(listed) or "" in listed:
-            raise ValueError(f"{folder / 'added_tokens.json'} must map texts to ids, given {shown(listed)}")
+        if not mapping(NATURAL).accepts(listed) or not all(map(_is_text, listed)):
+            raise ValueError(
+                f"{folder / 'added_tokens.json'} must map texts of up to {LONGEST_TOKEN} characters to ids, given {shown(listed)}"
+            )
         texts = {i: text for text, i in listed.items() if i not in present}
         tokens = {i: AddedToken(t, normalized=t not in special, special=t in special) for i, t in texts.items()}
     return [tokens[i] for i in sorted(tokens)]

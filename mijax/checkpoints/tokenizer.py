@@ -13,10 +13,11 @@ import tokenizers
 from mijax._types import ArrayLike
 from mijax.arguments import check_flag
 from mijax.checkpoints import special_tokens
+from mijax.checkpoints.backend import failures, read_backend
 from mijax.checkpoints.prefix_space import apply_prefix_space
 from mijax.checkpoints.special_tokens import SpecialTokens, add_special_tokens, read_special_tokens, settings_of
 from mijax.checkpoints.texts import check_text, prompts_of, text_list
-from mijax.files import check_file, optional_object
+from mijax.files import optional_object
 from mijax.model.tokens import Tokens, integers
 from mijax.rules import FLAG, INTEGER, NULL, TEXT, array, either
 
@@ -98,13 +99,7 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not os.path.lexists(path):
             return None
-        check_file(path)
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises bare Exceptions, and Rust's panics are none
-            raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
+        backend = read_backend(path)
         settings = optional_object(folder / "tokenizer_config.json", SETTINGS)
         special = read_special_tokens(folder, settings, backend)
         apply_prefix_space(folder, settings, backend)
@@ -169,7 +164,8 @@ class Tokenizer:
         if padding not in ("left", "right"):
             raise ValueError(f"padding must be 'left' or 'right', given {padding!r}")
         texts, special = prompts_of(texts), check_flag(special, "special")
-        encoded = [self.backend.encode(text, add_special_tokens=special).ids for text in texts]
+        with failures("the tokenizer fails on these texts"):
+            encoded = [self.backend.encode(text, add_special_tokens=special).ids for text in texts]
         if not encoded or not all(encoded):
             where = next((f" at {i}: {texts[i]!r}" for i, ids in enumerate(encoded) if not ids), "")
             raise ValueError(f"expected at least one prompt with at least one token, given {len(texts)} prompts{where}")
@@ -338,7 +334,8 @@ class Tokenizer:
         1
         """
         check_text(text, "text")
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        with failures(f"the tokenizer fails on {text!r}"):
+            ids = self.backend.encode(text, add_special_tokens=False).ids
         if len(ids) != 1:
             raise ValueError(f"{text!r} is not a single token: it is split into {self.strings(ids)}")
         return ids[0]
@@ -383,10 +380,10 @@ def _read_end_tokens(folder: Path, backend: tokenizers.Tokenizer) -> list[int]:
         )
         if value is not None:
             ids = value if isinstance(value, list) else [value]
-            unknown = [i for i in ids if not _is_token(backend, i)]
+            unknown = {i for i in ids if not _is_token(backend, i)}
             if unknown:
                 warnings.warn(
-                    f"{folder / name}: eos_token_id {unknown[0]} is no token of the tokenizer: generate will not stop at it",
+                    f"{folder / name}: eos_token_id {next(i for i in ids if i in unknown)} is no token of the tokenizer: generate will not stop at it",
                     stacklevel=4,
                 )
             return [i for i in ids if i not in unknown]

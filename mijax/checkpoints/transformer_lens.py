@@ -244,6 +244,8 @@ def from_transformer_lens(
         raise TypeError(f"config must be a mapping (cfg.to_dict()), given {type(config).__name__}")
     if not isinstance(state, Mapping):
         raise TypeError(f"state must be a mapping from names to arrays, given {type(state).__name__}")
+    if not all(isinstance(name, str) for name in state):
+        raise TypeError("the names of state must be texts")
     dtype, source = parameter_dtype(dtype), "the state dict"
     try:
         ours = FAMILY.config(config)

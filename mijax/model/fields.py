@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 import numpy as np
 
+from mijax.rules import shown
+
 FieldValue: TypeAlias = Any
 """The value of one field of a config: of the type that the field has."""
 
@@ -27,7 +29,8 @@ _NOT_NEGATIVE = {
     "d_vocab_out",
 }
 _LARGEST_INTEGER = 2**31 - 1  # token ids and positions are int32
-_AT_MOST = {"n_layers": 2**16}  # what differs by layer is a tuple
+# what differs by layer is a tuple, and four times the width is a size too
+_AT_MOST = {"n_layers": 10_000, "d_model": 2**28}
 
 
 def check_field(owner: type, name: str, value: Any, label: str = "") -> FieldValue:
@@ -54,17 +57,17 @@ def check_field(owner: type, name: str, value: Any, label: str = "") -> FieldVal
     field_type: Any = next(field.type for field in dataclasses.fields(owner) if field.name == name)
     if get_origin(field_type) is Literal:
         if value not in get_args(field_type):
-            raise ValueError(f"{label}={value!r} is none of {', '.join(map(repr, get_args(field_type)))}")
+            raise ValueError(f"{label}={shown(value)} is none of {', '.join(map(repr, get_args(field_type)))}")
         return value
     if field_type not in _TYPES:
         if not isinstance(value, field_type):
-            raise ValueError(f"{label}={value!r} must be {field_type}")
+            raise ValueError(f"{label}={shown(value)} must be {field_type}")
         return value
     accepted, noun = _TYPES[field_type]
     if not isinstance(value, accepted) or (field_type is not bool and isinstance(value, bool)):
-        raise ValueError(f"{label}={value!r} must be {noun}, given {type(value).__name__}")
+        raise ValueError(f"{label}={shown(value)} must be {noun}, given {type(value).__name__}")
     if field_type is float and not _is_finite(value):
-        raise ValueError(f"{label}={value!r} must be finite")
+        raise ValueError(f"{label}={shown(value)} must be finite")
     if field_type is float and value and not _SMALLEST <= abs(float(value)) <= _LARGEST:
         raise ValueError(
             f"{label}={value!r} is outside float32, which would make it {'0' if abs(value) < 1 else 'infinite'}"
@@ -74,7 +77,7 @@ def check_field(owner: type, name: str, value: Any, label: str = "") -> FieldVal
     if name in _NOT_NEGATIVE and value < 0:
         raise ValueError(f"{label}={value!r} must not be negative")
     if field_type is int and value > (most := _AT_MOST.get(name, _LARGEST_INTEGER)):
-        raise ValueError(f"{label}={value!r} must be at most {most}")
+        raise ValueError(f"{label}={shown(value)} must be at most {most}")
     return field_type(value)
 
 

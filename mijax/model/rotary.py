@@ -75,7 +75,9 @@ class Rotary:
 
     def __post_init__(self) -> None:
         """Check all fields."""
-        faults = check_fields(self).values()
+        faults = list(check_fields(self).values())
+        if not faults and self.scaling is not None and self.scaling.kind == "yarn" and self.base <= 1:
+            faults.append(f"base={self.base} must be above 1 for yarn")
         if faults:
             raise ValueError("invalid Rotary: " + "; ".join(faults))
 

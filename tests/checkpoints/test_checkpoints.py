@@ -190,7 +190,7 @@ BROKEN = {
     "unknown activation": (lambda f: set_config(f, hidden_act="xielu"), ValueError, "hidden_act='xielu' is none of 'relu', 'gelu', 'gelu_new', 'silu'"),
     "unknown rotary scaling": (lambda f: set_config(f, rope_parameters={"rope_type": "su"}), ValueError, "unsupported rotary scaling 'su'"),
     "a window": (lambda f: set_config(f, model_type="mistral", sliding_window=-4), ValueError, "sliding_window=-4 must be a positive integer or null"),
-    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ValueError, "not a readable tokenizer.json"),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), ValueError, "tokenizer.json is not valid JSON"),
 }  # fmt: skip
 
 

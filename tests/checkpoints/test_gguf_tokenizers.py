@@ -174,7 +174,7 @@ def test_unigram_of_sentencepiece(rule, whitespace, prefix, tmp_path):
 
 BAD_UNIGRAMS = {
     "a score that is not finite": ({"tokenizer.ggml.scores": ([0.0, 0.0, -1.0, float("nan")], T.FLOAT32)}, "tokenizer.ggml.scores must be an array, each entry a finite number"),
-    "a table that is none": ({"tokenizer.ggml.precompiled_charsmap": ([1, 2, 3], T.UINT8)}, "the unigram tokenizer cannot be built"),
+    "a table that is none": ({"tokenizer.ggml.precompiled_charsmap": ([1, 2, 3], T.UINT8)}, "the tokenizer cannot be built"),
     "no unknown token": ({"tokenizer.ggml.token_type": ([1, 3, 1, 1], T.INT32)}, r"token_type marks no token as unknown \(2\)"),
 }  # fmt: skip
 

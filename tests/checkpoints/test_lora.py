@@ -111,7 +111,7 @@ def test_an_adapter_of_a_tied_embedding(tmp_path):
 def test_files(tmp_path):
     base = copy(tmp_path, "llama_gqa")
     folder, _ = adapter(tmp_path / "adapter", mj.load(base)[0], base_model_name_or_path="org/base")
-    with refused(ValueError, "holds an adapter alone: give mijax.load org/base, with this as adapter="):
+    with refused(ValueError, "holds an adapter alone: give mijax.load 'org/base', with this as adapter="):
         mj.load(folder)
     with refused(FileNotFoundError, "no such folder"):
         mj.load(base, adapter=tmp_path / "nowhere")

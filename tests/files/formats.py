@@ -431,7 +431,7 @@ HOSTILE = [
 def of_template(draw: Any, content: bytes) -> mutations.Change:
     """Characters dropped or doubled, hostile pieces put in."""
     text = content.decode()
-    kind = draw(st.sampled_from(["hostile", "hostile", "drop", "double", "swap", "bytes"]))
+    kind = draw(st.sampled_from(["hostile", "drop", "double", "double", "swap", "bytes"]))
     at, size = draw(st.integers(0, len(text))), draw(st.integers(1, 12))
     if kind == "hostile":
         ends = [0, *(match.end() for match in re.finditer(r"[}%]}", text))]

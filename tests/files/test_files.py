@@ -129,18 +129,18 @@ def test_a_pipe_is_not_waited_for(name, file):
 def test_a_config_that_speaks_of_more_than_the_file_holds(tmp_path):
     """Sizes up to the largest that are accepted are held against the tensors before anything is made of them."""
     for key, message in {
-        "num_hidden_layers": "must be at most 65536|in a file of [0-9]+ numbers",
-        "hidden_size": "in a file of [0-9]+ numbers",
+        "num_hidden_layers": "must be at most 10000|in a file of [0-9]+ numbers",
+        "hidden_size": "must be at most 268435456|in a file of [0-9]+ numbers",
         "vocab_size": "in a file of [0-9]+ numbers",
         "intermediate_size": "in a file of [0-9]+ numbers",
-        "num_attention_heads": "not a multiple of|in a file of [0-9]+ numbers",
+        "num_attention_heads": "must be at most|not a multiple of|in a file of [0-9]+ numbers",
     }.items():
-        for size in (2**31 - 1, 2**16):
+        for size in (2**31 - 1, 9_999):
             folder = set_config(copy(tmp_path, "llama_gqa"), **{key: size})
             with limits.measured() as cost, refused(ValueError, message):
                 mj.load(folder)
             assert not cost.excess, (key, cost.excess)
-    with refused(ValueError, "num_hidden_layers=2147483647 must be at most 65536"):
+    with refused(ValueError, "num_hidden_layers=2147483647 must be at most 10000"):
         mj.load(set_config(copy(tmp_path, "llama_gqa"), num_hidden_layers=2**31 - 1))
     with refused(ValueError, "vocab_size=1000000000000 must be at most 2147483647"):
         mj.load(set_config(copy(tmp_path, "llama_gqa"), vocab_size=10**12))
@@ -221,6 +221,157 @@ def test_patterns_of_an_adapter_that_could_take_for_ever(pattern, tmp_path):
         mj.load(formats.STORED / "llama_gqa", adapter=folder)
 
 
+# ---- what was found by thinking of it, not by chance
+
+_BASE = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None,
+         "decoder": None, "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}}  # fmt: skip
+_added = lambda i, text: {
+    "id": i,
+    "content": text,
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": True,
+    "special": False,
+}
+_replace = lambda pattern, content: {"type": "Replace", "pattern": pattern, "content": content}
+_sequence = lambda *steps: {"type": "Sequence", "normalizers": list(steps)}
+CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}
+TOKENIZERS = {
+    "a long token of a unigram model": ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a" * 10**6, -1.0]], "byte_fallback": False}}, {}, "model.vocab has a token of 1000000 characters"),
+    "a normaliser that writes much": ({"normalizer": _sequence(*[_replace({"String": "a"}, "a" * 4096)] * 3), "added_tokens": [_added(2, "a")]}, {}, "normalizer writes 4096 characters in place of a pattern"),
+    "a normaliser that doubles": ({"normalizer": _sequence(*[_replace({"String": "a"}, "aa")] * 24), "added_tokens": [_added(2, "a")]}, {}, "normalizer can make a text 16777216 times as long"),
+    "a pattern that matches everywhere": ({"normalizer": _sequence(*[_replace({"Regex": ""}, "x" * 60)] * 2)}, {}, "normalizer can make a text 3721 times as long"),
+    "a long prefix": ({"normalizer": {"type": "Prepend", "prepend": "x" * 10**5}}, {}, "normalizer writes 100000 characters"),
+    "a long pattern": ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "\\p{L}|" * 10**5}, "behavior": "Isolated", "invert": False}}, {}, "pre_tokenizer has a pattern of 600000 characters"),
+    "a panic of the library": ({"normalizer": CHARSMAP}, {"special_tokens_map.json": {"bos_token": {"content": "<s>", "normalized": True}}}, "tokenizer.json cannot take the special tokens|not a readable tokenizer.json"),
+    "a pattern that is retried": ({"normalizer": _replace({"Regex": "^(a+)+$"}, "b")}, {"added_tokens.json": {"a" * 40 + "b": 2}}, "tokenizer.json cannot take the special tokens"),
+    "an id beyond 32 bits": ({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 2**31}, "unk_token": "a"}}, {}, "model.vocab gives 'b' 2147483648, expected an id"),
+    "a token called as the conversation": ({}, {"tokenizer_config.json": {"extra_special_tokens": {"messages": "evil"}}}, "a special token is called messages, as chat templates call the conversation"),
+    "a long token beside it": ({}, {"tokenizer_config.json": {"bos_token": "a" * 2000}}, "bos_token must be a token .a text of up to 1024"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers_that_end_or_stop_the_process(name, tmp_path):
+    """Each crashed, panicked, took gigabytes or was silently something else; Rust's crashes cannot be caught, so they are refused before."""
+    changes, files, message = TOKENIZERS[name]
+    (tmp_path / "tokenizer.json").write_text(formats.json.dumps(_BASE | changes))
+    for file, content in files.items():
+        (tmp_path / file).write_text(formats.json.dumps(content))
+    with limits.measured() as cost, refused(ValueError, message):
+        mj.Tokenizer.from_folder(tmp_path)
+    assert not cost.excess
+
+
+def test_a_panic_while_a_text_is_encoded():
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(formats.json.dumps(_BASE | {"normalizer": CHARSMAP}))
+    with refused(ValueError, "the tokenizer fails on these texts"):
+        mj.Tokenizer(backend)(["a b"])
+
+
+def test_end_tokens_without_end(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(formats.json.dumps(_BASE))
+    (tmp_path / "generation_config.json").write_text(formats.json.dumps({"eos_token_id": list(range(2, 200_000))}))
+    with limits.measured() as cost, pytest.warns(UserWarning, match="eos_token_id 2 is no token"):
+        mj.Tokenizer.from_folder(tmp_path)
+    assert not cost.excess
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"llama.expert_count": (2_000_000_000, formats.gguf_files.T.UINT32), "llama.expert_used_count": (2, formats.gguf_files.T.UINT32)}, "expert_count is 2000000000, and the file has no tensors of experts"),
+    ({"llama.attention.head_count": 16, "llama.attention.scale": (0.5, formats.gguf_files.T.FLOAT32)}, "embedding_length must be a multiple of 16 heads"),
+    ({"tokenizer.ggml.tokens": [*formats.gguf_files.TOKENS[:-1], "a" * 400_000]}, "tokenizer.ggml.tokens has a token of 400000 characters"),
+    ({f"x{i}": (1, formats.gguf_files.T.UINT32) for i in range(1000)}, "the key x0 .1. is not known; .*992 more keys are not known"),
+    ({"x" * 300: (1, formats.gguf_files.T.UINT32)}, "a name of 300 characters"),
+    ({"x\x1b[31m": (1, formats.gguf_files.T.UINT32)}, "a name of 6 characters, 'x.x1b"),
+], ids=lambda x: "" if isinstance(x, dict) else x[:30])  # fmt: skip
+def test_metadata_of_gguf_that_take_for_ever_or_divide_by_zero(changes, message, tmp_path):
+    formats.gguf_files.write(tmp_path / "x.gguf", changes)
+    with limits.measured() as cost, refused(ValueError, message):
+        mj.load(tmp_path / "x.gguf")
+    assert not cost.excess
+
+
+def _with_header(folder, change):
+    """The header's text, changed."""
+    file = folder / "model.safetensors"
+    header, data = formats.mutations.unpacked(file.read_bytes())
+    file.write_bytes(formats.mutations.packed(change(header).encode(), data))
+    return folder
+
+
+def test_headers_of_safetensors_that_say_something_twice_or_too_much(tmp_path):
+    twice = lambda h: (
+        '{"transformer.wte.weight": {"dtype": "F32", "shape": [24, 61], "data_offsets": [0, 5856]}, '
+        + formats.json.dumps(h)[1:]
+    )
+    dims = lambda h: formats.json.dumps(
+        h | {"h.0.attn.bias": {"dtype": "F32", "shape": [0, 2**60], "data_offsets": [0, 0]}}
+    )
+    name = lambda h: formats.json.dumps(h | {"x" * 10**6: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})
+    control = lambda h: formats.json.dumps(h | {"a\nb": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})
+    long = lambda h: formats.json.dumps(h) + " " * 2**24
+    for change, message in {
+        twice: "the key 'transformer.wte.weight' is there twice", dims: "h.0.attn.bias has shape .0, 1152921504606846976., of more than",
+        name: "a name of 1000000 characters", control: "a name of 3 characters", long: "header too large",
+    }.items():  # fmt: skip
+        folder = _with_header(copy(tmp_path, "gpt2"), change)
+        with limits.measured() as cost, refused(ValueError, f"model.safetensors is not a readable .*{message}"):
+            mj.load(folder)
+        assert not cost.excess
+
+
+def test_an_adapter_with_two_tensors_for_one(tmp_path):
+    format = FORMATS["adapter"]()
+    folder = written(tmp_path / "a", format, Mutation("", {}))
+    halves = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in halves if "lora_A" in name)
+    for other in (name.removeprefix("base_model.model."), name.replace("base_model.model.model.", "base_model.model.")):
+        save_file({**halves, other: 100 * halves[name]}, folder / "adapter_model.safetensors")
+        with refused(ValueError, "lora_A.weight and .*lora_A.weight are for the same tensor"):
+            mj.load(formats.STORED / "llama_gqa", adapter=folder)
+
+
+@pytest.mark.parametrize("name, entries, message", [
+    ("gpt2", {"n_embd": 2**30, "n_head": 2, "n_inner": None}, "n_embd=1073741824 must be at most 268435456"),
+    ("gpt2", {"vocab_size": "x" * 10**6}, r"vocab_size='x+\.\.\.x+' must be an integer"),
+    ("llama_gqa", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 4.0}}, "base=1.0 must be above 1 for yarn"),
+])  # fmt: skip
+def test_configs_that_divide_by_zero_or_fill_the_screen(name, entries, message, tmp_path):
+    with refused(ValueError, message):
+        mj.load(set_config(copy(tmp_path, name), **entries))
+
+
+def test_a_share_that_rotates_nothing(tmp_path):
+    """0 would stand for all dimensions."""
+    formats.write_family("gpt_neox", tmp_path / "m")
+    rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.1}
+    with refused(ValueError, "partial_rotary_factor=0.1 of a head of 6 rotates no dimension"):
+        mj.load(set_config(tmp_path / "m", rope_parameters=rope))
+
+
+@pytest.mark.skipif(not limits._STATUS.exists(), reason="needs /proc")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_link_to_a_file_that_the_system_makes_up(name, tmp_path):
+    format = FORMATS["tokenizer"]()
+    folder = written(tmp_path / "t", format, Mutation("", {}))
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/proc/self/mem")
+    with refused(ValueError, f"{name} cannot be read"):
+        mj.load(folder) if name == "config.json" else mj.Tokenizer.from_folder(folder)
+
+
+def test_a_text_that_is_too_large(tmp_path):
+    folder = copy(tmp_path, "gpt2")
+    (folder / "config.json").write_text('{"model_type": "gpt2", "x": [' + "[]," * 3_000_000 + "[]]}")
+    with limits.measured() as cost, refused(ValueError, "config.json has more than 4194304 bytes"):
+        mj.load(folder)
+    assert not cost.excess
+
+
 # ---- chat templates
 
 USER = [{"role": "user", "content": "hi"}]
@@ -246,7 +397,7 @@ def test_a_template_without_end(name):
     except mj.ChatTemplateError as error:
         assert "chat template" in str(error)
     else:  # which does end
-        assert len(text) <= chat_worker.CHARACTERS and name == "a list in itself"
+        assert len(text) <= chat_worker.CHARACTERS + chat_worker.GROWTH * 200_000 and name == "a list in itself"
     assert time.monotonic() - started < chat_process.LONGEST + 5
     assert _tokenizer("{{ messages[0].content }}").render(USER) == "hi"
 
@@ -256,12 +407,34 @@ def test_what_a_template_takes_is_bounded_in_its_own_process():
     for template, message in {
         ENDLESS["nested ranges"]: "takes more than 1 s of processor time",
         ENDLESS["a doubling string"]: "takes more than 160 MiB of memory",
-        "{{ 'a' * (10**7 + 1) }}": "gives 10000001 characters, expected at most 10000000",
+        "{{ 'a' * 10**6 }}": "gives 1000000 characters, expected at most 5[0-9]{5}",
     }.items():
         with limits.measured() as cost, refused(mj.ChatTemplateError, message):
             _tokenizer(template).render(USER)
         assert not cost.excess
-    assert len(_tokenizer("{{ 'a' * 10**7 }}").render(USER)) == 10**7
+    assert len(_tokenizer("{{ 'a' * 500000 }}").render(USER)) == 500_000
+    document = [{"role": "user", "content": "long " * 10**6}]  # what it is given, it may give
+    assert len(_tokenizer("{{ messages[0].content * 3 }}").render(document)) == 15 * 10**6
+
+
+def test_templates_do_not_take_each_others_memory():
+    """Long ones are not kept once they are compiled; one that fails takes its memory with it."""
+    for i in range(6):
+        assert len(_tokenizer("{# " + "x" * 14_000_000 + f" #}}{{{{ 'a' * {i} }}}}").render(USER)) == i
+
+
+def test_messages_of_templates_are_bounded():
+    for template, message in {
+        "{{ raise_exception('x' * 3000000) }}": r"x{2000}\.\.\. \(3000000 characters\)",
+        "{% set n = namespace(x=[]) %}{% for i in range(5000) %}{% set n.x = [n.x] %}{% endfor %}{{ raise_exception(n.x) }}": "an error whose message cannot be written|fails on",
+    }.items():
+        with refused(mj.ChatTemplateError, message):
+            _tokenizer(template).render(USER)
+    deep = "x"
+    for _ in range(5000):
+        deep = [deep]
+    with refused(ValueError, "nested too deeply for a template"):
+        _tokenizer("x").render([{"role": "user", "content": deep}])
 
 
 def test_a_template_that_waits_is_ended_by_the_clock(monkeypatch):

@@ -1,6 +1,7 @@
 """Models of which some layers have an MLP and the others experts (values and edits at every site: the laws, on the architecture `experts`)."""
 
 import dataclasses
+import json
 
 import equinox as eqx
 import jax
@@ -10,8 +11,9 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import mijax as mj
-from mijax.checkpoints.expert_layout import read_dense
+from mijax.checkpoints.registry import FAMILIES
 from tests.architectures import ARCHITECTURES, IDS, batch, error, on_real, random_model
+from tests.files.formats import family_json
 from tests.situations import refused
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -214,8 +216,7 @@ def test_equal_architectures_are_equal_configs(as_a_user):
 @pytest.mark.parametrize("key", ["moe_intermediate_size", "intermediate_size"])
 def test_a_file_that_says_no_neurons_is_refused(key):
     """Zero would otherwise stand for a number that is derived."""
-    fields = {"n_layers": 3, "experts": mj.Experts(4, 2)}
-    c = {"decoder_sparse_step": 2, "moe_intermediate_size": 8, "intermediate_size": 12}
-    assert read_dense(c, fields)["dense_layers"] == (0, 2)
-    with refused(ValueError, f"{key}=0 must be positive"):
-        read_dense(c | {key: 0}, fields)
+    c = json.loads(family_json("qwen3_moe")) | {"decoder_sparse_step": 2, "mlp_only_layers": None}
+    assert FAMILIES["qwen3_moe"].config(c).dense_layers == (0, 2)
+    with refused(ValueError, f"{key}=0 must be a positive integer"):
+        FAMILIES["qwen3_moe"].config(c | {key: 0})

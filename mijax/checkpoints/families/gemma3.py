@@ -11,6 +11,7 @@ from mijax.model.config import Config
 from mijax.rules import ANYTHING, COUNT, NULL, either, mapping, shown
 
 _LOCAL, _FULL = "sliding_attention", "full_attention"
+_THETAS = {_LOCAL: 10_000.0, _FULL: 1_000_000.0}
 _OLD = {key: ROTARY_KEYS[key] for key in ("rope_theta", "rope_scaling")} | {
     "rope_local_base_freq": ROTARY_KEYS["rope_theta"]
 }
@@ -21,11 +22,11 @@ def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     n, pattern = fields["n_layers"], next((c[key] for key in _PATTERN if c.get(key) is not None), 6)
     kinds = c.get("layer_types") or [_FULL if (layer + 1) % pattern == 0 else _LOCAL for layer in range(n)]
     read = {"use_sliding_window": True, "sliding_window": 4096, **c, "layer_types": kinds}
-    ropes = _ropes(c)
-    positions = tuple(rotary_of(ropes[kind], c) for kind in kinds)
+    windows = llama_layout.read_windows(read, fields)
+    rotaries = {kind: rotary_of(rope, c, theta=_THETAS[kind]) for kind, rope in _ropes(c).items()}
     return {
-        **llama_layout.read_windows(read, fields),
-        "positions": positions,
+        **windows,
+        "positions": tuple(rotaries[kind] for kind in kinds),
         **gemma_layout.read_scales(c, fields, (None, None)),
     }
 
@@ -42,8 +43,8 @@ def _ropes(c: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {kind: dict(ropes[kind]) for kind in (_LOCAL, _FULL)}
     scaling = {"rope_type" if key == "type" else key: value for key, value in (c.get("rope_scaling") or {}).items()}
     return {
-        _LOCAL: {"rope_theta": c.get("rope_local_base_freq", 10_000.0)},
-        _FULL: {"rope_theta": c.get("rope_theta", 1_000_000.0), **scaling},
+        _LOCAL: {"rope_theta": c["rope_local_base_freq"]} if c.get("rope_local_base_freq") is not None else {},
+        _FULL: {**({"rope_theta": c["rope_theta"]} if c.get("rope_theta") is not None else {}), **scaling},
     }
 
 

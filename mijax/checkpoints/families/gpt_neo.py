@@ -72,8 +72,8 @@ def _is_mask(config: Config, x: np.ndarray) -> bool:
     n = config.n_ctx
     if x.shape != (1, 1, n, n):
         return False
-    bands = [np.tri(n) - (np.tri(n, k=-window) if window else 0) for window in (0, *config.windows)]
-    return any(np.array_equal(x[0, 0], band) for band in bands)
+    band = lambda window: np.tri(n, dtype=bool) & ~np.tri(n, k=-window if window else -n, dtype=bool)
+    return any(np.array_equal(x[0, 0], band(window)) for window in {0, *config.windows})
 
 
 _attention = "transformer.h.{layer}.attn.attention."

@@ -20,12 +20,14 @@ KEYS = {key: value for key, value in llama_layout.KEYS.items() if key != "hidden
 }
 _YARN = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-    "original_max_position_embeddings": 4096, "rope_theta": 150_000.0,
+    "original_max_position_embeddings": 4096,
 }  # fmt: skip
 
 
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    said = any(c.get(key) is not None for key in ("rope_parameters", "rope_scaling"))
+    said = c.get("rope_parameters") is not None or c.get(
+        "rope_scaling"
+    )  # an empty object there says that there is none
     local = range(0, fields["n_layers"], 2)
     experts = expert_layout.read_experts(c, "num_local_experts", 4, normalise=True)["experts"]
     return {

@@ -5,6 +5,7 @@ from typing import Any
 
 from mijax.checkpoints import expert_layout, llama_layout
 from mijax.checkpoints.keys import Key, architectures
+from mijax.checkpoints.rotary_keys import read_rotary
 from mijax.checkpoints.table import Family, Weight, norm
 from mijax.model.config import Config
 
@@ -14,7 +15,7 @@ KEYS = llama_layout.KEYS | {"num_key_value_heads": Key(("n_kv_heads",), 8), "rms
 def _read(c: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return {
         **llama_layout.read_window(c, fields, None),
-        **llama_layout.read_positions({"rope_theta": 1_000_000.0, **c} if not c.get("rope_parameters") else c, fields),
+        "positions": read_rotary(c, theta=1_000_000.0),
         **expert_layout.read_experts(c, "num_local_experts", 2, normalise=True),
     }
 
