@@ -224,19 +224,19 @@ def _once(make: Callable[[], Value]) -> Callable[[], Value]:
     return functools.cache(make)
 
 
-def family_json(kind: str) -> bytes:
+def family_json(kind: str, **sizes: Any) -> bytes:
     """A config.json of a family, as its configuration class of transformers takes it."""
     reference = REFERENCES[kind]
     entries = reference.base | {key: values[0] for key, values in reference.varied.items()}
-    return json.dumps({"model_type": kind, **entries}).encode()
+    return json.dumps({"model_type": kind, **entries, **sizes}).encode()
 
 
-def write_family(kind: str, folder: Path):
+def write_family(kind: str, folder: Path, **sizes: Any):
     """A folder of a family with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_bytes(family_json(kind))
+    (folder / "config.json").write_bytes(family_json(kind, **sizes))
     family = FAMILIES[kind]
-    config = family.config(json.loads(family_json(kind)))
+    config = family.config(json.loads(family_json(kind, **sizes)))
     weights = jax.tree.map(lambda x: np.asarray(x) + 0.02, mj.init(config, jax.random.key(0)))
     tensors = {}
     for weight in family.weights(config):

@@ -66,6 +66,38 @@ def test_configs(kind, tmp_path_factory):
     assert counts["both"] > 0, counts
 
 
+NEITHER = {"rope_parameters": None, "rope_theta": None, "rope_scaling": None}
+_default = {"rope_type": "default"}
+ROTARY = [
+    ("mixtral", {"rope_parameters": _default}), ("mixtral", {}), ("mixtral", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": _default, "full_attention": _default}}), ("gemma3_text", {}),
+    ("gemma3_text", {"rope_theta": 50.0}), ("gemma3_text", {"rope_local_base_freq": 50.0}),
+    ("gpt_oss", {"rope_scaling": {}}), ("gpt_oss", {"rope_parameters": {}}), ("gpt_oss", {"rope_theta": 5.0}), ("gpt_oss", {}),
+    ("gpt_neox", {"rope_parameters": _default}), ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0}}), ("gpt_neox", {"rotary_pct": 0.5}),
+    ("phi", {"rope_parameters": _default}), ("phi", {"rope_scaling": {"type": "linear", "factor": 2.0}}), ("phi", {}),
+    ("phi3", {"rope_parameters": _default}), ("smollm3", {"rope_parameters": _default}), ("smollm3", {}), ("llama", {"rope_parameters": _default}),
+    ("qwen2", {}), ("qwen3_moe", {"rope_parameters": _default}), ("falcon", {"rope_parameters": _default}), ("olmo2", {"rope_theta": 50.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, entries", ROTARY)
+def test_rotary_defaults(kind, entries, tmp_path):
+    """What a file leaves out is what transformers takes: bases, shares and YaRN have defaults that differ by family."""
+    import torch
+    import transformers
+
+    sizes = {"hidden_size": 64} if kind in ("gpt_neox", "phi") else {}  # heads of 16, of which a quarter is even
+    formats.write_family(kind, tmp_path, **sizes)
+    config = json.loads(formats.family_json(kind, **sizes)) | NEITHER
+    config = {key: value for key, value in (config | entries).items() if value is not None or key not in NEITHER}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = inputs("none")[0][:2]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32", attn_implementation="eager")
+    with torch.no_grad():
+        logits = theirs.eval()(torch.tensor(ids)).logits.numpy()
+    assert error(np.asarray(mj.run(mj.load(tmp_path, tokenizer=False)[0], ids).logits), logits) < 1e-4
+
+
 def test_tokenizers(tmp_path_factory):
     """Ids of texts with special tokens in them, where transformers reads the folder too."""
     format = FORMATS["tokenizer"]()
