@@ -28,6 +28,7 @@ import mijax as mj
 from mijax.checkpoints import bundled
 from mijax.checkpoints.registry import FAMILIES
 from mijax.checkpoints.tensors import get, named_parts, stored
+from mijax.model.transformer import parameter_shapes
 from tests.files import mutations
 from tests.reference.families import REFERENCES
 from tests.reference.tiny_models import STORED
@@ -237,7 +238,8 @@ def write_family(kind: str, folder: Path, **sizes: Any):
     (folder / "config.json").write_bytes(family_json(kind, **sizes))
     family = FAMILIES[kind]
     config = family.config(json.loads(family_json(kind, **sizes)))
-    weights = jax.tree.map(lambda x: np.asarray(x) + 0.02, mj.init(config, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(lambda x: rng.normal(0.05, 0.2, x.shape).astype(np.float32), parameter_shapes(config))
     tensors = {}
     for weight in family.weights(config):
         arrays = [get(weights, ours) for ours in weight.ours]
