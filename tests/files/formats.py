@@ -7,6 +7,7 @@ transformers elsewhere (`tests/parity`).
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import json
 import os
@@ -28,7 +29,6 @@ import mijax as mj
 from mijax.checkpoints import bundled
 from mijax.checkpoints.registry import FAMILIES
 from mijax.checkpoints.tensors import get, named_parts, stored
-from mijax.model.transformer import parameter_shapes
 from tests.files import mutations
 from tests.reference.families import REFERENCES
 from tests.reference.tiny_models import STORED
@@ -238,8 +238,8 @@ def write_family(kind: str, folder: Path, **sizes: Any):
     (folder / "config.json").write_bytes(family_json(kind, **sizes))
     family = FAMILIES[kind]
     config = family.config(json.loads(family_json(kind, **sizes)))
-    rng = np.random.default_rng(0)
-    weights = jax.tree.map(lambda x: rng.normal(0.05, 0.2, x.shape).astype(np.float32), parameter_shapes(config))
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda key: mj.init(config, key), jax.random.key(0))
+    weights = jax.tree.map(lambda x: rng.normal(0.05, 0.2, x.shape).astype(np.float32), shapes)
     tensors = {}
     for weight in family.weights(config):
         arrays = [get(weights, ours) for ours in weight.ours]
@@ -463,6 +463,7 @@ def chat_template() -> Format:
         environment.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: (
             json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         )
+        environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
         try:
             template = environment.from_string((folder / "chat_template.jinja").read_bytes().decode())
             return {

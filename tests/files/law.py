@@ -125,7 +125,7 @@ def _judged(format: Format, folder: Path) -> Outcome:
         return Outcome("refused", "", text, cost)
     if cost.excess:
         return Outcome("costly", "", cost.excess, cost)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), measured():  # jinja2 computes constants of ten gigabytes when it compiles
         warnings.simplefilter("ignore")
         try:
             expected = format.expected(folder)
