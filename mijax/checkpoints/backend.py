@@ -5,7 +5,7 @@ The library is in Rust. What it cannot allocate, or frees too deeply, ends the p
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,32 +69,20 @@ def failures(message: str) -> Iterator[None]:
 
 def _vocabulary(content: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the tokens: their lengths and ids."""
-    vocabulary = content.get("model", {}).get("vocab") or {}
+    vocabulary, added = content.get("model", {}).get("vocab"), content.get("added_tokens") or []
+    ids: list[tuple[Any, Any]] = [(token.get("content"), token.get("id")) for token in added]
     if isinstance(vocabulary, Mapping):
-        texts: Sequence[Any] = list(vocabulary)
-        yield from (
-            f"model.vocab gives {shown(t)} {shown(i)}, expected {_ID.expected}"
-            for t, i in vocabulary.items()
-            if not _ID.accepts(i)
-        )
+        ids += vocabulary.items()
+        texts = list(vocabulary)
     else:  # of a unigram model: pairs of a token and a score
-        texts = [entry[0] if isinstance(entry, list) and entry else entry for entry in vocabulary]
-    yield from _long("model.vocab", texts)
-    added = content.get("added_tokens") or []
-    yield from _long("added_tokens", [token.get("content") for token in added])
-    yield from (
-        f"added_tokens has the id {shown(t['id'])}, expected {_ID.expected}"
-        for t in added
-        if not _ID.accepts(t.get("id", 0))
-    )
-
-
-def _long(place: str, texts: Sequence[Any]) -> Iterator[str]:
-    """Messages about tokens that are too long."""
-    long = [text for text in texts if isinstance(text, str) and len(text) > LONGEST_TOKEN]
-    yield from (
-        f"{place} has a token of {len(t)} characters, {shown(t)}, expected at most {LONGEST_TOKEN}" for t in long
-    )
+        pairs = vocabulary if isinstance(vocabulary, list) else []  # the library says what is wrong with others
+        texts = [pair[0] for pair in pairs if isinstance(pair, list) and pair]
+    for text, i in ids:
+        if not _ID.accepts(i):
+            yield f"the token {shown(text)} has the id {shown(i)}, expected {_ID.expected}"
+    for text in [*texts, *(token.get("content") for token in added)]:
+        if isinstance(text, str) and len(text) > LONGEST_TOKEN:
+            yield f"a token has {len(text)} characters, {shown(text)}, expected at most {LONGEST_TOKEN}"
 
 
 def _steps(content: Mapping[str, Any]) -> Iterator[str]:
@@ -103,30 +91,25 @@ def _steps(content: Mapping[str, Any]) -> Iterator[str]:
         growth = 1.0
         for step in _mappings(content.get(place)):
             pattern = step.get("pattern")
-            patterns = [
-                text
-                for text in (pattern.values() if isinstance(pattern, Mapping) else [pattern])
-                if isinstance(text, str)
-            ]
-            yield from (
-                f"{place} has a pattern of {len(t)} characters, expected at most {_LONGEST_PATTERN}"
-                for t in patterns
-                if len(t) > _LONGEST_PATTERN
-            )
-            keys = ("content", "prepend") if pattern is not None else ("prepend",)
-            written = [step[key] for key in keys if isinstance(step.get(key), str)]
-            yield from (
-                f"{place} writes {len(t)} characters in place of a pattern, expected at most {_LONGEST_CONTENT}"
-                for t in written
-                if len(t) > _LONGEST_CONTENT
-            )
+            replaced = pattern.values() if isinstance(pattern, Mapping) else [pattern]
+            written = [step.get("prepend"), step.get("content") if pattern is not None else None]
+            for texts, most, noun in (
+                (replaced, _LONGEST_PATTERN, "pattern"),
+                (written, _LONGEST_CONTENT, "replacement"),
+            ):
+                for text in texts:
+                    if isinstance(text, str) and len(text) > most:
+                        yield f"{place} has a {noun} of {len(text)} characters, expected at most {most}"
             if isinstance(pattern, Mapping) and isinstance(step.get("content"), str):
-                replaced = (
-                    len(pattern["String"]) if isinstance(pattern.get("String"), str) else 0
-                )  # a regex may match nothing
-                growth *= max(1.0, len(step["content"]) / replaced if replaced else 1.0 + len(step["content"]))
+                growth *= _growth(pattern, step["content"])
         if growth > _MOST_GROWTH:
             yield f"{place} can make a text {growth:.0f} times as long, expected at most {_MOST_GROWTH:.0f}"
+
+
+def _growth(pattern: Mapping[str, Any], content: str) -> float:
+    """How many times as long a text can become by a replacement; a regular expression may match between all characters."""
+    text = pattern.get("String")
+    return max(1.0, len(content) / len(text)) if isinstance(text, str) and text else 1.0 + len(content)
 
 
 def _mappings(value: Any) -> Iterator[Mapping[str, Any]]:

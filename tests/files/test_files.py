@@ -236,15 +236,16 @@ _replace = lambda pattern, content: {"type": "Replace", "pattern": pattern, "con
 _sequence = lambda *steps: {"type": "Sequence", "normalizers": list(steps)}
 CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}
 TOKENIZERS = {
-    "a long token of a unigram model": ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a" * 10**6, -1.0]], "byte_fallback": False}}, {}, "model.vocab has a token of 1000000 characters"),
-    "a normaliser that writes much": ({"normalizer": _sequence(*[_replace({"String": "a"}, "a" * 4096)] * 3), "added_tokens": [_added(2, "a")]}, {}, "normalizer writes 4096 characters in place of a pattern"),
+    "a long token of a unigram model": ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a" * 10**6, -1.0]], "byte_fallback": False}}, {}, "a token has 1000000 characters"),
+    "a normaliser that writes much": ({"normalizer": _sequence(*[_replace({"String": "a"}, "a" * 4096)] * 3), "added_tokens": [_added(2, "a")]}, {}, "normalizer has a replacement of 4096 characters"),
     "a normaliser that doubles": ({"normalizer": _sequence(*[_replace({"String": "a"}, "aa")] * 24), "added_tokens": [_added(2, "a")]}, {}, "normalizer can make a text 16777216 times as long"),
     "a pattern that matches everywhere": ({"normalizer": _sequence(*[_replace({"Regex": ""}, "x" * 60)] * 2)}, {}, "normalizer can make a text 3721 times as long"),
-    "a long prefix": ({"normalizer": {"type": "Prepend", "prepend": "x" * 10**5}}, {}, "normalizer writes 100000 characters"),
+    "a long prefix": ({"normalizer": {"type": "Prepend", "prepend": "x" * 10**5}}, {}, "normalizer has a replacement of 100000 characters"),
     "a long pattern": ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "\\p{L}|" * 10**5}, "behavior": "Isolated", "invert": False}}, {}, "pre_tokenizer has a pattern of 600000 characters"),
     "a panic of the library": ({"normalizer": CHARSMAP}, {"special_tokens_map.json": {"bos_token": {"content": "<s>", "normalized": True}}}, "tokenizer.json cannot take the special tokens|not a readable tokenizer.json"),
     "a pattern that is retried": ({"normalizer": _replace({"Regex": "^(a+)+$"}, "b")}, {"added_tokens.json": {"a" * 40 + "b": 2}}, "tokenizer.json cannot take the special tokens"),
-    "an id beyond 32 bits": ({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 2**31}, "unk_token": "a"}}, {}, "model.vocab gives 'b' 2147483648, expected an id"),
+    "a number for a vocabulary": ({"model": {"type": "WordLevel", "vocab": 3, "unk_token": "a"}}, {}, "not a readable tokenizer.json"),
+    "an id beyond 32 bits": ({"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 2**31}, "unk_token": "a"}}, {}, "the token 'b' has the id 2147483648, expected an id"),
     "a token called as the conversation": ({}, {"tokenizer_config.json": {"extra_special_tokens": {"messages": "evil"}}}, "a special token is called messages, as chat templates call the conversation"),
     "a long token beside it": ({}, {"tokenizer_config.json": {"bos_token": "a" * 2000}}, "bos_token must be a token .a text of up to 1024"),
 }  # fmt: skip
