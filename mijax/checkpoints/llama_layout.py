@@ -54,13 +54,15 @@ def read_window(c: Mapping[str, Any], fields: Mapping[str, Any], default: int | 
     return {"window": 0 if window is None or window >= fields["n_ctx"] else window}  # of no effect beyond
 
 
+ONE_WINDOW = {"sliding_window": either(COUNT, NULL)}
+"""The key of a `config.json` that `read_window` reads, and what it may hold."""
 WINDOW_KEYS = {
     "layer_types": either(array(TEXT), NULL),
-    "sliding_window": either(COUNT, NULL),
+    "sliding_window": either(NATURAL, NULL),  # 0 where no layer has one: `windows_of` looks at it where a layer has
     "use_sliding_window": FLAG,
     "max_window_layers": NATURAL,
 }
-"""The keys of a `config.json` that `read_windows` reads, and what they may hold; `read_window` reads the second."""
+"""The keys of a `config.json` that `read_windows` reads, and what they may hold."""
 
 
 def read_windows(

@@ -48,6 +48,7 @@ PUBLISHED = {
     "BLOOM-560m": (BLOOM, {"n_layers": 24, "d_model": 1024, "n_heads": 16, "d_mlp": 4096, "n_ctx": 2048, "positions": "alibi", "embed_norm": True}),
     "GPT-Neo-125m": (GPT_NEO, {"window": (0, 256) * 6, "attn_scale": 1.0, "attn_bias": "o", "tied_unembed": True}),
     "Qwen2.5-0.5B": (QWEN, {"window": 0, "attn_bias": "qkv", "n_kv_heads": 2, "d_head": 64, "positions": mj.Rotary(1e6, 64)}),
+    "Qwen2.5 as transformers writes one without windows": (QWEN | {"sliding_window": 0}, {"window": 0}),
     "Gemma-3-1b": (GEMMA3, {
         "window": tuple(0 if layer % 6 == 5 else 512 for layer in range(26)), "embed_scale": 1152**0.5, "attn_scale": 1 / 16, "scores_cap": 0.0,
         "positions": tuple(mj.Rotary(1e6 if layer % 6 == 5 else 1e4, 256) for layer in range(26)), "qk_norm": "head", "norm_at": "both",

@@ -32,7 +32,7 @@ def _write(config: Config) -> dict[str, Any]:
 
 _layout = {
     **llama_layout.LAYOUT,
-    "further": llama_layout.LAYOUT["further"] | {"sliding_window": llama_layout.WINDOW_KEYS["sliding_window"]},
+    "further": llama_layout.LAYOUT["further"] | llama_layout.ONE_WINDOW,
     "read": _read,
 }
 MISTRAL = Family("mistral", keys=KEYS, write=_write, harmless=HARMLESS_KEYS, **_layout)

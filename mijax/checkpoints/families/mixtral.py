@@ -42,7 +42,7 @@ def _weights(config: Config) -> list[Weight]:
 _layout = llama_layout.LAYOUT | {
     "weights": _weights,
     "further": llama_layout.LAYOUT["further"]
-    | {"sliding_window": llama_layout.WINDOW_KEYS["sliding_window"]}
+    | llama_layout.ONE_WINDOW
     | {key: expert_layout.KEYS[key] for key in ("num_local_experts", "num_experts_per_tok")},
     "read": _read,
 }

@@ -66,7 +66,7 @@ def _weights(config: Config) -> list[Weight]:
 
 _layout = llama_layout.LAYOUT | {
     "weights": _weights,
-    "further": llama_layout.LAYOUT["further"] | {"sliding_window": llama_layout.WINDOW_KEYS["sliding_window"]},
+    "further": llama_layout.LAYOUT["further"] | llama_layout.ONE_WINDOW,
     "read": _read,
 }
 _harmless = {
