@@ -11,6 +11,13 @@ from typing import Any
 from mijax.checkpoints.gguf_architectures import ARCHITECTURES, Architecture, Get, decimal, head_size, yarn
 from mijax.rules import COUNT, FLAG, NATURAL, NOT_NEGATIVE, POSITIVE, TEXT, Rule, faults, missing, only, shown
 
+
+def _real(rule: Rule) -> Rule:
+    """A rule for numbers that llama.cpp reads as floating point alone: it refuses a key of another type."""
+    return Rule(rule.expected, lambda x: type(x) is float and rule.accepts(x))
+
+
+_POSITIVE, _NOT_NEGATIVE = _real(POSITIVE), _real(NOT_NEGATIVE)
 _REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 # keys that may have an array of one entry per layer
 _PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
@@ -21,11 +28,11 @@ _MODEL: dict[str, Rule] = {  # the keys of an architecture that are read or whos
     "attention.value_length": COUNT,
     "vocab_size": COUNT,
     "rope.dimension_count": COUNT,
-    "rope.freq_base": POSITIVE,
+    "rope.freq_base": _POSITIVE,
     "rope.scaling.type": only("none", "linear", "yarn"),
-    "rope.scaling.factor": POSITIVE,
-    "rope.scale_linear": POSITIVE,  # the older name of rope.scaling.factor
-    "attention.scale": NOT_NEGATIVE,
+    "rope.scaling.factor": _POSITIVE,
+    "rope.scale_linear": _POSITIVE,  # the older name of rope.scaling.factor
+    "attention.scale": _NOT_NEGATIVE,
     "attention.sliding_window": NATURAL,
     # not implemented here: accepted at the values at which they have no effect
     "rope.scaling.attn_factor": only(1.0),
@@ -49,8 +56,8 @@ _READ: dict[str, Rule] = {  # the keys of some architectures (`Architecture.read
     "expert_feed_forward_length": COUNT,
     "expert_shared_feed_forward_length": COUNT,
     "attention.sliding_window": NATURAL,
-    "attn_logit_softcapping": POSITIVE,
-    "final_logit_softcapping": NOT_NEGATIVE,
+    "attn_logit_softcapping": _POSITIVE,
+    "final_logit_softcapping": _NOT_NEGATIVE,
     "use_parallel_residual": FLAG,
     "attention.max_alibi_bias": only(8.0),
 }
@@ -80,7 +87,7 @@ def rules(name: str) -> tuple[dict[str, Rule], dict[str, Rule]]:
         Those of keys that are read or must have a certain value, and those of keys without effect.
     """
     architecture = ARCHITECTURES[name]
-    keys = _MODEL | {architecture.epsilon: NOT_NEGATIVE} | {key: _READ[key] for key in architecture.reads}
+    keys = _MODEL | {architecture.epsilon: _NOT_NEGATIVE} | {key: _READ[key] for key in architecture.reads}
     if architecture.rotates == "none":
         keys = {key: rule for key, rule in keys.items() if not key.startswith("rope.")}
     named = lambda keys: {f"{name}.{key}": rule for key, rule in keys.items()}

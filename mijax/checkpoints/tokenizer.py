@@ -158,8 +158,8 @@ class Tokenizer:
         Raises:
             TypeError: for prompts that are not strings, or have no order (a set, a dict), and for `special` that is no
                 boolean.
-            ValueError: for no prompt, a prompt without tokens or with half of a surrogate pair, or an unknown side of
-                padding.
+            ValueError: for no prompt, a prompt without tokens or with half of a surrogate pair, an unknown side of
+                padding, and where the `tokenizers` library fails on a text.
         """
         if padding not in ("left", "right"):
             raise ValueError(f"padding must be 'left' or 'right', given {padding!r}")

@@ -296,6 +296,7 @@ def saved() -> Format:
                 scaling = positions.get("scaling")
                 fields["positions"] = mj.Rotary(**positions | {"scaling": scaling and mj.RotaryScaling(**scaling)})
             fields["experts"] = mj.Experts(**experts) if experts else experts
+            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
             config = mj.Config(**fields)
         except (ValueError, TypeError, AttributeError) as error:
             raise Unreadable(str(error)) from error
