@@ -129,6 +129,8 @@ def _judged(format: Format, folder: Path) -> Outcome:
         warnings.simplefilter("ignore")
         try:
             expected = format.expected(folder)
+        except (TooLong, MemoryError):
+            return Outcome("unknown", "", "", cost)
         except Unreadable as error:
             return Outcome(
                 "silent", f"read, though {str(error)[:60]}", f"read, though a second reading refuses: {error}", cost

@@ -42,7 +42,7 @@ def measured() -> Iterator[Cost]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     size = _field("VmSize")
     if size:
-        resource.setrlimit(resource.RLIMIT_AS, (int((size + 4096) * 2**20), hard))
+        resource.setrlimit(resource.RLIMIT_AS, (int((size + 2048) * 2**20), hard))
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:
         signal.signal(signal.SIGALRM, _interrupt)
