@@ -472,6 +472,8 @@ def chat_template() -> Format:
                     messages=CONVERSATION, add_generation_prompt=True, tools=None, documents=None, **settings
                 )
             }
+        except MemoryError:
+            return UNKNOWN
         except Exception as error:
             raise Unreadable(str(error)) from error
 
