@@ -6,11 +6,9 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -19,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mijax.files import atomic, check_file, read_object
+from mijax.files import atomic, read_arrays, read_object
 from mijax.memory import compiler_memory_freed
 from mijax.programs.convert import Converted
 from mijax.programs.key import LIBRARIES, text_of
@@ -148,7 +146,7 @@ class Store:
         if not os.path.lexists(path):
             return None
         try:
-            arrays = _arrays(path)
+            arrays = read_arrays(path)
         except ValueError as error:
             warnings.warn(f"{error}: computed again", stacklevel=2)
             return None
@@ -205,7 +203,7 @@ def _kept_plan(about: Path, arrays: Path, identity: Mapping[str, str]) -> Arrays
             f"{about.parent} was begun with another {', another '.join(differ)}: give another folder, or delete this one"
         )
     with contextlib.suppress(ValueError):
-        plan = _arrays(arrays)
+        plan = read_arrays(arrays)
         if fingerprint(plan) == checksum:
             return plan
     warnings.warn(
@@ -215,32 +213,6 @@ def _kept_plan(about: Path, arrays: Path, identity: Mapping[str, str]) -> Arrays
 
 
 _JOB = {"identity": mapping(TEXT), "plan": TEXT}
-
-
-def _arrays(path: Path) -> Arrays:
-    """The arrays of a file that `numpy.savez` wrote; `ValueError` for any other, before anything is made of what it says."""
-    try:
-        check_file(path)
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-        if packed:
-            raise ValueError(f"{packed[0]} is compressed")
-        with path.open("rb") as file, np.load(file) as saved:
-            return {name: _array(saved, name, size) for name in saved.files}
-    except Exception as error:  # whatever NumPy and zipfile make of a damaged file
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _array(saved: Any, name: str, size: int) -> np.ndarray:
-    """One array, whose header must not speak of more than the file holds."""
-    with saved.zip.open(name if name in saved.zip.namelist() else f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, _, dtype = read(member)
-    if math.prod(shape) * dtype.itemsize > size:
-        raise ValueError(f"{name} would have the shape {shape}, in a file of {size} bytes")
-    return saved[name]
 
 
 def _environment() -> dict[str, str]:

@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mijax.rules import Rule, faults, shown
 
@@ -173,3 +177,39 @@ def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {shown(key)} is there twice")
         entries[key] = value
     return entries
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of a file that `numpy.savez` wrote, without making anything larger than the file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        ValueError: for a file that is damaged, compressed, or holds what are no plain arrays.
+    """
+    try:
+        check_file(path)
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise ValueError(f"{packed[0]} is compressed")
+        with path.open("rb") as file, np.load(file) as saved:
+            return {name: _array(saved, name, size) for name in saved.files}
+    except Exception as error:  # whatever NumPy and zipfile make of a damaged file
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _array(saved: Any, name: str, size: int) -> np.ndarray:
+    """One array, whose header must not speak of more than the file holds."""
+    with saved.zip.open(name if name in saved.zip.namelist() else f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = read(member)
+    if math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"{name} would have the shape {shape}, in a file of {size} bytes")
+    return saved[name]

@@ -55,21 +55,21 @@ class Made(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-def derived(tensors: Tensors, made: Mapping[str, Made], sources: Collection[str]) -> Tensors:
+def derived(tensors: Tensors, computed: Mapping[str, Made], sources: Collection[str]) -> Tensors:
     """A checkpoint with tensors that are computed from others.
 
     Args:
         tensors: the checkpoint.
-        made: the tensors that are computed when they are read, by name; one may replace its source.
+        computed: the tensors that are computed when they are read, by name; one may replace its source.
         sources: the names of tensors that only serve to compute them, and are no longer there.
     """
-    read = lambda name: made[name].read() if name in made else tensors.read(name)
+    read = lambda name: computed[name].read() if name in computed else tensors.read(name)
 
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return tensors.part(name, index) if name not in made and tensors.part is not None else read(name)[index]
+        return tensors.part(name, index) if name not in computed and tensors.part is not None else read(name)[index]
 
     kept = {name: entry for name, entry in tensors.stored.items() if name not in sources}
-    return Tensors(kept | {name: Stored("F32", entry.shape) for name, entry in made.items()}, read, part)
+    return Tensors(kept | {name: Stored("F32", entry.shape) for name, entry in computed.items()}, read, part)
 
 
 class Lookup:

@@ -44,7 +44,7 @@ def unpacked(tensors: Tensors, source: str) -> Tensors:
     if missing:
         raise ValueError(f"{source} says that it is in MXFP4, and does not hold {', '.join(missing[:8])} as U8")
 
-    def made(name: str) -> Made:
+    def entry_of(name: str) -> Made:
         blocks, scales = tensors.stored[f"{name}_blocks"].shape, tensors.stored[f"{name}_scales"].shape
         if len(blocks) != 4 or blocks[-1] != 16 or scales != blocks[:-1]:
             raise ValueError(
@@ -59,4 +59,4 @@ def unpacked(tensors: Tensors, source: str) -> Tensors:
         numbers *= scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)[..., None]
         return numbers.reshape(*blocks.shape[:2], -1).swapaxes(-1, -2)
 
-    return derived(tensors, {name: made(name) for name in names}, packed)
+    return derived(tensors, {name: entry_of(name) for name in names}, packed)

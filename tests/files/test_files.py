@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import mijax as mj
-from mijax import chunks
 from mijax.checkpoints import bundled, chat_process, chat_worker
+from mijax.files import read_arrays
 from tests.files import formats, limits
 from tests.files.law import FORMATS, Mutation, judged, mutation, written
 from tests.situations import refused
@@ -551,4 +551,4 @@ def test_an_array_that_says_it_is_larger_than_its_file(tmp_path):
     ):
         assert (formats._sweep(folder) == format.expected(folder)["effects"]).all()
     assert not cost.excess
-    assert chunks._arrays(folder / name).keys() >= {"checksum"}
+    assert read_arrays(folder / name).keys() >= {"checksum"}

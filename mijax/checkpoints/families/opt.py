@@ -104,11 +104,11 @@ def _decode(tensors: Tensors, c: Mapping[str, Any], source: str) -> Tensors:
 
         return Made((table[0], hidden), read)
 
-    made = {
+    computed = {
         embedding: product(embedding, project_in, (hidden, width)),
         _HEAD: product(head, project_out, (width, hidden)),
     }
-    return derived(tensors, made, (project_in, project_out))
+    return derived(tensors, computed, (project_in, project_out))
 
 
 OPT = Family(
